@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference numbers and benchmark data that lies beside a development checkout."""
+    folder = Path(os.environ.get("CAPNAS_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"REFERENCE FOLDER ABSENT: {folder.name}/ is not beside the checkout (set CAPNAS_SHARED to its path)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_and_seed() -> None:
+    torch.manual_seed(0)
