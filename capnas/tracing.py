@@ -63,8 +63,8 @@ class Node:
         shape: shape of the first output; ``()`` where there is none.
         shapes: shapes of all outputs.
         dtype: of the first output, e.g. ``"float32"``.
-        attrs: the non-tensor arguments by schema name, defaults included (stride, padding, dilation, groups, dim, eps, ...);
-            devices and memory layouts are left out.
+        attrs: the non-tensor arguments by schema name, defaults included (stride, padding, dilation, groups, dim, eps, ...), a number in
+            the place of a tensor too (``other`` in ``x * 0.5``); devices and memory layouts are left out.
         flops: of torch's flop registry (two for a multiply-accumulate), 0 for operations that it does not count.
     """
 
@@ -255,7 +255,7 @@ def _bind(func: Any, args: tuple, kwargs: dict) -> tuple[list[tuple[str, Tensor]
                 targets += found
             if many and len(found) < len(value):
                 attrs[argument.name] = tuple(isinstance(v, Tensor) for v in value)  # which axes an index op indexes
-        elif "Tensor" not in str(argument.type) and argument.name not in _NOT_STRUCTURE:
+        elif isinstance(value, (bool, int, float)) or ("Tensor" not in str(argument.type) and argument.name not in _NOT_STRUCTURE):
             attrs[argument.name] = _plain(value)
     return tensors, attrs, targets
 
