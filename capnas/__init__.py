@@ -6,7 +6,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 _PUBLIC: dict[str, str] = {}
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

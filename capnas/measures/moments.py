@@ -1,0 +1,126 @@
+"""Streaming centred moments of layer outputs: update, merge, covariance.
+
+Written as count, mean and centred scatter, which merge exactly (Chan, Golub and LeVeque, 1979), so that batches, workers and
+resumed runs agree. Products are taken in the samples' own precision around a shift close to the mean and summed in float64:
+a float32 mean-of-squares loses every digit once the mean is large beside the spread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Count, mean and centred scatter of rows seen so far.
+
+    Attributes:
+        count: number of rows.
+        mean: (D,) float64.
+        scatter: (D, D) float64, the sum of outer products of rows minus their mean.
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def empty(cls, width: int) -> Moments:
+        """Moments of no rows at all, the neutral element of `merge`."""
+        return cls(count=0, mean=torch.zeros(width, dtype=torch.float64), scatter=torch.zeros(width, width, dtype=torch.float64))
+
+    @property
+    def width(self) -> int:
+        """Number of features D."""
+        return self.mean.shape[0]
+
+    def to(self, device: str | torch.device) -> Moments:
+        """The same moments on another device."""
+        return Moments(count=self.count, mean=self.mean.to(device), scatter=self.scatter.to(device))
+
+
+def moments_of(samples: Tensor, shift: Tensor | None = None) -> Moments:
+    """Moments of one batch of rows.
+
+    Args:
+        samples: (S, D), any floating type; half precision is raised to float32 before the product.
+        shift: (D,) a point near the mean, subtracted before the product; the batch's own mean when absent.
+
+    Returns:
+        Moments in float64 on the samples' device. Non-finite samples give non-finite moments, never an exception.
+
+    >>> m = moments_of(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+    >>> m.count, m.mean.tolist(), m.scatter.tolist()
+    (2, [1.0, 1.0], [[2.0, 0.0], [0.0, 0.0]])
+    """
+    _check_rows(samples)
+    rows = samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
+    if shift is None:
+        shift = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
+    centred = rows - shift.to(rows.dtype)
+    return from_shifted_sums(len(rows), shift.double(), centred.sum(0, dtype=torch.float64), (centred.T @ centred).double())
+
+
+def from_shifted_sums(count: int, shift: Tensor, total: Tensor, products: Tensor) -> Moments:
+    """Moments from sums taken around a fixed shift.
+
+    Args:
+        count: number of rows n.
+        shift: (D,) the point c that was subtracted from every row.
+        total: (D,) the sum of (x - c).
+        products: (D, D) the sum of (x - c)(x - c)^T.
+
+    >>> from_shifted_sums(2, torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([[4.0]])).scatter.tolist()
+    [[2.0]]
+    """
+    offset = total.double() / max(count, 1)
+    scatter = products.double() - torch.outer(offset, offset) * count
+    return Moments(count=count, mean=shift.double() + offset, scatter=scatter)
+
+
+def update(moments: Moments, samples: Tensor) -> Moments:
+    """Moments after a further batch of rows, (S, D).
+
+    >>> m = update(Moments.empty(1), torch.tensor([[1.0], [3.0]]))
+    >>> update(m, torch.tensor([[5.0]])).mean.tolist()
+    [3.0]
+    """
+    _check_rows(samples)
+    if samples.shape[1] != moments.width:
+        raise ValueError(f"samples must have {moments.width} features as the moments have, got {samples.shape[1]}.")
+    return merge(moments, moments_of(samples))
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two sets of rows; associative and commutative up to rounding.
+
+    >>> one, two = moments_of(torch.tensor([[1.0]])), moments_of(torch.tensor([[3.0]]))
+    >>> merge(one, two).scatter.tolist()
+    [[2.0]]
+    """
+    if a.width != b.width:
+        raise ValueError(f"moments to merge must have one width, got {a.width} and {b.width}.")
+    if a.count == 0 or b.count == 0:
+        return b if a.count == 0 else a
+    count = a.count + b.count
+    b = b.to(a.mean.device)
+    gap = b.mean - a.mean
+    scatter = a.scatter + b.scatter + torch.outer(gap, gap) * (a.count * b.count / count)
+    return Moments(count=count, mean=a.mean + gap * (b.count / count), scatter=scatter)
+
+
+def covariance(moments: Moments) -> Tensor:
+    """The covariance matrix (D, D) in float64, divided by n as in Shenk et al., arXiv 2006.08679 (not by n - 1).
+
+    >>> covariance(moments_of(torch.tensor([[0.0], [2.0]]))).tolist()
+    [[1.0]]
+    """
+    return moments.scatter / max(moments.count, 1)
+
+
+def _check_rows(samples: Tensor) -> None:
+    if samples.dim() != 2:
+        raise ValueError(f"samples must be rows of features, shape (S, D), got shape {tuple(samples.shape)}.")

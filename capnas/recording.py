@@ -1,0 +1,305 @@
+"""Record the outputs of a model's layers and blocks as streaming moments, with hooks that always come off.
+
+Rows follow Shenk et al. (arXiv 2006.08679): the output of the conv or linear module itself, before normalization and activation;
+channels (the last axis of token outputs) are features, and every sample and position is one row. Large maps are sampled on a
+seeded lattice of positions, enough for the width. All state is kept here; nothing is written on the model.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from capnas.errors import UsageError, one_of
+from capnas.measures.moments import Moments, from_shifted_sums
+
+Reading = Literal["modules", "blocks", "both"]
+Mode = Literal["train", "eval"]
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+MEASURED = (*CONVS, nn.Linear)
+_LISTS = (nn.Sequential, nn.ModuleList)
+_STAGE_CHILDREN = ("blocks", "layers", "cells", "stages", "units")
+_FLOAT32_NOISE = 1e-13  # variance over squared mean below which float32 outputs are constant up to rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """What was seen of one layer or block in one mode.
+
+    Attributes:
+        name: qualified module name.
+        kind: class name of the module.
+        reading: "modules" or "blocks".
+        moments: moments of the rows used, width D.
+        rows_seen: rows (samples times positions) that passed, of which `moments.count` were used.
+        calls: forward calls.
+        finite: False when an output held NaN or infinite values.
+    """
+
+    name: str
+    kind: str
+    reading: Literal["modules", "blocks"]
+    moments: Moments
+    rows_seen: int
+    calls: int
+    finite: bool
+
+
+class _Sums:
+    """Shifted sums of one layer in one mode: float32 products, float64 totals."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.count, self.seen, self.calls = width, 0, 0, 0
+        self.shift: Tensor | None = None
+        self.total: Tensor | None = None
+        self.products: Tensor | None = None
+
+    def add(self, rows: Tensor, seen: int) -> None:
+        """Fold in rows (D, S), a fresh copy that may be overwritten."""
+        self.seen, self.calls, self.count = self.seen + seen, self.calls + 1, self.count + rows.shape[1]
+        if self.shift is None:
+            self.shift = rows.mean(1, keepdim=True)
+            double = torch.float64 if rows.device.type != "mps" else torch.float32
+            self.total = torch.zeros(self.width, dtype=double, device=rows.device)
+            self.products = torch.zeros(self.width, self.width, dtype=double, device=rows.device)
+        rows.sub_(self.shift)
+        self.total += rows.sum(1)  # type: ignore[operator]
+        self.products += rows @ rows.T  # type: ignore[operator]
+
+    def moments(self) -> Moments:
+        if self.shift is None or self.total is None or self.products is None:
+            return Moments.empty(self.width)
+        return from_shifted_sums(self.count, self.shift[:, 0], self.total, self.products)
+
+
+class Recorder:
+    """Context manager that records layer outputs while a model runs, in training or evaluation.
+
+    Args:
+        model: any module; it is not changed, and its hooks are removed on exit, also after an error.
+        reading: "modules" (conv and linear outputs, the papers' convention), "blocks" (the repeated units of the network) or "both".
+        blocks: a regular expression that full-matches the names of the units to read as blocks; found by `find_blocks` when absent.
+        rows_per_call: most rows used of one forward call is `max(rows_per_call, 8 * width)`; None uses every row.
+        seed: of the lattice offsets.
+
+    Raises:
+        UsageError: unknown reading, or a pattern that matches no module.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    >>> with Recorder(model) as recorder:
+    ...     _ = model(torch.randn(8, 1, 8, 8))
+    >>> [(r.name, r.moments.width, r.moments.count) for r in recorder.pop("train").values() if r.reading == "modules"]
+    [('0', 4, 288), ('3', 2, 8)]
+    """
+
+    def __init__(
+        self, model: nn.Module, *, reading: Reading = "both", blocks: str | None = None, rows_per_call: int | None = 2048, seed: int = 0
+    ) -> None:
+        if reading not in ("modules", "blocks", "both"):
+            raise UsageError(one_of("reading", reading, ("modules", "blocks", "both")))
+        self.model = model
+        self.rows_per_call = rows_per_call
+        self._random = random.Random(seed)
+        self._handles: list[Any] = []
+        self._sums: dict[tuple[str, str, str], _Sums] = {}
+        modules = dict(model.named_modules())
+        self.layers = [n for n, m in modules.items() if isinstance(m, MEASURED)] if reading != "blocks" else []
+        self.blocks = list(find_blocks(model, blocks)) if reading != "modules" else []
+        self._modules = modules
+        self._block_axis = {name: _block_widths(modules[name]) for name in self.blocks}
+        self._channels_last_maps = getattr(model, "output_fmt", "NCHW") == "NHWC"
+
+    def __enter__(self) -> Recorder:
+        for name in self.layers:
+            self._handles.append(self._modules[name].register_forward_hook(self._hook(name, "modules")))
+        for name in self.blocks:
+            self._handles.append(self._modules[name].register_forward_hook(self._hook(name, "blocks")))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def pop(self, mode: Mode) -> dict[str, LayerRecord]:
+        """The records of one mode since the last pop, and a fresh start for that mode.
+
+        Args:
+            mode: "train" or "eval", the model's mode while it ran; the two are never mixed.
+
+        Returns:
+            Records in execution order, keyed by name, blocks as ``"block:" + name``.
+        """
+        if mode not in ("train", "eval"):
+            raise UsageError(one_of("mode", mode, ("train", "eval")))
+        keys = [k for k in self._sums if k[0] == mode]
+        return {("block:" if reading == "blocks" else "") + name: self._record(self._sums.pop((m, reading, name)), reading, name)
+                for m, reading, name in keys}  # fmt: skip
+
+    def _record(self, sums: _Sums, reading: str, name: str) -> LayerRecord:
+        moments = sums.moments()
+        finite = bool(torch.isfinite(moments.scatter).all()) and bool(torch.isfinite(moments.mean).all())
+        if finite and float(moments.scatter.diagonal().sum()) <= _FLOAT32_NOISE * moments.count * float((moments.mean**2).sum()):
+            moments = Moments(count=moments.count, mean=moments.mean, scatter=torch.zeros_like(moments.scatter))
+        return LayerRecord(name=name, kind=type(self._modules[name]).__name__, reading=reading, moments=moments,  # type: ignore[arg-type]
+                           rows_seen=sums.seen, calls=sums.calls, finite=finite)  # fmt: skip
+
+    def _hook(self, name: str, reading: str) -> Any:
+        is_conv = isinstance(self._modules[name], CONVS)
+        widths = self._block_axis.get(name, frozenset())
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # gradient checkpointing runs the forward again inside the backward pass: that is the same batch, not a new one
+            if torch._C._current_graph_task_id() != -1:
+                return
+            tensor = _first_tensor(output)
+            if tensor is None or tensor.dim() < 2 or not tensor.is_floating_point() or tensor.numel() == 0:
+                return
+            with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+                tensor = tensor.detach()
+                if reading == "modules":
+                    axis = -len(module.kernel_size) - 1 if is_conv else -1  # type: ignore[arg-type]
+                else:
+                    axis = _feature_axis(tensor, widths, self._channels_last_maps)
+                key = ("train" if self.model.training else "eval", reading, name)
+                width = tensor.shape[axis]
+                sums = self._sums.get(key)
+                if sums is None or sums.width != width:
+                    sums = self._sums[key] = _Sums(width)
+                budget = None if self.rows_per_call is None else max(self.rows_per_call, 8 * width)
+                sums.add(_rows(tensor, axis, budget, self._random), tensor.numel() // width)
+
+        return hook
+
+
+def _rows(tensor: Tensor, axis: int, budget: int | None, chance: random.Random) -> Tensor:
+    """A fresh (D, S) float32 (or float64) copy of at most about `budget` rows, on a lattice with a random offset."""
+    axis %= tensor.dim()
+    width = tensor.shape[axis]
+    if axis == tensor.dim() - 1:
+        flat = tensor.reshape(1, -1, width).transpose(1, 2)  # (1, D, rows)
+    else:
+        flat = tensor.reshape(-1, width, math.prod(tensor.shape[axis + 1 :]))  # (B, D, positions)
+    samples, _, positions = flat.shape
+    step = 1 if budget is None else max(1, min(samples * positions // budget, positions))
+    if step > 1:
+        line = tensor.shape[-1] if axis != tensor.dim() - 1 else 1
+        while step > 1 and math.gcd(step, line) > 1:  # a step that divides the map's width would read fixed columns only
+            step -= 1
+        flat = flat[:, :, chance.randrange(step) :: step]
+    rows = flat.transpose(0, 1).reshape(width, -1)
+    if rows.dtype not in (torch.float32, torch.float64):
+        return rows.float()
+    return rows.clone() if rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() else rows
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (tuple, list)):
+        return next((t for t in map(_first_tensor, output) if t is not None), None)
+    if isinstance(output, dict):
+        return _first_tensor(list(output.values()))
+    return None
+
+
+def _block_widths(block: nn.Module) -> frozenset[int]:
+    """Widths that the block's layers and norms can give to its output, to tell channels from positions."""
+    found: set[int] = set()
+    for module in block.modules():
+        for attribute in ("out_channels", "out_features", "num_features"):
+            value = getattr(module, attribute, None)
+            if isinstance(value, int):
+                found.add(value)
+        shape = getattr(module, "normalized_shape", None)
+        if isinstance(shape, tuple) and len(shape) == 1:
+            found.add(shape[0])
+    return frozenset(found)
+
+
+def _feature_axis(tensor: Tensor, widths: frozenset[int], channels_last_maps: bool) -> int:
+    """Axis of the features of a block output: tokens (B, N, D) last; maps (B, D, H, W) or, where the widths say so, (B, H, W, D)."""
+    if tensor.dim() < 4:
+        return -1
+    first, last = tensor.shape[1] in widths, tensor.shape[-1] in widths
+    if first == last:
+        return -1 if channels_last_maps else 1
+    return 1 if first else -1
+
+
+def find_blocks(model: nn.Module, pattern: str | None = None) -> Iterator[str]:
+    """Names of a network's repeated units: residual blocks, inverted residuals, transformer blocks, cells.
+
+    In this order: modules whose name full-matches `pattern`; the fine layer groups that timm's models (and any model with a
+    ``group_matcher`` method like theirs) declare; members of the model's lists of composite modules. Where the units are single
+    layers (VGG), the activations are read, the last step of each conv-norm-activation unit.
+
+    Raises:
+        UsageError: `pattern` matches no module.
+
+    >>> list(find_blocks(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))))
+    ['0', '1']
+    """
+    modules = dict(model.named_modules())
+    if pattern is not None:
+        names = [n for n in modules if n and re.fullmatch(pattern, n)]
+        if not names:
+            raise UsageError(f"no module name full-matches the block pattern {pattern!r}; names look like {', '.join(list(modules)[1:6])}.")
+    else:
+        names = [u for n in _declared_units(model, modules) for u in _inside_stage(n, modules)] or list(_listed_units(model, ""))
+        if not any(any(modules[n].children()) for n in names):
+            activations = [n for n in names or modules if _is_activation(modules[n])]
+            names = activations or [n for n, m in modules.items() if isinstance(m, MEASURED)]
+    outer: list[str] = []
+    for name in names:
+        if not any(name.startswith(o + ".") for o in outer):
+            outer.append(name)
+    yield from outer
+
+
+def _declared_units(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    matcher = getattr(model, "group_matcher", None)
+    groups = matcher(coarse=False) if callable(matcher) else {}
+    blocks = groups.get("blocks") or [] if isinstance(groups, dict) else []
+    patterns = [blocks] if isinstance(blocks, str) else [p for p, position in blocks if position is None]
+    return [n for n, m in modules.items() if any(re.fullmatch(p, n) for p in patterns) and not isinstance(m, nn.Identity)]
+
+
+def _inside_stage(name: str, modules: dict[str, nn.Module]) -> list[str]:
+    """The blocks of a declared unit that is a whole stage; the unit itself otherwise."""
+    inner = getattr(modules[name], "blocks", None)
+    if isinstance(inner, _LISTS) and any(map(_composite, inner)):
+        return [f"{name}.blocks.{child}" for child, m in inner.named_children() if _composite(m)]
+    return [name]
+
+
+def _listed_units(module: nn.Module, prefix: str) -> Iterator[str]:
+    for child, inner in module.named_children():
+        name = f"{prefix}{child}"
+        if isinstance(module, _LISTS) and _composite(inner) and not _is_stage(inner):
+            yield name
+        elif _composite(inner):
+            yield from _listed_units(inner, name + ".")
+
+
+def _is_stage(module: nn.Module) -> bool:
+    if isinstance(module, _LISTS):
+        return any(map(_composite, module))
+    return any(n in _STAGE_CHILDREN and isinstance(m, _LISTS) and any(map(_composite, m)) for n, m in module.named_children())
+
+
+def _composite(module: nn.Module) -> bool:
+    return any(module.children()) and any(isinstance(m, MEASURED) for m in module.modules())
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__.endswith("modules.activation") or "layers.activations" in type(module).__module__

@@ -1,0 +1,27 @@
+"""capnas in the slot of the side-by-side overhead benchmark: attach, values at the epoch's end, detach."""
+
+from capnas.measures.moments import covariance
+from capnas.measures.saturation import saturation
+from capnas.recording import Recorder
+
+
+class Capnas:
+    """Recording as a search uses it: module outputs, sampled positions."""
+
+    rows_per_call = 2048
+
+    def __init__(self, model):
+        self.recorder = Recorder(model, reading="modules", rows_per_call=self.rows_per_call)
+        self.recorder.__enter__()
+
+    def epoch_end(self):
+        return {name: saturation(covariance(r.moments)) for name, r in self.recorder.pop("train").items()}
+
+    def detach(self):
+        self.recorder.__exit__(None, None, None)
+
+
+class CapnasEveryRow(Capnas):
+    """The same without sampling: every position of every batch."""
+
+    rows_per_call = None
