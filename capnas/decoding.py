@@ -1,0 +1,158 @@
+"""From readers of single images to tensors: decoded and resized once, in a pool of threads, in a fixed order; unreadable images are counted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from capnas.errors import DataError
+from capnas.images import as_images, resize, to_channels
+from capnas.sources import Found, Pair, Reader, StreamReader
+
+_SAMPLE = 48
+_LARGEST_DEFAULT = 64
+_AHEAD = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Decoded images of one part.
+
+    Attributes:
+        images: (N, C, S, S) uint8, or float32.
+        labels: (N,) int64.
+        unreadable: "name (reason)" of each image that was skipped.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    unreadable: tuple[str, ...] = ()
+
+
+def fit(image: Any, size: int, in_chans: int) -> torch.Tensor:
+    """One image as (C, size, size): the short side resized, the long side cropped in the middle (as `capnas.images.resize`).
+
+    Args:
+        image: a PIL image (uint8 comes out), or an array or tensor (H, W), (H, W, C) or (C, H, W).
+        size: pixels.
+        in_chans: 1 or 3 for PIL images; arrays may also keep their own number.
+
+    Example:
+        >>> fit(Image.new("L", (40, 30), 9), 16, 3).shape
+        torch.Size([3, 16, 16])
+    """
+    if not isinstance(image, Image.Image):
+        x = as_images(image[None], "image")
+        return resize(to_channels(x, in_chans), size)[0]
+    with image:
+        if image.mode.startswith("I"):  # 16 bits in a PNG or TIFF: Pillow would clip them at 255
+            deep = np.asarray(image)
+            image = Image.fromarray((deep >> 8 if deep.max() > 255 else deep).astype(np.uint8))
+        mode = "L" if in_chans == 1 else "RGB"
+        image.draft(mode, (2 * size, 2 * size))
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        grey_or_rgb = image.convert(mode)
+    w, h = grey_or_rgb.size
+    side = min(w, h)
+    left, top = (w - side) // 2, (h - side) // 2
+    if (w, h) != (size, size):
+        grey_or_rgb = grey_or_rgb.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(grey_or_rgb)).view(size, size, -1).permute(2, 0, 1)
+    return pixels if in_chans in (1, 3) else to_channels(pixels[None], in_chans)[0]
+
+
+def shape_of(part: Pair | Reader) -> tuple[int, int]:
+    """Native (channels, size) of a part: of the arrays, or from a sample of images; size is the median short side, at most 64 for readers."""
+    if isinstance(part, Pair):
+        return part.images.shape[1], min(part.images.shape[-2:])
+    channels, sides = [], []
+    for image in _sample(part):
+        if isinstance(image, Image.Image):
+            with image:
+                channels.append(1 if image.mode in ("L", "1", "LA", "I", "I;16") else 3)
+                sides.append(min(image.size))
+        else:
+            x = as_images(image[None], "image")
+            channels.append(x.shape[1])
+            sides.append(min(x.shape[-2:]))
+    if not sides:
+        raise DataError("expected readable images, found none in a sample; check the files.")
+    return max(channels), min(int(np.median(sides)), _LARGEST_DEFAULT)
+
+
+def _sample(part: Reader) -> Iterator[Any]:
+    if isinstance(part, StreamReader):
+        for (image, _), _ in zip(part, range(_SAMPLE)):
+            yield image
+        return
+    for index in sorted({round(i) for i in np.linspace(0, len(part) - 1, _SAMPLE)}) if len(part) else []:
+        try:
+            yield part.read(index)[0]
+        except Exception:  # noqa: S112
+            continue
+
+
+def decode(part: Pair | Reader, size: int, in_chans: int, *, workers: int | None = None) -> Block:
+    """All images of a part at one size, in the order of the part.
+
+    Args:
+        part: arrays or a reader.
+        size: pixels.
+        in_chans: channels.
+        workers: threads; None is the number of cores, at most 8.
+    """
+    if isinstance(part, Pair):
+        return Block(images=resize(to_channels(part.images, in_chans), size), labels=part.labels)
+    images: list[torch.Tensor] = []
+    labels: list[int] = []
+    unreadable: list[str] = []
+    for item in _items(part, size, in_chans, workers):
+        if isinstance(item, str):
+            unreadable.append(item)
+        else:
+            images.append(item[0])
+            labels.append(item[1])
+    if not images:
+        raise DataError(f"expected readable images, found {len(unreadable)} unreadable and no other ({'; '.join(unreadable[:2])}).")
+    return Block(images=join(images, torch.stack), labels=torch.tensor(labels), unreadable=tuple(unreadable))
+
+
+def _items(part: Reader, size: int, in_chans: int, workers: int | None) -> Iterator[tuple[torch.Tensor, int] | str]:
+    def one(index: int) -> tuple[torch.Tensor, int] | str:
+        try:
+            image, label = part.read(index)
+            return fit(image, size, in_chans), label
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error...; a Dataset anything
+            return f"{part.name(index)} ({type(error).__name__}: {error})"
+
+    if isinstance(part, StreamReader):
+        for image, label in part:
+            yield fit(image, size, in_chans), label
+        return
+    threads = min(os.cpu_count() or 1, 8) if workers is None else workers
+    if not part.threadsafe or threads < 2:
+        yield from map(one, range(len(part)))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(part), _AHEAD):  # bounded: map alone would queue a future per image
+            yield from pool.map(one, range(start, min(start + _AHEAD, len(part))))
+
+
+def join(blocks: list[torch.Tensor], how: Any = torch.cat) -> torch.Tensor:
+    """Concatenate (or stack) images; if some are floats, bytes become floats of 0..1."""
+    if any(b.is_floating_point() for b in blocks):
+        blocks = [b if b.is_floating_point() else b.float() / 255 for b in blocks]
+    return blocks[0] if how is torch.cat and len(blocks) == 1 else how(blocks)
+
+
+def total_bytes(found: Found, size: int, in_chans: int) -> int:
+    """Bytes of all parts as uint8 at this size."""
+    return sum((len(p.labels) if isinstance(p, Pair) else len(p)) for p in found.parts.values()) * in_chans * size * size
