@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from capnas.decoding import decode, join, shape_of, total_bytes
-from capnas.errors import DataError, UsageError, one_of
-from capnas.images import Augment, carve, mean_std, normalise, resize, shift_and_flip, shifts_and_flips
-from capnas.sources import EMBEDDED, find
+from capnas.batching import Batches, InMemory, Request, Streamed
+from capnas.decoding import shape_of
+from capnas.errors import UsageError, one_of
+from capnas.images import Augment, mean_std, normalise
+from capnas.loading import find, load_pool
+from capnas.named import EMBEDDED
+from capnas.splits import assign, check_classes
 
 __all__ = ["Augment", "DataSpec", "ImageData", "load_data"]
 
 SPLITS = ("train", "validation", "test", "train+validation")
 _TRAINING = ("train", "train+validation")
-_GROUP_BYTES = 1 << 23
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +111,9 @@ class ImageData:
     unreadable: tuple[str, ...]
     augment: Augment
     spec: DataSpec
-    index: dict[str, torch.Tensor] = field(repr=False)
-    _images: torch.Tensor = field(repr=False)
-    _labels: torch.Tensor = field(repr=False)
+    index: Mapping[str, torch.Tensor] = field(repr=False)
+    pool: InMemory | Streamed = field(repr=False)
     _gate: _Gate = field(default_factory=_Gate, repr=False)
-    _resized: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -122,9 +121,9 @@ class ImageData:
         return {split: len(self.index[split]) for split in ("train", "validation", "test")}
 
     def __reduce__(self) -> Any:
-        if isinstance(self.spec.source, (str, Path)):
+        if self.spec.source is not None:
             return DataSpec.load, (self.spec,)
-        return _rebuild, ({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("_gate", "_resized")},)
+        return _rebuild, ({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "_gate"},)
 
     @contextlib.contextmanager
     def final_evaluation(self) -> Iterator[ImageData]:
@@ -157,7 +156,7 @@ class ImageData:
         augment: bool | Augment | None = None,
         device: str | torch.device = "cpu",
         image_size: int | None = None,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> Batches:
         """Batches of one pass over a split.
 
         Args:
@@ -165,7 +164,7 @@ class ImageData:
             batch_size: images per batch B. Training drops the short last batch, unless it is the only one; evaluation keeps it.
             epoch: with ``seed`` decides the order and the augmentation of training splits; other splits keep their order.
             seed: see ``epoch``.
-            augment: None or True is the data's own for training splits and nothing for others; False is none; or an `Augment`.
+            augment: of training splits: None or True is the data's own, False is none, or an `Augment`. Other splits are never augmented.
             device: where the batches go; augmentation and normalisation run there.
             image_size: another size in pixels, resized from the stored size once and kept.
 
@@ -175,12 +174,23 @@ class ImageData:
         Raises:
             UsageError: an unknown split, the test split outside `final_evaluation`, a size below 1.
         """
-        positions = self._positions(split)
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}.")
         training = split in _TRAINING
-        policy = (self.augment if augment in (None, True) else augment or None) if training or isinstance(augment, Augment) else None
-        return self._batches(positions, batch_size, training, (seed, epoch), policy, torch.device(device), self._size(image_size))  # type: ignore[arg-type]
+        policy = self.augment if augment in (None, True) else augment or None
+        return self.pool.batches(
+            Request(
+                positions=self._positions(split),
+                batch_size=batch_size,
+                training=training,
+                augment=policy if training and isinstance(policy, Augment) else None,
+                seed=(seed * 1_000_003 + epoch) % (1 << 63),
+                device=torch.device(device),
+                size=self._size(image_size),
+                mean=self.mean,
+                std=self.std,
+            )
+        )
 
     def probe(
         self, n: int, *, seed: int = 0, device: str | torch.device = "cpu", image_size: int | None = None
@@ -194,15 +204,16 @@ class ImageData:
         """
         train = self.index["train"]
         chosen = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n]]
-        x = self._at(self._size(image_size))[chosen].to(device)
-        return normalise(x, self.mean, self.std), self._labels[chosen].to(device)
+        x = self.pool.take(chosen, self._size(image_size)).to(device)
+        return normalise(x, self.mean, self.std), self.pool.labels[chosen].to(device)
 
     def _positions(self, split: str) -> torch.Tensor:
         if split not in SPLITS:
             raise UsageError(one_of("split", split, SPLITS))
         if split == "test" and not self._gate.open:
             raise UsageError(
-                "the test split is closed during a search; open it once: with data.final_evaluation() as opened: opened.batches('test', ...)."
+                "the test split is closed while searching; for the final evaluation: "
+                "with data.final_evaluation() as opened: opened.batches('test', ...)."
             )
         return torch.cat([self.index[s] for s in split.split("+")])
 
@@ -210,45 +221,6 @@ class ImageData:
         if image_size is not None and image_size < 1:
             raise UsageError(f"image_size must be at least 1, got {image_size}.")
         return image_size or self.image_size
-
-    def _at(self, size: int) -> torch.Tensor:
-        if size == self.image_size:
-            return self._images
-        if size not in self._resized:
-            fresh = resize(self._images, size)
-            held = sum(t.nbytes for t in list(self._resized.values()))
-            if held + fresh.nbytes > self.spec.memory_limit:
-                self._resized.clear()
-            self._resized[size] = fresh
-            return fresh
-        return self._resized[size]
-
-    def _batches(
-        self,
-        positions: torch.Tensor,
-        batch_size: int,
-        training: bool,
-        seeds: tuple[int, int],
-        policy: Augment | None,
-        device: torch.device,
-        size: int,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        images = self._at(size)
-        generator = torch.Generator().manual_seed((seeds[0] * 1_000_003 + seeds[1]) % (1 << 63))
-        if training:
-            positions = positions[torch.randperm(len(positions), generator=generator)]
-            positions = positions[: max(len(positions) // batch_size * batch_size, min(batch_size, len(positions)))]
-        draws = shifts_and_flips(len(positions), policy, size, generator) if policy else None
-        # several batches are gathered at once: on few cores the calls cost more than the bytes
-        group = max(_GROUP_BYTES // images[0].nbytes // batch_size, 1) * batch_size
-        for start in range(0, len(positions), group):
-            chosen = positions[start : start + group]
-            x = images[chosen].to(device, non_blocking=True)
-            y = self._labels[chosen].to(device, non_blocking=True)
-            if draws is not None:
-                x = shift_and_flip(x, draws[start : start + group].to(device, non_blocking=True))
-            for part, target in zip(x.split(batch_size), y.split(batch_size)):
-                yield normalise(part, self.mean, self.std), target
 
 
 def _rebuild(fields: dict[str, Any]) -> ImageData:
@@ -264,7 +236,7 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
             - ``"fashion-mnist"``: 60,000 + 10,000, from torchvision's folder under ``root``, Debian's dataset-fashion-mnist, or a download;
             - a name that `timm.data.create_dataset` takes: ``torch/cifar10``, ``hfds/...``, ``hfids/...``, ``tfds/...``, ``wds/...``;
             - a folder with a folder of images per class, or with ``train/`` and ``val/`` and/or ``test/`` that hold such folders;
-            - a torch Dataset of (image, class), or a pair (images, labels) of arrays: (N, H, W), (N, H, W, C) or (N, C, H, W), bytes or floats;
+            - a torch Dataset of (image, class), or a pair (images, labels) of arrays (see `capnas.images.as_images` for shapes);
             - a mapping from ``train``, ``val``, ``test`` to Datasets or pairs.
         **options: the fields of `DataSpec`:
             image_size: pixels; None keeps the native size (for files the median short side, at most 64).
@@ -274,13 +246,15 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
             seed: of the carving.
             max_unreadable: share of unreadable images that is tolerated (0.01).
             root, download: for named sets.
-            memory_limit: bytes (2 GiB) up to which images are kept decoded in memory.
+            memory_limit: bytes (2 GiB) up to which images are kept decoded in memory; 0 keeps none.
             mean, std: per channel, instead of those of train.
             augment: an `Augment` instead of the default.
-            workers: decoding threads.
+            workers: threads that decode, or processes of timm's loader; None is the number of cores, at most 8.
 
-    Which images are what: the source's test split is kept as test. A folder, a named set or a mapping with only ``train`` and ``val`` keeps
-    ``val`` as test, because it is the only held-out part, and validation is carved from train; with ``train``, ``val`` and ``test``, ``val`` is validation.
+    Which images are what: the source's test split is kept as test. Where there are only ``train`` and ``val`` (a folder, a named set or a
+    mapping), ``val`` becomes test, because it is the only held-out part, and validation is carved from train. With ``train``, ``val`` and
+    ``test``, ``val`` is validation. What does not fit in ``memory_limit`` is read by timm's loader in every pass, with the same methods;
+    streams (``hfids/``, ``tfds/``, ``wds/``) have to fit.
 
     Raises:
         DataError: missing, damaged or wrongly laid out data; the text says what was expected and found.
@@ -305,17 +279,16 @@ def _load(spec: DataSpec) -> ImageData:
     found = find(spec.source, root=spec.root, download=spec.download)
     channels, native = shape_of(found.parts["train"])
     size, in_chans = spec.image_size or native, spec.in_chans or channels
-    if total_bytes(found, size, in_chans) > spec.memory_limit:
-        raise DataError("larger than memory_limit")
-    blocks = {split: decode(part, size, in_chans, workers=spec.workers) for split, part in found.parts.items()}
-    unreadable = tuple(name for block in blocks.values() for name in block.unreadable)
-    _judge_unreadable(unreadable, sum(len(b.labels) for b in blocks.values()) + len(unreadable), spec.max_unreadable)
-    images, labels = join([b.images for b in blocks.values()]), torch.cat([b.labels for b in blocks.values()])
-    ends = torch.tensor([len(b.labels) for b in blocks.values()]).cumsum(0).tolist()
-    own = {split: torch.arange(end - len(blocks[split].labels), end) for split, end in zip(blocks, ends)}
-    names = _classes({s: labels[i] for s, i in own.items()}, found.class_names)
-    index = _splits(own, labels, spec)
-    mean, std = mean_std(images, index["train"])
+    loaded = load_pool(
+        found, size, in_chans, memory_limit=spec.memory_limit, max_unreadable=spec.max_unreadable, workers=spec.workers, seed=spec.seed
+    )
+    labels = loaded.pool.labels
+    names = check_classes(loaded.own, labels, found.class_names)
+    index = assign(loaded.own, labels, test=spec.test, validation=spec.validation, seed=spec.seed)
+    mean, std = mean_std(loaded.images, torch.isin(loaded.sample, index["train"]).nonzero()[:, 0])
+    for what, given in (("mean", spec.mean), ("std", spec.std)):
+        if given is not None and len(given) != in_chans:
+            raise UsageError(f"{what} must have one number for each of {in_chans} channels, got {len(given)}.")
     return ImageData(
         name=found.name,
         num_classes=len(names),
@@ -324,53 +297,9 @@ def _load(spec: DataSpec) -> ImageData:
         class_names=names,
         mean=spec.mean or mean,
         std=spec.std or std,
-        unreadable=unreadable,
+        unreadable=loaded.unreadable,
         augment=spec.augment or Augment(flip=found.flip),
-        spec=spec,
+        spec=spec if isinstance(spec.source, (str, Path)) else dataclasses.replace(spec, source=None),
         index=index,
-        _images=images,
-        _labels=labels,
+        pool=loaded.pool,
     )
-
-
-def _splits(own: dict[str, torch.Tensor], labels: torch.Tensor, spec: DataSpec) -> dict[str, torch.Tensor]:
-    index = dict(own)
-    if "test" not in index and "validation" in index:
-        index["test"] = index.pop("validation")
-    for split, share in (("test", spec.test), ("validation", spec.validation)):
-        if split not in index:
-            kept, carved = carve(labels[index["train"]], share, spec.seed)
-            index["train"], index[split] = index["train"][kept], index["train"][carved]
-    return index
-
-
-def _classes(labels: dict[str, torch.Tensor], names: tuple[str, ...] | None) -> tuple[str, ...]:
-    counts = labels["train"].bincount(minlength=len(names or ()))
-    if len(counts) < 2:
-        raise DataError(f"expected at least two classes, found {len(counts)}.")
-    empty = (counts == 0).nonzero()[:, 0].tolist()
-    if empty:
-        raise DataError(
-            f"expected train images of every class from 0 to {len(counts) - 1}, found none of {empty[:5]}; number the classes without gaps."
-        )
-    small = [c for c, n in enumerate(counts.tolist()) if n < 3]
-    for split, y in labels.items():
-        if len(y) and int(y.max()) >= len(counts):
-            raise DataError(f"{split}: expected labels below {len(counts)}, the number of classes in train, found {int(y.max())}.")
-    if small:
-        raise DataError(f"expected at least 3 train images per class, to have one in each split, found fewer in class {small[:5]}.")
-    if names is not None and len(names) != len(counts):
-        raise DataError(f"expected labels below {len(names)}, the number of class names, found {len(counts) - 1}.")
-    return names or tuple(str(c) for c in range(len(counts)))
-
-
-def _judge_unreadable(unreadable: tuple[str, ...], total: int, limit: float) -> None:
-    if not unreadable:
-        return
-    named = "; ".join(unreadable[:5]) + (f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else "")
-    share = len(unreadable) / total
-    if share > limit:
-        raise DataError(
-            f"{len(unreadable)} of {total} images ({share:.1%}) cannot be read, max_unreadable is {limit:.1%}: {named}. Repair or remove them, or raise max_unreadable."
-        )
-    warnings.warn(f"skipped {len(unreadable)} of {total} images that cannot be read: {named}", UserWarning, stacklevel=4)

@@ -1,9 +1,10 @@
-"""From readers of single images to tensors: decoded and resized once, in a pool of threads, in a fixed order; unreadable images are counted."""
+"""From readers of single images to tensors: decoded and resized once, by threads, in a fixed order; unreadable images are counted."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,12 @@ from PIL import Image
 
 from capnas.errors import DataError
 from capnas.images import as_images, resize, to_channels
-from capnas.sources import Found, Pair, Reader, StreamReader
+from capnas.sources import Pair, Reader, StreamReader, some
 
 _SAMPLE = 48
 _LARGEST_DEFAULT = 64
 _AHEAD = 256
+_SURVEY = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def fit(image: Any, size: int, in_chans: int) -> torch.Tensor:
 
 
 def shape_of(part: Pair | Reader) -> tuple[int, int]:
-    """Native (channels, size) of a part: of the arrays, or from a sample of images; size is the median short side, at most 64 for readers."""
+    """Native (channels, size) of a part, from a sample where it is not arrays; size is the median short side, for readers at most 64."""
     if isinstance(part, Pair):
         return part.images.shape[1], min(part.images.shape[-2:])
     channels, sides = [], []
@@ -96,7 +98,7 @@ def _sample(part: Reader) -> Iterator[Any]:
     for index in sorted({round(i) for i in np.linspace(0, len(part) - 1, _SAMPLE)}) if len(part) else []:
         try:
             yield part.read(index)[0]
-        except Exception:  # noqa: S112
+        except Exception:
             continue
 
 
@@ -131,19 +133,100 @@ def _items(part: Reader, size: int, in_chans: int, workers: int | None) -> Itera
             image, label = part.read(index)
             return fit(image, size, in_chans), label
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error...; a Dataset anything
-            return f"{part.name(index)} ({type(error).__name__}: {error})"
+            return _named(part, index, error)
 
-    if isinstance(part, StreamReader):
-        for image, label in part:
-            yield fit(image, size, in_chans), label
+    if not isinstance(part, StreamReader):
+        yield from _in_order(one, range(len(part)), workers if part.threadsafe else 1)
         return
-    threads = min(os.cpu_count() or 1, 8) if workers is None else workers
-    if not part.threadsafe or threads < 2:
-        yield from map(one, range(len(part)))
+    count = 0
+    for count, (image, label) in enumerate(part, 1):
+        try:
+            yield fit(image, size, in_chans), label
+        except Exception as error:
+            yield _named(part, count - 1, error)
+    for index in range(count, len(part)):  # timm's streams leave out what they cannot decode
+        yield f"{part.name(index)} (announced, not delivered)"
+
+
+def _named(part: Reader, index: int, error: Exception) -> str:
+    return f"{part.name(index)} ({type(error).__name__}: {' '.join(str(error).split())})"
+
+
+def _in_order(work: Callable[[int], Any], indexes: Sequence[int], workers: int | None) -> Iterator[Any]:
+    threads = cores() if workers is None else workers
+    if threads < 2:
+        yield from map(work, indexes)
         return
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(part), _AHEAD):  # bounded: map alone would queue a future per image
-            yield from pool.map(one, range(start, min(start + _AHEAD, len(part))))
+        for start in range(0, len(indexes), _AHEAD):  # bounded: map alone would queue a future per image
+            yield from pool.map(work, indexes[start : start + _AHEAD])
+
+
+def cores() -> int:
+    """Cores of this machine, at most 8: more do not help to decode."""
+    return min(os.cpu_count() or 1, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What can be known of a part that is too large to decode.
+
+    Attributes:
+        unreadable: "name (reason)" by number: empty files, files that are no images, and the damaged ones of the sample.
+        sample: numbers of the images of the sample that could be decoded.
+        images: these images (n, C, S, S).
+        damaged: how many of the sample could be opened and not decoded.
+    """
+
+    unreadable: dict[int, str]
+    sample: torch.Tensor
+    images: torch.Tensor
+    damaged: int
+
+
+def survey(part: Reader, size: int, in_chans: int, *, seed: int = 0, workers: int | None = None) -> Survey:
+    """Open every file of a part and decode a random sample of 2,000."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(len(part), generator=generator)[:_SURVEY].sort().values.tolist()
+
+    def opens(index: int) -> str:
+        try:
+            with part.read(index)[0]:
+                return ""
+        except Exception as error:
+            return _named(part, index, error)
+
+    def decodes(index: int) -> torch.Tensor | str:
+        try:
+            return fit(part.read(index)[0], size, in_chans)
+        except Exception as error:
+            return _named(part, index, error)
+
+    bad: dict[int, str] = {}
+    if part.threadsafe:
+        bad = {i: text for i, text in zip(range(len(part)), _in_order(opens, range(len(part)), workers)) if text}
+    sample = [i for i in sample if i not in bad]
+    decoded = list(_in_order(decodes, sample, workers if part.threadsafe else 1))
+    good = {i: x for i, x in zip(sample, decoded) if isinstance(x, torch.Tensor)}
+    bad |= {i: x for i, x in zip(sample, decoded) if isinstance(x, str)}
+    if not good:
+        raise DataError(f"expected readable images, found none in a sample of {len(sample)} ({next(iter(bad.values()), 'empty')}).")
+    images = join(list(good.values()), torch.stack)
+    return Survey(unreadable=bad, sample=torch.tensor(list(good)), images=images, damaged=len(sample) - len(good))
+
+
+def judge_unreadable(unreadable: Sequence[str], total: int, limit: float, *, share: float | None = None) -> None:
+    """One warning that names unreadable images, or DataError where their share (given where it is an estimate) is over the limit."""
+    if not unreadable:
+        return
+    known = share is None
+    share = len(unreadable) / total if share is None else share
+    if share > limit:
+        raise DataError(
+            f"{len(unreadable)} of {total} images cannot be read ({'' if known else 'an estimated '}{share:.1%}, "
+            f"max_unreadable is {limit:.1%}): {some(unreadable)}; repair or remove them, or raise max_unreadable."
+        )
+    warnings.warn(f"skipped {len(unreadable)} of {total} images, which cannot be read: {some(unreadable)}", UserWarning, stacklevel=6)
 
 
 def join(blocks: list[torch.Tensor], how: Any = torch.cat) -> torch.Tensor:
@@ -151,8 +234,3 @@ def join(blocks: list[torch.Tensor], how: Any = torch.cat) -> torch.Tensor:
     if any(b.is_floating_point() for b in blocks):
         blocks = [b if b.is_floating_point() else b.float() / 255 for b in blocks]
     return blocks[0] if how is torch.cat and len(blocks) == 1 else how(blocks)
-
-
-def total_bytes(found: Found, size: int, in_chans: int) -> int:
-    """Bytes of all parts as uint8 at this size."""
-    return sum((len(p.labels) if isinstance(p, Pair) else len(p)) for p in found.parts.values()) * in_chans * size * size

@@ -1,4 +1,4 @@
-"""Images as tensors: layout, size, channels, statistics, splits, augmentation. Tensors in, tensors out; nothing is read from disk here.
+"""Images as tensors: layout, size, channels, statistics, augmentation. Tensors in, tensors out; nothing is read from disk here.
 
 Axis letters: N images, B images of a batch, C channels, H height, W width. Pixels are uint8, or float32 where bytes cannot hold the values.
 """
@@ -188,30 +188,6 @@ def mean_std(x: torch.Tensor, index: torch.Tensor) -> tuple[tuple[float, ...], t
     std = (square / count - mean.square()).clamp_min(0).sqrt()
     std[std < 1e-6] = 1.0
     return tuple(float(v) for v in mean + shift), tuple(float(v) for v in std)
-
-
-def carve(labels: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stratified split of positions: (kept, carved), both sorted. A class of two or more images gives at least one and keeps one.
-
-    Args:
-        labels: (N,) class numbers.
-        fraction: share of each class to carve, in (0, 1).
-        seed: the same seed carves the same positions.
-
-    Example:
-        >>> kept, carved = carve(torch.tensor([0, 0, 0, 0, 1, 1]), 0.25, seed=0)
-        >>> len(kept), len(carved)
-        (4, 2)
-    """
-    if not 0 < fraction < 1:
-        raise UsageError(f"the share of a split must be in (0, 1), got {fraction}.")
-    generator = torch.Generator().manual_seed(seed)
-    carved = torch.zeros(len(labels), dtype=torch.bool)
-    for c in labels.unique():
-        members = (labels == c).nonzero()[:, 0]
-        take = min(max(round(len(members) * fraction), 1), len(members) - 1)
-        carved[members[torch.randperm(len(members), generator=generator)[:take]]] = True
-    return (~carved).nonzero()[:, 0], carved.nonzero()[:, 0]
 
 
 def shifts_and_flips(count: int, augment: Augment, size: int, generator: torch.Generator) -> torch.Tensor:

@@ -1,0 +1,228 @@
+"""Batches of a data set: from one tensor of bytes in memory, or through timm's loader, behind the same methods."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from capnas.decoding import fit
+from capnas.errors import DataError
+from capnas.images import Augment, normalise, resize, shift_and_flip, shifts_and_flips
+from capnas.sources import Reader
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+_GROUP_BYTES = 1 << 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One pass over some images.
+
+    Attributes:
+        positions: which images, in the numbering of the data set.
+        batch_size: images per batch.
+        training: shuffle, and drop the short last batch unless it is the only one.
+        augment: or None for none.
+        seed: of the order and the augmentation.
+        device: where the batches go.
+        size: height and width in pixels.
+        mean: per channel, taken out.
+        std: per channel, divided by.
+    """
+
+    positions: torch.Tensor
+    batch_size: int
+    training: bool
+    augment: Augment | None
+    seed: int
+    device: torch.device
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InMemory:
+    """All images decoded: (N, C, S, S), with a copy per other size that was asked for, as far as ``memory_limit`` bytes reach."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    memory_limit: int
+    resized: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def at(self, size: int) -> torch.Tensor:
+        """All images at this size."""
+        if size == self.images.shape[-1]:
+            return self.images
+        found = self.resized.get(size)
+        if found is None:
+            found = resize(self.images, size)
+            if sum(t.nbytes for t in list(self.resized.values())) + found.nbytes > self.memory_limit:
+                self.resized.clear()
+            self.resized[size] = found
+        return found
+
+    def take(self, positions: torch.Tensor, size: int) -> torch.Tensor:
+        """Some images (B, C, size, size), as stored."""
+        return self.at(size)[positions]
+
+    def batches(self, request: Request) -> Batches:
+        """See `capnas.data.ImageData.batches`."""
+        images, positions, batch_size = self.at(request.size), request.positions, request.batch_size
+        generator = torch.Generator().manual_seed(request.seed)
+        if request.training:
+            positions = positions[torch.randperm(len(positions), generator=generator)]
+            positions = positions[: max(len(positions) // batch_size, 1) * batch_size]
+        draws = shifts_and_flips(len(positions), request.augment, request.size, generator) if request.augment else None
+        # several batches are gathered at once: on busy cores a call costs more than its bytes
+        group = max(_GROUP_BYTES // images[0].nbytes // batch_size, 1) * batch_size
+        for start in range(0, len(positions), group):
+            chosen = positions[start : start + group]
+            x = images[chosen].to(request.device, non_blocking=True)
+            y = self.labels[chosen].to(request.device, non_blocking=True)
+            if draws is not None:
+                x = shift_and_flip(x, draws[start : start + group].to(request.device, non_blocking=True))
+            for part, target in zip(x.split(batch_size), y.split(batch_size)):
+                yield normalise(part, request.mean, request.std), target
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Streamed:
+    """Images that stay where they are and are decoded again in every pass, by timm's loader and its worker processes.
+
+    Attributes:
+        readers: the parts, numbered one after the other.
+        labels: (N,) class of each image.
+        in_chans: 1 or 3.
+        workers: processes of timm's loader; 0 decodes in the caller's process.
+    """
+
+    readers: tuple[Reader, ...]
+    labels: torch.Tensor
+    in_chans: int
+    workers: int
+
+    def open(self, position: int) -> Image.Image:
+        """One image as PIL gives it, in grey or RGB; raises what the reader raises."""
+        for reader in self.readers:
+            if position < len(reader):
+                image = reader.read(position)[0]
+                break
+            position -= len(reader)
+        if not isinstance(image, Image.Image):
+            image = as_pil(image)
+        with image:
+            return image.convert("L" if self.in_chans == 1 else "RGB")
+
+    def take(self, positions: torch.Tensor, size: int) -> torch.Tensor:
+        """Some images (B, C, size, size), as bytes."""
+        return torch.stack([fit(self.open(int(p)), size, self.in_chans) for p in positions])
+
+    def batches(self, request: Request) -> Batches:
+        """See `capnas.data.ImageData.batches`; the shifted crop becomes timm's random resized crop of the same extent."""
+        from capnas._timm import import_timm
+
+        items = Items(self, request.positions)
+        augment = request.augment
+        shift = augment.pixels(request.size) / request.size if augment else 0.0
+        loader = import_timm("timm.data").create_loader(
+            items,
+            input_size=(self.in_chans, request.size, request.size),
+            batch_size=min(request.batch_size, len(items)) if request.training else request.batch_size,
+            is_training=request.training,
+            no_aug=augment is None,
+            scale=((1 - shift) ** 2, 1.0),
+            hflip=0.5 if augment and augment.flip else 0.0,
+            color_jitter=0.0,
+            interpolation="bilinear",
+            mean=request.mean,
+            std=request.std,
+            num_workers=self.workers,
+            crop_pct=1.0,
+            pin_memory=request.device.type == "cuda",
+            device=request.device,
+            persistent_workers=False,
+        )
+        yield from private_randomness(loader, request.seed)
+
+
+class Items(torch.utils.data.Dataset):
+    """Some images of a `Streamed` as timm's loader wants them; an unreadable one is replaced by the next that can be read."""
+
+    def __init__(self, source: Streamed, positions: torch.Tensor) -> None:
+        self.source, self.positions = source, positions
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        for step in range(100):
+            position = int(self.positions[(index + step) % len(self)])
+            try:
+                image = self.source.open(position)
+            except Exception:  # the check before training bounds how many there are
+                continue
+            return self.transform(image), int(self.source.labels[position])
+        raise DataError("100 images in a row cannot be read; check the files.")
+
+
+def as_pil(array: Any) -> Image.Image:
+    """An item that is an array of bytes as a PIL image; DataError for floats that bytes cannot hold."""
+    from capnas.images import as_images
+
+    x = as_images(array[None], "image")[0]
+    if x.is_floating_point() or len(x) not in (1, 3):
+        raise DataError(
+            "images larger than memory_limit must be bytes of 1 or 3 channels; raise memory_limit, or let the Dataset give PIL images."
+        )
+    return Image.fromarray(x[0].numpy() if len(x) == 1 else x.permute(1, 2, 0).contiguous().numpy())
+
+
+def private_randomness(batches: Any, seed: int) -> Batches:
+    """The batches of a loader that draws from the global generators (torch, random, numpy): seeded for it, given back in between."""
+    inner = _states(seed)
+    with _swapped(inner):
+        iterator = iter(batches)
+    while True:
+        with _swapped(inner):
+            item = next(iterator, None)
+        if item is None:
+            return
+        yield item
+
+
+def _states(seed: int) -> list[Any]:
+    return [
+        torch.Generator().manual_seed(seed).get_state(),
+        random.Random(seed).getstate(),
+        np.random.RandomState(seed % (1 << 32)).get_state(),
+    ]
+
+
+@contextlib.contextmanager
+def _swapped(inner: list[Any]) -> Iterator[None]:
+    outer = _read()
+    _write(inner)
+    try:
+        yield
+    finally:
+        inner[:] = _read()
+        _write(outer)
+
+
+def _read() -> list[Any]:
+    return [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+
+
+def _write(states: list[Any]) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])

@@ -1,0 +1,83 @@
+"""Folders of images: which layouts are read, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from capnas.errors import DataError
+from capnas.sources import SPLIT_NAMES, FileReader, Found, Pair, Reader, some
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", name.lower())]
+
+
+def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
+    entries = sorted((p for p in folder.iterdir() if not p.name.startswith((".", "__"))), key=lambda p: _natural(p.name))
+    return [p for p in entries if p.is_dir()], [p for p in entries if p.is_file() and p.suffix.lower() in EXTENSIONS]
+
+
+def read_folder(path: Path) -> Found:
+    """A folder of class folders, or of ``train/`` with ``val/`` and/or ``test/`` that hold class folders.
+
+    Other names of splits: training, valid, validation, eval, testing. Classes are the names of their folders, in natural order; images may
+    lie deeper inside. Hidden files and other files than images are ignored.
+
+    Raises:
+        DataError: loose images, no or one class, an empty class, a split without train, a class that train does not have.
+    """
+    folders, loose = _visible(path)
+    splits: dict[str, Path] = {}
+    for folder in folders:
+        split = SPLIT_NAMES.get(folder.name.lower())
+        if split in splits:
+            raise DataError(f"{path}: expected one folder per split, found both {splits[split].name}/ and {folder.name}/.")
+        if split:
+            splits[split] = folder
+    if splits and "train" not in splits:
+        raise DataError(f"{path}: expected train/ beside {', '.join(f.name + '/' for f in splits.values())}, found none.")
+    if not splits:
+        splits = {"train": path}
+    elif loose or len(splits) < len(folders):
+        extra = [f.name + "/" for f in folders if f not in splits.values()] + [p.name for p in loose]
+        raise DataError(f"{path}: expected only train/, val/ and test/, found also {some(extra)}; move them away.")
+    class_names: tuple[str, ...] = ()
+    parts: dict[str, Pair | Reader] = {}
+    for split in sorted(splits, key=("train", "validation", "test").index):
+        parts[split], class_names = _class_folders(splits[split], class_names, path)
+    if "validation" in parts and "test" not in parts:
+        parts["test"] = parts.pop("validation")  # the only held-out images: kept for the end
+    return Found(name=path.resolve().name, parts=parts, class_names=class_names)
+
+
+def _class_folders(folder: Path, known: tuple[str, ...], root: Path) -> tuple[FileReader, tuple[str, ...]]:
+    folders, loose = _visible(folder)
+    if loose:
+        beside = f"beside {len(folders)} class folders" if folders else "and no folders"
+        raise DataError(
+            f"{folder}: expected one folder per class, found {len(loose)} image files {beside} ({some([p.name for p in loose])})."
+        )
+    names = tuple(f.name for f in folders)
+    if len(names) < 2 and not known:
+        raise DataError(f"{folder}: expected at least two class folders, found {some(names) or 'none'}.")
+    if known and set(names) - set(known):
+        raise DataError(f"{folder}: expected the classes of train ({some(known)}), found also {some(sorted(set(names) - set(known)))}.")
+    paths: list[Path] = []
+    classes: list[int] = []
+    for class_folder in folders:
+        files = sorted(
+            (Path(base) / f for base, _, names_ in os.walk(class_folder, followlinks=True) for f in names_
+             if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")),
+            key=lambda p: _natural(str(p)),
+        )  # fmt: skip
+        if not files:
+            raise DataError(f"{class_folder}: expected images ({', '.join(EXTENSIONS)}), found none; add some or remove the empty class.")
+        paths += files
+        classes += [(known or names).index(class_folder.name)] * len(files)
+    if not paths:
+        raise DataError(f"{folder}: expected class folders with images, found none.")
+    return FileReader(paths, classes, root), known or names

@@ -1,0 +1,133 @@
+"""From a source to images that can be batched: found, decoded into memory where they fit, checked and left in place where they do not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capnas import folders, named
+from capnas.batching import InMemory, Streamed
+from capnas.decoding import cores, decode, join, judge_unreadable, survey
+from capnas.errors import DataError, UsageError, one_of
+from capnas.sources import Found, Pair, Reader, StreamReader, from_python
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """Images ready to be batched, before splits are carved.
+
+    Attributes:
+        pool: all images, numbered part after part.
+        own: numbers of each part of the source.
+        unreadable: "name (reason)" of what was skipped.
+        sample: numbers of the images whose pixels are in ``images``.
+        images: pixels for statistics: all of them in memory, a sample otherwise.
+    """
+
+    pool: InMemory | Streamed
+    own: Mapping[str, torch.Tensor]
+    unreadable: tuple[str, ...]
+    sample: torch.Tensor
+    images: torch.Tensor
+
+
+def find(source: Any, *, root: str | None = None, download: bool = False) -> Found:
+    """The parts of any source that `capnas.data.load_data` takes.
+
+    Raises:
+        DataError: missing, wrongly laid out or unusable data.
+        UsageError: a name that is neither known nor a folder.
+
+    Example:
+        >>> sorted(find("fashion-mnist-12k").parts)
+        ['test', 'train']
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return from_python(source)
+    name = str(source)
+    if name == named.EMBEDDED:
+        return named.embedded()
+    if name == "fashion-mnist":
+        return named.fashion_mnist(root, download)
+    if name in ("", "folder", "image_folder", "torch/folder", "torch/image_folder"):
+        if root is None:
+            raise UsageError(f"data {name!r} needs root, the folder of images.")
+        name = root
+    elif isinstance(source, str) and name.partition("/")[0].lower() in named.TIMM_PREFIXES and "/" in name:
+        return named.timm_named(name, root, download)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return folders.read_folder(path)
+    if path.is_file() and path.suffix == ".tar":
+        return named.tar_file(path)
+    if path.is_file():
+        raise DataError(f"{path}: expected a folder of images or a .tar of class folders, found another file; unpack it.")
+    known = (named.EMBEDDED, "fashion-mnist", *(f"{prefix}/NAME" for prefix in named.TIMM_PREFIXES))
+    raise UsageError(f"{one_of('data', name, known)} A folder of images can be given too, this one does not exist.")
+
+
+def load_pool(
+    found: Found, size: int, in_chans: int, *, memory_limit: int, max_unreadable: float, workers: int | None, seed: int
+) -> Loaded:
+    """Decode everything into memory if its bytes fit in ``memory_limit`` (arrays always do), survey it otherwise.
+
+    Raises:
+        DataError: too many unreadable images; images that neither fit nor can be read one by one.
+    """
+    parts = found.parts
+    arrays = all(isinstance(p, Pair) for p in parts.values())
+    needed = sum(len(p.labels) if isinstance(p, Pair) else len(p) for p in parts.values()) * in_chans * size * size
+    if arrays or needed <= memory_limit:
+        return _decoded(parts, size, in_chans, memory_limit, max_unreadable, workers)
+    readers = {s: p for s, p in parts.items() if not isinstance(p, (Pair, StreamReader))}
+    if len(readers) < len(parts) or in_chans not in (1, 3):
+        raise DataError(
+            f"memory_limit is {memory_limit:,} bytes and the images need {needed:,} at {size} pixels; arrays, streams and images of other "
+            "than 1 or 3 channels must fit: raise it, or lower image_size."
+        )
+    return _streamed(readers, size, in_chans, max_unreadable, workers, seed)
+
+
+def _decoded(
+    parts: Mapping[str, Pair | Reader], size: int, in_chans: int, memory_limit: int, max_unreadable: float, workers: int | None
+) -> Loaded:
+    blocks = {split: decode(part, size, in_chans, workers=workers) for split, part in parts.items()}
+    unreadable = tuple(name for block in blocks.values() for name in block.unreadable)
+    judge_unreadable(unreadable, sum(len(b.labels) for b in blocks.values()) + len(unreadable), max_unreadable)
+    images, labels = join([b.images for b in blocks.values()]), torch.cat([b.labels for b in blocks.values()])
+    own = _numbered({split: len(block.labels) for split, block in blocks.items()})
+    pool = InMemory(images=images, labels=labels, memory_limit=memory_limit)
+    return Loaded(pool=pool, own=own, unreadable=unreadable, sample=torch.arange(len(images)), images=images)
+
+
+def _streamed(readers: Mapping[str, Reader], size: int, in_chans: int, max_unreadable: float, workers: int | None, seed: int) -> Loaded:
+    own = _numbered({split: len(reader) for split, reader in readers.items()})
+    unreadable: list[str] = []
+    labels, surveys = [], []
+    expected = 0.0
+    for split, reader in readers.items():
+        found = survey(reader, size, in_chans, seed=seed, workers=workers)
+        known = reader.labels()
+        labels.append(torch.tensor([reader.read(i)[1] for i in range(len(reader))]) if known is None else known)
+        expected += len(found.unreadable) - found.damaged + len(reader) * found.damaged / (len(found.sample) + found.damaged)
+        start = int(own[split][0])
+        surveys.append((found.sample + start, found.images))
+        own[split] = torch.tensor([start + i for i in range(len(reader)) if i not in found.unreadable])
+        unreadable += found.unreadable.values()
+    total = sum(len(r) for r in readers.values())
+    judge_unreadable(unreadable, total, max_unreadable, share=expected / total)
+    pool = Streamed(
+        readers=tuple(readers.values()), labels=torch.cat(labels), in_chans=in_chans, workers=cores() if workers is None else workers
+    )
+    sample, images = (torch.cat(list(t)) for t in zip(*surveys))
+    return Loaded(pool=pool, own=own, unreadable=tuple(unreadable), sample=sample, images=images)
+
+
+def _numbered(counts: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    ends = torch.tensor(list(counts.values())).cumsum(0).tolist()
+    return {split: torch.arange(end - n, end) for (split, n), end in zip(counts.items(), ends)}
