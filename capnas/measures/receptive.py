@@ -1,0 +1,244 @@
+"""Receptive fields along one axis, and what they say of a layer at an input size.
+
+A field is followed as an interval over all paths from the input: ``low`` over the path that sees least (skips), ``high`` over the one that
+sees most (Richter et al., ICMLA 2021, arXiv 2106.12307, and rfa_toolbox). A layer of kernel k, stride s and dilation d does
+
+    r_out = r_in + (k - 1) d j_in,   j_out = j_in s,   r_0 = j_0 = 1.
+
+Norms, activations and 1x1 kernels leave r alone; an operation over the whole map makes it infinite. The rule on borders is soft: layers
+past the border still gain a little in the authors' own probes, so it is a cost and not a filter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from capnas.errors import UsageError, one_of
+
+BorderRule = Literal["strict", "longest", "shortest", "notebook", "toolbox"]
+_RULES = ("strict", "longest", "shortest", "notebook", "toolbox")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """Receptive field along one axis, in input pixels; the default is the input itself.
+
+    Attributes:
+        low: r_min, over the path that sees least.
+        high: r_max, over the path that sees most; ``low <= high``, both may be infinite.
+        jump: distance in the input between two neighbouring units.
+    """
+
+    low: float = 1.0
+    high: float = 1.0
+    jump: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerField:
+    """A layer and the fields at its input and output, one entry for each image axis.
+
+    Attributes:
+        name: the layer.
+        extent: span of the taps, ``(k - 1) d + 1``; infinite where the layer reads the whole axis.
+        before: fields of its input.
+        after: fields of its output.
+        learned: whether it has weights (pooling has none).
+    """
+
+    name: str
+    extent: tuple[float, ...]
+    before: tuple[Field, ...]
+    after: tuple[Field, ...]
+    learned: bool = True
+
+    @property
+    def expands(self) -> bool:
+        """Whether the layer reads more than one unit along some axis, but not all of one."""
+        return any(1 < e < math.inf for e in self.extent) and self.finite
+
+    @property
+    def finite(self) -> bool:
+        """Whether the output's largest field is finite on every axis."""
+        return all(math.isfinite(f.high) for f in self.after)
+
+
+def window(field: Field, kernel: int, stride: int = 1, dilation: int = 1) -> Field:
+    """Field after a convolution or a pooling window.
+
+    >>> window(window(Field(), 3, stride=2), 3, dilation=2)
+    Field(low=11.0, high=11.0, jump=2.0)
+    """
+    if min(kernel, stride, dilation) < 1:
+        raise UsageError(f"kernel, stride and dilation must be >= 1, got {kernel}, {stride} and {dilation}.")
+    grow = (kernel - 1) * dilation * field.jump
+    return Field(low=field.low + grow, high=field.high + grow, jump=field.jump * stride)
+
+
+def transposed_window(field: Field, kernel: int, stride: int = 1, dilation: int = 1) -> Field:
+    """Field after a transposed convolution, for the output phase that reads most input units.
+
+    Output phase p reads the taps t with ``t d = p (mod s)``; their span in input units is at most about ``(k - 1) d / s``.
+
+    >>> transposed_window(Field(jump=4.0), 4, stride=2)
+    Field(low=5.0, high=5.0, jump=2.0)
+    >>> transposed_window(Field(jump=4.0), 2, stride=2)
+    Field(low=1.0, high=1.0, jump=2.0)
+    """
+    if min(kernel, stride, dilation) < 1:
+        raise UsageError(f"kernel, stride and dilation must be >= 1, got {kernel}, {stride} and {dilation}.")
+    spans = [0]
+    for phase in range(stride):
+        taps = [t * dilation for t in range(kernel) if (t * dilation - phase) % stride == 0]
+        spans.append((taps[-1] - taps[0]) // stride if taps else 0)
+    grow = max(spans) * field.jump
+    return Field(low=field.low + grow, high=field.high + grow, jump=field.jump / stride)
+
+
+def resampled(field: Field, factor: float, taps: int = 1) -> Field:
+    """Field after interpolation to ``factor`` times the size from ``taps`` neighbours (nearest 1, linear 2, cubic 4).
+
+    >>> resampled(Field(jump=8.0), 2.0, taps=2)
+    Field(low=9.0, high=9.0, jump=4.0)
+    """
+    grow = (taps - 1) * field.jump
+    return Field(low=field.low + grow, high=field.high + grow, jump=field.jump / factor)
+
+
+def whole(field: Field) -> Field:
+    """Field after an operation over the whole axis: global pooling, attention over all tokens, a dense layer on the flattened map.
+
+    >>> whole(Field(jump=8.0)).low
+    inf
+    """
+    return replace(field, low=math.inf, high=math.inf)
+
+
+def merge(fields: Sequence[Field]) -> Field:
+    """Field of a sum or a concatenation: the least ``low``, the greatest ``high``, the greatest ``jump``.
+
+    >>> merge([Field(low=11.0, high=11.0), Field(low=27.0, high=27.0)])
+    Field(low=11.0, high=27.0, jump=1.0)
+    """
+    if not fields:
+        raise UsageError("merge needs one field at least, got none.")
+    return Field(low=min(f.low for f in fields), high=max(f.high for f in fields), jump=max(f.jump for f in fields))
+
+
+def critical_layers(
+    layers: Sequence[LayerField], image_size: int | tuple[int, ...], *, path: Literal["low", "high"] = "low"
+) -> tuple[str, ...]:
+    """Expanding layers whose own field exceeds the image on every axis (*critical*; some of them still see new context at their input).
+
+    Args:
+        layers: in the order of execution.
+        image_size: pixels, one number or one for each axis.
+        path: by r_min (as rfa_toolbox) or by r_max.
+
+    >>> fields = [Field(), window(Field(), 3), window(window(Field(), 3), 3)]
+    >>> chain = [LayerField(name=str(i), extent=(3,), before=(a,), after=(b,)) for i, (a, b) in enumerate(zip(fields, fields[1:]))]
+    >>> critical_layers(chain, 4)
+    ('1',)
+    """
+    if path not in ("low", "high"):
+        raise UsageError(one_of("path", path, ("low", "high")))
+    return tuple(x.name for x in layers if x.expands and _every(x.after, image_size, lambda f, i: getattr(f, path) > i))
+
+
+def border_layers(layers: Sequence[LayerField], image_size: int | tuple[int, ...], rule: BorderRule = "strict") -> tuple[str, ...]:
+    """Expanding layers predicted to be unproductive at ``image_size``: they can add no context of the image that their input lacks.
+
+    Layers with an infinite field and 1x1 layers are never named; a condition must hold on every axis.
+
+    Args:
+        layers: in the order of execution; pooling layers may be among them.
+        image_size: pixels, one number or one for each axis.
+        rule: one of
+
+            * ``"longest"``: from the first layer whose **input** has r_max > image (the papers' rule for sequential networks);
+            * ``"shortest"``: from the first layer on which **every** layer's own r_min > image (the papers' rule with skips);
+            * ``"strict"``: the papers' rule, that is ``"longest"`` where r_min = r_max everywhere, otherwise ``"shortest"``;
+            * ``"notebook"``: from the layer after the first with r_max > image, else the last (the authors' plotting code);
+            * ``"toolbox"``: rfa_toolbox 1.7.0, layer by layer and **not strict**: image <= r_min of the input and image < own r_min, or an
+              input map no larger than the kernel (our map size: image / jump, rounded up).
+
+    Raises:
+        UsageError: for an unknown rule.
+
+    >>> fields = [Field(), window(Field(), 3), window(window(Field(), 3), 3)]
+    >>> chain = [LayerField(name=str(i), extent=(3,), before=(a,), after=(b,)) for i, (a, b) in enumerate(zip(fields, fields[1:]))]
+    >>> border_layers(chain, 2), border_layers(chain, 3), border_layers(chain, 3, rule="toolbox")
+    (('1',), (), ('0', '1'))
+    """
+    if rule not in _RULES:
+        raise UsageError(one_of("rule", rule, _RULES))
+    convs = [x for x in layers if x.expands and x.learned]
+    if rule == "toolbox":
+        return tuple(x.name for x in convs if _toolbox(x, image_size))
+    if rule == "strict":
+        rule = "longest" if all(f.low == f.high for x in convs for f in (*x.before, *x.after)) else "shortest"
+    start: int | None
+    if rule == "longest":
+        start = next((i for i, x in enumerate(convs) if _every(x.before, image_size, lambda f, i: f.high > i)), None)
+    elif rule == "shortest":
+        inside = [i for i, x in enumerate(convs) if not _every(x.after, image_size, lambda f, i: f.low > i)]
+        start = inside[-1] + 1 if inside else 0
+    else:
+        past = [i for i, x in enumerate(convs) if _every(x.after, image_size, lambda f, i: f.high > i)]
+        start = min(past[0] + 1 if past else len(convs), len(convs) - 1)
+    return tuple(x.name for x in convs[start:]) if start is not None and convs else ()
+
+
+def feasible_range(
+    layers: Sequence[LayerField], *, lower: Literal["largest", "functional"] = "largest"
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Smallest and largest feasible image size along each axis (rfa_toolbox); infinite fields are ignored.
+
+    Below the smallest some layer is unproductive; above the largest no unit sees the whole image.
+
+    Args:
+        layers: all layers with a window, pooling included.
+        lower: ``"largest"``: the largest r_min that a later layer can read. ``"functional"``: the largest r_min at the **input** of an
+            expanding layer, or its kernel times its jump if that is more: the toolbox's ``lower_bound``.
+
+    Returns:
+        ``((low_h, low_w), (high_h, high_w))``, or None where no layer has a finite field.
+
+    >>> conv = LayerField(name="conv", extent=(3,), before=(Field(),), after=(window(Field(), 3),))
+    >>> feasible_range([conv])
+    ((3.0,), (3.0,))
+    """
+    if lower not in ("largest", "functional"):
+        raise UsageError(one_of("lower", lower, ("largest", "functional")))
+    finite = [x for x in layers if x.finite]
+    if not finite:
+        return None
+    axes = range(len(finite[0].after))
+    lows = []
+    for a in axes:
+        if lower == "largest":
+            reads = [(x.after if x.learned else x.before)[a].low for x in finite]
+        else:
+            reads = [max(x.before[a].low, x.extent[a] * x.before[a].jump) for x in finite if x.expands]
+        lows.append(max(reads, default=1.0))
+    return tuple(lows), tuple(max(x.after[a].high for x in finite) for a in axes)
+
+
+def _toolbox(layer: LayerField, image_size: int | tuple[int, ...]) -> bool:
+    small = all(math.ceil(i / f.jump) <= e for f, e, i in zip(layer.before, layer.extent, _sizes(image_size, len(layer.before))))
+    seen = _every(layer.before, image_size, lambda f, i: i <= f.low) and _every(layer.after, image_size, lambda f, i: i < f.low)
+    return small or seen
+
+
+def _sizes(image_size: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
+    sizes = (image_size,) * axes if isinstance(image_size, int) else tuple(image_size)
+    if len(sizes) != axes or min(sizes) < 1:
+        raise UsageError(f"image_size must be one positive number or {axes} of them, got {image_size}.")
+    return sizes
+
+
+def _every(fields: Sequence[Field], image_size: int | tuple[int, ...], holds: Callable[[Field, int], bool]) -> bool:
+    return all(holds(f, i) for f, i in zip(fields, _sizes(image_size, len(fields))))
