@@ -76,13 +76,14 @@ class InPlace(nn.Module):
 class Attention(nn.Module):
     """Self-attention by the fused function."""
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int = 8, drop: float = 0.0) -> None:
         super().__init__()
+        self.drop = drop
         self.qkv = nn.Linear(width, 3 * width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop if self.training else 0.0)
 
 
 class Raises(nn.Module):

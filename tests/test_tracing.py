@@ -183,6 +183,17 @@ def test_constant_attributes_beside_a_meta_model() -> None:
     assert graph.nodes[-1].input_params == (None, None)
 
 
+def test_dropout_leaves_a_node_or_a_note() -> None:
+    graph = trace(small_cnn(drop=0.25), (1, 3, 8, 8))
+    (mark,) = [n for n in graph.nodes if "training_only" in n.attrs]
+    assert (mark.op, mark.module, mark.attrs["training_only"]) == ("aten.alias.default", "4", "Dropout(p=0.25)")
+    assert mark.shape_only
+    assert graph.source(mark.index) == graph.source(mark.inputs[0]), "readers that skip shape-only nodes do not see it"
+    assert graph.training_only == {}
+    assert not [n for n in trace(small_cnn(drop=0.0), (1, 3, 8, 8)).nodes if n.op == "aten.alias.default"]
+    assert trace(Attention(drop=0.1), (1, 5, 8)).training_only == {"": "drop=0.1"}
+
+
 def test_output_may_be_the_input() -> None:
     graph = trace(nn.Identity(), (1, 2))
     assert (graph.nodes, graph.output, graph.modules) == ((), (INPUT,), ("",))

@@ -1,0 +1,130 @@
+"""The dataflow graph as data: nodes, the graph, and the questions that its readers ask; no torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+INPUT = -1  # the producer index that stands for the model input
+
+_SHAPE_ONLY = frozenset(
+    """
+    view _unsafe_view reshape _reshape_alias flatten unflatten permute transpose transpose_ t t_ expand squeeze squeeze_
+    unsqueeze unsqueeze_ clone contiguous detach detach_ alias lift_fresh lift_fresh_copy _to_copy to select slice narrow unbind
+    split split_with_sizes unsafe_split unsafe_split_with_sizes chunk as_strided as_strided_ roll flip repeat movedim swapaxes
+    view_as resolve_conj resolve_neg
+    """.split()  # noqa: SIM905 (one word a name reads better than 46 quoted strings)
+)
+
+
+def is_shape_only(op: str) -> bool:
+    """Whether an operation only rearranges, repeats, cuts or copies the values of one tensor, without arithmetic.
+
+    >>> is_shape_only("aten.permute.default"), is_shape_only("aten.cat.default")
+    (True, False)
+    """
+    parts = op.split(".")
+    return len(parts) > 1 and parts[0] == "aten" and parts[1] in _SHAPE_ONLY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One executed operation.
+
+    The tuples ``inputs``, ``input_ports``, ``input_params``, ``input_names`` and ``input_shapes`` are aligned: one entry for each tensor
+    argument, in the order of the operation's schema, lists of tensors flattened, absent optional tensors left out.
+
+    Attributes:
+        index: position in ``Trace.nodes``, which is the order of execution.
+        op: overload name, e.g. ``"aten.convolution.default"``.
+        inputs: index of the node that produced the argument; -1 is the model input; None is a parameter, a buffer or a tensor from outside.
+        input_ports: which output of that node (0 unless it has several, as ``split`` has).
+        input_params: name of the parameter or buffer that the argument is, or is a rearranged view of (``weight.t()``); None otherwise.
+        input_names: the argument's name in the schema, e.g. ``("input", "weight", "bias")``.
+        input_shapes: shapes of the arguments.
+        params: the distinct names in ``input_params``; a shared parameter has one name, the first that ``named_parameters`` gives.
+        module: qualified name of the innermost module running, ``""`` is the model itself; a shared module has one name.
+        call: how many times that module had been called before (0 in its first call).
+        shape: shape of the first output; ``()`` where there is none.
+        shapes: shapes of all outputs.
+        dtype: of the first output, e.g. ``"float32"``.
+        attrs: the non-tensor arguments by schema name, defaults included (stride, padding, dilation, groups, dim, eps, ...), a number in
+            the place of a tensor too (``other`` in ``x * 0.5``); devices and memory layouts are left out.
+        flops: of torch's flop registry (two for a multiply-accumulate), 0 for operations that it does not count.
+    """
+
+    index: int
+    op: str
+    inputs: tuple[int | None, ...]
+    input_ports: tuple[int, ...]
+    input_params: tuple[str | None, ...]
+    input_names: tuple[str, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
+    params: tuple[str, ...]
+    module: str
+    call: int
+    shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    attrs: dict[str, Any] = field(default_factory=dict)
+    flops: int = 0
+
+    @property
+    def shape_only(self) -> bool:
+        """See `is_shape_only`."""
+        return is_shape_only(self.op)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The dataflow graph of one forward pass in eval mode.
+
+    Attributes:
+        nodes: operations in the order of execution.
+        output: producing node of each output tensor (-1: the input is returned as it is); ``output_ports`` says which output of it.
+        input_shape: as given, batch axis first.
+        modules: names of the modules in the order of their first call; what is missing was never called.
+        training_only: module name -> rates that act in training alone and left no node, e.g. ``"dropout=0.1"`` of a fused attention.
+            A called dropout or drop-path module does leave one: an alias with the attribute ``training_only``.
+    """
+
+    nodes: tuple[Node, ...]
+    output: tuple[int, ...]
+    output_ports: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    modules: tuple[str, ...]
+    training_only: dict[str, str] = field(default_factory=dict)
+
+    def live(self) -> frozenset[int]:
+        """Indexes of the nodes that the output depends on; the others are dead code."""
+        seen: set[int] = set()
+        stack = [i for i in self.output if i >= 0]
+        while stack:
+            i = stack.pop()
+            if i not in seen:
+                seen.add(i)
+                stack.extend(j for j in self.nodes[i].inputs if j is not None and j >= 0)
+        return frozenset(seen)
+
+    def fed(self) -> frozenset[int]:
+        """Indexes of the nodes that depend on the model input; the others work on constants and parameters alone."""
+        seen = {INPUT}
+        for node in self.nodes:
+            if any(i in seen for i in node.inputs):
+                seen.add(node.index)
+        return frozenset(seen - {INPUT})
+
+    def consumers(self) -> dict[int, tuple[int, ...]]:
+        """For each producer (-1 included) the nodes that read it, in the order of execution."""
+        readers: dict[int, list[int]] = {i: [] for i in range(INPUT, len(self.nodes))}
+        for node in self.nodes:
+            for i in dict.fromkeys(node.inputs):
+                if i is not None:
+                    readers[i].append(node.index)
+        return {i: tuple(r) for i, r in readers.items()}
+
+    def source(self, index: int | None) -> int | None:
+        """Follow shape-only nodes back to the operation that computed the values (-1: the input; None: no such node)."""
+        while index is not None and index >= 0 and self.nodes[index].shape_only:
+            index = self.nodes[index].inputs[0] if self.nodes[index].inputs else None
+        return index
