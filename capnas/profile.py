@@ -137,7 +137,7 @@ def profile_model(
     reading: Reading = "both",
     blocks: str | None = None,
     mode: Literal["train", "eval"] | None = None,
-    rows_per_call: int | None = None,
+    values_per_call: int | None = None,
     seed: int = 0,
 ) -> Profile:
     """Profile a model on a batch of inputs, leaving the model untouched.
@@ -151,7 +151,7 @@ def profile_model(
         reading: "modules", "blocks" or "both".
         blocks: regular expression naming the units to read as blocks.
         mode: "train" (batch statistics, the reading for networks at initialization) or "eval"; the model's own mode when absent.
-        rows_per_call: bound on rows per layer and batch, see `Recorder`; every row when absent.
+        values_per_call: bound on what is read per layer and batch, see `Recorder`; every row when absent.
         seed: of position sampling and of anything random in the forward pass.
 
     Raises:
@@ -168,7 +168,7 @@ def profile_model(
     batches = [inputs] if isinstance(inputs, Tensor) else inputs
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
     with untouched(model, training=chosen == "train", seed=seed), torch.no_grad():
-        with Recorder(model, reading=reading, blocks=blocks, rows_per_call=rows_per_call, seed=seed) as recorder:
+        with Recorder(model, reading=reading, blocks=blocks, values_per_call=values_per_call, seed=seed) as recorder:
             for batch in batches:
                 model(batch)
         records = recorder.pop(chosen)

@@ -28,6 +28,7 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d
 MEASURED = (*CONVS, nn.Linear)
 _LISTS = (nn.Sequential, nn.ModuleList)
 _STAGE_CHILDREN = ("blocks", "layers", "cells", "stages", "units")
+_LEAST_SAMPLES = 16  # samples of a batch that are kept when positions are sampled
 _FLOAT32_NOISE = 1e-13  # variance over squared mean below which float32 outputs are constant up to rounding
 
 
@@ -88,7 +89,8 @@ class Recorder:
         model: any module; it is not changed, and its hooks are removed on exit, also after an error.
         reading: "modules" (conv and linear outputs, the papers' convention), "blocks" (the repeated units of the network) or "both".
         blocks: a regular expression that full-matches the names of the units to read as blocks; found by `find_blocks` when absent.
-        rows_per_call: most rows used of one forward call is `max(rows_per_call, 8 * width)`; None uses every row.
+        values_per_call: bound on the numbers copied from one layer in one forward call: `max(values_per_call, 3 * width**2)`, that is
+            rows in inverse proportion to the width, and no fewer than 3 per feature; None uses every row.
         seed: of the lattice offsets.
 
     Raises:
@@ -102,12 +104,12 @@ class Recorder:
     """
 
     def __init__(
-        self, model: nn.Module, *, reading: Reading = "both", blocks: str | None = None, rows_per_call: int | None = 2048, seed: int = 0
+        self, model: nn.Module, *, reading: Reading = "both", blocks: str | None = None, values_per_call: int | None = 2**17, seed: int = 0
     ) -> None:
         if reading not in ("modules", "blocks", "both"):
             raise UsageError(one_of("reading", reading, ("modules", "blocks", "both")))
         self.model = model
-        self.rows_per_call = rows_per_call
+        self.values_per_call = values_per_call
         self._random = random.Random(seed)
         self._handles: list[Any] = []
         self._sums: dict[tuple[str, str, str], _Sums] = {}
@@ -175,7 +177,7 @@ class Recorder:
                 sums = self._sums.get(key)
                 if sums is None or sums.width != width:
                     sums = self._sums[key] = _Sums(width)
-                budget = None if self.rows_per_call is None else max(self.rows_per_call, 8 * width)
+                budget = None if self.values_per_call is None else max(self.values_per_call // width, 3 * width)
                 sums.add(_rows(tensor, axis, budget, self._random), tensor.numel() // width)
 
         return hook
@@ -190,12 +192,13 @@ def _rows(tensor: Tensor, axis: int, budget: int | None, chance: random.Random) 
     else:
         flat = tensor.reshape(-1, width, math.prod(tensor.shape[axis + 1 :]))  # (B, D, positions)
     samples, _, positions = flat.shape
-    step = 1 if budget is None else max(1, min(samples * positions // budget, positions))
-    if step > 1:
-        line = tensor.shape[-1] if axis != tensor.dim() - 1 else 1
-        while step > 1 and math.gcd(step, line) > 1:  # a step that divides the map's width would read fixed columns only
-            step -= 1
-        flat = flat[:, :, chance.randrange(step) :: step]
+    step = 1 if budget is None else max(1, round(samples * positions / budget))
+    skip = max(1, min(step, samples // _LEAST_SAMPLES))  # fewer samples, denser positions: strided reads cost whole cache lines
+    flat, step = flat[chance.randrange(skip) :: skip], min(step // skip, positions)
+    line = tensor.shape[-1] if axis != tensor.dim() - 1 else 1
+    while step > 1 and math.gcd(step, line) > 1:  # a step that divides the map's width would read fixed columns only
+        step -= 1
+    flat = flat[:, :, chance.randrange(step) :: step]
     rows = flat.transpose(0, 1).reshape(width, -1)
     if rows.dtype not in (torch.float32, torch.float64):
         return rows.float()

@@ -55,8 +55,8 @@ def _rank_share(row: LayerProfile) -> float | None:
 
 
 _PER_LAYER: tuple[tuple[str, Direction, float, Callable[[LayerProfile], float | None], Statistic, str], ...] = (
-    ("saturation_mean", "maximize", 1, _saturation, evenness.mean, "mean saturation over {}: how much of the width is used; cannot rank alone"),
-    ("saturation_evenness", "maximize", 1, _saturation, evenness.evenness, "1 - Gini of saturation over {}: 1 when all share the work alike"),
+    ("saturation_mean", "maximize", 1, _saturation, evenness.mean, "mean saturation over {}: use of the width; cannot rank alone"),
+    ("saturation_evenness", "maximize", 1, _saturation, evenness.evenness, "1 - Gini of saturation over {}: 1 when all work alike"),
     ("saturation_variation", "minimize", math.inf, _saturation, evenness.coefficient_of_variation,
      "coefficient of variation of saturation over {}: 0 when even"),
     ("tail_fraction", "minimize", 1, _saturation, evenness.tail_fraction,

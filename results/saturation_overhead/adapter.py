@@ -8,10 +8,10 @@ from capnas.recording import Recorder
 class Capnas:
     """Recording as a search uses it: module outputs, sampled positions."""
 
-    rows_per_call = 2048
+    values_per_call = 2**17
 
-    def __init__(self, model):
-        self.recorder = Recorder(model, reading="modules", rows_per_call=self.rows_per_call)
+    def __init__(self, model, seed=0):
+        self.recorder = Recorder(model, reading="modules", values_per_call=self.values_per_call, seed=seed)
         self.recorder.__enter__()
 
     def epoch_end(self):
@@ -24,4 +24,4 @@ class Capnas:
 class CapnasEveryRow(Capnas):
     """The same without sampling: every position of every batch."""
 
-    rows_per_call = None
+    values_per_call = None

@@ -1,0 +1,91 @@
+"""What recording costs a training step, and what sampling changes, with delve beside it in the same run.
+
+    python results/saturation_overhead/run.py --tool ../shared/tools/bench_saturation_overhead.py [--reps 9]
+
+Needs delve (`pip install delve`). Each case times the bare step, delve and capnas interleaved on one thread (process CPU time and
+wall time) and writes the raw output of the tool to raw/<case>.json; `difference.json` holds, per layer, saturation from sampled
+positions beside that from every row of the same training run. `table.md` is derived from both.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+CASES = {"vgg w32 b64": ("vgg", 64, 32), "resnet18 w16 b64": ("resnet18", 64, 16),
+         "resnet18 w64 b32": ("resnet18", 32, 64), "mobile w16 b32": ("mobile", 32, 16)}  # fmt: skip
+TARGETS = {"vgg": 1.05, "resnet18": 1.05, "mobile": 1.10}
+
+
+def load(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def differences(tool, adapter, seeds=(0, 1, 2)):
+    """Per case and layer: saturation from every row and its largest difference to the sampled value over lattice seeds."""
+    rows = {}
+    for case, (name, batch, width) in CASES.items():
+        model = tool.build(name, width)
+        data = tool.data(batch, 32)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        tool.steps(model, optimizer, data, 2)
+        exact, sampled = adapter.CapnasEveryRow(model), [adapter.Capnas(model, seed) for seed in seeds]
+        tool.steps(model, optimizer, data, 4)
+        full, parts = exact.epoch_end(), [s.epoch_end() for s in sampled]
+        for tracker in (exact, *sampled):
+            tracker.detach()
+        rows[case] = {layer: {"every_row": value, "sampled": [p[layer] for p in parts]} for layer, value in full.items()}
+    return rows
+
+
+def measure(tool_path, reps):
+    adapter_path = HERE / "adapter.py"
+    (HERE / "raw").mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    rows = differences(load(tool_path, "tool"), load(adapter_path, "adapter"))
+    (HERE / "raw" / "difference.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for case, (name, batch, width) in CASES.items():
+        out = HERE / "raw" / (case.replace(" ", "_") + ".json")
+        command = [sys.executable, str(tool_path), "--impl", f"delve,{adapter_path}:Capnas", "--model", name, "--batch", str(batch),
+                   "--width", str(width), "--threads", "1", "--reps", str(reps), "--json", str(out)]  # fmt: skip
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        result = json.loads(out.read_text())
+        result["impl"] = {key.split(":")[-1].lower(): value for key, value in result["impl"].items()}
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    environment = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
+    (HERE / "raw" / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+
+
+def table():
+    difference = json.loads((HERE / "raw" / "difference.json").read_text())
+    lines = ["| model | capnas, CPU time | delve, CPU time | target | capnas [quartiles] | epoch end in steps, capnas / delve | layers | largest "
+             "difference by sampling |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for case, (name, _, _) in CASES.items():
+        impl = json.loads((HERE / "raw" / (case.replace(" ", "_") + ".json")).read_text())["impl"]
+        own, peer = impl["capnas"]["cpu"], impl["delve"]["cpu"]
+        worst = max(abs(s - v["every_row"]) for v in difference[case].values() for s in v["sampled"])
+        lines.append(f"| {case} | {own['ratio_median']:.3f} | {peer['ratio_median']:.3f} | {TARGETS[name]:.2f} | {own['ratio_q1']:.3f} to "
+                     f"{own['ratio_q3']:.3f} | {own['epoch_end_in_bare_steps']:.2f} / {peer['epoch_end_in_bare_steps']:.2f} | "
+                     f"{impl['capnas']['layers']} | {worst:.4f} |")  # fmt: skip
+    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tool", type=Path, help="the side-by-side benchmark script")
+    parser.add_argument("--reps", type=int, default=9)
+    parser.add_argument("--table-only", action="store_true", help="derive table.md from raw/ again")
+    arguments = parser.parse_args()
+    if not arguments.table_only:
+        measure(arguments.tool.resolve(), arguments.reps)
+    table()
