@@ -1,0 +1,59 @@
+"""Where to compute and how: the device, the precision and the memory format behind "auto", and what lack of memory looks like."""
+
+from __future__ import annotations
+
+import torch
+
+from capnas.errors import UsageError
+
+SWITCHES = ("auto", "on", "off")
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device behind "auto" or a name of torch.
+
+    Raises:
+        UsageError: A device that torch does not know or that this machine lacks.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}.') from None
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f'device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; use "auto" or "cpu".')
+    return found
+
+
+def use_amp(switch: str, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: on CUDA devices that support it, on CPUs only with bfloat16 arithmetic (else it is slower)."""
+    if switch != "auto":
+        return switch == "on"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return device.type == "cpu" and any(probe() for probe in probes if probe)
+
+
+def use_channels_last(switch: str, device: torch.device) -> bool:
+    """Whether to store images channels last: on CUDA."""
+    return device.type == "cuda" if switch == "auto" else switch == "on"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in the allocator of the CPU.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    True
+    >>> is_out_of_memory(RuntimeError("shapes do not match"))
+    False
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text or "out of memory" in text)

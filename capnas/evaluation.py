@@ -1,0 +1,106 @@
+"""Everything that a trial found out, in the one JSON attribute that is stored with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from capnas.errors import StudyError
+from capnas.profile import Profile
+
+ATTRIBUTE = "capnas"  # key of the trial's user attribute
+VERSION = 1
+STATUSES = (
+    "complete", "duplicate", "stopped", "over_budget", "infeasible", "gated", "diverged", "out_of_memory", "failed", "interrupted",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one trial is and what came of it.
+
+    Attributes:
+        status: How it ended. "complete": trained and scored. "duplicate": the result of `duplicate_of`, not trained again.
+            "stopped": ended early by the pruner or the median rule. "over_budget", "infeasible", "gated": ended before training.
+            "diverged", "out_of_memory": training could not go on. "failed": an error. "interrupted": by a signal.
+        reason: Why it is not complete, in words; else "".
+        params: The trial's parameters: the whole genotype.
+        values: The objective values by name, as given to Optuna; empty where the trial gave none.
+        metrics: All numbers by name: accuracy, val_loss, params, macs, each score, and with prefix ``init_`` each score of the
+            structure before training.
+        curve: One dict per trained epoch (see `capnas.training.TrainingResult`).
+        profile: Layer profile after training, or before it where the trial got no further.
+        seconds: Wall-clock seconds by stage: cost, structure, training.
+        hash: Canonical hash of the architecture.
+        settings: Fingerprint of data and training settings; equal hash, image_size and settings make a duplicate.
+        n_params, macs: Parameters and multiply-accumulates of one image.
+        image_size: Resolution in pixels.
+        seed: Of weights, shuffling and augmentation.
+        duplicate_of: Number of the trial whose result this is.
+        version: Of this format.
+
+    Example:
+        >>> found = Evaluation(status="over_budget", reason="too many MACs", params={"depth": 9}, macs=10**9)
+        >>> Evaluation.from_dict(found.to_dict()) == found
+        True
+    """
+
+    status: str
+    reason: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    curve: tuple[Mapping[str, Any], ...] = ()
+    profile: Profile | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    hash: str | None = None
+    settings: str | None = None
+    n_params: int | None = None
+    macs: int | None = None
+    image_size: int | None = None
+    seed: int | None = None
+    duplicate_of: int | None = None
+    version: int = VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types only; a number that is not finite becomes None."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        given["profile"] = None if self.profile is None else self.profile.to_dict()
+        return _plain(given)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Evaluation:
+        """Read back what `to_dict` gave.
+
+        Raises:
+            StudyError: Another version, an unknown status, or not an evaluation at all.
+        """
+        version = stored.get("version") if isinstance(stored, Mapping) else None
+        if version is None:
+            raise StudyError("this is not a stored evaluation: it has no version.")
+        if version != VERSION:
+            raise StudyError(f"the evaluation has format version {version}, expected {VERSION}; read it with the release of capnas that wrote it.")
+        given = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
+        if given.get("status") not in STATUSES:
+            raise StudyError(f"the evaluation has the unknown status {given.get('status')!r}; known: {', '.join(STATUSES)}.")
+        profile = given.get("profile")
+        return cls(**given | {"curve": tuple(given.get("curve", ())), "profile": None if profile is None else Profile.from_dict(profile)})
+
+    @classmethod
+    def of(cls, trial: Any) -> Evaluation | None:
+        """The evaluation stored with a trial of a study, or None where there is none."""
+        stored = trial.user_attrs.get(ATTRIBUTE)
+        return None if stored is None else cls.from_dict(stored)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None

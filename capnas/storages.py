@@ -1,0 +1,70 @@
+"""Open the storage of a study: a journal file that survives kills, or any storage of Optuna."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage, journal
+
+from capnas.errors import CapnasError, MissingDependencyError, StudyError
+
+HIDDEN = "***"
+
+
+def open_storage(url: str | None, folder: Path) -> Any:
+    """The storage behind `StudyConfig.storage`.
+
+    Raises:
+        StudyError: It does not answer.
+        MissingDependencyError: Its driver is not installed.
+    """
+    try:
+        if url is None or url.endswith(".log"):
+            return JournalStorage(_journal(folder / "journal.log" if url is None else Path(url)))
+        if match := re.fullmatch(r"grpc://([^:/]+):(\d+)", url):
+            return optuna.storages.GrpcStorageProxy(host=match[1], port=int(match[2]))
+        return optuna.storages.get_storage(url)
+    except ImportError as error:
+        advice = "pip install capnas[distributed]"
+        raise MissingDependencyError(f"the storage {hide_password(url)} needs a driver: {advice} ({error}).") from error
+    except CapnasError:
+        raise
+    except Exception as error:
+        raise StudyError(f"the storage {hide_password(url) or folder} cannot be opened: {' '.join(str(error).split())[:300]}") from error
+
+
+def _journal(path: Path) -> journal.JournalFileBackend:
+    """Optuna's journal, first cut back to its last whole line: a process killed while writing leaves half of one, which nobody can read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = journal.JournalFileOpenLock(str(path)) if os.name == "nt" else journal.JournalFileSymlinkLock(str(path), grace_period=10)
+    if path.is_file() and not _whole(path):
+        lock.acquire()
+        try:
+            text = path.read_bytes()
+            if not text.endswith(b"\n"):
+                with path.open("r+b") as file:
+                    file.truncate(text.rfind(b"\n") + 1)
+        finally:
+            lock.release()
+    return journal.JournalFileBackend(str(path), lock_obj=lock)
+
+
+def _whole(path: Path) -> bool:
+    with path.open("rb") as file, contextlib.suppress(OSError):
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+    return True
+
+
+def hide_password(url: str | None) -> str | None:
+    """A storage URL without its password.
+
+    >>> hide_password("postgresql://me:secret@db/capnas")
+    'postgresql://me:***@db/capnas'
+    """
+    return None if url is None else re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url)

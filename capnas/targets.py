@@ -1,0 +1,152 @@
+"""What a search optimizes: the value names with their directions, the combined value, and the gate before training.
+
+Values are ``accuracy`` (on validation), ``val_loss``, ``params``, ``macs``, every name of `capnas.scoring.SCORES`, the same with the prefix
+``init_`` for the structure before training, and ``combined``.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from capnas.errors import UsageError, one_of
+from capnas.scoring import SCORES
+
+COSTS = ("params", "macs")
+INIT = "init_"
+# Provisional: evenness moves by about 0.2 within a space, so it decides between accuracies a point apart and no more.
+WEIGHTS: Mapping[str, float] = {"saturation_evenness": 0.05}
+_SCORES = (*SCORES, *(INIT + name for name in SCORES))
+NAMES = ("accuracy", "val_loss", *COSTS, "combined", *_SCORES)
+_WORST = {"accuracy": 0.0, "combined": 0.0, "val_loss": 100.0, "params": 1e12, "macs": 1e15}
+_COMPARE: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def check_values(values: str | Sequence[str]) -> tuple[str, ...]:
+    """The value names as a tuple.
+
+    Raises:
+        UsageError: None at all, one twice, or an unknown one.
+
+    Example:
+        >>> check_values("accuracy,macs"), check_values(["combined"])
+        (('accuracy', 'macs'), ('combined',))
+    """
+    names = tuple(n.strip() for n in values.split(",")) if isinstance(values, str) else tuple(values)
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"values must be one or more different names, got {names}.")
+    for name in names:
+        if name not in NAMES:
+            raise UsageError(one_of("values", name, NAMES))
+    return names
+
+
+def check_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
+    """The weights of the combined value, `WEIGHTS` where None is given.
+
+    Raises:
+        UsageError: An unknown score or a weight that is not finite.
+    """
+    for name, weight in (weights or {}).items():
+        if name not in _SCORES:
+            raise UsageError(one_of("weights", name, _SCORES))
+        if not math.isfinite(weight):
+            raise UsageError(f"the weight of {name} must be finite, got {weight}.")
+    return dict(WEIGHTS if weights is None else weights)
+
+
+def direction_of(name: str) -> str:
+    """``"maximize"`` or ``"minimize"``.
+
+    >>> direction_of("macs"), direction_of("tail_fraction"), direction_of("combined")
+    ('minimize', 'minimize', 'maximize')
+    """
+    if name in ("accuracy", "combined"):
+        return "maximize"
+    return "minimize" if name in ("val_loss", *COSTS) else SCORES[name.removeprefix(INIT)].direction
+
+
+def value_of(name: str, metrics: Mapping[str, float | None], weights: Mapping[str, float]) -> float:
+    """One objective value from a trial's metrics; NaN where a metric is missing.
+
+    ``combined`` is the accuracy plus the weighted scores, each oriented so that higher is better (a score to be minimized
+    counts negatively).
+
+    >>> value_of("combined", {"accuracy": 0.9, "tail_fraction": 0.5}, {"tail_fraction": 0.1})
+    0.85
+    """
+    if name == "combined":
+        weighted = (w * SCORES[s.removeprefix(INIT)].oriented(_number(metrics.get(s))) for s, w in weights.items())
+        return _number(metrics.get("accuracy")) + sum(weighted)
+    return _number(metrics.get(name))
+
+
+def worst_value(name: str, seen: Sequence[float]) -> float:
+    """A bad but finite value for a trial without one: the worst seen in the study, or before any the worst there is.
+
+    >>> worst_value("accuracy", [0.5, 0.7]), worst_value("accuracy", [])
+    (0.5, 0.0)
+    """
+    finite = [v for v in seen if math.isfinite(v)]
+    if finite:
+        return min(finite) if direction_of(name) == "maximize" else max(finite)
+    if name in _WORST:
+        return _WORST[name]
+    score = SCORES[name.removeprefix(INIT)]
+    return score.low if score.direction == "maximize" else min(score.high, 1e3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A bound on one score of the structure before training."""
+
+    name: str
+    compare: str
+    limit: float
+
+    def refusal(self, scores: Mapping[str, float]) -> str | None:
+        """Why the gate stays shut, or None; a score that is not finite does not pass."""
+        value = _number(scores.get(self.name))
+        if _COMPARE[self.compare](value, self.limit):
+            return None
+        return f"{self.name} before training is {value:.4g}, the gate asks for {self.compare} {self.limit:g}"
+
+
+def parse_gate(gate: str | Mapping[str, float] | None) -> tuple[Gate, ...]:
+    """Gates from text, ``"saturation_evenness>=0.5, tail_fraction<0.3"``, or from a mapping of scores to limits in their good direction.
+
+    Raises:
+        UsageError: Text that is no comparison, or an unknown score.
+
+    Example:
+        >>> parse_gate({"tail_fraction": 0.3}) == parse_gate("tail_fraction <= 0.3")
+        True
+    """
+    if gate is None or gate == "":
+        return ()
+    if isinstance(gate, Mapping):
+        rules = [(n, ">=" if n in SCORES and SCORES[n].direction == "maximize" else "<=", str(v)) for n, v in gate.items()]
+    else:
+        rules = []
+        for part in gate.split(","):
+            match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*(\S+)\s*", part)
+            if match is None:
+                raise UsageError(f"a gate is a comparison like saturation_evenness>=0.5, got {part.strip()!r}.")
+            rules.append((match[1], match[2], match[3]))
+    gates = []
+    for name, compare, text in rules:
+        if name not in SCORES:
+            raise UsageError(one_of("gate", name, SCORES))
+        try:
+            limit = float(text)
+        except ValueError:
+            raise UsageError(f"the gate on {name} needs a number, got {text!r}.") from None
+        gates.append(Gate(name=name, compare=compare, limit=limit))
+    return tuple(gates)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,342 @@
+"""Short training of a candidate, with its layer saturation measured while it trains, and the longer final training.
+
+Optimizer, schedule and loss are timm's. Everything random (shuffling, augmentation, dropout) follows from ``TrainConfig.seed``
+inside a forked generator, so that a training on the CPU replays bit for bit with the same number of threads and leaves the
+caller's random state alone. A training that cannot go on says so in its result and never raises for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from capnas._timm import import_timm
+from capnas.data import ImageData
+from capnas.devices import SWITCHES, is_out_of_memory, resolve_device, use_amp, use_channels_last
+from capnas.errors import UsageError, one_of
+from capnas.measures.evenness import evenness, mean
+from capnas.profile import Profile
+from capnas.recording import Recorder
+
+SCHEDULES = ("cosine", "poly", "step", "constant", "none")
+MAX_LOSS = 100.0  # far above ln(classes): a step beyond it is an explosion, not a bad start
+
+EpochCallback = Callable[[int, dict[str, Any], "Profile | None"], "str | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a candidate is trained.
+
+    Args:
+        epochs: Passes over the training split, at least 1.
+        batch_size: Images per update.
+        optimizer: Any name of ``timm.optim.create_optimizer_v2``.
+        lr: Peak learning rate.
+        weight_decay: Applied to weights of two or more axes only (timm's grouping).
+        schedule: One of cosine, poly, step, constant, none; stepped per update.
+        warmup_epochs: Length of the linear warm-up, fractions allowed; never more than half the training.
+        label_smoothing: In [0, 1).
+        clip_grad: Largest gradient norm, or None.
+        seed: Of shuffling, augmentation and dropout. The weights of the model are the caller's.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+        amp: bfloat16 autocast: "auto" (where the device computes in it), "on" or "off".
+        channels_last: Memory format: "auto", "on" or "off".
+        record: Measure saturation while training.
+        threshold: Share of the variance in the definition of saturation, in (0, 1].
+
+    Raises:
+        UsageError: A value out of its range; the text says which.
+
+    Example:
+        >>> TrainConfig(epochs=2).optimizer
+        'adamw'
+    """
+
+    epochs: int = 3
+    batch_size: int = 128
+    optimizer: str = "adamw"
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.5
+    label_smoothing: float = 0.0
+    clip_grad: float | None = 5.0
+    seed: int = 0
+    device: str = "auto"
+    amp: str = "auto"
+    channels_last: str = "auto"
+    record: bool = True
+    threshold: float = 0.99
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        for name, low in (("epochs", 1), ("batch_size", 2)):
+            if getattr(self, name) < low:
+                raise UsageError(f"{name} must be at least {low}, got {getattr(self, name)}.")
+        for name in ("lr", "weight_decay", "warmup_epochs"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{name} must be finite and not negative, got {value}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
+        if not 0 < self.threshold <= 1:
+            raise UsageError(f"threshold must be in (0, 1], got {self.threshold}.")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise UsageError(f"clip_grad must be above 0 or None, got {self.clip_grad}.")
+        if self.schedule not in SCHEDULES:
+            raise UsageError(one_of("schedule", self.schedule, SCHEDULES))
+        optimizers = import_timm("timm.optim").list_optimizers()
+        if self.optimizer not in optimizers:
+            raise UsageError(one_of("optimizer", self.optimizer, optimizers))
+        for name in ("amp", "channels_last"):
+            if getattr(self, name) not in SWITCHES:
+                raise UsageError(one_of(name, getattr(self, name), SWITCHES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a training gave.
+
+    Attributes:
+        status: "complete", "stopped" (by ``on_epoch``), "diverged" or "out_of_memory".
+        reason: Why it did not complete, else "".
+        curve: One dict per finished epoch: epoch (from 1), train_loss, lr, seconds, and where measured val_loss, accuracy,
+            saturation_mean and saturation_evenness over the layers, in eval mode plain, in train mode with the prefix ``train_``.
+        accuracy: On the evaluation split after the last finished epoch, in [0, 1]; None without one.
+        profile: Of the last finished epoch: of the evaluation (fixed weights), or of the training where nothing was evaluated.
+        seconds: Wall-clock time of the whole call.
+        device, amp, channels_last: What "auto" became.
+    """
+
+    status: str
+    reason: str = ""
+    curve: tuple[dict[str, Any], ...] = ()
+    accuracy: float | None = None
+    profile: Profile | None = None
+    seconds: float = 0.0
+    device: str = "cpu"
+    amp: bool = False
+    channels_last: bool = False
+
+
+class _Diverged(Exception):
+    """The loss is not a number or beyond reason; the text says which."""
+
+
+@contextlib.contextmanager
+def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _format(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    split: str,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    amp: str = "auto",
+    channels_last: str = "auto",
+    image_size: int | None = None,
+) -> dict[str, float]:
+    """Accuracy in [0, 1] and mean cross-entropy over a split, in eval mode; the model's mode is put back.
+
+    Raises:
+        UsageError: ``split`` is "test" outside ``data.final_evaluation()``.
+    """
+    where = resolve_device(device)
+    last = use_channels_last(channels_last, where)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=where)
+    right = torch.zeros((), dtype=torch.int64, device=where)
+    seen = 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=use_amp(amp, where)):
+            for x, y in data.batches(split, batch_size, device=where, image_size=image_size):
+                logits = model(_format(x, last)).float()
+                loss_sum += nn.functional.cross_entropy(logits, y, reduction="sum").double()
+                right += (logits.argmax(1) == y).sum()
+                seen += len(y)
+    finally:
+        model.train(was_training)
+    return {"accuracy": int(right) / max(seen, 1), "loss": float(loss_sum) / max(seen, 1)}
+
+
+def train(
+    model: nn.Module,
+    data: ImageData,
+    config: TrainConfig,
+    *,
+    image_size: int | None = None,
+    on_epoch: EpochCallback | None = None,
+    split: str = "train",
+    evaluate_on: str | None = "validation",
+) -> TrainingResult:
+    """Train a model in place on ``split``, evaluating on ``evaluate_on`` after each epoch.
+
+    Args:
+        model: Ends trained, on ``config.device``, in eval mode.
+        data: Images.
+        config: How.
+        image_size: Resolution, where it is not the data set's.
+        on_epoch: Called with the epoch (from 1), its row of the curve and its profile; a text returned ends the training as "stopped".
+        split: "train" or "train+validation".
+        evaluate_on: "validation", or None.
+
+    Returns:
+        Always a result: divergence and lack of memory are statuses, with the reason. Other errors pass through.
+    """
+    start = time.perf_counter()
+    device = resolve_device(config.device)
+    amp, last = use_amp(config.amp, device), use_channels_last(config.channels_last, device)
+    curve: list[dict[str, Any]] = []
+    profile: Profile | None = None
+    status, reason = "complete", ""
+    with _own_random_state(config.seed, device):
+        try:
+            model.to(device)
+            if last:
+                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for row, profile in _epochs(model, data, config, device, amp, last, image_size, split, evaluate_on):
+                curve.append(row)
+                if on_epoch is not None and (said := on_epoch(len(curve), row, profile)) is not None:
+                    status, reason = "stopped", said
+                    break
+        except _Diverged as error:
+            status, reason = "diverged", str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            status, reason = "out_of_memory", str(error).splitlines()[0][:300]
+    if status == "out_of_memory" and device.type == "cuda":
+        torch.cuda.empty_cache()
+    model.eval()
+    return TrainingResult(
+        status=status,
+        reason=reason,
+        curve=tuple(curve),
+        accuracy=curve[-1].get("accuracy") if curve else None,
+        profile=profile,
+        seconds=time.perf_counter() - start,
+        device=str(device),
+        amp=amp,
+        channels_last=last,
+    )
+
+
+def retrain(
+    model: nn.Module, data: ImageData, config: TrainConfig, *, image_size: int | None = None, on_epoch: EpochCallback | None = None
+) -> tuple[TrainingResult, dict[str, float]]:
+    """The final training: on train and validation together, then one evaluation on the test split, the only one in a study.
+
+    Args:
+        model: Fresh, not the one of the search; ends trained.
+        data: Images.
+        config: Usually more epochs than in the search; ``replace(config, epochs=20)``.
+        image_size: Resolution, where it is not the data set's.
+        on_epoch: See `train`; there is no accuracy in its rows, nothing is held out.
+
+    Returns:
+        The training and, where it completed, the test split's accuracy and loss; else an empty dict.
+    """
+    result = train(model, data, config, image_size=image_size, on_epoch=on_epoch, split="train+validation", evaluate_on=None)
+    if result.status != "complete":
+        return result, {}
+    settings: dict[str, Any] = {"device": config.device, "amp": config.amp, "channels_last": config.channels_last}
+    with data.final_evaluation() as opened:
+        return result, evaluate(model, opened, "test", image_size=image_size, **settings)
+
+
+def _epochs(
+    model: nn.Module,
+    data: ImageData,
+    config: TrainConfig,
+    device: torch.device,
+    amp: bool,
+    channels_last: bool,
+    image_size: int | None,
+    split: str,
+    evaluate_on: str | None,
+) -> Iterator[tuple[dict[str, Any], Profile | None]]:
+    """One row of the curve and one profile per epoch."""
+    updates = data.steps(split, config.batch_size)
+    optimizer = import_timm("timm.optim").create_optimizer_v2(model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay)
+    schedule, _ = import_timm("timm.scheduler").create_scheduler_v2(
+        optimizer,
+        sched=config.schedule,
+        num_epochs=config.epochs,
+        decay_epochs=max(1, config.epochs // 3),
+        warmup_epochs=min(config.warmup_epochs, config.epochs / 2),
+        warmup_lr=config.lr / 100,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    smoothing = config.label_smoothing
+    loss_of = import_timm("timm.loss").LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+    with Recorder(model, seed=config.seed) if config.record else contextlib.nullcontext() as recorder:
+        for epoch in range(config.epochs):
+            start = time.perf_counter()
+            model.train()
+            total, batches = torch.zeros((), dtype=torch.float64, device=device), 0
+            for x, y in data.batches(split, config.batch_size, epoch=epoch, seed=config.seed, device=device, image_size=image_size):
+                if len(y) < 2:  # batch norm cannot train on a single row
+                    continue
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    loss = loss_of(model(_format(x, channels_last)).float(), y)
+                if device.type == "cpu" or batches % 16 == 0:  # reading a loss waits for the device
+                    _check(loss.item(), f"in epoch {epoch + 1}, update {batches + 1}")
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if config.clip_grad is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+                optimizer.step()
+                total += loss.detach()
+                batches += 1
+                if schedule is not None:
+                    schedule.step_update(epoch * updates + batches)
+            row = {"epoch": epoch + 1, "train_loss": float(total) / max(batches, 1), "lr": optimizer.param_groups[0]["lr"]}
+            _check(row["train_loss"], f"in epoch {epoch + 1}")
+            if evaluate_on is not None:
+                settings: dict[str, Any] = {"device": str(device), "amp": "on" if amp else "off", "channels_last": "on" if channels_last else "off"}
+                measured = evaluate(model, data, evaluate_on, image_size=image_size, **settings)
+                _check(measured["loss"], f"on {evaluate_on} after epoch {epoch + 1}")
+                row |= {"val_loss": measured["loss"], "accuracy": measured["accuracy"]}
+            profile = None if recorder is None else _read(recorder, config.threshold, row)
+            row["seconds"] = time.perf_counter() - start
+            yield row, profile
+
+
+def _read(recorder: Recorder, threshold: float, row: dict[str, Any]) -> Profile | None:
+    """Profile of what was recorded since the last epoch, the eval mode's where there was one; its summary goes into the row."""
+    profile: Profile | None = None
+    for mode, prefix in (("train", "train_"), ("eval", "")):
+        records = recorder.pop(mode)  # type: ignore[arg-type]
+        if not records:
+            continue
+        profile = Profile.from_records(recorder.model, records, mode=mode, threshold=threshold)  # type: ignore[arg-type]
+        values = profile.saturations("modules")
+        row |= {f"{prefix}saturation_mean": mean(values), f"{prefix}saturation_evenness": evenness(values)}
+    return profile
+
+
+def _check(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise _Diverged(f"the loss is {loss} {where}")
+    if loss > MAX_LOSS:
+        raise _Diverged(f"the loss exploded to {loss:.3g} {where} (limit {MAX_LOSS:g})")

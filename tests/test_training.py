@@ -1,0 +1,268 @@
+"""Training: it learns, replays, measures, and ends with a reason where it cannot go on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from capnas.data import ImageData, load_data
+from capnas.devices import is_out_of_memory, resolve_device, use_amp, use_channels_last
+from capnas.errors import UsageError
+from capnas.training import TrainConfig, evaluate, retrain, train
+
+
+def images(n: int = 240, classes: int = 3, size: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Bright stripes at a class-dependent row on noise: learnable in a few epochs."""
+    chance = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    x = chance.integers(0, 120, (n, size, size), dtype=np.uint8)
+    for i, c in enumerate(y):
+        x[i, 2 * c + 1] += 120
+    return x, y
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_data((images()[0], images()[1]), validation=0.2, test=0.2)
+
+
+def net(classes: int = 3, seed: int = 0, dropout: float = 0.1) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(dropout), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(72, classes),
+    )  # fmt: skip
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"epochs": 2, "batch_size": 16, "lr": 1e-2, "device": "cpu"} | changes)
+
+
+def without_seconds(curve: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in curve]
+
+
+def test_learns_and_reports(data: ImageData) -> None:
+    model = net()
+    result = train(model, data, config(epochs=3))
+    assert result.status == "complete"
+    assert result.reason == ""
+    assert [row["epoch"] for row in result.curve] == [1, 2, 3]
+    assert result.accuracy == result.curve[-1]["accuracy"] > 0.8
+    assert result.curve[-1]["train_loss"] < result.curve[0]["train_loss"]
+    assert not model.training
+    again = evaluate(model, data, "validation", device="cpu")
+    assert again["accuracy"] == pytest.approx(result.accuracy)
+    assert again["loss"] == pytest.approx(result.curve[-1]["val_loss"])
+    assert (result.device, result.amp, result.channels_last) == ("cpu", use_amp("auto", torch.device("cpu")), False)
+
+
+def test_saturation_of_the_last_epoch_in_both_modes(data: ImageData) -> None:
+    model = net()
+    result = train(model, data, config())
+    assert result.profile is not None
+    assert result.profile.mode == "eval"
+    assert [row.name for row in result.profile.layers] == ["0", "4", "7"]
+    assert result.profile.layers[0].rows_seen == data.sizes["validation"] * 64  # of the last evaluation alone
+    values = result.profile.saturations()
+    last = result.curve[-1]
+    assert last["saturation_mean"] == pytest.approx(np.mean(values))
+    assert 0 < last["saturation_evenness"] <= 1
+    assert 0 < last["train_saturation_mean"] <= 1
+    assert not any(m._forward_hooks for m in model.modules())
+    assert train(net(), data, config(record=False)).profile is None
+
+
+def test_recording_changes_nothing_in_the_training(data: ImageData) -> None:
+    with_recording, without = net(), net()
+    train(with_recording, data, config())
+    train(without, data, config(record=False))
+    for a, b in zip(with_recording.state_dict().values(), without.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_replays_bit_for_bit_whatever_the_callers_random_state(data: ImageData) -> None:
+    first = net()
+    a = train(first, data, config(seed=3))
+    second = net()
+    torch.manual_seed(1234)
+    state = torch.get_rng_state()
+    b = train(second, data, config(seed=3))
+    assert torch.equal(state, torch.get_rng_state())
+    assert without_seconds(a.curve) == without_seconds(b.curve)
+    for x, y in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(x, y)
+    c = train(net(), data, config(seed=4))
+    assert without_seconds(c.curve) != without_seconds(a.curve)
+
+
+def test_warm_up_then_cosine_to_zero(data: ImageData) -> None:
+    seen: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    import timm.optim
+
+    timm.optim._optim_factory.default_registry.register(timm.optim.OptimInfo(name="watched", opt_class=Watched, description="for a test"))
+    train(net(), data, config(optimizer="watched", lr=0.1, epochs=4, warmup_epochs=1.0))
+    n = len(seen) // 4
+    warm_up = [0.001 + t * (0.1 - 0.001) / n for t in range(n)]
+    cosine = [0.05 * (1 + math.cos(math.pi * t / (4 * n))) for t in range(n, 4 * n)]
+    assert n == data.sizes["train"] // 16
+    assert seen == pytest.approx(warm_up + cosine)
+
+
+def test_on_epoch_stops_with_its_reason(data: ImageData) -> None:
+    calls = []
+
+    def on_epoch(epoch: int, row: dict[str, Any], profile: Any) -> str | None:
+        calls.append((epoch, row["accuracy"], profile is not None))
+        return "hopeless" if epoch == 2 else None
+
+    result = train(net(), data, config(epochs=5), on_epoch=on_epoch)
+    assert (result.status, result.reason, len(result.curve)) == ("stopped", "hopeless", 2)
+    assert [c[0] for c in calls] == [1, 2]
+    assert all(c[2] for c in calls)
+
+
+def test_not_a_number_is_a_status(data: ImageData) -> None:
+    class Log(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x - 10).log()
+
+    result = train(nn.Sequential(net(), Log()), data, config())
+    assert result.status == "diverged"
+    assert result.reason == "the loss is nan in epoch 1, update 1"
+    assert result.accuracy is None
+
+
+def test_explosion_is_a_status(data: ImageData) -> None:
+    result = train(net(), data, config(lr=1e4, optimizer="sgd", clip_grad=None, weight_decay=0.0, epochs=3))
+    assert result.status == "diverged"
+    assert "loss" in result.reason
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+              RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"), MemoryError("no")]
+)  # fmt: skip
+def test_out_of_memory_is_a_status(data: ImageData, error: BaseException) -> None:
+    class Greedy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    result = train(nn.Sequential(net(), Greedy()), data, config())
+    assert result.status == "out_of_memory"
+    assert result.reason == str(error)
+
+
+def test_out_of_memory_of_the_real_allocator(data: ImageData) -> None:
+    class Greedy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.empty(1 << 58).sum()
+
+    assert train(nn.Sequential(net(), Greedy()), data, config()).status == "out_of_memory"
+
+
+def test_other_errors_pass_and_leave_no_hooks(data: ImageData) -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("shapes do not match")
+
+    model = nn.Sequential(net(), Wrong())
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(model, data, config())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_out_of_memory_is_told_from_other_errors() -> None:
+    assert not is_out_of_memory(RuntimeError("shapes"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_evaluate_matches_a_plain_loop_and_restores_the_mode(data: ImageData) -> None:
+    model = net().train()
+    found = evaluate(model, data, "validation", batch_size=7, device="cpu")
+    assert model.training
+    x, y = next(data.batches("validation", 1000))
+    model.eval()
+    with torch.no_grad():
+        logits = model(x).double().numpy()
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert found["loss"] == pytest.approx(-np.log(shares[np.arange(len(y)), y.numpy()]).mean(), rel=1e-5)
+    assert found["accuracy"] == pytest.approx((logits.argmax(1) == y.numpy()).mean())
+
+
+def test_retrain_uses_train_and_validation_and_reads_test_once(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits: list[str] = []
+    original = ImageData.batches
+
+    def spy(self: ImageData, split: str, *args: Any, **kwargs: Any) -> Any:
+        splits.append(split)
+        return original(self, split, *args, **kwargs)
+
+    monkeypatch.setattr(ImageData, "batches", spy)
+    result, test = retrain(net(), data, config(epochs=3))
+    assert splits == ["train+validation"] * 3 + ["test"]
+    assert test["accuracy"] > 0.8
+    assert result.accuracy is None
+    assert result.profile is not None
+    assert result.profile.mode == "train"
+    splits.clear()
+    train(net(), data, config())
+    assert set(splits) == {"train", "validation"}
+
+
+def test_other_resolution_and_label_smoothing(data: ImageData) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    result = train(model, data, config(epochs=1, label_smoothing=0.1), image_size=12)
+    assert result.profile is not None
+    assert result.profile.layers[0].rows_seen == data.sizes["validation"] * 100
+
+
+def test_channels_last_and_bfloat16_train(data: ImageData) -> None:
+    result = train(net(), data, config(epochs=3, amp="on", channels_last="on"))
+    assert (result.status, result.amp, result.channels_last) == ("complete", True, True)
+    assert result.accuracy is not None
+    assert result.accuracy > 0.6
+
+
+def test_devices() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert use_amp("on", cpu)
+    assert not use_amp("off", cpu)
+    assert not use_channels_last("auto", cpu)
+    with pytest.raises(UsageError, match='device must be "auto", "cpu", "cuda" or "cuda:N", got \'gpu\''):
+        resolve_device("gpu")
+    with pytest.raises(UsageError, match="'cuda:99' is not here: torch sees"):
+        resolve_device("cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
+        ({"lr": float("nan")}, "lr must be finite and not negative, got nan"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"threshold": 0.0}, r"threshold must be in \(0, 1\], got 0.0"),
+        ({"clip_grad": 0.0}, "clip_grad must be above 0 or None, got 0.0"),
+        ({"schedule": "cosin"}, "schedule must be one of .* Did you mean 'cosine'"),
+        ({"amp": "yes"}, "amp must be one of auto, off, on; got 'yes'"),
+        ({"optimizer": "adamv"}, "optimizer must be one of .*adamw.*got 'adamv'"),
+    ],
+)
+def test_refuses(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        TrainConfig(**change)
