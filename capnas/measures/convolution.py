@@ -13,7 +13,7 @@ from torch import Tensor
 from capnas.errors import UsageError, one_of
 
 Sizes = int | Sequence[int]
-Padding = int | str | Sequence[int] | Sequence[tuple[int, int]]
+Padding = int | str | Sequence[int | tuple[int, int]]
 
 _MODES = ("zeros", "circular", "reflect", "replicate")
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -103,12 +103,12 @@ class Convolution:
         for dim, axis in enumerate(self.axes, start=2):
             x = _gather(x, axis.source, dim)
         stride, dilation = [a.stride for a in self.axes], [a.dilation for a in self.axes]
-        return _CONV[len(self.axes)](x, self.weight, None, stride, 0, dilation, self.groups)  # type: ignore[operator]
+        return _CONV[len(self.axes)](x, self.weight, None, stride, 0, dilation, self.groups)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y for y of shape (B, *output_shape): (B, *input_shape)."""
         stride, dilation = [a.stride for a in self.axes], [a.dilation for a in self.axes]
-        x = _TRANSPOSED[len(self.axes)](y, self.weight, None, stride, 0, 0, self.groups, dilation)  # type: ignore[operator]
+        x = _TRANSPOSED[len(self.axes)](y, self.weight, None, stride, 0, 0, self.groups, dilation)
         for dim, axis in enumerate(self.axes, start=2):
             x = _scatter(x, axis, dim)
         return x
@@ -147,7 +147,14 @@ class Convolution:
 
 
 def convolution(
-    weight: Tensor, input_size: Sizes, *, stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1, padding_mode: str = "zeros"
+    weight: Tensor,
+    input_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
 ) -> Convolution:
     """The operator of a 1-, 2- or 3-dimensional convolution.
 
@@ -170,16 +177,16 @@ def convolution(
     """
     spatial = weight.dim() - 2
     if spatial not in _CONV or 0 in weight.shape:
-        raise UsageError(f"a convolution weight must be non-empty with 3 to 5 dimensions (C_out, C_in/groups, *kernel); got {tuple(weight.shape)}.")
+        expected = "non-empty with 3 to 5 dimensions (C_out, C_in/groups, *kernel)"
+        raise UsageError(f"a convolution weight must be {expected}; got {tuple(weight.shape)}.")
     if groups < 1 or weight.shape[0] % groups:
         raise UsageError(f"groups must divide the {weight.shape[0]} output channels; got {groups}.")
     if padding_mode not in _MODES:
         raise UsageError(one_of("padding_mode", padding_mode, _MODES))
-    sides, strides, dilations = (per_axis(n, v, spatial) for n, v in (("input_size", input_size), ("stride", stride), ("dilation", dilation)))
+    sides, strides = per_axis("input_size", input_size, spatial), per_axis("stride", stride, spatial)
+    dilations = per_axis("dilation", dilation, spatial)
     pads = _paddings(padding, weight.shape[2:], sides, strides, dilations)
-    axes = tuple(
-        _axis(d, k, s, e, before, after, padding_mode) for d, k, s, e, (before, after) in zip(sides, weight.shape[2:], strides, dilations, pads)
-    )
+    axes = tuple(_axis(*numbers, padding_mode) for numbers in zip(sides, weight.shape[2:], strides, dilations, pads))
     return Convolution(weight=weight, groups=groups, axes=axes)
 
 
@@ -199,7 +206,8 @@ def _paddings(
     padding: Padding, kernel: Sequence[int], sides: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
     if padding == "same":
-        totals = (max((-(-d // s) - 1) * s + (k - 1) * e + 1 - d, 0) if s > 1 else (k - 1) * e for d, k, s, e in zip(sides, kernel, strides, dilations))
+        spans = [e * (k - 1) + 1 for k, e in zip(kernel, dilations)]
+        totals = [max((-(-d // s) - 1) * s + span - d, 0) for d, s, span in zip(sides, strides, spans)]
         return tuple((total // 2, total - total // 2) for total in totals)
     if padding == "valid":
         return ((0, 0),) * len(sides)
@@ -207,12 +215,13 @@ def _paddings(
         raise UsageError(one_of("padding", padding, ("same", "valid")))
     entries = (padding,) * len(sides) if isinstance(padding, int) else tuple(padding)
     pairs = tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in entries)
-    if len(pairs) != len(sides) or min(min(p) for p in pairs) < 0:
+    if len(pairs) != len(sides) or min(map(min, pairs)) < 0:
         raise UsageError(f"padding must be a number, 'same', 'valid', or one number or pair per axis, none negative; got {padding!r}.")
     return pairs
 
 
-def _axis(size: int, kernel: int, stride: int, dilation: int, before: int, after: int, mode: str) -> Axis:
+def _axis(size: int, kernel: int, stride: int, dilation: int, pads: tuple[int, int], mode: str) -> Axis:
+    before, after = pads
     cells = np.arange(-before, size + after)
     if mode == "circular":
         source = cells % size
@@ -226,7 +235,8 @@ def _axis(size: int, kernel: int, stride: int, dilation: int, before: int, after
         source = np.where((cells >= 0) & (cells < size), cells, -1)
     outputs = (len(cells) - dilation * (kernel - 1) - 1) // stride + 1
     if outputs < 1:
-        raise UsageError(f"kernel of {kernel} taps, {dilation} apart, does not fit the padded input of {len(cells)} cells; pad more or enlarge input_size.")
+        fit = f"{kernel} taps, {dilation} apart, do not fit the padded input of {len(cells)} cells"
+        raise UsageError(f"the kernel must fit the padded input; got {fit}: pad more or enlarge input_size.")
     return Axis(size=size, kernel=kernel, stride=stride, dilation=dilation, before=before, source=source, outputs=outputs)
 
 
