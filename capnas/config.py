@@ -11,6 +11,7 @@ from typing import Any
 
 from capnas.errors import StudyError, UsageError, one_of
 from capnas.samplers import PRUNERS, SAMPLERS, check_sampler
+from capnas.scoring import Direction
 from capnas.storages import hide_password
 from capnas.targets import check_values, check_weights, direction_of, parse_gate
 from capnas.training import TrainConfig
@@ -109,7 +110,7 @@ class StudyConfig:
         return Path(self.out) if self.out is not None else Path("runs") / self.name
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Direction]:
         """Of the values, in order."""
         return [direction_of(name) for name in self.values]
 

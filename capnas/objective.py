@@ -165,6 +165,8 @@ class Objective:
             refusals = [text for gate in self.gates if (text := gate.refusal(scores)) is not None]
             if refusals:
                 return "gated", "; ".join(refusals)
+        except Infeasible as error:  # what shapes alone do not tell
+            return "infeasible", str(error)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -254,7 +256,7 @@ class Objective:
         """Values for samplers that must see some: the known costs, and the worst seen so far of what is not known."""
         seen = [s["values"] for _, s in self._past(trial, TrialState.COMPLETE) if s["status"] in _VALUED]
         known = {name: float(metrics[name]) for name in COSTS if name in metrics}
-        return tuple(known.get(name) or worst_value(name, [v[name] for v in seen if name in v]) for name in self.names)
+        return tuple(known[name] if name in known else worst_value(name, [v[name] for v in seen]) for name in self.names)
 
     def _store(self, trial: Any, found: Mapping[str, Any], status: str, reason: str) -> None:
         trial.set_user_attr(ATTRIBUTE, Evaluation(status=status, reason=reason, params=dict(trial.params), **found).to_dict())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from capnas.errors import UsageError, one_of
-from capnas.scoring import SCORES
+from capnas.scoring import SCORES, Direction
 
 COSTS = ("params", "macs")
 INIT = "init_"
@@ -58,7 +58,7 @@ def check_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
     return dict(WEIGHTS if weights is None else weights)
 
 
-def direction_of(name: str) -> str:
+def direction_of(name: str) -> Direction:
     """``"maximize"`` or ``"minimize"``.
 
     >>> direction_of("macs"), direction_of("tail_fraction"), direction_of("combined")

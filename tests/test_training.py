@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_space import images
 from torch import nn
 
 from capnas.data import ImageData, load_data
@@ -16,19 +17,9 @@ from capnas.errors import UsageError
 from capnas.training import TrainConfig, evaluate, retrain, train
 
 
-def images(n: int = 240, classes: int = 3, size: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Bright stripes at a class-dependent row on noise: learnable in a few epochs."""
-    chance = np.random.default_rng(seed)
-    y = np.arange(n) % classes
-    x = chance.integers(0, 120, (n, size, size), dtype=np.uint8)
-    for i, c in enumerate(y):
-        x[i, 2 * c + 1] += 120
-    return x, y
-
-
 @pytest.fixture(scope="module")
 def data() -> ImageData:
-    return load_data((images()[0], images()[1]), validation=0.2, test=0.2)
+    return load_data(images(), validation=0.2, test=0.2)
 
 
 def net(classes: int = 3, seed: int = 0, dropout: float = 0.1) -> nn.Module:
