@@ -67,8 +67,8 @@ def measure(tool_path, reps):
 
 def table():
     difference = json.loads((HERE / "raw" / "difference.json").read_text())
-    lines = ["| model | capnas, CPU time | delve, CPU time | target | capnas [quartiles] | epoch end in steps, capnas / delve | layers | largest "
-             "difference by sampling |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = ["| model | capnas, CPU time | delve, CPU time | target | capnas [quartiles] | epoch end in steps, capnas / delve | layers "
+             "| largest difference by sampling |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for case, (name, _, _) in CASES.items():
         impl = json.loads((HERE / "raw" / (case.replace(" ", "_") + ".json")).read_text())["impl"]
         own, peer = impl["capnas"]["cpu"], impl["delve"]["cpu"]

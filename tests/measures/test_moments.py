@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capnas.measures.moments import Moments, covariance, merge, moments_of, update
+
+
+def rows(count: int, width: int = 3, mean: float = 0.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + mean
+
+
+def test_covariance_equals_numpy() -> None:
+    x = rows(50, 5)
+    np.testing.assert_allclose(covariance(moments_of(x.double())).numpy(), np.cov(x.double().numpy().T, bias=True), rtol=1e-12)
+
+
+def test_float32_far_from_zero_keeps_its_digits() -> None:
+    x = rows(20_000, 4, seed=1).double()
+    far = (x + 1000).float()
+    exact = np.cov(far.double().numpy().T, bias=True)
+    np.testing.assert_allclose(covariance(moments_of(far)).numpy(), exact, atol=2e-5)
+    naive = (far.T @ far / len(far)) - torch.outer(far.mean(0), far.mean(0))
+    assert (naive.double() - torch.from_numpy(exact)).abs().max() > 1e-2  # what the shift is for
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6), mean=st.floats(-1e3, 1e3))
+def test_any_split_into_batches_gives_the_same_moments(sizes: list[int], mean: float) -> None:
+    x = rows(sum(sizes), 3, mean).double()
+    running = Moments.empty(3)
+    for part in x.split(sizes):
+        running = update(running, part)
+    whole = moments_of(x)
+    assert running.count == whole.count
+    if running.count:
+        torch.testing.assert_close(running.mean, whole.mean)
+        torch.testing.assert_close(running.scatter, whole.scatter, rtol=1e-7, atol=1e-7)
+
+
+def test_merge_is_associative_and_has_a_neutral_element() -> None:
+    a, b, c = (moments_of(rows(n, 4, m, seed=n).double()) for n, m in ((5, 0), (9, 100), (3, -7)))
+    left, right = merge(merge(a, b), c), merge(a, merge(b, c))
+    torch.testing.assert_close(left.scatter, right.scatter, rtol=1e-10, atol=1e-9)
+    assert merge(Moments.empty(4), a) is a
+    assert merge(a, Moments.empty(4)) is a
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    x = rows(500, 3).to(dtype)
+    torch.testing.assert_close(moments_of(x).scatter, moments_of(x.float()).scatter)
+
+
+def test_not_finite_gives_not_finite_and_no_exception() -> None:
+    x = rows(5)
+    x[0, 0] = float("inf")
+    assert not torch.isfinite(moments_of(x).scatter).all()
+
+
+def test_wrong_shapes_say_what_came() -> None:
+    with pytest.raises(ValueError, match=r"shape \(S, D\), got shape \(2, 3, 4\)"):
+        moments_of(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="must have 3 features as the moments have, got 2"):
+        update(Moments.empty(3), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="one width, got 3 and 2"):
+        merge(Moments.empty(3), Moments.empty(2))

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capnas.measures import saturation as s
+from capnas.measures.moments import Moments, covariance, moments_of
+
+
+def slow_dimension(cov: np.ndarray, threshold: float) -> int:
+    """The definition, one eigenvalue at a time."""
+    values = sorted(np.linalg.eigvalsh(cov).clip(0), reverse=True)
+    if sum(values) <= 0:
+        return 0
+    explained, k = 0.0, 0
+    while explained / sum(values) < threshold and k < len(values):
+        explained += values[k]
+        k += 1
+    return k
+
+
+def random_covariance(width: int, rank: int, seed: int = 0) -> torch.Tensor:
+    basis = torch.randn(width, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return basis @ torch.diag(0.6 ** torch.arange(rank, dtype=torch.float64)) @ basis.T
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("rank", [1, 4, 12])
+def test_equals_the_definition(rank: int, threshold: float) -> None:
+    cov = random_covariance(12, rank, rank)
+    assert s.saturation(cov, threshold) == slow_dimension(cov.numpy(), threshold) / 12
+
+
+@settings(max_examples=25, deadline=None)
+@given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+def test_scale_and_rotation_change_nothing(scale: float, seed: int) -> None:
+    cov = random_covariance(8, 8, seed)
+    rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
+    turned = scale * rotation @ cov @ rotation.T
+    if s.threshold_margin(s.spectrum(cov)) > 1e-6:
+        assert s.saturation(turned) == s.saturation(cov)
+    assert s.effective_rank(turned) == pytest.approx(s.effective_rank(cov))
+
+
+def test_more_variance_to_explain_needs_no_fewer_directions() -> None:
+    spec = s.spectrum(random_covariance(20, 20))
+    values = [s.saturation_of(spec, t) for t in (0.5, 0.9, 0.99, 0.999, 1.0)]
+    assert values == sorted(values)
+    assert values[-1] == 1
+
+
+def test_published_values_stop_one_eigenvalue_short() -> None:
+    cov = random_covariance(10, 6)
+    assert s.saturation(cov, legacy=True) == pytest.approx(s.saturation(cov) - 0.1)
+    assert s.saturation(torch.zeros(4, 4), legacy=True) == 0
+
+
+def test_dead_layer_is_zero_and_not_finite_is_nan() -> None:
+    assert s.saturation(torch.zeros(5, 5)) == 0
+    assert s.effective_rank(torch.zeros(5, 5)) == 0
+    assert s.simpson_index(torch.zeros(5, 5)) == 0
+    broken = torch.full((5, 5), float("nan"))
+    assert np.isnan(s.saturation(broken))
+    assert np.isnan(s.effective_rank(broken))
+
+
+def test_relatives_from_their_sums() -> None:
+    shares = np.array([0.5, 0.3, 0.2])
+    cov = torch.diag(torch.from_numpy(7 * shares))
+    assert s.simpson_index(cov) == pytest.approx((shares**2).sum())
+    assert s.effective_rank(cov) == pytest.approx(1 / (shares**2).sum())
+
+
+def test_wide_covariance_is_not_decomposed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    cov = random_covariance(60, 10, 3)
+    exact = s.saturation(cov)
+    monkeypatch.setattr(s, "EXACT_EIGENVALUES", 20)
+    spec = s.spectrum(cov)
+    assert len(spec.eigenvalues) == 20
+    assert s.saturation_of(spec) == exact
+
+
+def test_bad_arguments_say_what_came() -> None:
+    with pytest.raises(ValueError, match=r"threshold must be in \(0, 1\], got 1.5"):
+        s.saturation(torch.eye(2), 1.5)
+    with pytest.raises(ValueError, match=r"square covariance, shape \(D, D\), got shape \(2, 3\)"):
+        s.saturation(torch.zeros(2, 3))
+
+
+def low_rank_rows(mean: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    signal = torch.randn(300, 4, dtype=torch.float64, generator=generator) @ torch.randn(4, 16, dtype=torch.float64, generator=generator)
+    return signal + 0.05 * torch.randn(300, 16, dtype=torch.float64, generator=generator) + mean
+
+
+def test_projection_is_centred_so_a_shift_changes_nothing() -> None:
+    plain, shifted = low_rank_rows(0.0), low_rank_rows(3.0)
+    residuals = [(s.lossless_projection(moments_of(x))(x) - x).norm() / (x - x.mean(0)).norm() for x in (plain, shifted)]
+    assert residuals[0] == pytest.approx(float(residuals[1]), rel=1e-9)
+    assert float(residuals[0]) ** 2 < 0.01
+
+
+def test_projection_is_idempotent_keeps_the_mean_and_beats_random_directions() -> None:
+    x = low_rank_rows(1.0)
+    moments = moments_of(x)
+    project = s.lossless_projection(moments)
+    once = project(x)
+    torch.testing.assert_close(project(once), once)
+    torch.testing.assert_close(once.mean(0), x.mean(0))
+    control = s.random_projection(moments, project.basis.shape[1])(x)
+    assert (once - x).norm() < 0.2 * (control - x).norm()
+    assert s.lossless_projection(Moments.empty(3)).basis.shape == (3, 0)
+
+
+# --------------------------------------------------------- reference numbers
+
+
+@pytest.fixture(scope="module")
+def reference(shared: Path) -> dict:
+    return json.loads((shared / "theory" / "saturation_reference.json").read_text())
+
+
+def test_reference_spectra(reference: dict) -> None:
+    for case in reference["spectra"]:
+        values = torch.tensor(sorted(case["eigenvalues"], reverse=True), dtype=torch.float64)
+        k = s.intrinsic_dimension(values, case["delta"])
+        assert k == case["textbook_k"], case
+        assert max(k - 1, 0) == case["delve_idim"], case
+
+
+def test_reference_projection_dimensions_and_residual(reference: dict) -> None:
+    g = np.random.default_rng(5)
+    x = g.standard_normal((256, 8)) @ g.standard_normal((8, 32)) + 0.05 * g.standard_normal((256, 32))
+    x = torch.from_numpy(x.astype(np.float32)).double()
+    for threshold, case in reference["pca_layers"]["per_delta"].items():
+        project = s.lossless_projection(moments_of(x), float(threshold))
+        assert project.basis.shape[1] == case["linear_textbook_k"], threshold
+        if case["linear_in_dim"] != case["linear_textbook_k"]:
+            continue
+        # the reference tool forgets the mean; with the mean forgotten on purpose its residual comes out
+        forgotten = x @ project.basis @ project.basis.T
+        assert float(((forgotten - x) ** 2).sum() / (x**2).sum()) == pytest.approx(case["linear_residual"], rel=2e-3)
+        assert float(((project(x) - x) ** 2).sum() / (x**2).sum()) <= case["linear_residual"]
+    assert covariance(moments_of(x)).shape == (32, 32)

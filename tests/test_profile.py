@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from capnas._timm import timm
+from capnas.errors import UsageError
+from capnas.profile import Profile, profile_model, skipped_modules, untouched
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def small_resnet() -> nn.Module:
+    return timm.create_model("resnet18", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=4)
+
+
+def state(model: nn.Module) -> dict:
+    return {
+        "tensors": {k: v.clone() for k, v in model.state_dict().items()},
+        "modes": {n: m.training for n, m in model.named_modules()},
+        "grads": {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()},
+        "hooks": sum(len(m._forward_hooks) for m in model.modules()),
+        "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_same(before: dict, after: dict) -> None:
+    for key in before["tensors"]:
+        assert torch.equal(before["tensors"][key], after["tensors"][key]), key
+    assert torch.equal(before["random"], after["random"])
+    for part in ("modes", "grads", "hooks", "attributes"):
+        assert before[part] == after[part], part
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_leaves_the_model_untouched(mode: str) -> None:
+    model = small_resnet().eval()
+    model.layer1.train()  # a mixture of modes survives too
+    before = state(model)
+    profile_model(model, noise(4, 3, 32, 32), mode=mode)  # type: ignore[arg-type]
+    assert_same(before, state(model))
+
+
+def test_leaves_the_model_untouched_when_the_forward_raises() -> None:
+    model = small_resnet()
+    model.fc.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("midway")))
+    before = state(model)
+    with pytest.raises(RuntimeError, match="midway"):
+        profile_model(model, noise(4, 3, 32, 32), mode="train")
+    assert_same(before, state(model))
+
+
+def test_both_readings_in_one_pass_in_execution_order() -> None:
+    profile = profile_model(small_resnet(), noise(8, 3, 32, 32), mode="train")
+    assert [row.name for row in profile.layers][:3] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
+    assert profile.layers[-1].name == "fc"
+    assert [row.name for row in profile.blocks] == ["layer1.0", "layer2.0", "layer3.0", "layer4.0"]
+    assert {row.reading for row in profile.blocks} == {"blocks"}
+    row = profile.layers[0]
+    assert (row.kind, row.width, row.params) == ("Conv2d", 64, 64 * 3 * 49)
+    assert row.saturation == row.k / 64
+    assert row.few_rows is False
+    assert profile.layers[-1].few_rows is True
+
+
+def test_batches_are_pooled() -> None:
+    model, x = small_resnet().eval(), noise(8, 3, 32, 32)
+    whole, parts = profile_model(model, x), profile_model(model, list(x.split(3)))
+    assert [r.rows for r in whole.layers] == [r.rows for r in parts.layers]
+    assert [r.k for r in whole.layers] == [r.k for r in parts.layers]
+
+
+def test_what_was_not_measured_is_named() -> None:
+    model = small_resnet()
+    model.spare = nn.Linear(3, 3)
+    model.scale = nn.Parameter(torch.ones(2))
+    profile = profile_model(model, noise(4, 3, 32, 32))
+    assert profile.skipped["spare"] == "Linear was never called in the forward pass"
+    assert "rescales the layer before it" in profile.skipped["bn1"]
+    assert "neither a convolution nor a linear layer" in profile.skipped[""]
+    measured = {row.name for row in profile.layers}
+    holders = {n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    assert measured | set(profile.skipped) == holders
+    attention = nn.MultiheadAttention(4, 2)
+    assert "never called" in skipped_modules(attention, set())["out_proj"]
+
+
+def test_round_trip_through_json() -> None:
+    model, x = small_resnet(), noise(4, 3, 32, 32)
+    x[0, 0, 0, 0] = float("nan")
+    for inputs in (noise(4, 3, 32, 32), x):
+        profile = profile_model(model, inputs)
+        stored = json.loads(json.dumps(profile.to_dict(), allow_nan=False))
+        assert json.dumps(Profile.from_dict(stored).to_dict()) == json.dumps(profile.to_dict())
+    assert not profile.layers[0].finite
+    stored["version"] = 99
+    with pytest.raises(UsageError, match="profile version must be 1, got 99"):
+        Profile.from_dict(stored)
+
+
+def test_equal_profiles_for_equal_seeds_with_dropout() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 8))
+    first, second = (profile_model(model, noise(64, 6), mode="train", seed=3) for _ in range(2))
+    assert first.to_dict() == second.to_dict()
+    assert copy.deepcopy(first).saturations("modules") == first.saturations("modules")
+
+
+def test_unknown_measure_is_refused() -> None:
+    with pytest.raises(UsageError, match="measures must be one of"):
+        profile_model(small_resnet(), noise(1, 3, 32, 32), measures=("saturatoin",))
+
+
+def test_untouched_restores_statistics_of_batch_norm() -> None:
+    norm = nn.BatchNorm1d(3)
+    with untouched(norm, training=True):
+        norm(noise(5, 3) + 7)
+        assert norm.running_mean.abs().max() > 0.1
+    assert norm.running_mean.abs().max() == 0
+    assert norm.num_batches_tracked == 0

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from capnas._timm import timm
+from capnas.errors import UsageError
+from capnas.measures.moments import covariance
+from capnas.measures.saturation import saturation, spectrum, threshold_margin
+from capnas.recording import Recorder, find_blocks
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def record(model: nn.Module, *batches: torch.Tensor, mode: str = "train", **options: object) -> dict:
+    with Recorder(model.train(mode == "train"), **options) as recorder, torch.no_grad():  # type: ignore[arg-type]
+        for batch in batches:
+            model(batch)
+    return recorder.pop(mode)  # type: ignore[arg-type]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def rows_of(output: torch.Tensor) -> np.ndarray:
+    return output.permute(0, 2, 3, 1).reshape(-1, output.shape[1]).detach().double().numpy()
+
+
+def test_rows_are_positions_before_norm_and_activation() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace=True))
+    x = noise(4, 2, 8, 8)
+    seen = record(model, x, reading="modules", values_per_call=None)["0"]
+    assert (seen.moments.count, seen.rows_seen, seen.moments.width) == (4 * 36, 4 * 36, 5)
+    np.testing.assert_allclose(covariance(seen.moments).numpy(), np.cov(rows_of(model[0](x)).T, bias=True), rtol=1e-4, atol=1e-6)
+
+
+def test_every_batch_counts_and_the_split_does_not_matter() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 9)), noise(50, 6)
+    whole = record(model, x)["0"].moments
+    parts = record(model, *x.split([30, 17, 3]))["0"].moments
+    assert parts.count == 50
+    torch.testing.assert_close(parts.scatter, whole.scatter, rtol=1e-5, atol=1e-5)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 6), (3, 5, 7, 6)], ids=["all tokens, not the last one", "NHWC maps keep their last axis"])
+def test_linear_layers_read_the_last_axis(shape: tuple[int, ...]) -> None:
+    model, x = Tokens(), noise(*shape)
+    seen = record(model, x, reading="modules")["mlp"]
+    assert (seen.moments.count, seen.moments.width) == (x.numel() // 6, 4)
+    expected = np.cov(model(x).detach().double().reshape(-1, 4).numpy().T, bias=True)
+    np.testing.assert_allclose(covariance(seen.moments).numpy(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "width"),
+    [(nn.Conv1d(2, 5, 3), (4, 2, 9), 5), (nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4), 3), (nn.ConvTranspose2d(2, 6, 2), (2, 2, 4, 4), 6),
+     (nn.Conv2d(4, 8, 3, groups=4), (2, 4, 6, 6), 8), (nn.Conv2d(2, 5, 3), (2, 7, 6), 5)],
+    ids=["1-d", "3-d", "transposed", "grouped", "unbatched image is no sequence"],
+)  # fmt: skip
+def test_every_kind_of_convolution(layer: nn.Module, shape: tuple[int, ...], width: int) -> None:
+    model = nn.Sequential(layer)
+    seen = record(model, noise(*shape), reading="modules")["0"]
+    output = layer(noise(*shape))
+    assert seen.moments.width == width
+    assert seen.moments.count == output.numel() // width
+
+
+def test_channels_last_and_bfloat16_give_the_same_rows() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 3)), noise(4, 3, 8, 8)
+    plain = record(model, x, reading="modules")["0"].moments
+    last = record(model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last), reading="modules")["0"].moments
+    torch.testing.assert_close(plain.scatter, last.scatter, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = record(model, x, reading="modules")["0"].moments
+    torch.testing.assert_close(plain.scatter, half.scatter, rtol=0.05, atol=2)
+
+
+def test_train_and_eval_are_kept_apart_and_a_train_only_epoch_is_fine() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    with Recorder(model, reading="modules") as recorder:
+        model.train()(noise(8, 4))
+        model.eval()(noise(5, 4))
+        assert recorder.pop("train")["0"].moments.count == 8
+        assert recorder.pop("train") == {}
+        model.train()(noise(2, 4))
+        assert recorder.pop("eval")["0"].moments.count == 5
+        assert recorder.pop("train")["0"].moments.count == 2
+    with pytest.raises(UsageError, match="mode must be one of eval, train; got 'test'"):
+        recorder.pop("test")  # type: ignore[arg-type]
+
+
+def test_hooks_come_off_and_nothing_stays_on_the_modules() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    before = {n: set(vars(m)) for n, m in model.named_modules()}
+    recorder = Recorder(model)
+    with pytest.raises(RuntimeError, match="expected"), recorder:
+        model(noise(2, 3, 3))
+    with recorder:
+        assert hooks(model) > 0
+    assert hooks(model) == 0
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_activations_are_flagged(value: float) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4)), noise(6, 3)
+    x[2, 1] = value
+    seen = record(model, noise(6, 3), x)["0"]
+    assert not seen.finite
+
+
+def test_constant_layer_far_from_zero_has_no_variance() -> None:
+    layer = nn.Linear(3, 4)
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, 1234.567)
+    seen = record(nn.Sequential(layer), noise(100, 3), noise(77, 3), reading="modules")["0"]
+    assert saturation(covariance(seen.moments)) == 0
+
+
+def test_sampling_is_seeded_bounded_and_close() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1)), noise(64, 3, 32, 32)
+    every = record(model, x, reading="modules", values_per_call=None)["0"]
+    some = record(model, x, reading="modules", values_per_call=2**15)["0"]
+    again = record(model, x, reading="modules", values_per_call=2**15)["0"]
+    other = record(model, x, reading="modules", values_per_call=2**15, seed=1)["0"]
+    assert some.rows_seen == every.rows_seen == 64 * 1024
+    assert some.moments.count <= 2 * 2**15 / 24
+    assert torch.equal(some.moments.scatter, again.moments.scatter)
+    assert not torch.equal(some.moments.scatter, other.moments.scatter)
+    assert saturation(covariance(some.moments)) == pytest.approx(saturation(covariance(every.moments)), abs=0.05)
+
+
+def test_sampled_positions_cover_every_column() -> None:
+    columns = torch.arange(32.0).expand(4, 1, 32, 32).contiguous()
+    model = nn.Sequential(nn.Conv2d(1, 1, 1))
+    few = [record(model, columns, reading="modules", values_per_call=256, seed=seed)["0"] for seed in range(4)]
+    every = record(model, columns, reading="modules", values_per_call=None)["0"]
+    assert all(seen.moments.count < every.moments.count / 8 for seen in few)
+    for seen in few:  # a lattice in step with the map's width would see one value and no variance
+        assert float(covariance(seen.moments)) == pytest.approx(float(covariance(every.moments)), rel=0.1)
+
+
+def test_layer_called_twice_is_summed_and_checkpointing_counts_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mix(self.mix(x))
+
+    assert record(Twice(), noise(5, 4))["mix"].moments.count == 10
+    from torch.utils.checkpoint import checkpoint
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with Recorder(model, reading="modules") as recorder:
+        checkpoint(model, noise(5, 4).requires_grad_(), use_reentrant=False).sum().backward()
+    assert recorder.pop("train")["0"].moments.count == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "count"),
+    [("resnet18", {"BasicBlock"}, 8), ("vgg11_bn", {"ReLU"}, 8), ("efficientnet_b0", {"DepthwiseSeparableConv", "InvertedResidual"}, 16),
+     ("vit_tiny_patch16_224", {"Block"}, 12), ("swin_tiny_patch4_window7_224", {"SwinTransformerBlock"}, 12),
+     ("maxvit_rmlp_pico_rw_256", {"MaxxVitBlock"}, 11), ("poolformer_s12", {"MetaFormerBlock"}, 12), ("densenet121", {"DenseLayer"}, 58)],
+)  # fmt: skip
+def test_blocks_of_timm_families(name: str, kinds: set[str], count: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    modules = dict(model.named_modules())
+    found = list(find_blocks(model))
+    assert len(found) == count
+    assert {type(modules[n]).__name__ for n in found} == kinds
+
+
+def test_block_features_are_found_in_both_layouts() -> None:
+    shape = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", **shape)
+    assert [r.moments.width for r in record(swin, noise(2, 3, 32, 32), reading="blocks").values()] == [12, 24]
+    convnext = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+    assert [r.moments.width for r in record(convnext, noise(2, 3, 64, 64), reading="blocks").values()] == [8, 16, 24, 32]
+
+
+def test_blocks_by_pattern() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    assert list(find_blocks(model, r"0\.1")) == ["0.1"]
+    assert set(record(model, noise(3, 4), blocks=r"0\.1", reading="blocks")) == {"block:0.1"}
+    with pytest.raises(UsageError, match=r"full-matches the block pattern 'stage'; names look like 0, 0\.0"):
+        list(find_blocks(model, "stage"))
+    with pytest.raises(UsageError, match="reading must be one of blocks, both, modules"):
+        Recorder(model, reading="all")  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------- reference numbers
+
+
+def load_models(shared: Path) -> object:
+    spec = importlib.util.spec_from_file_location("overhead_tool", shared / "tools" / "bench_saturation_overhead.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fill(model: nn.Module) -> nn.Module:
+    g = np.random.default_rng(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            z = g.standard_normal(tuple(p.shape))
+            scaled = z * np.sqrt(2 / np.prod(p.shape[1:])) if p.dim() > 1 else 1 + 0.1 * z if name.endswith("weight") else 0.1 * z
+            p.copy_(torch.from_numpy(np.asarray(scaled)))
+    return model
+
+
+def images(n: int) -> torch.Tensor:
+    g = np.random.default_rng(1)
+    coarse = g.standard_normal((n, 3, 8, 8)).repeat(4, 2).repeat(4, 3)
+    return torch.from_numpy((coarse + 0.1 * g.standard_normal((n, 3, 32, 32))).astype(np.float32))
+
+
+def vectors(n: int, seed: int = 1) -> torch.Tensor:
+    g = np.random.default_rng(seed)
+    return torch.from_numpy((g.standard_normal((n, 8)) @ g.standard_normal((8, 32)) + 0.05 * g.standard_normal((n, 32))).astype(np.float32))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", ["mlp", "vgg8", "resnet18_8"])
+def test_reference_models(shared: Path, name: str, mode: str) -> None:
+    tool = load_models(shared)
+    reference = json.loads((shared / "theory" / "saturation_reference.json").read_text())["cases"][f"{name}/{mode}"]
+    model = fill({"mlp": mlp, "vgg8": lambda: tool.VGGLike(8), "resnet18_8": lambda: tool.ResNet18Like(8)}[name]())  # type: ignore[attr-defined]
+    seen = record(model, vectors(256) if name == "mlp" else images(32), mode=mode, reading="modules", values_per_call=None)
+    assert set(seen) == set(reference["layers"])
+    compared = 0
+    for layer, expected in reference["layers"].items():
+        spec = spectrum(covariance(seen[layer].moments))
+        assert seen[layer].moments.count == expected["rows"]
+        assert spec.total == pytest.approx(expected["trace"], rel=1e-4)
+        for threshold, row in expected["per_delta"].items():
+            if min(row["margin"], threshold_margin(spec, float(threshold))) < 1e-4:
+                continue  # a knife edge: the share is within rounding of the threshold
+            compared += 1
+            assert saturation(covariance(seen[layer].moments), float(threshold)) * spec.width == pytest.approx(row["textbook_k"])
+            legacy = saturation(covariance(seen[layer].moments), float(threshold), legacy=True)
+            assert legacy * spec.width == pytest.approx(row["delve_idim"])
+    assert compared >= 12
+
+
+def test_reference_three_batches(shared: Path) -> None:
+    reference = json.loads((shared / "theory" / "saturation_reference.json").read_text())["three_batches_mlp"]["layers"]
+    model = fill(mlp())
+    batches = [vectors(200, 1), vectors(200, 2), vectors(20, 3)]
+    for split in (batches, torch.cat(batches).split(111)):
+        seen = record(model, *split, reading="modules")
+        for layer, expected in reference.items():
+            moments = seen[layer].moments
+            assert moments.count == expected["rows_all"]
+            assert round(saturation(covariance(moments)) * moments.width) == expected["textbook_all"]
