@@ -1,0 +1,196 @@
+"""A found architecture as a Python script that builds it with timm and torch alone: no capnas, no Optuna.
+
+The script is the space's own source with each decision looked up in a dictionary: ``trial.suggest_int("depth", 1, 3)`` becomes
+``trial["depth"]``. What cannot be rewritten that way (a trial used for something else) gets a small stand-in for the trial instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from capnas.errors import SpaceError
+
+Edit = tuple[int, int, bytes]  # from, to, new text
+
+_SUGGEST = {"suggest_int", "suggest_float", "suggest_categorical", "suggest_uniform", "suggest_loguniform", "suggest_discrete_uniform"}
+_NAME = "DECISIONS"
+
+_GUARD = """
+import importlib
+import sys
+
+import torch
+
+try:  # a CPU build of torch beside a CUDA build of torchvision: declare the operators whose absence breaks `import timm`
+    importlib.import_module("torchvision")
+except RuntimeError:
+    for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+_STAND_IN = '''\
+class Decisions(dict):
+    """Answers every suggestion with the decision of that name."""
+
+    def suggest(self, name, *args, **kwargs):
+        return self[name]
+
+    suggest_int = suggest_float = suggest_categorical = suggest
+
+
+'''
+
+
+def standalone_script(
+    space: Callable[..., Any],
+    params: Mapping[str, Any],
+    *,
+    num_classes: int,
+    in_chans: int,
+    image_size: int,
+    title: str = "An architecture found by capnas.",
+    guard: bool | None = None,
+) -> str:
+    """Python source of a script that defines ``build()``, which returns the model of these parameters with fresh weights.
+
+    Args:
+        space: from `capnas.load_space`, or a function whose source file can be read.
+        params: the trial's parameters.
+        num_classes: outputs.
+        in_chans: input channels.
+        image_size: pixels.
+        title: a line for the top of the script.
+        guard: write the lines that make timm importable on CPU builds of torch; by default where this process needed them.
+
+    Raises:
+        SpaceError: the source of the space cannot be found.
+
+    >>> from capnas.spaces import load_space
+    >>> params = {"stages": 2, "act": "relu", "head": 32, "depth0": 1, "width0": 8, "depth1": 1, "width1": 16}
+    >>> script = standalone_script(load_space("vgg"), params, num_classes=10, in_chans=1, image_size=28, guard=False)
+    >>> "suggest" in script, "optuna" in script
+    (False, False)
+    >>> names = {}
+    >>> exec(script, names)
+    >>> names["build"]().features[0].out_channels
+    8
+    """
+    function, options = _unwrapped(space)
+    if guard is None:
+        from capnas import _timm
+
+        guard = _timm._library is not None
+    source, rewritten = _rewritten(_source_of(function), _GUARD if guard else "")
+    size = f"{in_chans}, {image_size}, {image_size}"
+    given = {"num_classes": num_classes, "in_chans": in_chans, "image_size": image_size, **options}
+    arguments = ", ".join([_NAME if rewritten else f"Decisions({_NAME})", *(f"{k}={v!r}" for k, v in given.items())])
+    decisions = "".join(f"    {k!r}: {v!r},\n" for k, v in params.items())
+    needs = "torch and timm" if rewritten else "torch, timm and optuna (the space asks more of it than suggestions)"
+    return (
+        f"# {title}\n# It needs {needs}. Run it to see its size, or import `build` from it.\n\n"
+        f"{source.strip()}\n\n\n{_NAME} = {{\n{decisions}}}\n\n\n{'' if rewritten else _STAND_IN}"
+        f'def build():\n    """The architecture with fresh weights: images ({size}) to {num_classes} logits."""\n'
+        f"    return {getattr(function, '__name__', 'space')}({arguments})\n\n\n"
+        'if __name__ == "__main__":\n    import torch\n\n    model = build().eval()\n'
+        f"    output = model(torch.zeros(1, {size}))\n"
+        '    print(f"parameters: {sum(p.numel() for p in model.parameters())}, output: {tuple(output.shape)}")\n'
+    )
+
+
+def _unwrapped(space: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    function = getattr(space, "function", space)
+    options: dict[str, Any] = {}
+    while isinstance(function, functools.partial):
+        options, function = {**function.keywords, **options}, function.func
+    return function, options
+
+
+def _source_of(function: Callable[..., Any]) -> str:
+    try:
+        path = inspect.getsourcefile(function)
+        if path is None:
+            raise OSError("no file")
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, TypeError) as error:
+        raise SpaceError(f"the source of the space {function!r} cannot be read ({error}); put the space into a file.") from error
+
+
+def _rewritten(source: str, guard: str) -> tuple[str, bool]:
+    """The source without its trial, and True; or nearly as it is, and False where something else is asked of the trial or of Optuna."""
+    tree, raw = ast.parse(source), source.encode()
+    starts = [0]
+    for line in raw.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def span(node: Any) -> tuple[int, int]:
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    def whole_lines(node: Any) -> tuple[int, int]:
+        return starts[node.lineno - 1], starts[node.end_lineno]
+
+    always: list[Edit] = []  # right in any case
+    edits: list[Edit] = []
+    top = 0
+    for statement in tree.body:
+        if isinstance(statement, ast.If) and ast.unparse(statement.test).startswith("__name__"):
+            always.append((*whole_lines(statement), b""))
+        elif isinstance(statement, ast.Import) and [(a.name, a.asname) for a in statement.names] == [("optuna", None)]:
+            edits.append((*whole_lines(statement), b""))
+        elif (statement is tree.body[0] and isinstance(statement, ast.Expr)) or _is_from(statement, "__future__"):
+            top = whole_lines(statement)[1]
+    always.append((top, top, guard.encode()))
+
+    trials: set[str] = set()
+    known: set[int] = set()  # nodes that an edit takes care of
+    node: Any
+    for node in ast.walk(tree):
+        if _is_suggestion(node):
+            label = next((k.value for k in node.keywords if k.arg == "name"), None) or node.args[0]
+            low, high = span(label)
+            trials.add(node.func.value.id)
+            known.add(id(node.func))
+            edits.append((*span(node), node.func.value.id.encode() + b"[" + raw[low:high] + b"]"))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "optuna.TrialPruned":
+            known.add(id(node.value))
+            edits.append((*span(node), b"ValueError"))
+        elif isinstance(node, ast.arg) and node.annotation is not None and "optuna" in ast.unparse(node.annotation):
+            known.update(id(inner) for inner in ast.walk(node.annotation))
+            edits.append((*span(node.annotation), b"dict"))
+    for node in ast.walk(tree):
+        optuna_left = isinstance(node, ast.Name) and node.id == "optuna" and id(node) not in known
+        owner = node.value if isinstance(node, ast.Attribute) else None
+        trial_left = isinstance(owner, ast.Name) and owner.id in trials and id(node) not in known
+        if optuna_left or trial_left or _is_from(node, "optuna"):
+            return _edited(raw, always), False
+    return _edited(raw, always + edits), True
+
+
+def _is_from(node: ast.AST, package: str) -> bool:
+    return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package
+
+
+def _is_suggestion(node: Any) -> bool:
+    """Whether a node is ``name.suggest_...(label, ...)``."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in _SUGGEST
+        and isinstance(node.func.value, ast.Name)
+        and (bool(node.args) or any(k.arg == "name" for k in node.keywords))
+    )
+
+
+def _edited(raw: bytes, edits: list[Edit]) -> str:
+    """The edits made from last to first; one inside another is dropped."""
+    outer = [e for e in edits if not any(o is not e and o[0] <= e[0] and e[1] <= o[1] for o in edits)]
+    for low, high, new in sorted(outer, reverse=True):
+        raw = raw[:low] + new + raw[high:]
+    return raw.decode()
