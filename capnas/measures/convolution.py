@@ -197,7 +197,7 @@ def per_axis(name: str, value: Sizes, axes: int) -> tuple[int, ...]:
     ((2, 2), (1, 2))
     """
     values = (value,) * axes if isinstance(value, int) else tuple(int(v) for v in value)
-    if len(values) != axes or min(values, default=0) < 1:
+    if len(values) != axes or min(values, default=1) < 1:
         raise UsageError(f"{name} must be a positive number or one per axis ({axes}); got {value!r}.")
     return values
 
