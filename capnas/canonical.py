@@ -58,6 +58,7 @@ def _canonical_terms(trace: Trace) -> tuple[dict[int, _Term], dict[int, _Source]
     """The live operations in canonical form, and for every live node the term (or input, or parameter) that its value is."""
     live = trace.live()
     terms: dict[int, _Term] = {}
+    known: dict[_Term, _Source] = {}  # what is computed twice is one term
     resolved: dict[int, _Source] = {INPUT: ("input", "")}
     for node in (n for n in trace.nodes if n.index in live):
         edges = [_edge(node, k, resolved) for k in range(len(node.inputs))]
@@ -65,18 +66,20 @@ def _canonical_terms(trace: Trace) -> tuple[dict[int, _Term], dict[int, _Source]
         if edges and _is_identity(node, kind):
             resolved[node.index] = edges[0][1]
             continue
-        resolved[node.index] = ("node", node.index)
         if kind in _VIEWS and edges and node.input_ports[0] == 0:
             source = edges[0][1]
             if source[0] == "node" and (before := terms[int(source[1])]).label.startswith("view "):
                 edges = list(before.edges)
-            terms[node.index] = _Term(f"view {node.shape}", tuple(edges), True)
+            term = _Term(f"view {node.shape}", tuple(edges), True)
         elif _is_sum(node):
-            terms[node.index] = _sum(node, [source for _, source in edges], terms)
+            term = _sum(node, [source for _, source in edges], terms)
         else:
             op = ".".join([*node.op.split(".")[:1], kind, *node.op.split(".")[2:]])
-            label = f"{op} {sorted(node.attrs.items())} {node.shapes} {node.dtype}"
-            terms[node.index] = _Term(label, tuple(edges), op not in _COMMUTATIVE or node.attrs.get("alpha", 1) != 1)
+            label = f"{op} {sorted(node.attrs.items())} {node.shape} {node.dtype}"  # shapes of further outputs depend on the device
+            ordered = op not in _COMMUTATIVE or node.attrs.get("alpha", 1) != 1
+            term = _Term(label, tuple(edges if ordered else sorted(edges, key=str)), ordered)
+        resolved[node.index] = known.setdefault(term, ("node", node.index))
+        terms[node.index] = term
     return terms, resolved
 
 
@@ -102,7 +105,8 @@ def _is_identity(node: Node, kind: str) -> bool:
     same = node.shape == node.input_shapes[0] and len(node.shapes) == 1 and node.input_ports[0] == 0
     neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(kind, "none")
     scalar = len(node.inputs) == 1 and node.attrs.get("other", "other") == neutral
-    return same and (kind in _COPIES or kind in _NEUTRAL_AT_SAME_SHAPE or scalar)
+    relayout = node.op == "aten.as_strided_.default"  # a convolution's change of memory layout, on some devices
+    return same and (relayout or kind in _COPIES or kind in _NEUTRAL_AT_SAME_SHAPE or scalar)
 
 
 def _is_sum(node: Node) -> bool:
@@ -119,7 +123,7 @@ def _sum(node: Node, sources: list[_Source], terms: dict[int, _Term]) -> _Term:
                 count[part] += int(role)
         else:
             count[source] += 1
-    return _Term(label, tuple((str(times), part) for part, times in count.items()), False)
+    return _Term(label, tuple(sorted(((str(times), part) for part, times in count.items()), key=str)), False)
 
 
 def _reached(terms: dict[int, _Term], outputs: Iterable[_Edge]) -> list[int]:
