@@ -18,7 +18,7 @@ from capnas.images import Augment, normalise, resize, shift_and_flip, shifts_and
 from capnas.sources import Reader
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
-_GROUP_BYTES = 1 << 21
+_GROUP_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +89,7 @@ class InMemory:
             y = self.labels[chosen].to(request.device, non_blocking=True)
             if draws is not None:
                 x = shift_and_flip(x, draws[start : start + group].to(request.device, non_blocking=True))
-            for part, target in zip(x.split(batch_size), y.split(batch_size)):
-                yield normalise(part, request.mean, request.std), target
+            yield from zip(normalise(x, request.mean, request.std).split(batch_size), y.split(batch_size))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

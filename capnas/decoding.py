@@ -63,10 +63,10 @@ def fit(image: Any, size: int, in_chans: int) -> torch.Tensor:
             image = image.convert("RGBA")
         grey_or_rgb = image.convert(mode)
     w, h = grey_or_rgb.size
-    side = min(w, h)
-    left, top = (w - side) // 2, (h - side) // 2
-    if (w, h) != (size, size):
-        grey_or_rgb = grey_or_rgb.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    if (w, h) != (size, size):  # to whole pixels as timm's evaluation transform does, so that both paths agree
+        w, h = int(size * w / min(w, h)), int(size * h / min(w, h))
+        left, top = round((w - size) / 2), round((h - size) / 2)
+        grey_or_rgb = grey_or_rgb.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
     pixels = torch.from_numpy(np.array(grey_or_rgb)).view(size, size, -1).permute(2, 0, 1)
     return pixels if in_chans in (1, 3) else to_channels(pixels[None], in_chans)[0]
 
@@ -76,7 +76,8 @@ def shape_of(part: Pair | Reader) -> tuple[int, int]:
     if isinstance(part, Pair):
         return part.images.shape[1], min(part.images.shape[-2:])
     channels, sides = [], []
-    for image in _sample(part):
+    failed: list[str] = []
+    for image in _sample(part, failed):
         if isinstance(image, Image.Image):
             with image:
                 channels.append(1 if image.mode in ("L", "1", "LA", "I", "I;16") else 3)
@@ -86,11 +87,11 @@ def shape_of(part: Pair | Reader) -> tuple[int, int]:
             channels.append(x.shape[1])
             sides.append(min(x.shape[-2:]))
     if not sides:
-        raise DataError("expected readable images, found none in a sample; check the files.")
+        raise DataError(f"expected readable images, found none in a sample; the first: {failed[0] if failed else 'nothing there'}.")
     return max(channels), min(int(np.median(sides)), _LARGEST_DEFAULT)
 
 
-def _sample(part: Reader) -> Iterator[Any]:
+def _sample(part: Reader, failed: list[str]) -> Iterator[Any]:
     if isinstance(part, StreamReader):
         for (image, _), _ in zip(part, range(_SAMPLE)):
             yield image
@@ -98,8 +99,8 @@ def _sample(part: Reader) -> Iterator[Any]:
     for index in sorted({round(i) for i in np.linspace(0, len(part) - 1, _SAMPLE)}) if len(part) else []:
         try:
             yield part.read(index)[0]
-        except Exception:
-            continue
+        except Exception as error:
+            failed.append(_named(part, index, error))
 
 
 def decode(part: Pair | Reader, size: int, in_chans: int, *, workers: int | None = None) -> Block:

@@ -17,8 +17,19 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
-    entries = sorted((p for p in folder.iterdir() if not p.name.startswith((".", "__"))), key=lambda p: _natural(p.name))
+    entries = sorted((p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))), key=lambda p: (_natural(p.name), p.name))
     return [p for p in entries if p.is_dir()], [p for p in entries if p.is_file() and p.suffix.lower() in EXTENSIONS]
+
+
+def _images(folder: Path) -> list[Path]:
+    names = (Path(base) / f for base, _, files in os.walk(folder, followlinks=True) for f in files if not f.startswith("."))
+    return sorted((p for p in names if p.suffix.lower() in EXTENSIONS), key=lambda p: (_natural(str(p)), str(p)))
+
+
+def _are_splits(folders: list[Path]) -> bool:
+    named = [f for f in folders if f.name.lower() in SPLIT_NAMES]
+    # "train" may also be a class, beside "car" and "ship": then it holds images and no folders
+    return bool(named) and (len(named) == len(folders) or any(_visible(f)[0] for f in named))
 
 
 def read_folder(path: Path) -> Found:
@@ -32,7 +43,7 @@ def read_folder(path: Path) -> Found:
     """
     folders, loose = _visible(path)
     splits: dict[str, Path] = {}
-    for folder in folders:
+    for folder in folders if _are_splits(folders) else ():
         split = SPLIT_NAMES.get(folder.name.lower())
         if split in splits:
             raise DataError(f"{path}: expected one folder per split, found both {splits[split].name}/ and {folder.name}/.")
@@ -40,11 +51,10 @@ def read_folder(path: Path) -> Found:
             splits[split] = folder
     if splits and "train" not in splits:
         raise DataError(f"{path}: expected train/ beside {', '.join(f.name + '/' for f in splits.values())}, found none.")
-    if not splits:
-        splits = {"train": path}
-    elif loose or len(splits) < len(folders):
-        extra = [f.name + "/" for f in folders if f not in splits.values()] + [p.name for p in loose]
-        raise DataError(f"{path}: expected only train/, val/ and test/, found also {some(extra)}; move them away.")
+    extra = [f.name + "/" for f in folders if f not in splits.values() and _images(f)] + [p.name for p in loose]
+    if splits and extra:
+        raise DataError(f"{path}: expected images only in train/, val/ and test/, found also {some(extra)}; move them away.")
+    splits = splits or {"train": path}
     class_names: tuple[str, ...] = ()
     parts: dict[str, Pair | Reader] = {}
     for split in sorted(splits, key=("train", "validation", "test").index):
@@ -63,17 +73,14 @@ def _class_folders(folder: Path, known: tuple[str, ...], root: Path) -> tuple[Fi
         )
     names = tuple(f.name for f in folders)
     if len(names) < 2 and not known:
-        raise DataError(f"{folder}: expected at least two class folders, found {some(names) or 'none'}.")
+        inside = f"; is the data set inside, in {folders[0]}?" if folders and _visible(folders[0])[0] else "."
+        raise DataError(f"{folder}: expected at least two class folders, found {some(names) or 'none'}{inside}")
     if known and set(names) - set(known):
         raise DataError(f"{folder}: expected the classes of train ({some(known)}), found also {some(sorted(set(names) - set(known)))}.")
     paths: list[Path] = []
     classes: list[int] = []
     for class_folder in folders:
-        files = sorted(
-            (Path(base) / f for base, _, names_ in os.walk(class_folder, followlinks=True) for f in names_
-             if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")),
-            key=lambda p: _natural(str(p)),
-        )  # fmt: skip
+        files = _images(class_folder)
         if not files:
             raise DataError(f"{class_folder}: expected images ({', '.join(EXTENSIONS)}), found none; add some or remove the empty class.")
         paths += files

@@ -66,9 +66,11 @@ def as_images(array: Any, what: str = "images") -> torch.Tensor:
         raise DataError(f"{what}: expected (N, H, W), (N, H, W, C) or (N, C, H, W) with nothing empty, found shape {tuple(x.shape)}.")
     if x.dtype == torch.uint8:
         return x.contiguous()
+    if x.is_complex():
+        raise DataError(f"{what}: expected real numbers, found {x.dtype}.")
     if not x.is_floating_point():
         low, high = int(x.min()), int(x.max())
-        if x.is_complex() or low < 0 or high > 255:
+        if low < 0 or high > 255:
             raise DataError(f"{what}: expected integer pixels in 0..255, found {low}..{high}; scale them, or give floats.")
         return x.to(torch.uint8).contiguous()
     x = x.float().contiguous()
@@ -222,4 +224,5 @@ def normalise(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     """Float32 with mean and standard deviation taken out, channel by channel; bytes count as 0..1 (units of `mean_std`)."""
     unit = 1.0 if x.is_floating_point() else 255.0
     m, s = (torch.tensor(v, dtype=torch.float32, device=x.device).view(1, -1, 1, 1) for v in (mean, std))
-    return (x.float() - m * unit) * (1 / (s * unit))
+    out = x.float() if not x.is_floating_point() else x.float().clone()
+    return out.sub_(m * unit).mul_(1 / (s * unit))

@@ -63,10 +63,8 @@ def find(source: Any, *, root: str | None = None, download: bool = False) -> Fou
     path = Path(name).expanduser()
     if path.is_dir():
         return folders.read_folder(path)
-    if path.is_file() and path.suffix == ".tar":
-        return named.tar_file(path)
     if path.is_file():
-        raise DataError(f"{path}: expected a folder of images or a .tar of class folders, found another file; unpack it.")
+        raise DataError(f"{path}: expected a folder of images, found a file; unpack it.")
     known = (named.EMBEDDED, "fashion-mnist", *(f"{prefix}/NAME" for prefix in named.TIMM_PREFIXES))
     raise UsageError(f"{one_of('data', name, known)} A folder of images can be given too, this one does not exist.")
 

@@ -148,10 +148,3 @@ def timm_named(name: str, root: str | Path | None = None, download: bool = False
     parts = {s: StreamReader(d) if isinstance(d, torch.utils.data.IterableDataset) else DatasetReader(d) for s, d in opened.items()}
     flip = not set(re.split(r"[/:_]", rest.lower())) & _MIRROR_CHANGES_CLASS or "fashion" in rest.lower()
     return Found(name=name, parts=parts, class_names=class_names(opened["train"]), flip=flip)
-
-
-def tar_file(path: Path) -> Found:
-    """A tar file with one folder of images per class, read by timm; capnas splits it."""
-    with _explained(str(path), "expected a tar file with one folder of images per class"):
-        dataset = _timm_data().create_dataset("", root=str(path))
-    return Found(name=path.stem, parts={"train": DatasetReader(dataset)}, class_names=class_names(dataset))

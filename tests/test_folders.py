@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from capnas.errors import DataError
+from capnas.folders import read_folder
+
+
+def put(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+
+
+def fill(root: Path, classes: str = "ab", count: int = 2) -> Path:
+    put(*(root / c / f"{i}.png" for c in classes for i in range(count)))
+    return root
+
+
+def test_one_folder_of_classes(tmp_path: Path) -> None:
+    fill(tmp_path)
+    put(tmp_path / "a" / "deeper" / "x.JPG", tmp_path / "a" / ".hidden.png")
+    (tmp_path / "README.txt").write_text("notes are ignored")
+    (tmp_path / "a" / "notes.csv").write_text("1")
+    found = read_folder(tmp_path)
+    assert list(found.parts) == ["train"]
+    assert found.class_names == ("a", "b")
+    assert found.parts["train"].labels().tolist() == [0, 0, 0, 1, 1]  # type: ignore[union-attr]
+
+
+def test_classes_in_natural_order(tmp_path: Path) -> None:
+    put(*(tmp_path / str(i) / "x.png" for i in (10, 9, 1)))
+    assert read_folder(tmp_path).class_names == ("1", "9", "10")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("train", "val"), {"train": "train", "test": "val"}),
+        (("train", "test"), {"train": "train", "test": "test"}),
+        (("Training", "valid", "testing"), {"train": "Training", "validation": "valid", "test": "testing"}),
+        (("train",), {"train": "train"}),
+    ],
+)
+def test_splits(tmp_path: Path, given: tuple[str, ...], expected: dict[str, str]) -> None:
+    for split in given:
+        fill(tmp_path / split)
+    (tmp_path / "docs").mkdir()
+    parts = read_folder(tmp_path).parts
+    assert {split: part.name(0).split("/")[0] for split, part in parts.items()} == expected  # type: ignore[union-attr]
+
+
+def test_train_can_be_a_class(tmp_path: Path) -> None:
+    put(*(tmp_path / c / "x.png" for c in ("car", "train")))
+    assert read_folder(tmp_path).class_names == ("car", "train")
+
+
+def test_wrong_layouts(tmp_path: Path) -> None:
+    def told(name: str, text: str) -> None:
+        with pytest.raises(DataError, match=text):
+            read_folder(tmp_path / name)
+
+    put(tmp_path / "loose" / "x.png", tmp_path / "loose" / "y.png")
+    told("loose", r"one folder per class, found 2 image files and no folders \(x.png, y.png\)")
+    put(fill(tmp_path / "beside") / "x.png")
+    told("beside", r"found 1 image files beside 2 class folders \(x.png\)")
+    fill(tmp_path / "single", "a")
+    told("single", "at least two class folders, found a")
+    (tmp_path / "nothing").mkdir()
+    told("nothing", "at least two class folders, found none")
+    fill(tmp_path / "wrapped" / "inner")
+    told("wrapped", r"found inner; is the data set inside, in .*inner\?")
+    (fill(tmp_path / "empty") / "c").mkdir()
+    told("empty", r"empty/c: expected images \(.png, .*found none; add some or remove the empty class")
+    fill(tmp_path / "held" / "val")
+    told("held", "expected train/ beside val/, found none")
+    fill(tmp_path / "twice" / "train"), fill(tmp_path / "twice" / "val"), fill(tmp_path / "twice" / "valid")
+    told("twice", "one folder per split, found both val/ and valid/")
+    fill(tmp_path / "other" / "train"), fill(tmp_path / "other" / "val", "abc")
+    told("other", r"expected the classes of train \(a, b\), found also c")
+    fill(tmp_path / "more" / "train"), fill(tmp_path / "more" / "extra"), put(tmp_path / "more" / "x.png")
+    told("more", r"images only in train/, val/ and test/, found also extra/, x.png; move them away")
+    fill(tmp_path / "flat" / "train"), put(tmp_path / "flat" / "test" / "1.png")
+    told("flat", "flat/test: expected one folder per class, found 1 image files and no folders")
