@@ -128,15 +128,14 @@ class Streamed:
         """See `capnas.data.ImageData.batches`; the shifted crop becomes timm's random resized crop of the same extent."""
         from capnas._timm import import_timm
 
-        items = Items(self, request.positions)
-        augment = request.augment
+        timm_data, items = import_timm("timm.data"), Items(self, request.positions)
+        augment, shape = request.augment, (self.in_chans, request.size, request.size)
         shift = augment.pixels(request.size) / request.size if augment else 0.0
-        loader = import_timm("timm.data").create_loader(
+        loader = timm_data.create_loader(
             items,
-            input_size=(self.in_chans, request.size, request.size),
+            input_size=shape,
             batch_size=min(request.batch_size, len(items)) if request.training else request.batch_size,
             is_training=request.training,
-            no_aug=augment is None,
             scale=((1 - shift) ** 2, 1.0),
             hflip=0.5 if augment and augment.flip else 0.0,
             color_jitter=0.0,
@@ -149,6 +148,8 @@ class Streamed:
             device=request.device,
             persistent_workers=False,
         )
+        if augment is None:  # timm's own no_aug squeezes images that are not square
+            items.transform = timm_data.create_transform(shape, interpolation="bilinear", crop_pct=1.0, use_prefetcher=True)
         yield from private_randomness(loader, request.seed)
 
 
