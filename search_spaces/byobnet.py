@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optuna
 from timm.layers import make_divisible
-from timm.models.byobnet import ByobNet, ByoBlockCfg, ByoModelCfg
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import nn
 
 BLOCKS = ("basic", "bottle", "dark", "edge", "rep", "one")

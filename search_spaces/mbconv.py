@@ -1,4 +1,4 @@
-"""Mobile inverted bottlenecks on timm's ``EfficientNet`` (MnasNet, Tan et al. 2019; fused blocks as in EfficientNetV2): all choices per stage."""
+"""Mobile inverted bottlenecks on timm's ``EfficientNet`` (MnasNet, Tan et al. 2019; fused blocks of EfficientNetV2), stage by stage."""
 
 from __future__ import annotations
 

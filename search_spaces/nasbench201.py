@@ -1,12 +1,13 @@
 """The cell space of NAS-Bench-201 (Dong & Yang, ICLR 2020) in plain torch: six edges, five operations, 15,625 cells.
 
-A cell has four nodes; the edge from node s to node t > s carries one operation; a node is the sum of its edges and node 0 is the cell's input.
-The network: a 3x3 conv, three stages of ``cells`` cells at 1, 2 and 4 times ``channels`` with a residual block that halves the resolution between
-them, batch norm, ReLU, average pool, linear layer. The published networks have cells=5 and channels=16; the default here is one cell a stage.
+A cell has four nodes; the edge from node s to node t > s carries one operation; a node is the sum of its edges and node 0 is the
+cell's input. The network: a 3x3 conv, three stages of ``cells`` cells at 1, 2 and 4 times ``channels`` with a residual block that halves
+the resolution between them, batch norm, ReLU, average pool, linear layer. The published networks have cells=5 and channels=16; the
+default here is one cell a stage, a fifth of the cost.
 
-Nothing is computed for an edge that no signal passes: one with the operation "none", one from a node without live input, one to a node that the
-output does not read. Its weights exist nevertheless, because the published parameter counts include them (``dead_weights=False`` leaves
-them out). The published networks run such edges; there a conv behind zeros adds its batch norm's learned shift, a constant.
+Nothing is computed for an edge that no signal passes: one with the operation "none", one from a node without live input, one to a node
+that the output does not read. Its weights exist nevertheless, because the published parameter counts include them (``dead_weights=False``
+leaves them out). The published networks run such edges; there a conv behind zeros adds its batch norm's learned shift, a constant.
 """
 
 from __future__ import annotations

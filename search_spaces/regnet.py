@@ -1,7 +1,8 @@
-"""Networks of the RegNet design space on timm's ``RegNet`` (Radosavovic et al. 2020): block widths on a quantised line, grouped bottlenecks.
+"""Networks of the RegNet design space on timm's ``RegNet`` (Radosavovic et al. 2020): quantised linear widths, groups.
 
-Block j is ``w0 * wm ** round(log(1 + wa * j / w0) / log(wm))`` wide, so the exponents 0 to 3 make the four stages that timm builds. The slope
-``wa`` is drawn through ``reach``, the last block's exponent before rounding, which makes nearly all draws have four stages.
+Block j is ``w0 * wm ** round(log(1 + wa * j / w0) / log(wm))`` wide, so the exponents 0 to 3 make the four stages that timm builds. The
+slope ``wa`` is drawn through ``reach``, the last block's exponent before rounding, which makes nearly all draws have four stages.
+The last stage keeps the resolution once it is down to 2x2; where timm dilates its kernels for that, they are set back to dilation 1.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ def space(
         se_ratio=se_ratio,
         stem_width=stem_width,
     )
-    # the last stages keep the resolution (timm dilates them) once it is down to 2x2
     output_stride = max((s for s in (16, 32) if -(-2 * image_size // (s * stem_stride)) >= 2), default=8)
     model = RegNet(cfg, output_stride=output_stride, num_classes=num_classes, in_chans=in_chans)
     model.stem.conv.stride = (stem_stride, stem_stride)  # timm's is always 2
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.dilation != (1, 1):
+            module.dilation = module.padding = (1, 1)
     return model

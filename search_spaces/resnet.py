@@ -1,6 +1,8 @@
-"""Residual networks on timm's ``ResNet`` (He et al. 2016): depth and width per stage, block, stem resolution, shortcut, activation.
+"""Residual networks on timm's ``ResNet`` (He et al. 2016): depth and width per stage, block, shortcut, stem.
 
-The stem's first 3x3 conv halves the image; the max pool behind it halves it again and is a choice here (``stem_pool``), as images are small.
+The stem's first 3x3 conv halves the image; the max pool behind it halves it again and is a choice here (``stem_pool``), as images are
+small. Late stages keep the resolution once it is down to 2x2; where timm dilates their kernels for that, they are set back to dilation 1,
+because a dilated kernel reaches past the border of so small a map with all but its middle.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ def space(
     attention = trial.suggest_categorical("attention", ["none", "se"])
     layers = [trial.suggest_int(f"depth{i}", *depths) for i in range(4)]
     width = [trial.suggest_int(f"width{i}", widths[0] * (i + 1), widths[1] * (i + 1), step=4 * (i + 1)) for i in range(4)]
-    # later stages keep the resolution (timm dilates them) once it is down to 2x2
     output_stride = max((s for s in (8, 16, 32) if -(-image_size * (1 if stem_pool else 2) // s) >= 2), default=0)
     if not output_stride:
         raise optuna.TrialPruned(f"the stem and timm's least reduction leave less than 2 px of {image_size} px")
@@ -52,4 +53,7 @@ def space(
     )
     if not stem_pool:
         model.maxpool = nn.Identity()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.dilation != (1, 1):
+            module.dilation = module.padding = (1, 1)
     return model

@@ -1,4 +1,4 @@
-"""Vision transformers on timm's ``VisionTransformer`` (Dosovitskiy et al. 2021): patches, width as heads times head width, depth, MLP ratio."""
+"""Vision transformers on timm's ``VisionTransformer`` (Dosovitskiy et al. 2021): patches, heads times head width, depth, MLP ratio."""
 
 from __future__ import annotations
 
