@@ -24,6 +24,7 @@ from capnas.export import write_environment, write_trials
 from capnas.objective import Objective
 from capnas.runs import RunResult, is_finished, open_run
 from capnas.samplers import first_judged, make_pruner, make_sampler
+from capnas.spaces import load_space
 from capnas.stopping import MedianRule
 from capnas.storages import open_storage
 
@@ -70,6 +71,8 @@ def run_study(config: StudyConfig, *, space: Any = None, data: Any = None, on_tr
     """
     if config.workers > 1 and not (space is None and data is None):
         raise StudyError("several workers load space and data by name: give names in the config, or use workers=1.")
+    if space is None:
+        load_space(config.space)  # its errors belong before anything is created
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
     study = _open(config)
@@ -170,7 +173,10 @@ def _work(
     """Trials one after the other until the study is finished."""
     ran, failures, own = 0, 0, int.from_bytes(os.urandom(4), "big")
 
+    number = [-1]
+
     def guarded(trial: optuna.Trial) -> float | tuple[float, ...]:
+        number[0] = trial.number
         before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
         if sum(is_finished(t) or t.state == TrialState.RUNNING for t in before) >= config.trials:
             raise _Surplus
@@ -197,11 +203,11 @@ def _work(
             raise
         except Exception as error:
             failures += 1
+            if on_trial is not None:
+                on_trial(study, study.get_trials(deepcopy=False)[number[0]])
             if failures == MAX_FAILURES:
                 text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise StudyError(f"{failures} trials in a row ended in an error, the last: {text}") from error
-            if on_trial is not None:
-                on_trial(study, study.get_trials(deepcopy=False)[-1])
         ran += 1
     return ran
 

@@ -257,6 +257,7 @@ def test_out_of_memory_in_any_stage_ends_the_trial(data: ImageData, after: int) 
 def test_an_error_passes_and_is_stored(data: ImageData) -> None:
     o = objective(data, broken(LookupError("no such\n thing")))
     study = optuna.create_study(directions=o.directions)
+    study.enqueue_trial(SMALL)
     with pytest.raises(LookupError, match="no such"):
         study.optimize(o, n_trials=1)
     found = evaluations(study)[0]
@@ -267,6 +268,7 @@ def test_an_error_passes_and_is_stored(data: ImageData) -> None:
 def test_an_interrupt_passes_and_is_stored(data: ImageData) -> None:
     o = objective(data, broken(KeyboardInterrupt()))
     study = optuna.create_study(directions=o.directions)
+    study.enqueue_trial(SMALL)
     with pytest.raises(KeyboardInterrupt):
         study.optimize(o, n_trials=1)
     assert (evaluations(study)[0].status, evaluations(study)[0].reason) == ("interrupted", "KeyboardInterrupt")
