@@ -18,16 +18,16 @@ from capnas.tracing import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStructure:
-    """Structure of one layer: a convolution, a dense layer, a pooling, or an activation that no linear layer feeds.
+    """Structure of one layer: a convolution, a dense layer, a pooling, attention, or an activation that no linear layer feeds.
 
     Attributes:
         name: of the module that owns the weight (or that was running).
-        kind: ``"conv"``, ``"linear"``, ``"pool"`` or ``"activation"``.
+        kind: ``"conv"``, ``"linear"``, ``"pool"``, ``"attention"`` or ``"activation"``.
         complexity_bits: C_loc, bits, summed over calls.
         complexity_position_bits: C_pos, bits.
         log2_fan_in: log2 of the layer's own K (its fan-in r).
         log2_paths: log2 K from the model input to one unit of its output (the greatest over calls).
-        log2_compression: log2 of ``m / r``, the local intrinsic power before clipping; None for pooling and activations.
+        log2_compression: log2 of ``m / r``, the local intrinsic power before clipping; None where the layer has no weights.
         field: receptive fields at its input and output and the span of its taps, over all calls; None where the input has no image axes.
         calls: how many times it ran.
     """
@@ -86,7 +86,7 @@ class StructureReport:
 
     @property
     def fields(self) -> list[LayerField]:
-        """Convolutions, dense layers and pools that read an image axis, in the order of execution."""
+        """Convolutions, dense layers, pools and attention over a model input with image axes, in the order of execution."""
         return [x.field for x in self.layers.values() if x.field is not None and x.kind != "activation"]
 
 

@@ -40,6 +40,7 @@ _REDUCTION = re.compile("mean|sum|nansum|amax|amin|max|min|logsumexp")
 _CONSTANT = re.compile("(zeros|ones|full|empty|rand|randn)_like|new_(zeros|ones|full|empty)|bernoulli")
 _PRODUCT = re.compile("mm|bmm|addmm|baddbmm|mv|matmul|linear")
 _SPLIT = re.compile("(unsafe_)?split(_with_sizes)?|chunk|unbind")
+_BUFFERS = ("running_mean", "running_var", "indices", "index")  # arguments that are no weights
 _TAPS = {"linear": 2, "cubic": 4}  # interpolation from two or four neighbours along each axis
 
 
@@ -92,6 +93,7 @@ class Walk:
         self.rows: dict[str, Row] = {}
         self.waiting: dict[int, tuple[Row, float, float]] = {}  # linear layers whose activation has not come yet
         self.counted: set[tuple[int, int]] = set()
+        self.sizes: dict[str, int] = {}
         self.weights: dict[str, int] = {}
         live = trace.live()
         for node in trace.nodes:
@@ -102,9 +104,11 @@ class Walk:
 
     def _visit(self, node: Node) -> None:
         base = (node.op.split(".")[1] if "." in node.op else node.op).rstrip("_")
-        for name, shape in zip(node.input_params, node.input_shapes):
-            if name is not None and not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
-                self.weights[name] = max(self.weights.get(name, 0), math.prod(shape))
+        for name, argument, shape in zip(node.input_params, node.input_names, node.input_shapes):
+            if name is not None and argument not in _BUFFERS:
+                self.sizes[name] = max(self.sizes.get(name, 0), math.prod(shape))
+                if not node.shape_only:
+                    self.weights[name] = self.sizes[name]
         given = [None if i is None else self.states.get((i, p)) for i, p in zip(node.inputs, node.input_ports)]
         data = [s for s in given if s is not None]
         if not data or _CONSTANT.fullmatch(base):
@@ -161,7 +165,7 @@ class Walk:
         layout = (layout[0], (Atom(axes=(CHANNEL,), size=out_units),), *layout[2:])
         bits = algebra.linear_leaf(in_units, out_units, kernel=math.prod(kernel), groups=groups).complexity
         after = State(layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, origin=node.index)
-        return self._linear("conv", node, 1, x, after, extent, own, bits, out_units, groups)
+        return self._linear("conv", node, 1, x, after, extent, (own, bits, out_units, groups))
 
     def _product(self, base: str, node: Node, given: list[State | None]) -> State:
         left, right = (0, 1) if base == "linear" else (len(given) - 2, len(given) - 1)
@@ -182,35 +186,28 @@ class Walk:
 
     def _data_product(self, node: Node, a: State, b: State, terms: int) -> State:
         value, mixed, other = (b, b.layout[-2], a) if a.mixing and not b.mixing else (a, a.layout[-1], b)
-        if a.mixing != b.mixing:
-            paths = value.paths + algebra.average_gain(terms, self.gain)
-        else:
-            paths = math.log2(terms) + algebra.log2_add([a.paths, b.paths])
+        attention = a.mixing != b.mixing
+        gain = algebra.average_gain(terms, self.gain) if attention else math.log2(terms)
+        paths = gain + (value.paths if attention else algebra.log2_add([a.paths, b.paths]))
         fields = axes.reach(value.fields, value.layout, mixed)
-        if self.gates or a.mixing == b.mixing:
-            fields = tuple(map(_join, fields, other.fields))
+        if self.gates or not attention:
+            fields = tuple(map(receptive.merge, zip(fields, other.fields)))
         layout = (*a.layout[:-1], b.layout[-1])
-        return State(layout=layout, fields=fields, paths=paths, depth=max(a.depth, b.depth), origin=node.index)
+        after = State(layout=layout, fields=fields, paths=paths, depth=max(a.depth, b.depth), origin=node.index)
+        if attention:
+            self._row(node.module, "attention", gain, value, after)
+        return after
 
     def _dense(self, node: Node, weight: int, x: State, mixed: Axis, layout: Layout, in_units: int, out_units: int) -> State:
         fields, own = axes.reach(x.fields, x.layout, mixed), math.log2(in_units)
         after = State(layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, origin=node.index)
         bits = algebra.log2_regions(out_units, in_units)
-        return self._linear("linear", node, weight, x, after, _extent(x.fields, fields), own, bits, out_units, 1)
+        return self._linear("linear", node, weight, x, after, (), (own, bits, out_units, 1))
 
     def _linear(
-        self,
-        kind: str,
-        node: Node,
-        weight: int,
-        x: State,
-        after: State,
-        extent: Extent,
-        own: float,
-        bits: float,
-        units: int,
-        groups: int,
+        self, kind: str, node: Node, weight: int, x: State, after: State, extent: Extent, leaf: tuple[float, float, int, int]
     ) -> State:
+        own, bits, units, groups = leaf
         name = (self._name_of(weight, node) or "").split(".parametrizations.")[0].rpartition(".")[0] or node.module
         row = self._row(name, kind, own, x, after, extent)
         row.compression = math.log2(units // groups) - own
@@ -226,7 +223,7 @@ class Walk:
             else:
                 units = axes.channels(x.layout)
                 leaf = algebra.activation_leaf(units, positions=max(1, math.prod(node.shape) // (self.batch * units)))
-                row, bits, position_bits = self._row(node.module, "activation", 0.0, x, x, ()), leaf.complexity, leaf.complexity_positions
+                row, bits, position_bits = self._row(node.module, "activation", 0.0, x, x), leaf.complexity, leaf.complexity_positions
             row.bits += bits
             row.position_bits += position_bits
         return replace(x, origin=node.index, norm=INPUT)
@@ -265,7 +262,7 @@ class Walk:
         if _STATISTIC.fullmatch(base):
             return replace(x, layout=layout, fields=fields, statistic=True, origin=node.index)
         kind = "average" if base == "mean" else "sum" if "sum" in base else "max"
-        return self._pooled(kind, node, x, layout, fields, _extent(x.fields, fields), axes.entries(taken))
+        return self._pooled(kind, node, x, layout, fields, (), axes.entries(taken))
 
     def _pooled(self, kind: str, node: Node, x: State, layout: Layout, fields: tuple[Field, ...], extent: Extent, taps: int) -> State:
         units = axes.channels(layout)
@@ -296,42 +293,29 @@ class Walk:
         return self._joined(node, layout, data, paths)
 
     def _joined(self, node: Node, layout: Layout, data: list[State], paths: float) -> State:
-        fields = data[0].fields
-        for s in data[1:]:
-            fields = tuple(map(_join, fields, s.fields))
+        fields = tuple(map(receptive.merge, zip(*(s.fields for s in data))))
         return State(layout=layout, fields=fields, paths=paths, depth=max(s.depth for s in data), origin=node.index)
 
     def _upsample(self, base: str, node: Node, x: State) -> State:
         taps = next((n for word, n in _TAPS.items() if word in base), 1)
         sizes, before = node.shape[2:], node.input_shapes[0][2:]
-        layout, fields, _ = axes.slide(
-            x.layout,
-            x.fields,
-            sizes,
-            lambda f, i: (receptive.resampled(f, sizes[i] / before[i], taps if sizes[i] != before[i] else 1), 1.0),
-        )
+
+        def rule(f: Field, i: int) -> tuple[Field, float]:
+            return receptive.resampled(f, sizes[i] / before[i], taps if sizes[i] != before[i] else 1), 1.0
+
+        layout, fields, _ = axes.slide(x.layout, x.fields, sizes, rule)
         return replace(x, layout=layout, fields=fields, origin=node.index)
 
     def _pointwise(self, base: str, node: Node, given: list[State | None], data: list[State]) -> State:
-        fits = all(tuple(map(axes.entries, s.layout)) == node.shape[len(node.shape) - len(s.layout) :] for s in data) or all(
-            n in (1, m) for s in data for n, m in zip(map(axes.entries, reversed(s.layout)), reversed(node.shape))
-        )
-        layouts = [s.layout for s in data]
-        layout = axes.broadcast(layouts, node.shape) if fits else axes.unknown(layouts, node.shape)
+        layout = axes.broadcast([s.layout for s in data], node.shape)
         if base == "div" and given[0] is not None:
             data = [given[0]]
         elif any(s.statistic for s in data) and not all(s.statistic for s in data):
             data = [s for s in data if not s.statistic]
         if len(data) == 1:
-            zero = base == "mul" and node.attrs.get("other") == 0
-            constant = len(given) > 1
-            return replace(
-                data[0],
-                layout=layout,
-                paths=-math.inf if zero else data[0].paths,
-                norm=node.index if constant else data[0].norm,
-                statistic=data[0].statistic,
-            )
+            norm = node.index if len(given) > 1 else data[0].norm
+            paths = -math.inf if base == "mul" and node.attrs.get("other") == 0 else data[0].paths
+            return replace(data[0], layout=layout, paths=paths, norm=norm)
         joined = self._joined(node, layout, data, algebra.log2_add(s.paths for s in data))
         if base == "mul" and not self.gates:
             a, b = data
@@ -346,24 +330,21 @@ class Walk:
         producer = node.inputs[place]
         return node.input_params[place] or (self.names.get(producer) if producer is not None else None)
 
-    def _row(self, name: str, kind: str, own: float, x: State, after: State, extent: Extent) -> Row:
+    def _row(self, name: str, kind: str, own: float, x: State, after: State, extent: Extent = ()) -> Row:
         key = name or kind
         if key in self.rows and self.rows[key].kind != kind:
             key = f"{key} ({kind})"
         row = self.rows.setdefault(key, Row(kind=kind))
         row.own, row.paths, row.calls = own, max(row.paths, after.paths), row.calls + 1
-        row.seen.append((extent or (1.0,) * len(x.fields), x.fields, after.fields))
+        ends = _placed(x), _placed(after)
+        row.seen.append((extent or tuple(1.0 if f.high == g.high else (g.high - f.high) / f.jump + 1 for f, g in zip(*ends)), *ends))
         return row
+
+
+def _placed(state: State) -> tuple[Field, ...]:
+    return tuple(replace(f, jump=f.jump * axes.spacing(sum(state.layout, ()), i)) for i, f in enumerate(state.fields))
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return values * count if len(values) == 1 else values
-
-
-def _join(a: Field, b: Field) -> Field:
-    return Field(low=min(a.low, b.low), high=max(a.high, b.high), jump=a.jump)
-
-
-def _extent(before: tuple[Field, ...], after: tuple[Field, ...]) -> Extent:
-    return tuple(1.0 if f.high == g.high else (g.high - f.high) / f.jump + 1 for f, g in zip(before, after))

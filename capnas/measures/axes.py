@@ -83,8 +83,16 @@ def reshape(layout: Layout, shape: Sequence[int]) -> Layout:
     >>> windows = reshape(input_layout((1, 3, 8, 8)), (1, 3, 2, 4, 8))
     >>> [(a.size, a.step) for axis in windows[2:4] for a in axis]
     [(2, 4.0), (4, 1.0)]
+    >>> reshape(windows, (1, 3, 8, 8)) == input_layout((1, 3, 8, 8))
+    True
     """
-    rest = [a for axis in layout for a in axis]
+    rest: list[Atom] = []
+    for atom in (a for axis in layout for a in axis):
+        outer = rest[-1] if rest else None
+        if outer is not None and outer.axes == atom.axes and outer.step == atom.size * atom.step:
+            rest[-1] = replace(atom, size=outer.size * atom.size)  # windows put together again
+        else:
+            rest.append(atom)
     result: list[Axis] = []
     for size in shape:
         axis: list[Atom] = []
@@ -138,11 +146,13 @@ def resize(axis: Axis, size: int, step: int = 1) -> Axis:
 
 
 def broadcast(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
-    """Layout of an element-wise operation: for each axis that of the first operand that has its full size.
+    """Layout of an element-wise operation: for each axis that of the operand of full size that tells most; `unknown` if one does not fit.
 
     >>> broadcast([(), input_layout((1, 3, 8, 8))], (1, 3, 8, 8)) == input_layout((1, 3, 8, 8))
     True
     """
+    if any(entries(axis) not in (1, n) for layout in layouts for axis, n in zip(reversed(layout), reversed(shape))):
+        return unknown(layouts, shape)
     result: list[Axis] = []
     for back, size in zip(range(len(shape), 0, -1), shape):
         found = [layout[-back] for layout in layouts if back <= len(layout) and entries(layout[-back]) == size]
@@ -179,7 +189,7 @@ def spacing(axis: Axis, image_axis: int) -> float:
     >>> spacing((Atom(axes=(0,), size=4, step=2.0),), 0)
     2.0
     """
-    return min((a.step for a in axis if image_axis in a.axes), default=1.0)
+    return min((a.step for a in axis if image_axis in a.axes and a.size > 1), default=1.0)
 
 
 Sliding = Callable[[Field, int], tuple[Field, float]]

@@ -118,14 +118,14 @@ def whole(field: Field) -> Field:
 
 
 def merge(fields: Sequence[Field]) -> Field:
-    """Field of a sum or a concatenation: the least ``low``, the greatest ``high``, the greatest ``jump``.
+    """Field of a sum or a concatenation: the least ``low``, the greatest ``high``, the jump of the first.
 
     >>> merge([Field(low=11.0, high=11.0), Field(low=27.0, high=27.0)])
     Field(low=11.0, high=27.0, jump=1.0)
     """
     if not fields:
         raise UsageError("merge needs one field at least, got none.")
-    return Field(low=min(f.low for f in fields), high=max(f.high for f in fields), jump=max(f.jump for f in fields))
+    return Field(low=min(f.low for f in fields), high=max(f.high for f in fields), jump=fields[0].jump)
 
 
 def critical_layers(
