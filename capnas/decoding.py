@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from capnas.errors import DataError
 from capnas.images import as_images, resize, to_channels
@@ -150,6 +150,8 @@ def _items(part: Reader, size: int, in_chans: int, workers: int | None) -> Itera
 
 
 def _named(part: Reader, index: int, error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"{part.name(index)} (not an image)"
     return f"{part.name(index)} ({type(error).__name__}: {' '.join(str(error).split())})"
 
 

@@ -164,7 +164,16 @@ class StreamReader:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        for image, label, *_ in self.dataset:
+        items, count = iter(self.dataset), 0
+        while True:
+            try:
+                image, label, *_ = next(items)
+            except StopIteration:
+                return
+            except Exception as error:  # a stream cannot go on behind an item that breaks it
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise DataError(f"the stream breaks after {count} items ({reason}); repair it, or use a set with random access.") from error
+            count += 1
             yield image, int(label)
 
     def read(self, index: int) -> tuple[Any, int]:
@@ -173,7 +182,7 @@ class StreamReader:
 
     def name(self, index: int) -> str:
         """Its place in the stream."""
-        return f"item {index} of the stream"
+        return f"an image of the stream, counted as number {index}"
 
     def labels(self) -> torch.Tensor | None:
         """Unknown before reading."""

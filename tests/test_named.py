@@ -149,7 +149,7 @@ def test_unreadable_items_of_timm_are_not_replaced_by_others(monkeypatch: pytest
         monkeypatch,
         {"train": Dataset(reader=FakeReader(40)), "validation": Dataset(reader=FakeReader(11)), "test": Dataset(reader=FakeReader(9))},
     )
-    with pytest.warns(UserWarning, match=r"skipped 3 of 60 images, which cannot be read: 0.png \(UnidentifiedImageError"):
+    with pytest.warns(UserWarning, match=r"skipped 3 of 60 images, which cannot be read: 0.png \(not an image\)"):
         data = load_data("hfds/pets", max_unreadable=0.1)
     assert data.sizes == {"train": 39, "validation": 10, "test": 8}
     assert data.class_names == ("cat", "dog")
@@ -177,6 +177,10 @@ def test_streams_are_decoded_once_and_what_they_leave_out_is_counted(monkeypatch
         pytest.raises(DataError, match=r"streams .* must fit: raise it, or lower image_size"),
     ):
         load_data("hfids/pets", memory_limit=0)
+    broken = [(Image.new("L", (8, 8)), 0)] * 3
+    monkeypatch.setattr(Stream, "__iter__", lambda self: (broken[i] for i in range(9)))
+    with pytest.warns(UserWarning, match="no validation"), pytest.raises(DataError, match=r"the stream breaks after 3 items \(IndexError"):
+        load_data("hfids/pets")
 
 
 @pytest.mark.parametrize(
