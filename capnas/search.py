@@ -17,6 +17,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
+import capnas.errors
 from capnas.claims import local, sweep
 from capnas.config import StudyConfig
 from capnas.errors import CapnasError, StudyError
@@ -118,7 +119,24 @@ def worker(config: StudyConfig, *, device: str | None = None, on_trial: TrialCal
 def _open(config: StudyConfig) -> optuna.Study:
     """The study, created or resumed; refused where it was asked for with other settings."""
     storage = open_storage(config.storage, config.folder)
-    study = optuna.create_study(
+    study = _create(config, storage)
+    stored, empty = study.user_attrs.get(ATTRIBUTE), not study.get_trials(deepcopy=False)
+    if stored is None and not empty:
+        raise StudyError(f"the storage holds a study named {config.name} that is not of capnas; choose another name.")
+    if stored is not None and (conflicts := config.conflicts(stored)):
+        if not empty:
+            raise StudyError(f"the study {config.name} exists with other settings: {'; '.join(conflicts)}. Choose another name or folder.")
+        optuna.delete_study(study_name=config.name, storage=storage)  # it failed before its first trial: nothing is lost
+        study, stored = _create(config, storage), None
+    if stored != config.to_dict():
+        study.set_user_attr(ATTRIBUTE, config.to_dict())
+    if stored is None:
+        study.set_metric_names(list(config.values))
+    return study
+
+
+def _create(config: StudyConfig, storage: Any) -> optuna.Study:
+    return optuna.create_study(
         study_name=config.name,
         storage=storage,
         directions=config.directions,
@@ -126,16 +144,6 @@ def _open(config: StudyConfig) -> optuna.Study:
         pruner=make_pruner(config.pruner if len(config.values) == 1 else "off", epochs=config.epochs),
         load_if_exists=True,
     )
-    stored = study.user_attrs.get(ATTRIBUTE)
-    if stored is None and study.get_trials(deepcopy=False):
-        raise StudyError(f"the storage holds a study named {config.name} that is not of capnas; choose another name.")
-    if stored is not None and (conflicts := config.conflicts(stored)):
-        raise StudyError(f"the study {config.name} exists with other settings: {'; '.join(conflicts)}. Choose another name or folder.")
-    if stored != config.to_dict():
-        study.set_user_attr(ATTRIBUTE, config.to_dict())
-    if stored is None:
-        study.set_metric_names(list(config.values))
-    return study
 
 
 def _objective(config: StudyConfig, space: Any = None, data: Any = None) -> Objective:
@@ -251,7 +259,8 @@ def _launch(study: optuna.Study, config: StudyConfig, on_trial: TrialCallback | 
     if _n_finished(study) < config.trials:
         codes = [child.exitcode for child in children]
         if not errors.empty():
-            raise StudyError(errors.get())
+            kind, text = errors.get()
+            raise getattr(capnas.errors, kind, StudyError)(text)
         if any(codes):
             raise StudyError(f"the workers ended early with exit codes {codes}; the finished trials are kept, the same command resumes.")
 
@@ -269,7 +278,7 @@ def _child(config: dict[str, Any], storage: str | None, out: str | None, device:
     except KeyboardInterrupt:
         os._exit(130)
     except CapnasError as error:
-        errors.put(str(error))
+        errors.put((type(error).__name__, str(error)))
         os._exit(1)
 
 

@@ -23,7 +23,7 @@ from tiny_space import FILE, images, space, write_images
 from torch import nn
 
 from capnas.data import ImageData, load_data
-from capnas.errors import StudyError
+from capnas.errors import CapnasError, SpaceError, StudyError
 from capnas.evaluation import Evaluation
 from capnas.runs import is_finished
 from capnas.search import RunResult, StudyConfig, open_run, run_study, worker
@@ -225,11 +225,14 @@ def open_run_of(settings: StudyConfig) -> int:
     return open_run(settings.folder).n_finished
 
 
-def test_two_workers_reach_the_number_and_not_more(tmp_path: Path, home: Path) -> None:
+def test_two_workers_reach_the_number_and_not_more(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
+    (tmp_path / "meeting").mkdir()
+    monkeypatch.setenv("MEETING", str(tmp_path / "meeting"))
     settings = config(
-        tmp_path, space=FILE, data=str(home / "images"), data_options={"image_size": 8, "in_chans": 1}, trials=9, workers=2, sampler="tpe"
-    )
+        tmp_path / "run", space=f"{FILE.removesuffix(':space')}:meeting_space", data=str(home / "images"), trials=9, workers=2,
+        data_options={"image_size": 8, "in_chans": 1},
+    )  # fmt: skip
     result = run_study(settings, on_trial=lambda study, trial: seen.append(trial.number))
     trials = result.study.get_trials()
     assert sum(map(is_finished, trials)) == 9
@@ -240,11 +243,15 @@ def test_two_workers_reach_the_number_and_not_more(tmp_path: Path, home: Path) -
     assert os.getpid() not in {t.system_attrs["capnas:claim"]["pid"] for t in trials if is_finished(t)}
 
 
-def test_workers_report_their_error_once(tmp_path: Path, home: Path) -> None:
+def test_workers_report_their_error_once(tmp_path: Path, data: ImageData) -> None:
     with pytest.raises(StudyError, match="several workers load space and data by name"):
         run_study(config(tmp_path, workers=2), space=space)
-    with pytest.raises(StudyError, match=r"there is no file .*nowhere.py"):
-        run_study(config(tmp_path, space="nowhere.py", data=str(home / "images"), workers=2))
+    with pytest.raises(SpaceError, match=r"there is no file .*nowhere.py"):
+        run_study(config(tmp_path, space="nowhere.py", workers=2))
+    with pytest.raises(CapnasError, match="nowhere"):
+        run_study(config(tmp_path, space=FILE, data=str(tmp_path / "nowhere"), workers=2))
+    # nothing was run, so other settings are no conflict
+    assert run_study(config(tmp_path, values=("accuracy",), trials=1), space=space, data=data).n_finished == 1
 
 
 @contextlib.contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,16 @@ def space(trial: Any, *, num_classes: int, in_chans: int, image_size: int) -> nn
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d((4, 1)), nn.Flatten(), nn.Linear(4 * width, num_classes))
 
 
+def meeting_space(trial: Any, **shape: int) -> nn.Module:
+    """The same, but the first trials wait until two processes are at work: each leaves its mark in the folder ``MEETING``."""
+    folder = Path(os.environ["MEETING"])
+    (folder / str(os.getpid())).touch()
+    deadline = time.monotonic() + 120
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return space(trial, **shape)
+
+
 def write_images(folder: Path) -> Path:
     """The same images as a folder of PNG files."""
     from PIL import Image
@@ -49,9 +62,6 @@ def write_images(folder: Path) -> Path:
 
 def main() -> None:
     """Run a study from the command line, for tests that kill it: folder, trials, workers, seconds to sleep per trial."""
-    import sys
-    import time
-
     import torch
 
     from capnas.search import StudyConfig, run_study
