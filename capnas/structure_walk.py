@@ -54,7 +54,7 @@ class State:
     depth: int = 0
     origin: int = INPUT  # node that computed the values, before views, norms and constants
     norm: int = INPUT  # last norm or constant since then
-    mixing: bool = False  # weights that softmax made: they sum to one
+    mixing: bool = False  # weights that softmax made (heads may be mixed after it)
     statistic: bool = False  # a norm or a scale of the data, neutral as a factor
 
 
@@ -114,8 +114,7 @@ class Walk:
         if not data or _CONSTANT.fullmatch(base):
             self.names[node.index] = next((n for i in range(len(node.inputs)) if (n := self._name_of(i, node))), None)
             return
-        state = self._apply(base, node, given, data)
-        self.states[node.index, 0] = state
+        self.states[node.index, 0] = state = self._apply(base, node, given, data)
         for port in range(1, len(node.shapes) if _SPLIT.fullmatch(base) else 1):
             cut = tuple(axes.resize(a, n) for a, n in zip(state.layout, node.shapes[port]))
             self.states[node.index, port] = replace(state, layout=cut)
@@ -191,7 +190,8 @@ class Walk:
         paths = gain + (value.paths if attention else algebra.log2_add([a.paths, b.paths]))
         fields = axes.reach(value.fields, value.layout, mixed)
         if self.gates or not attention:
-            fields = tuple(map(receptive.merge, zip(fields, other.fields)))
+            second = other.fields if attention else axes.reach(b.fields, b.layout, b.layout[-2])
+            fields = tuple(map(receptive.merge, zip(fields, second)))
         layout = (*a.layout[:-1], b.layout[-1])
         after = State(layout=layout, fields=fields, paths=paths, depth=max(a.depth, b.depth), origin=node.index)
         if attention:
@@ -200,7 +200,7 @@ class Walk:
 
     def _dense(self, node: Node, weight: int, x: State, mixed: Axis, layout: Layout, in_units: int, out_units: int) -> State:
         fields, own = axes.reach(x.fields, x.layout, mixed), math.log2(in_units)
-        after = State(layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, origin=node.index)
+        after = State(layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, origin=node.index, mixing=x.mixing)
         bits = algebra.log2_regions(out_units, in_units)
         return self._linear("linear", node, weight, x, after, (), (own, bits, out_units, 1))
 

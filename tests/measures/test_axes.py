@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capnas.measures.axes import Atom, Layout, broadcast, channels, entries, holds, input_layout, reach, rearrange, reshape, resize, unknown
+from capnas.measures.receptive import Field
+
+FIELDS = (Field(jump=2.0), Field(jump=2.0))
+
+
+def positions(layout: Layout, image_axis: int) -> np.ndarray:
+    """Witness: the image position that each entry of a tensor with this layout must hold."""
+    flat = np.zeros(1)
+    for atom in (a for axis in layout for a in axis):
+        step = np.arange(atom.size) * (atom.step if image_axis in atom.axes else 0.0)
+        flat = (flat[:, None] + step[None, :]).reshape(-1)
+    return flat
+
+
+windows = st.tuples(st.sampled_from([2, 4]), st.sampled_from([2, 3]), st.sampled_from([2, 3]), st.booleans())
+
+
+@settings(max_examples=30, deadline=None)
+@given(windows)
+def test_layouts_hold_the_positions_that_the_same_views_of_an_image_hold(case: tuple[int, int, int, bool]) -> None:
+    window, rows, columns, grid = case
+    height, width = window * rows, window * columns
+    layout = input_layout((1, 3, height, width))
+    image = np.broadcast_to(np.arange(height)[:, None], (1, 3, height, width))
+    outer, inner = ((window, rows), (window, columns)) if grid else ((rows, window), (columns, window))
+    steps = [
+        ("view", {}, (1, 3, *outer, *inner)),
+        ("permute", {"dims": (0, 2, 4, 3, 5, 1)}, None),
+        ("reshape", {}, (outer[0] * inner[0], outer[1] * inner[1], 3)),
+    ]
+    for op, attrs, shape in steps:
+        image = image.transpose(attrs["dims"]) if op == "permute" else image.reshape(shape)
+        after = rearrange(op, attrs, layout, image.shape)
+        assert after is not None
+        layout = after
+        assert tuple(map(entries, layout)) == image.shape
+        assert positions(layout, 0).tolist() == image.reshape(-1).tolist()
+
+
+def test_windows_come_back_together() -> None:
+    image = input_layout((2, 5, 8, 12))
+    parts = reshape(image, (2, 5, 2, 4, 3, 4))
+    assert [tuple(a.size for a in axis) for axis in parts] == [(2,), (5,), (2,), (4,), (3,), (4,)]
+    assert reshape(parts, (2, 5, 8, 12)) == image
+
+
+def test_maps_of_one_pixel_keep_their_axes() -> None:
+    one = input_layout((1, 8, 1, 1))
+    flat = reshape(one, (1, 8))
+    assert holds(flat, 0)
+    assert holds(flat, 1)
+    assert [f.high for f in reach(FIELDS, flat, flat[1])] == [math.inf, math.inf]
+    assert channels(flat) == 8
+
+
+def test_reach_over_part_and_whole() -> None:
+    tokens = reshape(input_layout((1, 3, 8, 8)), (1, 3, 64))
+    assert [f.high for f in reach(FIELDS, tokens, tokens[2])] == [math.inf, math.inf]
+    assert reach(FIELDS, tokens, tokens[1]) == FIELDS
+    windowed = reshape(input_layout((1, 3, 8, 8)), (1, 3, 2, 4, 2, 4))
+    assert [f.high for f in reach(FIELDS, windowed, (*windowed[3], *windowed[5]))] == [7.0, 7.0]
+    assert [f.high for f in reach(FIELDS, windowed, (*windowed[2], *windowed[4]))] == [9.0, 9.0]  # a grid: two units four apart
+
+
+def test_class_tokens_and_uneven_views_blur_the_axes() -> None:
+    tokens = reshape(input_layout((1, 3, 4, 4)), (1, 3, 16))
+    with_class = resize(tokens[2], 17)
+    assert with_class == (Atom(axes=(0, 1), size=17),)
+    assert [f.high for f in reach(FIELDS, (with_class,), with_class)] == [math.inf, math.inf]
+    uneven = reshape(input_layout((1, 3, 4, 5)), (4, 15))
+    assert tuple(map(entries, uneven)) == (4, 15)
+    assert uneven[1][0].axes == (-2, -1, 0, 1)
+
+
+def test_strided_slices_and_broadcasts() -> None:
+    layout = input_layout((1, 3, 8, 8))
+    sliced = rearrange("slice", {"dim": 2, "start": 1, "step": 2}, layout, (1, 3, 4, 8))
+    assert sliced is not None
+    assert sliced[2] == (Atom(axes=(0,), size=4, step=2.0),)
+    assert broadcast([input_layout((1, 3, 1, 1)), layout], (1, 3, 8, 8)) == layout
+    assert broadcast([layout], (1, 3, 9, 9)) == unknown([layout], (1, 3, 9, 9))
+    assert rearrange("unbind", {"dim": -1}, layout, (1, 3, 8)) == layout[:-1]
+    expanded = rearrange("expand", {}, input_layout((1, 3)), (5, 1, 3))
+    assert expanded is not None
+    assert tuple(map(entries, expanded)) == (5, 1, 3)
+    assert rearrange("relu", {}, layout, (1, 3, 8, 8)) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 3), (1, 1, 7), (3, 1, 2, 1, 5)])
+def test_a_view_to_the_same_shape_changes_nothing(shape: tuple[int, ...]) -> None:
+    assert tuple(map(entries, reshape(input_layout(shape), shape))) == shape
+    assert reshape(reshape(input_layout(shape), (math.prod(shape),)), shape)[0][0].size == shape[0]
