@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import optuna
 import pytest
 import torch
+from capnas.search_spaces.nasbench201 import Cell
 from cases import Attention, CalledTwice, Functional, Residual, Shared, small_cnn
 from torch import Tensor, nn
 
@@ -136,20 +139,60 @@ def test_hash_does_not_depend_on_weights_device_or_process() -> None:
     assert len(architecture_hash(trace(Functional(), (1, 3, 16, 16)))) == 32
 
 
+EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
+SKIP, NONE, ONE, THREE, POOL = "skip_connect", "none", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"
+
+
+def written_out(operations: tuple[str, ...]) -> str:
+    """A cell as a formula, the smallest over all numberings of its convolutions: an independent witness by brute force."""
+    nodes: dict[int, Counter] = {0: Counter({"x": 1})}
+    for target in (1, 2, 3):
+        nodes[target] = Counter()
+        for (source, to), op in zip(EDGES, operations, strict=True):
+            if to == target and op != NONE and nodes[source]:
+                conv_edge = (source, to) if op in (ONE, THREE) else None
+                term = (op, conv_edge, frozenset(nodes[source].items()))
+                nodes[target].update(nodes[source] if op == SKIP else {term: 1})
+
+    def convs(terms: Iterable) -> set:
+        found = {t[1] for t in terms if t != "x" and t[1]}
+        return found.union(*(convs(dict(t[2])) for t in terms if t != "x"))
+
+    def formula(terms: Iterable, number: dict) -> str:
+        parts = [f"{n}x" if t == "x" else f"{n}{t[0]}{number.get(t[1], '')}({formula(t[2], number)})" for t, n in terms]
+        return "+".join(sorted(parts))
+
+    edges = sorted(convs(nodes[3]))
+    numberings = itertools.permutations(range(len(edges)))
+    return min(formula(nodes[3].items(), dict(zip(edges, n, strict=True))) for n in numberings)
+
+
 def cell(*operations: str) -> Candidate:
-    edges = ("0_1", "0_2", "1_2", "0_3", "1_3", "2_3")
-    trial = optuna.trial.FixedTrial({f"op_{edge}": op for edge, op in zip(edges, operations, strict=True)})
+    trial = optuna.trial.FixedTrial({f"op_{s}_{t}": op for (s, t), op in zip(EDGES, operations, strict=True)})
     return build_candidate(load_space("nasbench201"), trial, num_classes=5, in_chans=3, image_size=16)
 
 
 def test_cells_with_the_same_function() -> None:
-    skip, none, one, three_, pool = "skip_connect", "none", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"
-    direct = cell(none, none, none, three_, none, none).hash
-    assert direct == cell(one, none, none, three_, none, none).hash, "node 1 is read by nobody"
-    assert direct == cell(none, pool, none, three_, none, none).hash, "node 2 is read by nobody"
-    assert direct == cell(none, none, one, three_, pool, one).hash, "nodes 1 and 2 get nothing"
-    assert direct == cell(skip, none, none, none, three_, none).hash, "the same conv one node later"
-    assert direct != cell(none, none, none, one, none, none).hash
-    mirrored = cell(one, three_, none, skip, pool, skip).hash
-    assert mirrored == cell(three_, one, none, skip, skip, pool).hash, "nodes 1 and 2 exchanged"
-    assert mirrored != cell(three_, one, none, skip, pool, skip).hash
+    direct = cell(NONE, NONE, NONE, THREE, NONE, NONE).hash
+    assert direct == cell(ONE, NONE, NONE, THREE, NONE, NONE).hash, "node 1 is read by nobody"
+    assert direct == cell(NONE, POOL, NONE, THREE, NONE, NONE).hash, "node 2 is read by nobody"
+    assert direct == cell(NONE, NONE, ONE, THREE, POOL, ONE).hash, "nodes 1 and 2 get nothing"
+    assert direct == cell(SKIP, NONE, NONE, NONE, THREE, NONE).hash, "the same conv one node later"
+    assert direct != cell(NONE, NONE, NONE, ONE, NONE, NONE).hash
+    mirrored = cell(ONE, THREE, NONE, SKIP, POOL, SKIP).hash
+    assert mirrored == cell(THREE, ONE, NONE, SKIP, SKIP, POOL).hash, "nodes 1 and 2 exchanged"
+    assert mirrored != cell(THREE, ONE, NONE, SKIP, POOL, SKIP).hash
+
+
+def test_cells_hash_alike_if_and_only_if_they_are_the_same_formula() -> None:
+    generator = random.Random(0)
+    few_convs = (SKIP, NONE, SKIP, NONE, POOL, ONE, THREE)  # so that equal cells are frequent
+    cells = {tuple(generator.choice(few_convs) for _ in EDGES) for _ in range(150)}
+    formulas: dict[str, set[str]] = {}
+    with torch.device("meta"):
+        for operations in cells:
+            model = Cell(dict(zip(EDGES, operations, strict=True)), 4, dead_weights=False)
+            formulas.setdefault(written_out(operations), set()).add(architecture_hash(trace(model, (1, 4, 6, 6))))
+    assert len(formulas) < len(cells) - 20, "the sample must hold repetitions"
+    assert all(len(hashes) == 1 for hashes in formulas.values())
+    assert len(set.union(*formulas.values())) == len(formulas)
