@@ -23,8 +23,8 @@ def space(
 ) -> nn.Module:
     """ByobNet: stem, first stride, attention; per block its type, width, inner width (ratio) and the group size of bottlenecks.
 
-    ``widths`` are those of the first stage's blocks (multiples of 8) and grow by that range per stage; group size 0 is a dense conv, 1 a
-    depthwise one.
+    ``widths`` is the range of the first stage's blocks (multiples of 8); that of stage i is i + 1 times as wide. Group size 0 is a dense
+    conv, 1 a depthwise one.
     """
     stem = trial.suggest_categorical("stem", ["3x3", "7x7", "deep"])
     stem_width = trial.suggest_int("stem_width", widths[0], widths[0] + 16, step=8)
@@ -47,15 +47,6 @@ def space(
         if make_divisible(cfg.c * cfg.br) % cfg.gs:
             raise optuna.TrialPruned(f"inner width {make_divisible(cfg.c * cfg.br)} is no multiple of group size {cfg.gs}")
 
-    return ByobNet(
-        ByoModelCfg(
-            blocks=tuple(blocks),
-            stem_type=stem,
-            stem_pool="",
-            stem_chs=stem_width,
-            attn_layer=None if attention == "none" else attention,
-            act_layer=act,
-        ),
-        num_classes=num_classes,
-        in_chans=in_chans,
-    )
+    attention = None if attention == "none" else attention
+    cfg = ByoModelCfg(blocks=tuple(blocks), stem_type=stem, stem_pool="", stem_chs=stem_width, attn_layer=attention, act_layer=act)
+    return ByobNet(cfg, num_classes=num_classes, in_chans=in_chans)

@@ -32,9 +32,10 @@ def space(
     channels: int = 16,
     dead_weights: bool = True,
 ) -> nn.Module:
-    """NAS-Bench-201: one of five operations on each of a cell's six edges (``op_0_1`` to ``op_2_3``).
+    """NAS-Bench-201: one of five operations on each of the six edges of a cell.
 
-    ``cells`` a stage and ``channels`` of the first stage are 5 and 16 in the benchmark.
+    Decision ``op_s_t`` is the operation on the edge from node s to node t. The benchmark has 5 ``cells`` a stage and 16 ``channels`` in the
+    first stage.
     """
     operations = {edge: trial.suggest_categorical(f"op_{edge[0]}_{edge[1]}", OPERATIONS) for edge in EDGES}
     if image_size < 8:
@@ -109,7 +110,11 @@ class CellNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images -> (B, num_classes) logits."""
-        return self.fc(self.norm(self.blocks(self.stem(x))).mean((2, 3)))
+        return self.fc(self.forward_features(x).mean((2, 3)))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) images -> the last feature map, (B, num_features, H / 4, W / 4), rounded up."""
+        return self.norm(self.blocks(self.stem(x)))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Name patterns of the stem and of the repeated units, as timm's models have them."""

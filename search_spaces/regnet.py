@@ -22,9 +22,9 @@ def space(
     widths: tuple[int, int] = (16, 32),
     group_sizes: tuple[int, ...] = (8, 16),
 ) -> nn.Module:
-    """RegNet: depth, first width ``w0``, width ratio ``wm`` of the stages, ``reach`` of the slope, groups, inner width, resolution, gate.
+    """RegNet: depth, first width, width ratio of the stages and slope; group size, inner width, squeeze-excitation; stem.
 
-    ``widths`` is the range of w0 (multiples of 8). Fewer or more than four stages prune the trial.
+    ``widths`` is the range of the first width w0 (multiples of 8). Fewer or more than four stages prune the trial.
     """
     depth = trial.suggest_int("depth", *depths)
     w0 = trial.suggest_int("w0", *widths, step=8)
