@@ -15,7 +15,7 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from capnas.errors import UsageError, one_of
-from capnas.measures.allocation import constraint_basis, total_capacity
+from capnas.measures.allocation import constraint_basis, spatial_allocation, total_capacity
 from capnas.measures.linear_architectures import LinearArchitecture
 
 TASKS = ("T1", "T2", "T3", "T4", "T5")
@@ -41,8 +41,9 @@ class LinearFit:
     """The best of several trainings of one architecture on one task.
 
     ``relative_loss`` is the loss over that of the zero model; ``stationarity`` is ``|Q^T e~| / |e~|``, zero at a true optimum (equation 2);
-    ``rank`` and ``generic_rank`` are the total capacity at the optimum and at a random point. ``degenerate`` marks an optimum at which the
-    allocation is not unique: the error vanishes while the rank is below the generic one, or the optimiser has not converged.
+    ``rank`` and ``generic_rank`` are the total capacity at the optimum and at a random point. ``tied``: another start reached the same loss
+    with another allocation. ``degenerate`` marks an optimum whose allocation is not unique: tied, not converged, or with a vanishing error
+    at a rank below the generic one.
     """
 
     theta: Tensor
@@ -51,6 +52,7 @@ class LinearFit:
     rank: int
     generic_rank: int
     converged: bool
+    tied: bool
     degenerate: bool
 
 
@@ -108,7 +110,7 @@ def train_linear(
 
     points = [architecture.start(generator) for _ in range(starts)]
     generic = max(round(total_capacity(architecture.jacobian(point), task.covariance)) for point in points)
-    best = None
+    ends = []
     for point in points:
         with np.errstate(over="ignore", invalid="ignore"):
             if not np.isfinite(residual(point.numpy())).all():
@@ -116,10 +118,10 @@ def train_linear(
             fit = least_squares(
                 residual, point.numpy(), jac=jacobian, x_scale="jac", ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=max_evaluations
             )
-        if best is None or fit.cost < best.cost:
-            best = fit
-    if best is None:
+        ends.append(fit)
+    if not ends:
         raise UsageError(f"no start of {architecture.name} gives a finite response; draw smaller starting values.")
+    best = min(ends, key=lambda fit: fit.cost)
     theta = torch.from_numpy(best.x)
     error = torch.from_numpy(best.fun)
     basis = constraint_basis(architecture.jacobian(theta), task.covariance)
@@ -127,7 +129,10 @@ def train_linear(
     relative_loss = float(error.square().sum()) / scale**2
     converged = stationarity <= 1e-6 or relative_loss <= 1e-20  # the angle of a vanished error is rounding noise
     rank = int(basis.shape[1])
-    degenerate = not converged or (relative_loss < 1e-4 and rank < generic)
+    equal = [torch.from_numpy(fit.x) for fit in ends if fit.cost <= best.cost * (1 + 1e-6) + 1e-20 * scale**2]
+    maps = [spatial_allocation(architecture.jacobian(point), task.covariance) for point in equal]
+    tied = max(float((one - maps[0]).abs().sum()) for one in maps) > 0.3
+    degenerate = tied or not converged or (relative_loss < 1e-4 and rank < generic)
     return LinearFit(
         theta=theta,
         relative_loss=relative_loss,
@@ -135,5 +140,6 @@ def train_linear(
         rank=rank,
         generic_rank=generic,
         converged=converged,
+        tied=tied,
         degenerate=degenerate,
     )

@@ -97,6 +97,9 @@ def test_exponential_memory_is_exactly_representable_by_one_channel() -> None:
 def test_one_channel_has_tied_optima_on_two_blocks() -> None:
     _, fit = fitted("single", "T3", starts=3)
     assert fit.relative_loss == pytest.approx(0.5, abs=1e-6)
+    assert fit.converged
+    assert fit.tied
+    assert fit.degenerate
 
 
 def test_repeated_cycle_forgets_far_lags_and_wide_stack_reaches_them() -> None:
