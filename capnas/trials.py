@@ -64,7 +64,7 @@ class Rebuilt:
     def script(self) -> str:
         """Python source that builds the model with timm and torch alone, see `capnas.standalone.standalone_script`."""
         title = f"Trial {self.number} of the study {self.run.config.name}, found by capnas."
-        return standalone_script(self.space, self.candidate.params, title=title, **self.shape)
+    XX
 
     def summary(self) -> dict[str, Any]:
         """Number, status, values, parameters and metrics in plain JSON types."""
