@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,17 +47,10 @@ def short(value: float | None, digits: int = 4) -> str:
     """
     if value is None or value != value:
         return "-"
-    if abs(value) >= 1000:
-        for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if abs(value) >= size:
-                return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f}{unit}"
-    return (
-        f"{value:d}"
-        if isinstance(value, int)
-        else f"{value:.{digits}f}".rstrip("0").rstrip(".")
-        if value == int(value)
-        else f"{value:.{digits}f}"
-    )
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f}{unit}"
+    return str(int(value)) if value == int(value) else f"{value:.{digits}f}"
 
 
 def duration(seconds: float) -> str:
@@ -135,21 +129,82 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: 
     Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
 
 
+def run_document(result: Any) -> dict[str, Any]:
+    """A `capnas.search.RunResult` for machines."""
+    front = [{"trial": t.number, "values": dict(zip(result.config.values, t.values)), "params": t.params} for t in result.front]
+    best = result.best
+    return {
+        "study": result.config.name,
+        "folder": str(result.folder),
+        "trials": result.config.trials,
+        "finished": result.n_finished,
+        "finished_before": result.finished_before,
+        "complete": result.n_complete,
+        "interrupted": result.interrupted,
+        "best": next((f for f in front if best is not None and f["trial"] == best.number), None),
+        "front": front,
+    }
+
+
+def show_run(result: Any) -> None:
+    """The best trials of a `capnas.search.RunResult` and where to go on from there."""
+    names, where = result.config.values, shlex.quote(str(result.folder))
+    if not result.front:
+        print(f"no trial gave a value; see why with: capnas report {where}")
+        return
+    rows = [[str(t.number), *map(short, t.values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t in result.front[:20]]
+    title = "best trial" if len(names) == 1 else f"Pareto set, {len(result.front)} trials"
+    show_table(["trial", *names, "parameters"], rows, title=title)
+    print(f"best architecture: capnas best {where}\nreport: capnas report {where} --html report.html")
+
+
+def show_profile(found: Any) -> None:
+    """A `capnas.inspection.Inspection`: one table per reading, and the scores."""
+    profile = found.profile
+    print(f"{found.name}, {found.state}, {profile.mode} mode, {found.image_size} px")
+    print(f"parameters {short(found.n_params)}, MACs {short(found.total_macs)}; k explains {profile.threshold:.4g} of the variance")
+    columns = ["kind", "width", "k", "saturation", "rank", "samples", "params", "MACs"]
+    for name, rows in (("layer", profile.layers), ("block", profile.blocks)):
+        cells = [
+            [r.name, r.kind, str(r.width), short(r.k), short(r.saturation), short(r.effective_rank, 1),
+             short(r.rows) + ("*" if r.few_rows else ""), short(r.params), short(found.macs.get(r.name))]
+            for r in rows
+        ]  # fmt: skip
+        if cells:
+            show_table([name, *columns], cells, left=2)
+    show_table(["score", "value"], [[name, short(value)] for name, value in found.to_dict()["scores"].items() if value is not None])
+    if any(r.few_rows for r in (*profile.layers, *profile.blocks)):
+        print("* fewer than 10 samples per feature: the saturation is a lower bound; a larger --batch gives more")
+
+
+def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code: str) -> None:
+    """One trial: values, parameters, metrics, the result of its final training, and its code."""
+    print(f"trial {document['trial']} of {document['study']}: {document['status']}, {document['image_size']} px")
+    metrics = {k: v for k, v in document["metrics"].items() if not k.startswith("init_")}
+    for name, rows in (("value", document["values"]), ("parameter", document["params"]), ("metric", metrics)):
+        texts = [[k, short(v) if isinstance(v, int | float) and not isinstance(v, bool) else str(v)] for k, v in rows.items()]
+        if texts:
+            show_table([name, ""], texts)
+    if test is not None and test["status"] == "complete":
+        print(f"test accuracy {test['test_accuracy']:.4f} after {test['epochs']} epochs on train + validation (seed {test['seed']})\n")
+    elif test is not None:
+        print(f"the final training ended as {test['status']}: {test['reason']}\n")
+    print(code)
+
+
 class Progress:
-    """Progress of a study, as a context manager: trials, best so far, time left.
+    """Progress of a study, as a context manager: trials, best so far, time left. Give `on_trial` to `capnas.run_study`.
 
     Args:
         total: trials of the whole study.
-        done: trials that were finished before.
         names: of the values.
         directions: of the values.
     """
 
-    def __init__(self, *, total: int, done: int, names: Sequence[str], directions: Sequence[str]) -> None:
-        self.total, self.done, self.before = total, done, done
-        self.names, self.directions = names, directions
-        self.start = time.monotonic()
-        self.best: tuple[float, int] | None = None
+    def __init__(self, *, total: int, names: Sequence[str], directions: Sequence[str]) -> None:
+        self.total, self.names = total, names
+        self.sign = 1 if directions[0] == "maximize" else -1
+        self.start, self.ran = time.monotonic(), 0
         self._live: Any = None
         self._task: Any = None
 
@@ -159,49 +214,44 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Live
 
-            columns = (
-                SpinnerColumn(),
-                TextColumn("trial"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[state]}"),
-            )
-            self._live = Live(*columns, console=Console(stderr=True), transient=True)
+            columns = (SpinnerColumn(), TextColumn("trials"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn())
+            self._live = Live(*columns, TextColumn("{task.fields[state]}"), console=Console(stderr=True), transient=True)
             self._live.start()
-            self._task = self._live.add_task("", total=self.total, completed=self.done, state="")
+            self._task = self._live.add_task("", total=self.total, state="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
             self._live.stop()
 
-    def known(self, number: int, value: float) -> None:
-        """Take note of a first value, of this session or an earlier one."""
-        sign = 1 if self.directions[0] == "maximize" else -1
-        if self.best is None or sign * value > sign * self.best[0]:
-            self.best = (value, number)
+    def on_trial(self, study: Any, trial: Any) -> None:
+        """A trial of the study ended."""
+        from capnas.evaluation import Evaluation
+        from capnas.runs import is_finished
 
-    def trial(self, number: int, status: str, values: Mapping[str, float], reason: str, seconds: float) -> None:
-        """A trial ended; ``status`` "failed" and "interrupted" trials do not count."""
-        if status != "interrupted":
-            self.done += 1
-        if values:
-            self.known(number, next(iter(values.values())))
-        what = ", ".join(f"{name} {short(value)}" for name, value in values.items()) or reason
-        line = f"trial {number:>3}  {status:<11} {what}  ({duration(seconds)})"
-        state = "  ".join(filter(None, (self._best(), self._left())))
+        trials = study.get_trials(deepcopy=False)
+        finished = sum(map(is_finished, trials))
+        self.ran += is_finished(trial)
+        found = Evaluation.of(trial)
+        if found is None:
+            return
+        what = ", ".join(f"{name} {short(value)}" for name, value in found.values.items()) or found.reason
+        line = f"trial {trial.number:>3}  {found.status:<11} {what}  ({duration(sum(found.seconds.values()))})"
+        state = "  ".join(filter(None, (self._best(study, trials), self._left(finished))))
         if self._live is None:
-            say(f"[{self.done}/{self.total}] {line}" + (f"  {state}" if state else ""))
+            say(f"[{finished}/{self.total}] {line}" + (f"  {state}" if state else ""))
         else:
             self._live.console.print(line, highlight=False, markup=False)
-            self._live.update(self._task, completed=self.done, state=state)
+            self._live.update(self._task, completed=finished, state=state)
 
-    def _best(self) -> str:
-        return "" if self.best is None else f"best {self.names[0]} {short(self.best[0])} (trial {self.best[1]})"
-
-    def _left(self) -> str:
-        ran = self.done - self.before
-        if ran == 0 or self.done >= self.total:
+    def _best(self, study: Any, trials: Sequence[Any]) -> str:
+        front = study.best_trials if any(t.state.name == "COMPLETE" for t in trials) else []
+        if not front:
             return ""
-        return f"about {duration((time.monotonic() - self.start) / ran * (self.total - self.done))} left"
+        best = max(front, key=lambda t: (self.sign * t.values[0], -t.number))
+        return f"best {self.names[0]} {short(best.values[0])} (trial {best.number})"
+
+    def _left(self, finished: int) -> str:
+        if self.ran == 0 or finished >= self.total:
+            return ""
+        return f"about {duration((time.monotonic() - self.start) / self.ran * (self.total - finished))} left"
