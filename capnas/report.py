@@ -114,8 +114,8 @@ def markdown(run: RunResult) -> str:
     if data["correlations"]:
         rows = [{"score": k, "Spearman with accuracy": round(v["spearman"], 3), "trials": v["trials"]}
                 for k, v in list(data["correlations"].items())[:16]]  # fmt: skip
-        lines += ["## What went with accuracy", "", *_table(rows), "",
-    XX
+        note = "Short-training accuracy on validation; `init_` is read before training. Few trials: read the order, not the digits."
+        lines += ["## What went with accuracy", "", *_table(rows), "", note, ""]
     return "\n".join(lines)
 
 
@@ -227,8 +227,9 @@ def _plotly() -> Any:
 
 def _styled(graph: Any, traces: list[Any], x: str, y: str, **layout: Any) -> Any:
     figure = graph.Figure(traces)
-    figure.update_layout(template="plotly_white", height=420, margin={"l": 60, "r": 20, "t": 20, "b": 50}, xaxis_title=x, yaxis_title=y,
-                         legend={"orientation": "h", "y": 1.08}, font={"family": "system-ui, sans-serif", "size": 13}, **layout)  # fmt: skip
+    look = {"template": "plotly_white", "height": 420, "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
+            "legend": {"orientation": "h", "y": 1.08}, "font": {"family": "system-ui, sans-serif", "size": 13}}  # fmt: skip
+    figure.update_layout(xaxis_title=x, yaxis_title=y, **(look | layout))
     return figure
 
 
@@ -308,8 +309,8 @@ _PAGE = """<!doctype html>
  th { background: #f5f7fa } th:first-child, td:first-child { text-align: left } p.lead { color: #52606d; margin-top: 0 }
 </style></head><body>
 <h1>{{ study.name }}</h1>
-<p class="lead">Space {{ study.space }} on {{ study.data }}: {{ study.finished }} of {{ study.asked }} trials, {{ study.epochs }} epochs each,
-sampler {{ study.sampler }}, seed {{ study.seed }}, values {{ study["values"] | join(", ") }}.</p>
+<p class="lead">Space {{ study.space }} on {{ study.data }}: {{ study.finished }} of {{ study.asked }} trials,
+{{ study.epochs }} epochs each, sampler {{ study.sampler }}, seed {{ study.seed }}, values {{ study["values"] | join(", ") }}.</p>
 {% for title, rows in tables.items() if title == "Best" %}<h2>{{ title }}</h2>
 <div class="wide"><table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for value in row.values() %}<td>{{ cell(value) }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
