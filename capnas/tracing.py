@@ -29,8 +29,9 @@ _IGNORED = frozenset({"prim.device.default", "aten.sym_size.int", "aten.is_same_
 class _Recorder(TorchDispatchMode):
     """Follows tensors by identity, and by storage where a view was written or taken outside the dispatcher."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, fake: Any) -> None:
         super().__init__()
+        self.fake = fake
         from torch.utils.flop_counter import flop_registry
 
         self.flops = flop_registry
@@ -68,8 +69,9 @@ class _Recorder(TorchDispatchMode):
         if op in _IGNORED:
             return func(*args, **kwargs)
         tensors, attrs, targets = _bind(func, args, kwargs)
-        if any(t.is_meta for _, t in tensors) and not all(t.is_meta for _, t in tensors):
-            args, kwargs = tree_map_only(Tensor, self.to_meta, (args, kwargs))
+        metas = [t.is_meta for _, t in tensors]
+        if (any(metas) and not all(metas)) or any(id(t) not in self.made for t in targets):  # what the model owns must not be written
+            args, kwargs = tree_map_only(Tensor, self.stand_in, (args, kwargs))
         out = func(*args, **kwargs)
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         if op == "aten.empty.memory_format" and outputs[0].numel() == 0:
@@ -135,7 +137,10 @@ class _Recorder(TorchDispatchMode):
                 found[name] = rates
         return found
 
-    def to_meta(self, tensor: Tensor) -> Tensor:
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """A tensor without values in the place of one from outside."""
+        if self.fake is not None:
+            return self.fake.from_tensor(tensor)
         return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
@@ -242,9 +247,9 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
     tensors = [*model.parameters(), *model.buffers()]
     first = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     on_meta = any(t.is_meta for t in tensors)
-    recorder = _Recorder(model)
-    fake: Any = contextlib.nullcontext() if on_meta else FakeTensorMode(allow_non_fake_inputs=True)
-    with _quiet(model, recorder), fake:
+    fake = None if on_meta else FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = _Recorder(model, fake)
+    with _quiet(model, recorder), fake or contextlib.nullcontext():
         x = torch.empty(input_shape, dtype=dtype or first.dtype, device="meta" if on_meta else first.device)
         recorder.made[id(x)] = recorder.owner[_storage(x)] = (INPUT, 0)
         recorder.alive.append(x)

@@ -100,6 +100,8 @@ DIFFERENT = [
     name(lambda m, x: m.a(x).transpose(2, 3), a=conv()),
     name(lambda m, x: m.a(x).chunk(2, 1)[0], a=conv()),
     name(lambda m, x: m.a(x).chunk(2, 1)[1], a=conv()),
+    name(lambda m, x: m.a(x).chunk(2, 1)[0].relu(), a=conv()),
+    name(lambda m, x: m.a(x).chunk(2, 1)[1].relu(), a=conv()),
     name(lambda m, x: x + m.a(x), a=conv()),
     name(lambda m, x: x + m.d(m.a(x)), a=conv(), d=nn.Dropout(0.1)),
     name(lambda m, x: x + m.d(m.a(x)), a=conv(), d=nn.Dropout(0.2)),

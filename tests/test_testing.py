@@ -185,8 +185,10 @@ BROKEN: list[tuple[Callable, str]] = [
 
 @pytest.mark.parametrize(("space", "message"), BROKEN, ids=[s.__name__ for s, _ in BROKEN])
 def test_each_broken_rule_is_named(space: Callable, message: str) -> None:
+    states = random.getstate(), str(np.random.get_state())
     with pytest.raises(SpaceError, match=message) as error:
         check_space(space, **SIZES)
+    assert (random.getstate(), str(np.random.get_state())) == states
     assert f"the space {space.__name__!r} breaks" in str(error.value)
 
 

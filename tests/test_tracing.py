@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import Attention, CalledTwice, Functional, InPlace, Raises, Residual, Shared, small_cnn
+from cases import Attention, CalledTwice, Counts, Functional, InPlace, Raises, Residual, Shared, small_cnn
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,6 +91,15 @@ def test_views_written_in_place_reach_the_readers_of_the_base() -> None:
     view = graph.nodes[graph.nodes[graph.output[0]].inputs[1] or 0]
     assert view.inputs == (relu.index,)
     assert only(graph, "mul")[0].attrs["other"] == 2, "a number in the place of a tensor is an attribute"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_buffer_written_in_the_forward(device: str) -> None:
+    model = Counts().to(device)
+    total, add, mul = trace(model, (2, 3)).nodes
+    assert (add.op, add.inputs, add.params) == ("aten.add_.Tensor", (None, total.index), ("count",))
+    assert mul.inputs == (INPUT, add.index)
+    assert model.count.is_meta or not model.count.any(), "the buffer itself is not written"
 
 
 def test_ports_attention_and_shape_only() -> None:
