@@ -188,6 +188,13 @@ def test_spaces_grow_by_arguments():
         assert large > 1.5 * small, name
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_vit_has_a_class_token_only_where_it_is_read(pool):
+    params = {**draw(SPACES["vit"], 0)[1].params, "pool": pool}
+    model = SPACES["vit"](FixedTrial(params), num_classes=10, in_chans=1, image_size=28)
+    assert (model.cls_token is not None) == (pool == "token")
+
+
 def test_vit_divides_the_image_evenly():
     for image_size, grid, patches in ((28, 4, 4), (28, 7, 7), (32, 4, 4), (32, 7, 8), (40, 7, 8), (64, 7, 8), (30, 4, 5)):
         params = {**draw(SPACES["vit"], 0)[1].params, "grid": grid}
