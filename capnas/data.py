@@ -240,6 +240,7 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
             - a mapping from ``train``, ``val``, ``test`` to Datasets or pairs.
         **options: the fields of `DataSpec`:
             image_size: pixels; None keeps the native size (for files the median short side, at most 64).
+                Where several sizes are searched, give the largest: `batches` resizes from the stored size.
             in_chans: 1 or 3 converts; None keeps.
             validation: share of train to carve for validation (0.1), stratified.
             test: share to carve for test (0.2) where the source brings no test images, stratified.
