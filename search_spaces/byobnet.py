@@ -43,10 +43,10 @@ def space(
             group = trial.suggest_categorical(f"group{i}_{j}", group_sizes) if kind == "bottle" else 0
             stage.append(ByoBlockCfg(kind, d=1, c=width, s=stride, gs=group, br=ratio))
         blocks.append(tuple(stage))
-    for cfg in (cfg for stage in blocks for cfg in stage if cfg.gs):
-        if make_divisible(cfg.c * cfg.br) % cfg.gs:
-            raise optuna.TrialPruned(f"inner width {make_divisible(cfg.c * cfg.br)} is no multiple of group size {cfg.gs}")
+    for block in (block for stage in blocks for block in stage if block.gs):
+        if make_divisible(block.c * block.br) % block.gs:
+            raise optuna.TrialPruned(f"inner width {make_divisible(block.c * block.br)} is no multiple of group size {block.gs}")
 
-    attention = None if attention == "none" else attention
-    cfg = ByoModelCfg(blocks=tuple(blocks), stem_type=stem, stem_pool="", stem_chs=stem_width, attn_layer=attention, act_layer=act)
+    attn = None if attention == "none" else attention
+    cfg = ByoModelCfg(blocks=tuple(blocks), stem_type=stem, stem_pool="", stem_chs=stem_width, attn_layer=attn, act_layer=act)
     return ByobNet(cfg, num_classes=num_classes, in_chans=in_chans)
