@@ -163,8 +163,8 @@ def pull_back(
 ) -> Tensor:
     """The last point on the line from `init` to `weight` that meets both constraints as measured; ours.
 
-    It is not the nearest such point: use it after `project`.
-    The distance shrinks in proportion and the norm is convex along the line, so the point exists when `init` meets the constraints.
+    It is not the nearest such point: use it after `project`. The distance shrinks in proportion and the norm is convex along the line, so
+    the point exists when `init` meets the constraints.
 
     Raises:
         UsageError: for an `init` whose norm exceeds `lipschitz`.
@@ -177,9 +177,10 @@ def pull_back(
     if lipschitz is not None and norm(init + share * step) > lipschitz:
         share *= _feasible_share(lambda t: norm(init + t * share * step), lipschitz)
     moved = init + share * step
+    less = 4 * torch.finfo(weight.dtype).eps
     while distance is not None and distance_to_init(moved, init) > distance:  # rounding
-        share *= 1 - 4 * torch.finfo(weight.dtype).eps
-        moved = init + share * step
+        share *= max(0.0, 1 - less)
+        moved, less = init + share * step, 2 * less
     return moved
 
 
@@ -233,7 +234,7 @@ def _dykstra(weight: Tensor, sets: Sequence[Callable[[Tensor], Tensor]], sweeps:
 
 
 def _feasible_share(norm: Callable[[float], float], limit: float) -> float:
-    """The largest t in [0, 1] with norm(t) <= limit, from below to 1e-6: a chord between a feasible and an infeasible point stays feasible."""
+    """The largest t in [0, 1] with norm(t) <= limit, from below to 1e-6: chords of a convex function do not leave the limit."""
     low, high, at_low, at_high = 0.0, 1.0, norm(0.0), norm(1.0)
     if at_low > limit:
         raise UsageError(f"init must meet the constraint: its norm is {at_low:.6g}, lipschitz is {limit:.6g}; rescale init first.")

@@ -46,9 +46,9 @@ def leading_eigenvalue(
 ) -> tuple[Tensor, Tensor, int, bool]:
     """The largest eigenvalue of each of a batch of Hermitian positive maps on (B, n) vectors.
 
-    Thick-restarted Lanczos with full orthogonalisation, all maps of the batch in step.
-    Returns the Ritz values (B,), their error estimates min(residual, residual^2 / gap) (B,), the steps taken, and whether no map of the
-    batch can exceed the largest value by more than `tolerance`, relatively, by these estimates.
+    Thick-restarted Lanczos with full orthogonalisation, all maps of the batch in step. Returns the Ritz values (B,), their error estimates
+    min(residual, max(residual / 2, residual^2 / gap)) (B,), the steps taken, and whether no map of the batch can exceed the largest value
+    by more than `tolerance`, relatively, by these estimates.
     """
     batch, n = start.shape
     length = min(_BASIS, n)
@@ -74,9 +74,10 @@ def leading_eigenvalue(
         top = ritz[:, -1].clamp_min(0)
         exhausted = residual <= 10 * floor * top  # an invariant subspace: a zero vector keeps the batch in step and changes no Ritz value
         direction = torch.where(exhausted[:, None], torch.zeros_like(vector), vector / residual.clamp_min(1e-300).to(vector.dtype)[:, None])
-        error = residual * vectors[:, -1, -1].abs()
-        gap = (ritz[:, -1] - ritz[:, -2]).clamp_min(1e-300) if size > 1 else error.clamp_min(1e-300)
-        error = torch.where(exhausted, 0.0, torch.minimum(error, error**2 / gap))
+        distance = residual * vectors[:, -1, -1].abs()  # to an eigenvalue, not necessarily to the largest
+        gap = (ritz[:, -1] - ritz[:, -2]).clamp_min(1e-300) if size > 1 else distance.clamp_min(1e-300)
+        # the squared estimate is blind to a second eigenvalue that the basis has not told apart yet, the distance is not
+        error = torch.where(exhausted, 0.0, torch.maximum(torch.minimum(distance, distance**2 / gap), distance / 2))
         enough = size >= min(8, n) or bool(exhausted.all())  # early Ritz values may sit at a smaller eigenvalue
         converged = enough and bool((top + error <= top.max() * (1 + tolerance)).all())
         if converged or steps >= max_steps or bool(exhausted.all()):
