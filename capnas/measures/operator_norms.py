@@ -225,13 +225,14 @@ def _transposed_output(
     weight: Tensor, size: Sizes, stride: Sizes, padding: Padding, dilation: Sizes, output_padding: Sizes
 ) -> tuple[int, ...]:
     n = weight.dim() - 2
-    if not isinstance(padding, int):
-        raise UsageError(f"padding of a transposed convolution must be one number; got {padding!r}.")
+    paddings = (padding,) * n if isinstance(padding, int) else tuple(padding)
+    if isinstance(padding, str) or not all(isinstance(p, int) for p in paddings):
+        raise UsageError(f"padding of a transposed convolution must be one number or one for each axis; got {padding!r}.")
     extra = (output_padding,) * n if isinstance(output_padding, int) else tuple(output_padding)
     sides, strides = per_axis("input_size", size, n), per_axis("stride", stride, n)
     dilations = per_axis("dilation", dilation, n)
-    per_side = zip(sides, strides, dilations, weight.shape[2:], extra)
-    return tuple((d - 1) * s - 2 * padding + e * (k - 1) + 1 + o for d, s, e, k, o in per_side)
+    per_side = zip(sides, strides, dilations, weight.shape[2:], extra, paddings)
+    return tuple((d - 1) * s - 2 * p + e * (k - 1) + 1 + o for d, s, e, k, o, p in per_side)  # type: ignore[operator]
 
 
 def _iterated(conv: Convolution, tolerance: float, max_steps: int) -> OperatorNorm:

@@ -1,0 +1,113 @@
+"""Operator norms of a model's layers and how far training moved them: the plumbing of the excess-capacity measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from capnas.measures.excess import distance_to_init, group_norm_21
+from capnas.measures.operator_norms import OperatorNorm, linear_norm, operator_norm
+from capnas.measures.slack import LayerMotion, capacity_slack
+from capnas.recording import CONVS
+from capnas.tracing import Trace
+
+
+def weight_norms(model: nn.Module, trace: Trace) -> dict[str, OperatorNorm]:
+    """Operator norm of every convolution and linear layer that the forward pass calls, at the input size that it sees.
+
+    The convention of Graf et al. (arXiv 2202.08070) is cyclic padding; here each layer keeps the padding it was built with, because
+    the constant should be that of the map that is used. Norm layers are not counted: fold them first (`capnas.measures.excess.fold_norm`)
+    where their scale matters.
+
+    Args:
+        model: any module; only read.
+        trace: of the same model, see `capnas.tracing.trace`.
+
+    Returns:
+        Module name to norm, in execution order; a module called at several sizes has its largest norm.
+
+    >>> from capnas.tracing import trace
+    >>> layer = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False))
+    >>> _ = nn.init.constant_(layer[0].weight, 2.0)
+    >>> round(weight_norms(layer, trace(layer, (1, 1, 4, 4)))["0"].value, 6)
+    2.0
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, OperatorNorm] = {}
+    for node in trace.nodes:
+        module = modules.get(node.module)
+        if isinstance(module, nn.Linear) and node.module not in found and any(p.endswith("weight") for p in node.params):
+            found[node.module] = linear_norm(_weight(module).detach())
+        elif isinstance(module, CONVS) and node.op.startswith("aten.convolution"):
+            norm = _conv_norm(module, node.input_shapes[0][2:], node.attrs)
+            if node.module not in found or norm.value > found[node.module].value:
+                found[node.module] = norm
+    return found
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight)
+
+
+def _conv_norm(module: nn.Module, size: tuple[int, ...], attrs: Mapping[str, Any]) -> OperatorNorm:
+    padding, mode = tuple(attrs["padding"]), "zeros"
+    if getattr(module, "padding_mode", "zeros") == "circular":  # torch pads first and convolves the padded map
+        padding, mode = tuple(cast(tuple[int, ...], module.padding)), "circular"
+        size = tuple(s - 2 * p for s, p in zip(size, padding))
+    return operator_norm(
+        _weight(module).detach(), size, stride=tuple(attrs["stride"]), padding=padding, dilation=tuple(attrs["dilation"]),
+        groups=attrs["groups"], padding_mode=mode, transposed=attrs["transposed"],
+        output_padding=tuple(attrs["output_padding"]) if attrs["transposed"] else None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """One copy of the weights of a model's convolutions and linear layers, taken before training.
+
+    Attributes:
+        weights: module name to weight.
+    """
+
+    weights: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> InitialWeights:
+        """Copy the weights as they are now."""
+        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, (*CONVS, nn.Linear)))
+        return cls(weights={n: _weight(m).detach().clone() for n, m in layers})
+
+    def distances(self, model: nn.Module) -> dict[str, float]:
+        """(2,1) distance of each layer from where it began, `capnas.measures.excess.distance_to_init`."""
+        modules = dict(model.named_modules())
+        return {n: distance_to_init(_weight(modules[n]).detach(), w) for n, w in self.weights.items()}
+
+    def motion(self, model: nn.Module, trace: Trace) -> dict[str, LayerMotion]:
+        """What a training did to each layer: norms before and after, distance, initial radius."""
+        after = weight_norms(model, trace)
+        live = dict(model.named_modules())
+        now = {n: _weight(live[n]).detach().clone() for n in self.weights}
+        distances = self.distances(model)
+        with torch.no_grad():
+            try:
+                for name, weight in self.weights.items():
+                    _weight(live[name]).copy_(weight)
+                before = weight_norms(model, trace)
+            finally:
+                for name, weight in now.items():
+                    _weight(live[name]).copy_(weight)
+        return {
+            name: LayerMotion(
+                norm_start=before[name].value, norm_end=after[name].value, distance=distances[name], radius=group_norm_21(weight)
+            )
+            for name, weight in self.weights.items()
+            if name in after
+        }
+
+    def slack(self, model: nn.Module, trace: Trace, *, fit: float = 1.0) -> float:
+        """`capacity_slack` of the training so far, in [0, 1]."""
+        return capacity_slack(list(self.motion(model, trace).values()), fit=fit)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from capnas._timm import timm
+from capnas.measures.excess import distance_to_init
+from capnas.tracing import trace
+from capnas.weights import InitialWeights, weight_norms
+
+
+def dense_norm(layer: nn.Module, shape: tuple[int, ...]) -> float:
+    """Largest singular value of the layer as an explicit matrix, by applying it to every basis vector."""
+    size = int(np.prod(shape))
+    with torch.no_grad():
+        bias = layer(torch.zeros(1, *shape))
+        columns = (layer(torch.eye(size).reshape(size, *shape)) - bias).reshape(size, -1)
+    return float(np.linalg.svd(columns.double().numpy(), compute_uv=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv2d(2, 3, 3, padding=1), (2, 6, 6)), (nn.Conv2d(2, 4, 3, stride=2, padding=1), (2, 7, 7)),
+     (nn.Conv2d(4, 4, 3, padding=1, groups=4), (4, 6, 6)), (nn.Conv2d(2, 3, 3, padding=2, dilation=2), (2, 7, 7)),
+     (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 6, 6)),
+     (nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1), (2, 4, 4)), (nn.Linear(5, 7), (5,))],
+    ids=["plain", "strided", "depthwise", "dilated", "circular", "transposed", "linear"],
+)  # fmt: skip
+def test_norm_is_that_of_the_map_that_is_used(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(layer)
+    assert weight_norms(model, trace(model, (2, *shape)))["0"].value == pytest.approx(dense_norm(layer, shape), rel=1e-3)
+
+
+def test_every_layer_of_a_timm_model_in_order() -> None:
+    model = timm.create_model("resnet18", channels=(8, 8, 16, 16), layers=(1, 1, 1, 1), num_classes=4)
+    norms = weight_norms(model, trace(model, (2, 3, 32, 32)))
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert sorted(norms) == sorted(layers)
+    assert next(iter(norms)) == "conv1"
+    assert all(n.value > 0 for n in norms.values())
+
+
+def test_motion_of_a_training_leaves_the_weights_where_they_are() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(48, 2))
+    graph = trace(model, (2, 1, 6, 6))
+    start = InitialWeights.of(model)
+    assert start.distances(model) == {"0": 0.0, "2": 0.0}
+    assert start.slack(model, graph) == 1.0
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)
+    moved = {k: v.clone() for k, v in model.state_dict().items()}
+    motion = start.motion(model, graph)
+    assert all(torch.equal(moved[k], v) for k, v in model.state_dict().items())
+    assert motion["2"].norm_end == pytest.approx(3 * motion["2"].norm_start, rel=1e-4)
+    assert motion["2"].distance == pytest.approx(2 * motion["2"].radius, rel=1e-5)
+    assert motion["0"].distance == pytest.approx(distance_to_init(3 * start.weights["0"], start.weights["0"]))
+    assert 0 < start.slack(model, graph) < 0.5
