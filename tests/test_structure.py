@@ -202,6 +202,34 @@ def test_attention_and_token_layers() -> None:
     assert merged.receptive_field[0] == (8, 56)
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|skip_connect~2|",
+        "|none~0|+|nor_conv_1x1~0|skip_connect~1|+|avg_pool_3x3~0|none~1|nor_conv_3x3~2|",
+        "|none~0|+|none~0|none~1|+|none~0|nor_conv_1x1~1|none~2|",
+    ],
+)
+def test_cells_of_nas_bench_201_against_their_sums_of_products(cell: str) -> None:
+    import optuna
+    from capnas.search_spaces import nasbench201
+
+    params = nasbench201.parameters(cell)
+    net = nasbench201.space(optuna.trial.FixedTrial(params), num_classes=10, in_chans=3, image_size=32, cells=2)
+    report = report_of(net, pool_gain="averaging")
+    paths = 27.0
+    for width in (16, 32, 64):
+        if width > 16:
+            paths *= (9 * width / 2) * (9 * width) + (width / 2) / 4  # the block that halves the map; its shortcut averages 2 x 2
+        gain = {"none": 0.0, "skip_connect": 1.0, "avg_pool_3x3": 1 / 9, "nor_conv_1x1": float(width), "nor_conv_3x3": 9.0 * width}
+        node = [1.0]
+        for t in (1, 2, 3):
+            node.append(sum(node[s] * gain[params[f"op_{s}_{t}"]] for s in range(t)))
+        paths *= node[3] ** 2
+    expected = math.log2(paths) if paths else -math.inf  # the mean over the last map and the dense layer: 64 / 64
+    assert report.log2_paths == pytest.approx(expected, rel=1e-12)
+
+
 def test_functional_transposed_and_vector_models() -> None:
     up = report_of(nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ConvTranspose2d(8, 4, 4, stride=2)), (1, 3, 33, 33))
     assert up.layers["1"].receptive_field == ((7, 7), (7, 7))

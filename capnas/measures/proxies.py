@@ -1,0 +1,328 @@
+"""Training-free baselines to compare capacity scores with: synflow, naswot, zico, snip, grad_norm, parameters and multiply-accumulates.
+
+Each is a short function of a model and one batch, after its paper. The model is left as it was found (`capnas.measures.probing`). No
+function raises for what a model computes: a value that cannot be had is a NaN whose ``flag`` says why. Norms that use batch statistics run
+in train mode (as the published codes do), everything else in eval mode, so that no dropout disturbs the score.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from capnas.errors import UsageError, one_of
+from capnas.measures.probing import FAILURES, Loss, first_tensor, linear_weights, reason, untouched, weight_gradients
+
+_NORMS = re.compile("norm", re.IGNORECASE)
+_IDENTITIES = re.compile(
+    "(relu6?|leakyrelu|prelu|rrelu|c?elu|selu|(quick)?gelu(tanh)?|silu|swish|mish|hard_?(tanh|swish|mish))(me)?", re.IGNORECASE
+)
+_GATES = re.compile("(hard)?sigmoid(me)?", re.IGNORECASE)
+_ADDED = re.compile("(bias|embed\\w*|tokens?|pos\\w*)$")
+_RECTIFIERS = re.compile("relu6?|leaky_relu|_?prelu(_kernel)?|rrelu.*|c?elu|selu|gelu|silu|mish|hardswish|threshold")
+_CLIPS = re.compile("clamp|clamp_min|hardtanh")  # rectifiers where they cut at zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxy:
+    """A score, or NaN and the reason.
+
+    Attributes:
+        value: the score; higher is predicted to be better.
+        flag: empty, or why the value is NaN (or what limits it).
+    """
+
+    value: float
+    flag: str = ""
+
+
+def synflow(model: nn.Module, inputs: Tensor, *, variant: Literal["sum", "log"] = "sum") -> Proxy:
+    """Synaptic flow (Tanaka et al., NeurIPS 2020, arXiv 2006.05467; as a score: Abdelfattah et al., ICLR 2021, arXiv 2101.08134).
+
+    With all parameters replaced by their magnitudes, norms by the identity and the input by ones, ``R`` is the sum of the outputs and the
+    score is ``sum_w |w| dR/d|w|`` over the weights of convolutions and dense layers; the natural logarithm of that sum is returned.
+
+    Ours: every module that is a rectifier, smooth or clipped, is the identity, as a ReLU is on the positive signals here. R grows like the
+    number of paths and passes 1e308; then, in double precision, the input and what is added to the signal (biases, position codes) are
+    scaled by s and the output by s too, which scales a network of linear layers, sums and rectifiers by s^2 exactly (gates count as open).
+
+    Args:
+        model: any; the data do not matter, only their shape.
+        inputs: a batch (B, ...); one sample of its shape is used.
+        variant: ``"sum"``: ln of the sum. ``"log"``: the sum of ``|w| ln(1 + dR/d|w|)`` (Cavagnero et al., FreeREA, WACV 2023).
+
+    Raises:
+        UsageError: for an unknown variant.
+
+    >>> net = nn.Linear(3, 2, bias=False)
+    >>> round(math.exp(synflow(net, torch.zeros(1, 3)).value) / float(net.weight.detach().abs().sum()), 6)
+    1.0
+    """
+    if variant not in ("sum", "log"):
+        raise UsageError(one_of("variant", variant, ("sum", "log")))
+    flag = "the flow is not finite at any scale"
+    for dtype in (torch.float64, torch.float32):  # a few models fix float32 inside
+        for scale in (1.0, 1e-120, 1e-290) if dtype == torch.float64 else (1.0, 1e-15):
+            try:
+                flows = _flows(model, inputs, dtype, scale)
+            except FAILURES as error:
+                flag = reason(error)
+                break
+            gradients = [g / scale**2 if variant == "log" else g for _, g in flows]
+            total = sum(float((w * (g.log1p() if variant == "log" else g)).sum()) for (w, _), g in zip(flows, gradients))
+            if math.isfinite(total) and variant == "log":
+                return Proxy(value=total)
+            if math.isfinite(total):
+                value = math.log(total) - 2 * math.log(scale) if total > 0 else math.nan
+                return Proxy(value=value, flag="" if total > 0 else "no flow reaches the output")
+    return Proxy(value=math.nan, flag=flag)
+
+
+def naswot(model: nn.Module, inputs: Tensor) -> Proxy:
+    """Overlap of activation patterns (Mellor et al., ICML 2021, arXiv 2006.04647): ``ln det K_H``, ``K_H[i, j] = N - hamming(c_i, c_j)``.
+
+    ``c_i`` is the binary code of input i: for each of N rectifier units whether its input is positive. All rectifiers count, functional
+    ones too; smooth ones (GELU, SiLU, ...) by the sign of their input, which is our extension. Gates (sigmoid, tanh) do not.
+
+    Args:
+        model: any.
+        inputs: a batch (B, ...), B >= 2. Values are comparable only at one B.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> naswot(net, torch.eye(2)).value > 0, naswot(net, torch.ones(2, 2)).flag
+    (True, 'singular kernel: some inputs share all their codes')
+    """
+    counter = _CodeOverlap(len(inputs))
+    try:
+        with untouched(model, statistics=True), torch.no_grad(), counter:
+            model(inputs)
+    except FAILURES as error:
+        return Proxy(value=math.nan, flag=reason(error))
+    if not counter.units:
+        return Proxy(value=math.nan, flag="no rectifier in the model")
+    if not counter.finite:
+        return Proxy(value=math.nan, flag="an activation is not finite")
+    sign, value = np.linalg.slogdet(counter.kernel)
+    if sign <= 0 or not math.isfinite(value) or np.linalg.matrix_rank(counter.kernel) < len(inputs):
+        return Proxy(value=math.nan, flag="singular kernel: some inputs share all their codes")
+    return Proxy(value=float(value))
+
+
+def grad_norm(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, loss: Loss | None = None) -> Proxy:
+    """Sum over layers of the Euclidean norm of the loss's gradient in the weight (Abdelfattah et al., ICLR 2021, arXiv 2101.08134).
+
+    Args:
+        model: any; convolutions and dense layers count.
+        inputs: a batch (B, ...).
+        targets: for the loss; without them random classes stand in (seed 0).
+        loss: ``loss(output, targets)``, a mean over the batch; cross-entropy by default.
+
+    >>> grad_norm(nn.Linear(3, 2), torch.zeros(4, 3)).value
+    0.0
+    """
+    return _of_gradients(model, inputs, targets, loss, lambda w, g: float(g.double().norm()))
+
+
+def snip(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, loss: Loss | None = None) -> Proxy:
+    """Connection sensitivity, the sum of ``|w dL/dw|`` (Lee et al., ICLR 2019, arXiv 1810.02340; as a score: arXiv 2101.08134).
+
+    Arguments as for `grad_norm`.
+
+    >>> snip(nn.Linear(3, 2), torch.zeros(4, 3)).value
+    0.0
+    """
+    return _of_gradients(model, inputs, targets, loss, lambda w, g: float((w.double() * g.double()).abs().sum()))
+
+
+def zico(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, loss: Loss | None = None, parts: int = 2) -> Proxy:
+    """Inverse coefficient of variation of gradients (Li et al., ICLR 2023, arXiv 2301.11300): ``sum_l ln sum_w mean |g_w| / std g_w``.
+
+    Mean and (population) standard deviation run over batches: here over ``parts`` equal parts of one batch. As in the authors' code the
+    deviation is that of the signed gradient, and weights or layers without deviation are left out.
+
+    Args:
+        model: any; convolutions and dense layers count.
+        inputs: a batch (B, ...), B >= parts.
+        targets: as for `grad_norm`.
+        loss: as for `grad_norm`.
+        parts: how many gradients to compare, at least 2.
+
+    Raises:
+        UsageError: for less than two parts.
+
+    >>> zico(nn.Linear(3, 2), torch.arange(12.0).reshape(4, 3)).flag
+    ''
+    """
+    if parts < 2:
+        raise UsageError(f"parts must be at least 2, got {parts}.")
+    if len(inputs) < parts:
+        return Proxy(value=math.nan, flag=f"{len(inputs)} inputs do not make {parts} parts")
+    size = len(inputs) // parts
+    try:
+        with untouched(model, statistics=True):
+            ends = [(i * size, (i + 1) * size) for i in range(parts)]
+            found = [
+                weight_gradients(model, inputs[a:b], None if targets is None else targets[a:b], loss, seed=i)
+                for i, (a, b) in enumerate(ends)
+            ]
+    except FAILURES as error:
+        return Proxy(value=math.nan, flag=reason(error))
+    total, layers = 0.0, 0
+    for layer in zip(*found):
+        stack = torch.stack([g.double() for _, g in layer])
+        if not bool(stack.isfinite().all()):
+            return Proxy(value=math.nan, flag="a gradient is not finite")
+        deviation = stack.std(0, correction=0)
+        ratio = (stack.abs().mean(0) / deviation)[deviation > 0].sum()
+        if ratio > 0:
+            total, layers = total + math.log(float(ratio)), layers + 1
+    return Proxy(value=total) if layers else Proxy(value=math.nan, flag="no gradient varies between the parts")
+
+
+def params(model: nn.Module) -> Proxy:
+    """Number of parameters, shared ones once.
+
+    >>> params(nn.Linear(3, 2)).value
+    8.0
+    """
+    return Proxy(value=float(sum(p.numel() for p in model.parameters())))
+
+
+def macs(model: nn.Module, inputs: Tensor) -> Proxy:
+    """Multiply-accumulates of one sample of the inputs' shape: half of torch's flop count, attention included. Nothing is computed.
+
+    >>> macs(nn.Linear(3, 2), torch.zeros(5, 3)).value
+    6.0
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    try:
+        with untouched(model), FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            sample = torch.empty((1, *inputs.shape[1:]), dtype=inputs.dtype, device=inputs.device)
+            with FlopCounterMode(display=False) as counter:
+                model(sample)
+    except FAILURES as error:
+        return Proxy(value=math.nan, flag=reason(error))
+    return Proxy(value=counter.get_total_flops() / 2)
+
+
+PROXIES = ("synflow", "naswot", "zico", "snip", "grad_norm", "params", "macs")
+
+
+def baseline_proxies(
+    model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, loss: Loss | None = None, names: Sequence[str] = PROXIES
+) -> dict[str, Proxy]:
+    """Several baselines in one call, by name.
+
+    Raises:
+        UsageError: for an unknown name.
+
+    >>> sorted(baseline_proxies(nn.Linear(3, 2), torch.zeros(4, 3), names=["params", "macs"]))
+    ['macs', 'params']
+    """
+    if unknown := next((n for n in names if n not in PROXIES), None):
+        raise UsageError(one_of("names", unknown, PROXIES))
+    rules: dict[str, Callable[[], Proxy]] = {
+        "synflow": lambda: synflow(model, inputs),
+        "naswot": lambda: naswot(model, inputs),
+        "zico": lambda: zico(model, inputs, targets, loss=loss),
+        "snip": lambda: snip(model, inputs, targets, loss=loss),
+        "grad_norm": lambda: grad_norm(model, inputs, targets, loss=loss),
+        "params": lambda: params(model),
+        "macs": lambda: macs(model, inputs),
+    }
+    return {name: rules[name]() for name in names}
+
+
+def _of_gradients(
+    model: nn.Module, inputs: Tensor, targets: Tensor | None, loss: Loss | None, term: Callable[[Tensor, Tensor], float]
+) -> Proxy:
+    try:
+        with untouched(model, statistics=True):
+            pairs = weight_gradients(model, inputs, targets, loss)
+    except FAILURES as error:
+        return Proxy(value=math.nan, flag=reason(error))
+    if not pairs:
+        return Proxy(value=math.nan, flag="no convolution or dense layer in the model")
+    value = math.fsum(term(w, g) for w, g in pairs) if all(bool(g.isfinite().all()) for _, g in pairs) else math.nan
+    return Proxy(value=value, flag="" if math.isfinite(value) else "a gradient is not finite")
+
+
+def _flows(model: nn.Module, inputs: Tensor, dtype: torch.dtype, scale: float) -> list[tuple[Tensor, Tensor]]:
+    """Magnitudes of the weights and their gradients of ``scale R``, the input and the biases at ``scale``."""
+    from torch.func import functional_call
+
+    weights = {id(p) for p in linear_weights(model)}
+    state: dict[str, Tensor] = {}
+    flowing: list[Tensor] = []
+    for name, p in model.named_parameters():
+        size = p.detach().abs().to(dtype) if p.is_floating_point() else p.detach()
+        state[name] = size * scale if _ADDED.search(name) else size  # what is added to the signal is scaled with it
+        if id(p) in weights:
+            flowing.append(state[name].requires_grad_(True))
+    state |= {n: b.detach().to(dtype) if b.is_floating_point() else b.detach().clone() for n, b in model.named_buffers()}
+    handles = [m.register_forward_hook(_pass) for m in model.modules() if _is_norm(m) or _IDENTITIES.fullmatch(type(m).__name__)]
+    handles += [m.register_forward_hook(_open) for m in model.modules() if scale != 1 and _GATES.fullmatch(type(m).__name__)]
+    try:
+        with untouched(model), torch.enable_grad():
+            ones = torch.full((1, *inputs.shape[1:]), scale, dtype=dtype, device=inputs.device)
+            out = first_tensor(functional_call(model, state, (ones,)))
+            found = torch.autograd.grad(out.sum() * scale, flowing, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(w.detach(), torch.zeros_like(w) if g is None else g) for w, g in zip(flowing, found)]
+
+
+def _pass(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return args[0] if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and args[0].shape == output.shape else output
+
+
+def _open(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return torch.ones_like(output) if isinstance(output, Tensor) else output
+
+
+def _is_norm(module: nn.Module) -> bool:
+    known = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+    return isinstance(module, known) or (bool(_NORMS.search(type(module).__name__)) and not list(module.children()))
+
+
+class _CodeOverlap(TorchDispatchMode):
+    """Adds up, over all rectifiers that run, how many codes each two samples share."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.samples, self.units, self.finite = samples, 0, True
+        self.kernel = np.zeros((samples, samples))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).split(".")[1].rstrip("_") if "." in str(func) else ""
+        if _RECTIFIERS.fullmatch(name) or (_CLIPS.fullmatch(name) and _lower(name, args, kwargs or {}) == 0):
+            self.add(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def add(self, x: Tensor) -> None:
+        if x.ndim < 2 or x.shape[0] % self.samples:
+            return  # not one entry a sample: a rectified weight or table
+        codes = x.detach().reshape(self.samples, -1)
+        self.finite &= bool(codes.isfinite().all())
+        for part in codes.split(1 << 22, dim=1):  # float32 sums of signs are exact up to 2^24
+            signs = (part > 0).to(torch.float32).mul_(2).sub_(1)
+            self.kernel += ((signs @ signs.T).double().cpu().numpy() + part.shape[1]) / 2
+        self.units += codes.shape[1]
+
+
+def _lower(name: str, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+    values = list(args)
+    key = "min_val" if name == "hardtanh" else "min"
+    return values[1] if len(values) > 1 else kwargs.get(key, -1.0)

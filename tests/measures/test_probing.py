@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from capnas.measures.probing import first_tensor, linear_weights, reason, untouched, weight_gradients
+
+
+def test_everything_comes_back_after_an_error() -> None:
+    net = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Dropout())
+    net[0].weight.requires_grad_(False)
+    state, random = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+
+    def probe() -> None:
+        with untouched(net, statistics=True):
+            net[0].weight.requires_grad_(True)
+            net(torch.randn(4, 2, 5))
+            assert not torch.equal(net[1].running_mean, state["1.running_mean"])
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        probe()
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in net.modules()] == [True] * 4
+    assert not net[0].weight.requires_grad
+
+
+def test_weights_are_listed_once_and_parametrized_ones_by_their_originals() -> None:
+    shared = nn.Linear(3, 3)
+    net = nn.Sequential(shared, shared, parametrizations.weight_norm(nn.Linear(3, 2)), nn.LayerNorm(2), nn.Embedding(5, 2))
+    assert [tuple(w.shape) for w in linear_weights(net)] == [(3, 3), (2, 1), (2, 3)]
+
+
+def test_gradients_of_weights_that_are_not_used_are_zero() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> dict[str, tuple[torch.Tensor, None]]:
+            return {"logits": (self.used(x), None)}
+
+    (_, used), (_, idle) = weight_gradients(Half(), torch.ones(4, 3), torch.zeros(4, dtype=torch.int64), None)
+    assert used.abs().sum() > 0
+    assert idle.abs().sum() == 0
+
+
+def test_outputs_and_reasons() -> None:
+    assert first_tensor([(torch.ones(3), 1)]).shape == (3,)
+    assert reason(RuntimeError()) == "the model failed: RuntimeError: "
+    assert len(reason(RuntimeError("x" * 500))) < 200
