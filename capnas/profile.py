@@ -7,9 +7,10 @@ the model as it was: weights, buffers, mode, gradients, hooks and random state.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -17,13 +18,17 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
 from capnas.measures.moments import covariance
+from capnas.measures.proxies import PROXIES, baseline_proxies
 from capnas.measures.saturation import THRESHOLD, Spectrum, effective_rank, intrinsic_dimension, saturation_of, spectrum, threshold_margin
 from capnas.recording import MEASURED, LayerRecord, Reading, Recorder
+from capnas.structure import StructureReport, structure
+from capnas.tracing import Trace, trace
+from capnas.weights import weight_norms
 
 VERSION = 1
 FEW_ROWS = 10  # rows below this multiple of the width are flagged: they cap the rank
 THRESHOLDS = (0.9, 0.95, 0.99, 0.999)
-MEASURES = ("saturation",)
+MEASURES = ("saturation", "structure", "norms", "proxies")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,10 @@ class LayerProfile:
         margin: distance of the threshold from the nearest cumulative share; near 0, k may be one off.
         few_rows: fewer than 10 rows per feature were used: read the saturation as a lower bound.
         finite: False when the outputs held NaN or infinite values.
+        complexity: C_loc of the layer algebra, bits (measure "structure").
+        log2_fan_in: log2 of the layer's own path count K; `log2_paths` is that from the model input to one of its units.
+        receptive_field: (smallest, largest) receptive field along each image axis, in pixels; infinite values are stored as ``None``.
+        norm: operator norm at the input size it sees (measure "norms"); `norm_method` says how it was found.
     """
 
     name: str
@@ -62,6 +71,12 @@ class LayerProfile:
     margin: float | None = None
     few_rows: bool = False
     finite: bool = True
+    complexity: float | None = None
+    log2_fan_in: float | None = None
+    log2_paths: float | None = None
+    receptive_field: tuple[tuple[float, float], ...] | None = None
+    norm: float | None = None
+    norm_method: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +90,8 @@ class Profile:
         mode: "train" or "eval", the model's mode while it was read.
         threshold: share of the variance that k explains.
         rows: how rows are formed, always "channelwise": every position of every sample.
+        network: numbers of the whole network by name: ``complexity``, ``log2_paths`` and ``intrinsic_power`` (log2 P) of the layer
+            algebra after Badias & Banerjee (reconstructed), ``log10_lipschitz`` (sum of log10 operator norms), baseline proxies.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -83,6 +100,7 @@ class Profile:
     mode: Literal["train", "eval"]
     threshold: float = THRESHOLD
     rows: str = "channelwise"
+    network: Mapping[str, float] = field(default_factory=dict)
 
     def reading(self, name: Literal["modules", "blocks"]) -> tuple[LayerProfile, ...]:
         """The rows of one reading."""
@@ -110,7 +128,8 @@ class Profile:
         known = {f.name for f in fields(LayerProfile)}
         for reading in ("layers", "blocks"):
             values[reading] = tuple(LayerProfile(**{k: v for k, v in row.items() if k in known}) for row in values[reading])
-        return cls(**values)
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in values.items() if k in known})
 
     @classmethod
     def from_records(
@@ -132,7 +151,7 @@ def profile_model(
     inputs: Tensor | Iterable[Tensor],
     targets: Tensor | None = None,
     *,
-    measures: Sequence[str] = MEASURES,
+    measures: Sequence[str] = ("saturation",),
     threshold: float = THRESHOLD,
     reading: Reading = "both",
     blocks: str | None = None,
@@ -146,7 +165,8 @@ def profile_model(
         model: any module that maps the inputs to outputs.
         inputs: one batch (B, C, H, W) on the model's device, or an iterable of batches.
         targets: (B,) classes, for measures that need a loss.
-        measures: what to measure; see `MEASURES`.
+        measures: any of `MEASURES`. "saturation" is always read; "structure" adds the layer algebra and receptive fields from the traced
+            graph, "norms" operator norms, "proxies" the published baselines synflow, naswot, zico, snip, grad_norm, params and macs.
         threshold: share of the variance that the intrinsic dimension explains.
         reading: "modules", "blocks" or "both".
         blocks: regular expression naming the units to read as blocks.
@@ -165,14 +185,47 @@ def profile_model(
     for measure in measures:
         if measure not in MEASURES:
             raise UsageError(one_of("measures", measure, MEASURES))
-    batches = [inputs] if isinstance(inputs, Tensor) else inputs
+    batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
     with untouched(model, training=chosen == "train", seed=seed), torch.no_grad():
         with Recorder(model, reading=reading, blocks=blocks, values_per_call=values_per_call, seed=seed) as recorder:
             for batch in batches:
                 model(batch)
         records = recorder.pop(chosen)
-    return Profile.from_records(model, records, mode=chosen, threshold=threshold)
+    profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
+    if {"structure", "norms"} & set(measures):
+        graph = trace(model, (1, *batches[0].shape[1:]))
+        if "structure" in measures:
+            profile = with_structure(profile, structure(graph))
+        if "norms" in measures:
+            profile = with_norms(profile, model, graph)
+    if "proxies" in measures:
+        proxies = baseline_proxies(model, batches[0], targets)
+        profile = replace(profile, network={**profile.network, **{name: proxies[name].value for name in PROXIES}})
+    return profile
+
+
+def with_structure(profile: Profile, report: StructureReport) -> Profile:
+    """The profile with the layer algebra's columns and network numbers, see `capnas.structure.structure`."""
+    rows = []
+    for row in profile.layers:
+        found = report.layers.get(row.name)
+        if found is not None:
+            row = replace(
+                row, complexity=found.complexity_bits, log2_fan_in=found.log2_fan_in, log2_paths=found.log2_paths,
+                receptive_field=found.receptive_field or None,
+            )  # fmt: skip
+        rows.append(row)
+    network = {"complexity": report.complexity, "log2_paths": report.log2_paths, "intrinsic_power": report.log2_power}
+    return replace(profile, layers=tuple(rows), network={**profile.network, **network, "depth": float(report.depth)})
+
+
+def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
+    """The profile with the operator norm of each layer, see `capnas.weights.weight_norms`."""
+    norms = weight_norms(model, graph)
+    rows = [replace(r, norm=norms[r.name].value, norm_method=norms[r.name].method) if r.name in norms else r for r in profile.layers]
+    log10 = sum(math.log10(n.value) for n in norms.values() if n.value > 0)
+    return replace(profile, layers=tuple(rows), network={**profile.network, "log10_lipschitz": log10})
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Score:
     Attributes:
         name: key in `SCORES` and in the mapping that `score` returns.
         direction: which way is better in a search.
-        low: smallest value.
+        low: smallest value, or minus infinity.
         high: largest value, or infinity.
         meaning: one line for users.
         compute: the function of a profile; NaN where the profile lacks what it needs.
@@ -65,6 +65,24 @@ _PER_LAYER: tuple[tuple[str, Direction, float, Callable[[LayerProfile], float | 
 )  # fmt: skip
 
 
+_NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
+    ("complexity", "maximize", math.inf, "C of the layer algebra, bits: how finely the network can cut its input (reconstructed)"),
+    ("log2_paths", "maximize", math.inf, "log2 of the paths from input to an output unit, the layer algebra's K (reconstructed)"),
+    ("intrinsic_power", "minimize", math.inf, "log2 of the layer algebra's P: less is more compression on the way (reconstructed)"),
+    ("log10_lipschitz", "minimize", math.inf, "log10 of the product of the layers' operator norms"),
+    ("synflow", "maximize", math.inf, "baseline: log synaptic flow (Tanaka et al., 2020)"),
+    ("naswot", "maximize", math.inf, "baseline: log-determinant of activation overlaps (Mellor et al., 2021)"),
+    ("zico", "maximize", math.inf, "baseline: inverse variation of gradients (Li et al., 2023)"),
+    ("snip", "maximize", math.inf, "baseline: connection sensitivity (Lee et al., 2019)"),
+    ("grad_norm", "maximize", math.inf, "baseline: sum of the layers' gradient norms (Abdelfattah et al., 2021)"),
+)
+
+
+def _of_network(profile: Profile, *, name: str) -> float:
+    value = profile.network.get(name)
+    return math.nan if value is None else value
+
+
 def _table() -> Mapping[str, Score]:
     rows = [
         Score(name=prefix + name, direction=direction, low=0, high=high, meaning=meaning.format(of),
@@ -72,6 +90,10 @@ def _table() -> Mapping[str, Score]:
         for reading, prefix, of in (("modules", "", "layers"), ("blocks", "block_", "blocks"))
         for name, direction, high, column, statistic, meaning in _PER_LAYER
     ]  # fmt: skip
+    rows += [
+        Score(name=name, direction=direction, low=-math.inf, high=high, meaning=meaning, compute=partial(_of_network, name=name))
+        for name, direction, high, meaning in _NETWORK
+    ]
     return MappingProxyType({row.name: row for row in rows})
 
 

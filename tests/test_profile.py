@@ -124,3 +124,28 @@ def test_untouched_restores_statistics_of_batch_norm() -> None:
         assert norm.running_mean.abs().max() > 0.1
     assert norm.running_mean.abs().max() == 0
     assert norm.num_batches_tracked == 0
+
+
+def test_structure_norms_and_proxies_in_one_call() -> None:
+    model, x = small_resnet(), noise(8, 3, 32, 32)
+    before = state(model)
+    profile = profile_model(model, x, torch.arange(8) % 4, measures=("saturation", "structure", "norms", "proxies"), mode="train")
+    assert_same(before, state(model))
+    stem = profile.layers[0]
+    assert stem.receptive_field == ((7.0, 7.0), (7.0, 7.0))
+    assert stem.complexity == pytest.approx(64.0, abs=0.01)
+    assert stem.log2_fan_in == pytest.approx(torch.tensor(147.0).log2().item())
+    explicit = torch.linalg.matrix_norm(model.fc.weight.detach().double(), 2)
+    assert profile.layers[-1].norm == pytest.approx(float(explicit), rel=1e-4)
+    assert profile.network["params"] == sum(p.numel() for p in model.parameters())
+    assert {"complexity", "log2_paths", "intrinsic_power", "log10_lipschitz"} <= set(profile.network)
+    assert {"synflow", "naswot", "zico", "snip", "grad_norm"} <= set(profile.network)
+    stored = json.loads(json.dumps(profile.to_dict(), allow_nan=False))
+    assert Profile.from_dict(stored).network == dict(profile.network)
+
+
+def test_unmeasured_columns_stay_empty() -> None:
+    profile = profile_model(small_resnet(), noise(2, 3, 32, 32))
+    assert profile.layers[0].norm is None
+    assert profile.layers[0].complexity is None
+    assert profile.network == {}

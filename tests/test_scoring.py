@@ -41,7 +41,7 @@ def test_directions_ranges_and_meanings() -> None:
     for name, spec in SCORES.items():
         assert spec.name == name
         assert spec.direction in ("maximize", "minimize")
-        assert spec.low <= values[name] <= spec.high
+        assert spec.low <= values[name] <= spec.high or (math.isnan(values[name]) and spec.low == -math.inf)
         assert len(spec.meaning) > 20
     assert SCORES["tail_fraction"].oriented(0.2) == -0.2
     assert SCORES["saturation_evenness"].oriented(0.2) == 0.2

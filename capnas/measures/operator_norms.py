@@ -232,7 +232,7 @@ def _transposed_output(
     sides, strides = per_axis("input_size", size, n), per_axis("stride", stride, n)
     dilations = per_axis("dilation", dilation, n)
     per_side = zip(sides, strides, dilations, weight.shape[2:], extra, paddings)
-    return tuple((d - 1) * s - 2 * p + e * (k - 1) + 1 + o for d, s, e, k, o, p in per_side)  # type: ignore[operator]
+    return tuple((d - 1) * s - 2 * p + e * (k - 1) + 1 + o for d, s, e, k, o, p in per_side)
 
 
 def _iterated(conv: Convolution, tolerance: float, max_steps: int) -> OperatorNorm:
