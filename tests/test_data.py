@@ -15,7 +15,7 @@ from PIL import Image
 
 from capnas.data import Augment, DataSpec, ImageData, load_data
 from capnas.errors import DataError, UsageError
-from capnas.splits import carve
+from capnas.data.splits import carve
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from capnas.errors import DataError
-from capnas.folders import read_folder
+from capnas.data.folders import read_folder
 
 
 def put(*paths: Path) -> None:

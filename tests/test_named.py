@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from capnas import named
+from capnas.data import named
 from capnas.data import load_data
 from capnas.errors import DataError, UsageError
-from capnas.sources import Pair
+from capnas.data.sources import Pair
 
-SCRIPT = Path(named.__file__).parent / "embedded" / "make_fashion_mnist_12k.py"
+SCRIPT = Path(named.__file__).parent.parent / "embedded" / "make_fashion_mnist_12k.py"
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -28,9 +28,9 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from capnas._timm import import_timm, timm
-from capnas.batching import Batches
+from capnas.data.batching import Batches
 from capnas.data import ImageData, load_data
-from capnas.named import embedded
+from capnas.data.named import embedded
 
 HERE = Path(__file__).resolve().parent
 BATCH = 128

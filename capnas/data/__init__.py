@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from capnas.batching import Batches, InMemory, Request, Streamed
-from capnas.decoding import shape_of
+from capnas.data.batching import Batches, InMemory, Request, Streamed
+from capnas.data.decoding import shape_of
 from capnas.errors import UsageError, one_of
-from capnas.images import Augment, mean_std, normalise
-from capnas.loading import find, load_pool
-from capnas.named import EMBEDDED
-from capnas.splits import assign, check_classes
+from capnas.data.images import Augment, mean_std, normalise
+from capnas.data.loading import find, load_pool
+from capnas.data.named import EMBEDDED
+from capnas.data.splits import assign, check_classes
 
 __all__ = ["Augment", "DataSpec", "ImageData", "load_data"]
 
@@ -236,7 +236,7 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
             - ``"fashion-mnist"``: 60,000 + 10,000, from torchvision's folder under ``root``, Debian's dataset-fashion-mnist, or a download;
             - a name that `timm.data.create_dataset` takes: ``torch/cifar10``, ``hfds/...``, ``hfids/...``, ``tfds/...``, ``wds/...``;
             - a folder with a folder of images per class, or with ``train/`` and ``val/`` and/or ``test/`` that hold such folders;
-            - a torch Dataset of (image, class), or a pair (images, labels) of arrays (see `capnas.images.as_images` for shapes);
+            - a torch Dataset of (image, class), or a pair (images, labels) of arrays (see `capnas.data.images.as_images` for shapes);
             - a mapping from ``train``, ``val``, ``test`` to Datasets or pairs.
         **options: the fields of `DataSpec`:
             image_size: pixels; None keeps the native size (for files the median short side, at most 64).

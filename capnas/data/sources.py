@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from capnas.errors import DataError
-from capnas.images import as_images, as_labels
+from capnas.data.images import as_images, as_labels
 
 SPLIT_NAMES = {
     "train": "train",

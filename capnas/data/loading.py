@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from capnas import folders, named
-from capnas.batching import InMemory, Streamed
-from capnas.decoding import cores, decode, join, judge_unreadable, survey
+from capnas.data import folders, named
+from capnas.data.batching import InMemory, Streamed
+from capnas.data.decoding import cores, decode, join, judge_unreadable, survey
 from capnas.errors import DataError, UsageError, one_of
-from capnas.sources import Found, Pair, Reader, StreamReader, from_python
+from capnas.data.sources import Found, Pair, Reader, StreamReader, from_python
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

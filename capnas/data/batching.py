@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from capnas.decoding import fit
+from capnas.data.decoding import fit
 from capnas.errors import DataError
-from capnas.images import Augment, normalise, resize, shift_and_flip, shifts_and_flips
-from capnas.sources import Reader
+from capnas.data.images import Augment, normalise, resize, shift_and_flip, shifts_and_flips
+from capnas.data.sources import Reader
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 _GROUP_BYTES = 1 << 20
@@ -176,7 +176,7 @@ class Items(torch.utils.data.Dataset):
 
 def as_pil(array: Any) -> Image.Image:
     """An item that is an array of bytes as a PIL image; DataError for floats that bytes cannot hold."""
-    from capnas.images import as_images
+    from capnas.data.images import as_images
 
     x = as_images(array[None], "image")[0]
     if x.is_floating_point() or len(x) not in (1, 3):

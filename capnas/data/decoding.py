@@ -14,8 +14,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from capnas.errors import DataError
-from capnas.images import as_images, resize, to_channels
-from capnas.sources import Pair, Reader, StreamReader, some
+from capnas.data.images import as_images, resize, to_channels
+from capnas.data.sources import Pair, Reader, StreamReader, some
 
 _SAMPLE = 48
 _LARGEST_DEFAULT = 64
@@ -39,7 +39,7 @@ class Block:
 
 
 def fit(image: Any, size: int, in_chans: int) -> torch.Tensor:
-    """One image as (C, size, size): the short side resized, the long side cropped in the middle (as `capnas.images.resize`).
+    """One image as (C, size, size): the short side resized, the long side cropped in the middle (as `capnas.data.images.resize`).
 
     Args:
         image: a PIL image (uint8 comes out), or an array or tensor (H, W), (H, W, C) or (C, H, W).

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from capnas.errors import DataError
-from capnas.images import as_images, as_labels
-from capnas.sources import DatasetReader, Found, Pair, StreamReader, class_names, part
+from capnas.data.images import as_images, as_labels
+from capnas.data.sources import DatasetReader, Found, Pair, StreamReader, class_names, part
 
 EMBEDDED = "fashion-mnist-12k"
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -35,7 +35,7 @@ _PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datase
 
 def embedded() -> Found:
     """fashion-mnist-12k."""
-    path = Path(__file__).parent / "embedded" / f"{EMBEDDED}.npz"
+    path = Path(__file__).parent.parent / "embedded" / f"{EMBEDDED}.npz"
     if not path.exists():
         raise DataError(f"expected the embedded data set at {path}, found nothing; install capnas again.")
     with np.load(path) as store:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from capnas.errors import DataError
-from capnas.sources import SPLIT_NAMES, FileReader, Found, Pair, Reader, some
+from capnas.data.sources import SPLIT_NAMES, FileReader, Found, Pair, Reader, some
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 
