@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import FrameType
@@ -21,6 +22,8 @@ import capnas.errors
 from capnas.claims import local, sweep
 from capnas.config import StudyConfig
 from capnas.errors import CapnasError, StudyError
+from capnas.evaluation import ATTRIBUTE as EVALUATION
+from capnas.evaluation import Evaluation
 from capnas.export import write_environment, write_trials
 from capnas.objective import Objective
 from capnas.runs import RunResult, is_finished, open_run
@@ -36,10 +39,6 @@ ATTRIBUTE = "capnas:config"  # key of the study's user attribute
 _POLL = 0.3  # seconds
 
 TrialCallback = Callable[[optuna.Study, FrozenTrial], None]
-
-
-class _Surplus(Exception):
-    """Another worker drew the last trial first."""
 
 
 def run_study(config: StudyConfig, *, space: Any = None, data: Any = None, on_trial: TrialCallback | None = None) -> RunResult:
@@ -131,7 +130,9 @@ def _open(config: StudyConfig) -> optuna.Study:
     if stored != config.to_dict():
         study.set_user_attr(ATTRIBUTE, config.to_dict())
     if stored is None:
-        study.set_metric_names(list(config.values))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(config.values))
     return study
 
 
@@ -180,16 +181,6 @@ def _work(
 ) -> int:
     """Trials one after the other until the study is finished."""
     ran, failures, own = 0, 0, int.from_bytes(os.urandom(4), "big")
-
-    number = [-1]
-
-    def guarded(trial: optuna.Trial) -> float | tuple[float, ...]:
-        number[0] = trial.number
-        before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
-        if sum(is_finished(t) or t.state == TrialState.RUNNING for t in before) >= config.trials:
-            raise _Surplus
-        return objective(trial)
-
     while go_on():
         sweep(study, stale_after=config.stale_after)
         trials = study.get_trials(deepcopy=False)
@@ -204,20 +195,41 @@ def _work(
             continue
         draws = (finished, own, ran) if parallel else (finished,)
         study.sampler = make_sampler(config.sampler, seed=config.seed, draws=draws, trials=config.trials, parallel=parallel)
-        try:
-            study.optimize(guarded, n_trials=1, catch=(_Surplus,), callbacks=None if on_trial is None else [on_trial])
-            failures = 0
-        except CapnasError:
-            raise
-        except Exception as error:
-            failures += 1
-            if on_trial is not None:
-                on_trial(study, study.get_trials(deepcopy=False)[number[0]])
-            if failures == MAX_FAILURES:
-                text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise StudyError(f"{failures} trials in a row ended in an error, the last: {text}") from error
+        number, error = _one(study, objective, config.trials)
+        if on_trial is not None:
+            on_trial(study, study.get_trials(deepcopy=False)[number])
+        if isinstance(error, CapnasError):
+            raise error
+        failures = 0 if error is None else failures + 1
+        if error is not None and failures == MAX_FAILURES:
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise StudyError(f"{failures} trials in a row ended in an error, the last: {text}") from error
         ran += 1
     return ran
+
+
+def _one(study: optuna.Study, objective: Objective, limit: int) -> tuple[int, Exception | None]:
+    """Run one trial; its number and the error that ended it, if one did. Optuna's own loop would log each with a traceback."""
+    trial = study.ask()
+    try:
+        earlier = (t for t in study.get_trials(deepcopy=False) if t.number < trial.number)
+        if sum(is_finished(t) or t.state == TrialState.RUNNING for t in earlier) >= limit:
+            lost = Evaluation(status="interrupted", reason="another worker drew the last trial first", params=trial.params)
+            trial.set_user_attr(EVALUATION, lost.to_dict())
+            study.tell(trial, state=TrialState.FAIL)
+            return trial.number, None
+        values = objective(trial)
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+    except Exception as error:
+        study.tell(trial, state=TrialState.FAIL)
+        return trial.number, error
+    except BaseException:
+        study.tell(trial, state=TrialState.FAIL)
+        raise
+    else:
+        study.tell(trial, values)  # interrupted in here, the trial gets its stored values from the next sweep
+    return trial.number, None
 
 
 def _launch(study: optuna.Study, config: StudyConfig, on_trial: TrialCallback | None) -> None:
