@@ -168,6 +168,41 @@ def test_joints_follow_the_algebra() -> None:
         assert report.complexity_positions == pytest.approx(term.complexity_positions), kind
 
 
+class TwoThresholds(nn.Module):
+    """Two activations of one convolution behind different norms or shifts, and a branch that nothing reads."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.conv, self.dead = kind, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.a, self.b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.shift = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.relu(self.dead(x))
+        x = self.conv(x)
+        if self.kind == "norms":
+            return torch.relu(self.a(x)) + torch.relu(self.b(x))
+        if self.kind == "shift":
+            return torch.relu(x) + torch.relu(x + self.shift)
+        return torch.relu(x) + torch.sigmoid(x.flatten(2)).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("norms", 8.0), ("shift", 8.0), ("same", 4.0)])
+def test_activations_count_by_their_half_spaces_and_dead_code_not_at_all(kind: str, bits: float) -> None:
+    report = report_of(TwoThresholds(kind), (1, 4, 8, 8))
+    assert report.complexity == bits
+    assert "dead" not in report.layers
+    assert report.macs == 36 * 4 * 36
+
+
+def test_heads_mixed_after_the_softmax_are_still_attention() -> None:
+    report = timm_report("cait_xxs24_224", 224, depth=1, depth_token_only=1)
+    attention = report.layers["blocks.0.attn"]
+    assert attention.kind == "attention"
+    assert attention.log2_fan_in == math.log2(196)
+    assert report.layers["blocks.0.attn.proj_w"].kind == "linear"
+
+
 def test_gates_are_left_out_of_the_field_unless_asked_for() -> None:
     net = nn.Sequential(Custom("gate"), nn.Conv2d(4, 4, 3))
     graph = trace(net, (1, 4, 8, 8))
