@@ -20,7 +20,7 @@ from torch import Tensor
 from capnas.errors import UsageError, one_of
 
 _EXACT = 36.0  # natural logarithm above which a double no longer tells a number from its ceiling
-_ROUNDING = 1e-12  # relative: 324.0000000001 counts as 324 before a ceiling is taken
+_ROUNDING = 1e-12  # relative, added before a ceiling: rounding errors may raise an upper bound, never lower it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,8 +282,10 @@ def _block_factor(block: Block) -> float:
 
 
 def _ceiled(x: float) -> float:
-    """Ln ceil(e^x)."""
-    return x if x > _EXACT else _ln(math.ceil(math.exp(x) * (1 - _ROUNDING)))
+    """Logarithm of ceil(e^x): at least 0, however small a number that is not 0."""
+    if x == -math.inf or x > _EXACT:
+        return x
+    return math.log(max(1, math.ceil(math.exp(x) * (1 + _ROUNDING))))
 
 
 def _club(constants: Sequence[float], weights: Sequence[int], samples: int) -> float:

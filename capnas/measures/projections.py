@@ -7,6 +7,7 @@ exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from capnas.measures.convolution import Sizes, per_axis
 from capnas.measures.excess import distance_to_init, group_norm_21
 
 _CHORDS = 20
+_GIVEN_AWAY = 1e-6  # share of a constraint that the final step may leave unused
 
 
 def project_group_ball(delta: Tensor, radius: float) -> Tensor:
@@ -161,27 +163,44 @@ def pull_back(
     lipschitz: float | None = None,
     norm: Callable[[Tensor], float],
 ) -> Tensor:
-    """The last point on the line from `init` to `weight` that meets both constraints as measured; ours.
+    """A point that meets both constraints as measured, on the line from `weight` to a point well inside of them; ours.
 
-    It is not the nearest such point: use it after `project`. The distance shrinks in proportion and the norm is convex along the line, so
-    the point exists when `init` meets the constraints.
+    It is not the nearest such point: use it after `project`, when little is missing. The inner point is `init` scaled down by half of what
+    the distance allows, since an `init` that was itself scaled to the Lipschitz limit lies on the boundary. Norm and distance are convex
+    along the line, so chords find the last point that holds; every point is measured before it is taken.
 
     Raises:
-        UsageError: for an `init` whose norm exceeds `lipschitz`.
+        UsageError: when neither `init` nor `init` scaled down within the distance meets the Lipschitz constraint.
 
-    >>> pull_back(torch.tensor([[4.0]]), torch.zeros(1, 1), lipschitz=1.0, norm=lambda w: float(w.abs().max()))
+    >>> pull_back(torch.tensor([[4.0]]), torch.zeros(1, 1), lipschitz=1.0, norm=lambda w: float(w.abs().max())).round(decimals=4)
     tensor([[1.]])
     """
-    step = weight - init
-    share = 1.0 if distance is None else min(1.0, distance / max(group_norm_21(step), 1e-300))
-    if lipschitz is not None and norm(init + share * step) > lipschitz:
-        share *= _feasible_share(lambda t: norm(init + t * share * step), lipschitz)
-    moved = init + share * step
-    less = 4 * torch.finfo(weight.dtype).eps
-    while distance is not None and distance_to_init(moved, init) > distance:  # rounding
-        share *= max(0.0, 1 - less)
-        moved, less = init + share * step, 2 * less
-    return moved
+
+    def excess(point: Tensor) -> float:
+        travelled = 0.0 if distance is None else _ratio(distance_to_init(point, init), distance)
+        return travelled if lipschitz is None else max(travelled, _ratio(norm(point), lipschitz))
+
+    at_weight = excess(weight)
+    if at_weight <= 1:
+        return weight
+    share = 2.0 if distance is None else distance / max(group_norm_21(init), 1e-300)
+    inner = next((p for p in (init * max(0.0, 1 - share / 2), init, init * max(0.0, 1 - share)) if excess(p) <= 1), None)
+    if inner is None:
+        reached = f"its norm is {norm(init):.6g}, lipschitz is {lipschitz}"
+        raise UsageError(f"init must meet the constraint or reach it within the distance: {reached}; rescale init first.")
+    step = weight - inner
+    low, high, at_low, at_high = 0.0, 1.0, excess(inner), at_weight
+    for _ in range(_CHORDS):
+        if 1 - at_low <= _GIVEN_AWAY:
+            break
+        chord = low + (high - low) * (1 - at_low) / (at_high - at_low)
+        for t in (chord, (chord + high) / 2):
+            value = excess(inner + t * step)
+            if value > 1:
+                high, at_high = t, value
+                break
+            low, at_low = t, value
+    return inner + low * step
 
 
 def project_radially(
@@ -233,23 +252,8 @@ def _dykstra(weight: Tensor, sets: Sequence[Callable[[Tensor], Tensor]], sweeps:
     return weight
 
 
-def _feasible_share(norm: Callable[[float], float], limit: float) -> float:
-    """The largest t in [0, 1] with norm(t) <= limit, from below to 1e-6: chords of a convex function do not leave the limit."""
-    low, high, at_low, at_high = 0.0, 1.0, norm(0.0), norm(1.0)
-    if at_low > limit:
-        raise UsageError(f"init must meet the constraint: its norm is {at_low:.6g}, lipschitz is {limit:.6g}; rescale init first.")
-    for _ in range(_CHORDS):
-        if limit - at_low <= 1e-6 * limit:
-            break
-        chord = low + (high - low) * (limit - at_low) / (at_high - at_low)
-        for t in (chord, (chord + high) / 2):
-            value = norm(t)
-            if value <= limit:
-                low, at_low = max(low, t), value
-            else:
-                high, at_high = t, value
-                break
-    return low
+def _ratio(value: float, limit: float) -> float:
+    return value / limit if limit > 0 else math.inf if value > 0 else 0.0
 
 
 def _grid(taps: Sequence[int], input_size: Sizes, dilation: Sizes) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ def slack_decades(layers: Sequence[LayerMotion]) -> float:
     growth = sum(math.log10(max(1.0, layer.norm_end / layer.norm_start)) for layer in growing) / max(len(growing), 1)
     if used == 0 or given == 0:
         return math.inf if used == 0 else -math.inf
-    return 1.5 * math.log10(given / used) - growth
+    return 1.5 * (math.log10(given) - math.log10(used)) - growth
 
 
 def capacity_slack(layers: Sequence[LayerMotion], *, fit: float = 1.0) -> float:
