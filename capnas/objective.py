@@ -24,12 +24,13 @@ from capnas.data import ImageData, load_data
 from capnas.devices import is_out_of_memory, resolve_device
 from capnas.errors import StudyError, UsageError
 from capnas.evaluation import ATTRIBUTE, VERSION, Evaluation
-from capnas.profile import Profile, profile_model
-from capnas.scoring import score
+from capnas.profile import Profile, enrich, profile_model
+from capnas.scoring import measures_for, score
 from capnas.spaces import load_space
 from capnas.stopping import MedianRule, Rival
-from capnas.targets import COSTS, INIT, check_values, check_weights, direction_of, parse_gate, value_of, worst_value
+from capnas.targets import COSTS, INIT, check_values, check_weights, direction_of, parse_gate, value_of, wanted, worst_value
 from capnas.training import TrainConfig, train
+from capnas.weights import InitialWeights
 
 _VALUED = ("complete", "duplicate")
 _FEASIBLE = (*_VALUED, "over_budget", "stopped")  # of the constraint "valid"; a budget has its own constraints
@@ -104,9 +105,15 @@ class Objective:
         if resolutions is not None and (not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions)):
             raise UsageError(f"resolutions must be different sizes in pixels, got {tuple(resolutions)}.")
         self.names = check_values(values)
-        self.weights = check_weights(weights)
+        self.weights = check_weights(weights, self.names)
         self.directions = [direction_of(name) for name in self.names]
         self.gates = parse_gate(gate)
+        needed = wanted(self.names, self.weights)
+        self.measures = {
+            "before": measures_for({n.removeprefix(INIT) for n in needed if n.startswith(INIT)} | {g.name for g in self.gates}),
+            "after": measures_for(needed),
+        }
+        self._slack = "capacity_slack" in needed
         self.limits = {name: limit for name, limit in (("params", max_params), ("macs", max_macs)) if limit is not None}
         self.resolutions = None if resolutions is None else tuple(resolutions)
         self.stopping = stopping
@@ -159,7 +166,9 @@ class Objective:
             with _timed(found, "structure"):
                 model = build_model(self.space, candidate.params, **shape, seed=self.train.seed).to(resolve_device(self.train.device))
                 x, y = data.probe(self.probe_images, seed=self.train.seed, device=resolve_device(self.train.device), image_size=size)
-                found["profile"] = profile_model(model, x, y, mode="train", threshold=self.train.threshold, seed=self.train.seed)
+                found["profile"] = profile_model(
+                    model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, seed=self.train.seed
+                )
                 scores = score(found["profile"])
                 metrics |= {INIT + name: value for name, value in scores.items()}
             refusals = [text for gate in self.gates if (text := gate.refusal(scores)) is not None]
@@ -171,14 +180,20 @@ class Objective:
             if not is_out_of_memory(error):
                 raise
             return "out_of_memory", str(error).splitlines()[0][:300]
+        start = InitialWeights.of(model) if self._slack else None
         with _timed(found, "training"):
             result = train(model, data, self.train, image_size=size, on_epoch=self._judge(trial, found))
         found["curve"] = result.curve
         if result.curve:
             metrics |= {name: result.curve[-1][name] for name in ("accuracy", "val_loss", "train_loss")}
-        if result.profile is not None:
-            found["profile"] = result.profile
-            metrics |= score(result.profile)
+        if (profile := result.profile) is not None:
+            if result.status == "complete" and (self.measures["after"] != ("saturation",) or start is not None):
+                with _timed(found, "capacity"):
+                    profile = enrich(profile, model, x, y, measures=self.measures["after"], graph=candidate.trace, seed=self.train.seed)
+                    if start is not None:
+                        profile = profile.with_network(capacity_slack=start.slack(model, candidate.trace))
+            found["profile"] = profile
+            metrics |= score(profile)
         if result.status == "complete":
             missing = [n for n in self.names if not math.isfinite(value_of(n, metrics, self.weights))]
             if missing:
@@ -196,7 +211,9 @@ class Objective:
             last = epoch == self.train.epochs
             if single is not None and single not in COSTS and not single.startswith(INIT):
                 now = found["metrics"] | row | ({} if profile is None else score(profile))
-                value = value_of(single, now, self.weights)
+                # what is measured only at the end is left out for every trial alike, so that curves compare
+                known = {name: weight for name, weight in self.weights.items() if math.isfinite(now.get(name) or math.nan)}
+                value = value_of(single, now, known)
                 if math.isfinite(value):
                     trial.report(value, epoch)
                     if not last and trial.should_prune():

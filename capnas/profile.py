@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from capnas.capacity import CapacityMap, capacity_map
 from capnas.errors import UsageError, one_of
 from capnas.measures.moments import covariance
 from capnas.measures.proxies import PROXIES, baseline_proxies
@@ -28,7 +29,7 @@ from capnas.weights import weight_norms
 VERSION = 1
 FEW_ROWS = 10  # rows below this multiple of the width are flagged: they cap the rank
 THRESHOLDS = (0.9, 0.95, 0.99, 0.999)
-MEASURES = ("saturation", "structure", "norms", "proxies")
+MEASURES = ("saturation", "structure", "norms", "capacity", "proxies")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,8 @@ class LayerProfile:
         log2_fan_in: log2 of the layer's own path count K; `log2_paths` is that from the model input to one of its units.
         receptive_field: (smallest, largest) receptive field along each image axis, in pixels; infinite values are stored as ``None``.
         norm: operator norm at the input size it sees (measure "norms"); `norm_method` says how it was found.
+        capacity: c_l, what the layer could fit (measure "capacity", an estimate after Donier, see `capnas.capacity`).
+        utilisation: u_l = c_l over the layer's parameters, in [0, 1]; `over_wide` where it is far below the others'.
     """
 
     name: str
@@ -77,6 +80,9 @@ class LayerProfile:
     receptive_field: tuple[tuple[float, float], ...] | None = None
     norm: float | None = None
     norm_method: str | None = None
+    capacity: float | None = None
+    utilisation: float | None = None
+    over_wide: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +97,7 @@ class Profile:
         threshold: share of the variance that k explains.
         rows: how rows are formed, always "channelwise": every position of every sample.
         network: numbers of the whole network by name: ``complexity``, ``log2_paths`` and ``intrinsic_power`` (log2 P) of the layer
-            algebra after Badias & Banerjee (reconstructed), ``log10_lipschitz`` (sum of log10 operator norms), baseline proxies.
+            algebra after Badias & Banerjee (reconstructed), ``log10_lipschitz`` (sum of log10 operator norms), capacity scores, baselines.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -109,6 +115,10 @@ class Profile:
     def saturations(self, reading: Literal["modules", "blocks"] = "modules") -> list[float]:
         """Saturation per layer or block in execution order."""
         return [row.saturation for row in self.reading(reading) if row.saturation is not None]
+
+    def with_network(self, **numbers: float) -> Profile:
+        """The same profile with further numbers of the whole network."""
+        return replace(self, network={**self.network, **numbers})
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe mapping; NaN becomes ``None``."""
@@ -166,7 +176,8 @@ def profile_model(
         inputs: one batch (B, C, H, W) on the model's device, or an iterable of batches.
         targets: (B,) classes, for measures that need a loss.
         measures: any of `MEASURES`. "saturation" is always read; "structure" adds the layer algebra and receptive fields from the traced
-            graph, "norms" operator norms, "proxies" the published baselines synflow, naswot, zico, snip, grad_norm, params and macs.
+            graph, "norms" operator norms, "capacity" capacity allocation (a few backward passes), "proxies" the published baselines
+            synflow, naswot, zico, snip, grad_norm, params and macs.
         threshold: share of the variance that the intrinsic dimension explains.
         reading: "modules", "blocks" or "both".
         blocks: regular expression naming the units to read as blocks.
@@ -193,15 +204,41 @@ def profile_model(
                 model(batch)
         records = recorder.pop(chosen)
     profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
+    return enrich(profile, model, batches[0], targets, measures=measures, seed=seed)
+
+
+def enrich(
+    profile: Profile,
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor | None = None,
+    *,
+    measures: Sequence[str],
+    graph: Trace | None = None,
+    seed: int = 0,
+) -> Profile:
+    """A profile with further measures of the same model in the same state.
+
+    Args:
+        profile: what is known already.
+        model: the model in the state that was profiled; left untouched.
+        inputs: one batch, as for `profile_model`; so are `targets`, `measures` and `seed`.
+        targets: (B,) classes.
+        measures: any of `MEASURES`.
+        graph: the model's trace where it is already at hand, see `capnas.tracing.trace`.
+        seed: of anything random.
+    """
     if {"structure", "norms"} & set(measures):
-        graph = trace(model, (1, *batches[0].shape[1:]))
+        graph = graph or trace(model, (1, *inputs.shape[1:]))
         if "structure" in measures:
             profile = with_structure(profile, structure(graph))
         if "norms" in measures:
             profile = with_norms(profile, model, graph)
+    if "capacity" in measures:
+        profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, seed=seed))
     if "proxies" in measures:
-        proxies = baseline_proxies(model, batches[0], targets)
-        profile = replace(profile, network={**profile.network, **{name: proxies[name].value for name in PROXIES}})
+        proxies = baseline_proxies(model, inputs, targets)
+        profile = profile.with_network(**{name: proxies[name].value for name in PROXIES})
     return profile
 
 
@@ -217,7 +254,20 @@ def with_structure(profile: Profile, report: StructureReport) -> Profile:
             )  # fmt: skip
         rows.append(row)
     network = {"complexity": report.complexity, "log2_paths": report.log2_paths, "intrinsic_power": report.log2_power}
-    return replace(profile, layers=tuple(rows), network={**profile.network, **network, "depth": float(report.depth)})
+    return replace(profile, layers=tuple(rows)).with_network(**network, depth=float(report.depth))
+
+
+def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
+    """The profile with each layer's capacity and the network's capacity scores, see `capnas.capacity.capacity_map`."""
+    rows = [
+        replace(r, capacity=found.capacity[r.name], utilisation=found.utilisation.get(r.name), over_wide=r.name in found.over_wide)
+        if r.name in found.capacity
+        else r
+        for r in profile.layers
+    ]
+    groups = [[name for name in found.capacity if name.startswith(block.name + ".")] for block in profile.blocks]
+    scores = found.scores([g for g in groups if g] or None)
+    return replace(profile, layers=tuple(rows)).with_network(**scores)
 
 
 def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
@@ -225,7 +275,7 @@ def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
     norms = weight_norms(model, graph)
     rows = [replace(r, norm=norms[r.name].value, norm_method=norms[r.name].method) if r.name in norms else r for r in profile.layers]
     log10 = sum(math.log10(n.value) for n in norms.values() if n.value > 0)
-    return replace(profile, layers=tuple(rows), network={**profile.network, "log10_lipschitz": log10})
+    return replace(profile, layers=tuple(rows)).with_network(log10_lipschitz=log10)
 
 
 @contextmanager

@@ -65,6 +65,17 @@ _PER_LAYER: tuple[tuple[str, Direction, float, Callable[[LayerProfile], float | 
 )  # fmt: skip
 
 
+_CAPACITY: tuple[tuple[str, str], ...] = (
+    ("capacity_balance", "capacity lies where the parameters are, 1 - half the summed share difference (ours, after Donier)"),
+    ("depth_evenness", "effective number of blocks that hold the capacity, over their number (ours, after Donier)"),
+    ("coverage", "effective share of the image that capacity reaches (ours, after Donier)"),
+    ("propagation", "neither linear nor shattered: gradients differ between inputs, but not wholly (ours, after Donier)"),
+    ("scaling", "residual branches together as strong as the stream, as depth to the power -1/2 gives (ours, after Donier)"),
+    ("usage", "independent constraints per parameter (ours, after Donier)"),
+    ("capacity_slack", "share of the a-priori class of weights that a short training left unused (ours, a proxy of excess capacity)"),
+)
+_BASELINES = ("synflow", "naswot", "zico", "snip", "grad_norm")
+
 _NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
     ("complexity", "maximize", math.inf, "C of the layer algebra, bits: how finely the network can cut its input (reconstructed)"),
     ("log2_paths", "maximize", math.inf, "log2 of the paths from input to an output unit, the layer algebra's K (reconstructed)"),
@@ -91,6 +102,10 @@ def _table() -> Mapping[str, Score]:
         for name, direction, high, column, statistic, meaning in _PER_LAYER
     ]  # fmt: skip
     rows += [
+        Score(name=name, direction="maximize", low=0, high=1, meaning=meaning, compute=partial(_of_network, name=name))
+        for name, meaning in _CAPACITY
+    ]
+    rows += [
         Score(name=name, direction=direction, low=-math.inf, high=high, meaning=meaning, compute=partial(_of_network, name=name))
         for name, direction, high, meaning in _NETWORK
     ]
@@ -98,6 +113,22 @@ def _table() -> Mapping[str, Score]:
 
 
 SCORES: Mapping[str, Score] = _table()
+
+
+def measures_for(names: Iterable[str]) -> tuple[str, ...]:
+    """The measures of `capnas.profile.profile_model` that the named scores need; "saturation" always.
+
+    >>> measures_for(["saturation_mean", "naswot", "coverage"])
+    ('saturation', 'capacity', 'proxies')
+    """
+    wanted = set(names)
+    needs = {
+        "structure": ("complexity", "log2_paths", "intrinsic_power"),
+        "norms": ("log10_lipschitz",),
+        "capacity": tuple(name for name, _ in _CAPACITY if name != "capacity_slack"),
+        "proxies": _BASELINES,
+    }
+    return ("saturation", *(measure for measure, scores in needs.items() if wanted & set(scores)))
 
 
 def score(profile: Profile, names: Sequence[str] | None = None) -> dict[str, float]:

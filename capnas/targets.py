@@ -1,7 +1,9 @@
 """What a search optimizes: the value names with their directions, the combined value, and the gate before training.
 
 Values are ``accuracy`` (on validation), ``val_loss``, ``params``, ``macs``, every name of `capnas.scoring.SCORES`, the same with the prefix
-``init_`` for the structure before training, and ``combined``.
+``init_`` for the structure before training, ``combined`` and ``principled``. The latter is the idea that capnas is built on: accuracy
+after a short training with one capacity-allocation, one saturation and one excess-capacity score; ``principled-pareto`` stands for
+five values.
 """
 
 from __future__ import annotations
@@ -19,9 +21,15 @@ COSTS = ("params", "macs")
 INIT = "init_"
 # Provisional: evenness moves by about 0.2 within a space, so it decides between accuracies a point apart and no more.
 WEIGHTS: Mapping[str, float] = {"saturation_evenness": 0.05}
-_SCORES = (*SCORES, *(INIT + name for name in SCORES))
-NAMES = ("accuracy", "val_loss", *COSTS, "combined", *_SCORES)
-_WORST = {"accuracy": 0.0, "combined": 0.0, "val_loss": 100.0, "params": 1e12, "macs": 1e15}
+_TRAINED = ("capacity_slack",)  # scores of a training, which no untrained network has
+_SCORES = (*SCORES, *(INIT + name for name in SCORES if name not in _TRAINED))
+# Provisional as well: the three theories in equal parts of about a point of accuracy each.
+PRINCIPLED: Mapping[str, float] = {"saturation_evenness": 0.05, "capacity_balance": 0.05, "capacity_slack": 0.05}
+PARETO = ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
+SUMS = ("combined", "principled")
+NAMES = ("accuracy", "val_loss", *COSTS, *SUMS, *_SCORES)
+_WORST = {"accuracy": 0.0, "combined": 0.0, "principled": 0.0, "val_loss": 100.0, "params": 1e12, "macs": 1e15}
+_FAR = 1e3  # stands for the worst of an unbounded score until one has been seen
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -34,18 +42,24 @@ def check_values(values: str | Sequence[str]) -> tuple[str, ...]:
     Example:
         >>> check_values("accuracy,macs"), check_values(["combined"])
         (('accuracy', 'macs'), ('combined',))
+        >>> check_values("principled-pareto")[1:3]
+        ('depth_evenness', 'saturation_evenness')
     """
     names = tuple(n.strip() for n in values.split(",")) if isinstance(values, str) else tuple(values)
+    if names == ("principled-pareto",):
+        return PARETO
     if not names or len(set(names)) < len(names):
         raise UsageError(f"values must be one or more different names, got {names}.")
     for name in names:
         if name not in NAMES:
-            raise UsageError(one_of("values", name, NAMES))
+            raise UsageError(one_of("values", name, (*NAMES, "principled-pareto")))
+    if set(SUMS) <= set(names):
+        raise UsageError("values may hold combined or principled, not both: they are sums of the same kind with one set of weights.")
     return names
 
 
-def check_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
-    """The weights of the combined value, `WEIGHTS` where None is given.
+def check_weights(weights: Mapping[str, float] | None, names: Sequence[str] = ("combined",)) -> dict[str, float]:
+    """The weights of the summed value among `names`: given ones, else `PRINCIPLED` or `WEIGHTS`.
 
     Raises:
         UsageError: An unknown score or a weight that is not finite.
@@ -55,7 +69,19 @@ def check_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
             raise UsageError(one_of("weights", name, _SCORES))
         if not math.isfinite(weight):
             raise UsageError(f"the weight of {name} must be finite, got {weight}.")
-    return dict(WEIGHTS if weights is None else weights)
+    if weights is not None:
+        return dict(weights)
+    return dict(PRINCIPLED if "principled" in names else WEIGHTS)
+
+
+def wanted(names: Sequence[str], weights: Mapping[str, float]) -> set[str]:
+    """Every score name that the values need, given the weights of a sum.
+
+    >>> sorted(wanted(("combined", "macs"), {"init_naswot": 0.1}))
+    ['init_naswot']
+    """
+    needed = set(weights) if any(name in SUMS for name in names) else set()
+    return (needed | set(names)) & set(_SCORES)
 
 
 def direction_of(name: str) -> Direction:
@@ -64,7 +90,7 @@ def direction_of(name: str) -> Direction:
     >>> direction_of("macs"), direction_of("tail_fraction"), direction_of("combined")
     ('minimize', 'minimize', 'maximize')
     """
-    if name in ("accuracy", "combined"):
+    if name in ("accuracy", *SUMS):
         return "maximize"
     return "minimize" if name in ("val_loss", *COSTS) else SCORES[name.removeprefix(INIT)].direction
 
@@ -72,13 +98,13 @@ def direction_of(name: str) -> Direction:
 def value_of(name: str, metrics: Mapping[str, float | None], weights: Mapping[str, float]) -> float:
     """One objective value from a trial's metrics; NaN where a metric is missing.
 
-    ``combined`` is the accuracy plus the weighted scores, each oriented so that higher is better (a score to be minimized
-    counts negatively).
+    ``combined`` and ``principled`` are the accuracy plus the weighted scores, each oriented so that higher is better (a score to be
+    minimized counts negatively).
 
     >>> value_of("combined", {"accuracy": 0.9, "tail_fraction": 0.5}, {"tail_fraction": 0.1})
     0.85
     """
-    if name == "combined":
+    if name in SUMS:
         weighted = (w * SCORES[s.removeprefix(INIT)].oriented(_number(metrics.get(s))) for s, w in weights.items())
         return _number(metrics.get("accuracy")) + sum(weighted)
     return _number(metrics.get(name))
@@ -96,7 +122,7 @@ def worst_value(name: str, seen: Sequence[float]) -> float:
     if name in _WORST:
         return _WORST[name]
     score = SCORES[name.removeprefix(INIT)]
-    return score.low if score.direction == "maximize" else min(score.high, 1e3)
+    return max(score.low, -_FAR) if score.direction == "maximize" else min(score.high, _FAR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +164,8 @@ def parse_gate(gate: str | Mapping[str, float] | None) -> tuple[Gate, ...]:
             rules.append((match[1], match[2], match[3]))
     gates = []
     for name, compare, text in rules:
-        if name not in SCORES:
-            raise UsageError(one_of("gate", name, SCORES))
+        if name not in SCORES or name in _TRAINED:
+            raise UsageError(one_of("gate", name, set(SCORES) - set(_TRAINED)))
         try:
             limit = float(text)
         except ValueError:

@@ -371,3 +371,33 @@ def test_refuses(data: ImageData, change: dict[str, Any], text: str) -> None:
 def test_space_and_data_by_name() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     assert objective(images(), "tiny_space:space").data.num_classes == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("values", ["principled", "principled-pareto"])
+def test_the_founding_presets_measure_all_three_theories(data: ImageData, values: str) -> None:
+    o = objective(data, values=values)
+    study = run(o, LARGE)
+    (found,) = evaluations(study)
+    assert found.status == "complete", found.reason
+    for name in ("saturation_evenness", "capacity_balance", "depth_evenness", "capacity_slack"):
+        if name in o.weights or name in o.names:
+            assert 0 <= found.metrics[name] <= 1, name
+    if values == "principled":
+        terms = sum(weight * found.metrics[name] for name, weight in o.weights.items())
+        assert set(o.weights) == {"saturation_evenness", "capacity_balance", "capacity_slack"}
+        assert study.trials[0].value == pytest.approx(found.metrics["accuracy"] + terms)
+    else:
+        assert o.names == ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
+        assert o.directions == ["maximize"] * 4 + ["minimize"]
+        assert study.trials[0].values == [found.metrics[name] for name in o.names]
+
+
+def test_a_score_without_training_may_be_a_value_and_capacity_slack_may_not(data: ImageData) -> None:
+    o = objective(data, values="init_naswot,init_log2_paths")
+    assert o.measures == {"before": ("saturation", "structure", "proxies"), "after": ("saturation",)}
+    with pytest.raises(UsageError, match="values must be one of"):
+        objective(data, values="init_capacity_slack")
+    with pytest.raises(UsageError, match="gate must be one of"):
+        objective(data, gate="capacity_slack>0.5")
+    with pytest.raises(UsageError, match="not both"):
+        objective(data, values="combined,principled")

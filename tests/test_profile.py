@@ -9,7 +9,7 @@ from torch import nn
 
 from capnas._timm import timm
 from capnas.errors import UsageError
-from capnas.profile import Profile, profile_model, skipped_modules, untouched
+from capnas.profile import MEASURES, Profile, profile_model, skipped_modules, untouched
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_untouched_restores_statistics_of_batch_norm() -> None:
 def test_structure_norms_and_proxies_in_one_call() -> None:
     model, x = small_resnet(), noise(8, 3, 32, 32)
     before = state(model)
-    profile = profile_model(model, x, torch.arange(8) % 4, measures=("saturation", "structure", "norms", "proxies"), mode="train")
+    profile = profile_model(model, x, torch.arange(8) % 4, measures=MEASURES, mode="train")
     assert_same(before, state(model))
     stem = profile.layers[0]
     assert stem.receptive_field == ((7.0, 7.0), (7.0, 7.0))
@@ -139,6 +139,9 @@ def test_structure_norms_and_proxies_in_one_call() -> None:
     assert profile.layers[-1].norm == pytest.approx(float(explicit), rel=1e-4)
     assert profile.network["params"] == sum(p.numel() for p in model.parameters())
     assert {"complexity", "log2_paths", "intrinsic_power", "log10_lipschitz"} <= set(profile.network)
+    assert all(row.capacity is not None and 0 < row.utilisation <= 1 for row in profile.layers)
+    scores = ("capacity_balance", "depth_evenness", "coverage", "propagation", "scaling", "usage")
+    assert all(0 <= profile.network[name] <= 1 for name in scores)
     assert {"synflow", "naswot", "zico", "snip", "grad_norm"} <= set(profile.network)
     stored = json.loads(json.dumps(profile.to_dict(), allow_nan=False))
     assert Profile.from_dict(stored).network == dict(profile.network)

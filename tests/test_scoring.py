@@ -38,10 +38,12 @@ def test_what_a_profile_lacks_is_nan() -> None:
 
 def test_directions_ranges_and_meanings() -> None:
     values = score(profile(0.8, 0.5, 0.1, blocks=(0.2, 0.7)))
+    read = {f"{prefix}{name}" for prefix in ("", "block_") for name in ("tail_fraction", "rank_mean")}
     for name, spec in SCORES.items():
         assert spec.name == name
+        assert math.isnan(values[name]) == ("saturation" not in name and name not in read)
         assert spec.direction in ("maximize", "minimize")
-        assert spec.low <= values[name] <= spec.high or (math.isnan(values[name]) and spec.low == -math.inf)
+        assert spec.low <= values[name] <= spec.high or math.isnan(values[name])
         assert len(spec.meaning) > 20
     assert SCORES["tail_fraction"].oriented(0.2) == -0.2
     assert SCORES["saturation_evenness"].oriented(0.2) == 0.2
