@@ -160,7 +160,7 @@ def evaluate(
         UsageError: ``split`` is "test" outside ``data.final_evaluation()``.
     """
     where = resolve_device(device)
-    last = use_channels_last(channels_last, where)
+    last = use_channels_last(channels_last, where, model)
     loss_sum = torch.zeros((), dtype=torch.float64, device=where)
     right = torch.zeros((), dtype=torch.int64, device=where)
     seen = 0
@@ -204,7 +204,7 @@ def train(
     """
     start = time.perf_counter()
     device = resolve_device(config.device)
-    amp, last = use_amp(config.amp, device), use_channels_last(config.channels_last, device)
+    amp, last = use_amp(config.amp, device), use_channels_last(config.channels_last, device, model)
     curve: list[dict[str, Any]] = []
     profile: Profile | None = None
     status, reason = "complete", ""
@@ -313,8 +313,8 @@ def _epochs(
             row = {"epoch": epoch + 1, "train_loss": float(total) / max(batches, 1), "lr": optimizer.param_groups[0]["lr"]}
             _check(row["train_loss"], f"in epoch {epoch + 1}")
             if evaluate_on is not None:
-                settings: dict[str, Any] = {"device": str(device), "amp": "on" if amp else "off", "channels_last": "on" if channels_last else "off"}
-                measured = evaluate(model, data, evaluate_on, image_size=image_size, **settings)
+                switches: dict[str, Any] = {"amp": "on" if amp else "off", "channels_last": "on" if channels_last else "off"}
+                measured = evaluate(model, data, evaluate_on, device=str(device), image_size=image_size, **switches)
                 _check(measured["loss"], f"on {evaluate_on} after epoch {epoch + 1}")
                 row |= {"val_loss": measured["loss"], "accuracy": measured["accuracy"]}
             profile = None if recorder is None else _read(recorder, config.threshold, row)

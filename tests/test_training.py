@@ -50,7 +50,7 @@ def test_learns_and_reports(data: ImageData) -> None:
     again = evaluate(model, data, "validation", device="cpu")
     assert again["accuracy"] == pytest.approx(result.accuracy)
     assert again["loss"] == pytest.approx(result.curve[-1]["val_loss"])
-    assert (result.device, result.amp, result.channels_last) == ("cpu", use_amp("auto", torch.device("cpu")), False)
+    assert (result.device, result.amp, result.channels_last) == ("cpu", use_amp("auto", torch.device("cpu")), True)
 
 
 def test_saturation_of_the_last_epoch_in_both_modes(data: ImageData) -> None:
@@ -233,7 +233,10 @@ def test_devices() -> None:
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert use_amp("on", cpu)
     assert not use_amp("off", cpu)
-    assert not use_channels_last("auto", cpu)
+    dense, depthwise = nn.Conv2d(4, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=4))
+    assert [use_channels_last("auto", cpu, m) for m in (dense, depthwise, nn.Linear(2, 2))] == [True, False, False]
+    assert use_channels_last("auto", torch.device("cuda"), depthwise)
+    assert [use_channels_last(s, cpu, depthwise) for s in ("on", "off")] == [True, False]
     with pytest.raises(UsageError, match='device must be "auto", "cpu", "cuda" or "cuda:N", got \'gpu\''):
         resolve_device("gpu")
     with pytest.raises(UsageError, match="'cuda:99' is not here: torch sees"):
