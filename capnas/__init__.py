@@ -5,7 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-_PUBLIC: dict[str, str] = {}
+_PUBLIC = {
+    # search
+    "Objective": "capnas.objective",
+    "Evaluation": "capnas.evaluation",
+    "StudyConfig": "capnas.config",
+    "run_study": "capnas.search",
+    "open_run": "capnas.search",
+    # spaces
+    "load_space": "capnas.spaces",
+    "list_spaces": "capnas.spaces",
+    "check_space": "capnas.testing",
+    # data and training
+    "load_data": "capnas.data",
+    "TrainConfig": "capnas.training",
+    # looking inside
+    "profile_model": "capnas.profile",
+    "Profile": "capnas.profile",
+    "LayerProfile": "capnas.profile",
+    "Recorder": "capnas.recording",
+    "score": "capnas.scoring",
+    "SCORES": "capnas.scoring",
+    # errors
+    "CapnasError": "capnas.errors",
+}
 __all__ = ["__version__", *_PUBLIC]
 
 
