@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted((ROOT / "capnas").rglob("*.py"))
+HEAVY = {"torch", "timm", "optuna", "numpy", "scipy", "plotly", "torchvision"}
+
+
+def python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"COLUMNS": "120"})
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_upper_rooms_import_lower_ones_only() -> None:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys\nfrom capnas.cli import main\ntry:\n main(['--help'])\nexcept SystemExit: pass\nprint('loaded:', *sys.modules)"
+    output = python(code)
+    assert "search" in output
+    loaded = set(output.rsplit("loaded:", 1)[1].split())
+    assert not HEAVY & loaded
+
+
+def test_public_names_are_deferred_and_all_there() -> None:
+    code = "import sys, capnas\nprint('loaded:', *sys.modules)\nfor n in capnas.__all__: getattr(capnas, n)\nprint(len(capnas.__all__))"
+    output = python(code)
+    first, count = output.strip().rsplit("\n", 1)
+    assert not HEAVY & set(first.split("loaded:")[1].split())
+    assert 12 <= int(count) <= 20
+
+
+def test_spaces_import_no_capnas() -> None:
+    for path in (ROOT / "search_spaces").glob("*.py"):
+        assert not any(words in path.read_text() for words in ("import capnas", "from capnas")), path.name
+
+
+def test_modules_stay_small() -> None:
+    lines = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in MODULES}
+    assert statistics.median(lines.values()) <= 220
+    assert not {str(path): n for path, n in lines.items() if n > 352}
+
+
+def test_no_module_imports_timm_past_the_guard() -> None:
+    for path in MODULES:
+        if path.name not in ("_timm.py", "standalone.py"):
+            text = path.read_text()
+            assert not any(words in text for words in ("\nimport timm", "\nfrom timm")), path
