@@ -189,6 +189,16 @@ def test_single_precision_iteration_on_a_real_size_agrees_with_double_and_its_bo
     )
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (8, 2, 5, 5), (3, 9, 1, 7), (2, 5, 3)])
+def test_overlap_bound_is_the_unfolding_bound_or_better(shape: tuple[int, ...]) -> None:
+    weight = drawn(list(shape), 3)
+    padding = tuple(k // 2 for k in shape[2:])
+    flat = unfolding_bound(weight)
+    assert overlap_bound(convolution(weight, 16, padding=padding)) == pytest.approx(flat, rel=1e-10)
+    assert overlap_bound(convolution(weight, 2, padding=padding)) < 0.9 * flat, "on two cells few taps meet"
+    assert overlap_bound(convolution(weight, 16, padding=padding, stride=2)) < 0.98 * flat, "a stride shares fewer cells"
+
+
 def test_iteration_is_deterministic_and_leaves_the_generator_alone() -> None:
     weight = torch.randn(16, 16, 3, 3)
     state = torch.get_rng_state()

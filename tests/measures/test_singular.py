@@ -28,15 +28,8 @@ def test_pruning_by_cholesky_loses_nothing(monkeypatch: pytest.MonkeyPatch, dtyp
 
 def test_pruning_finds_a_leading_matrix_that_the_rough_iteration_ranks_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(singular, "_EIGENVALUES_WORK", 0)
-    hidden = torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0], dtype=torch.float64))
-    rotation, _ = torch.linalg.qr(
-        torch.stack(
-            [torch.tensor([1.0, -1, 0, 0]), torch.ones(4), torch.tensor([0, 0, 1.0, -1]), torch.tensor([1.0, 1, -1, -1])], 1
-        ).double()
-    )
-    batch = torch.stack(
-        [torch.eye(4, dtype=torch.float64) * 3, rotation @ hidden @ rotation.T]
-    )  # the start of all ones sees only the value 1
+    hidden = torch.block_diag(*[torch.tensor([[5.0, -4.0], [-4.0, 5.0]])] * 2)  # 9 is hidden from the start of all ones, which only sees 1
+    batch = torch.stack([3 * torch.eye(4), hidden, 2 * torch.eye(4)])
     assert largest_singular_value(batch) == pytest.approx(9.0, rel=1e-13)
 
 
