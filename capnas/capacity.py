@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from capnas.capacity_capture import LayerTap, LayerTaps, MomentReader, base_name, quiet
+from capnas.capacity_capture import LayerTaps, MomentReader, base_name, quiet
 from capnas.capacity_sweep import Sweeper
 from capnas.errors import UsageError
 from capnas.measures import capacity_scores
 from capnas.measures.decoupling import Decoupling, coherent_share, shattering
-from capnas.measures.layer_capacity import common_ridge, kfac_capacity, kfac_spectrum, over_wide, utilisation
+from capnas.measures.layer_capacity import common_ridge, kfac_capacity, over_wide, utilisation
 from capnas.tracing import Trace, trace
 
 
@@ -40,6 +40,7 @@ class CapacityMap:
         decoupling: of each activation (42), by module; ``#1`` marks the second call.
         skipped: parametrised layers without c_l, and why.
         approximated: operations that the sweep had no rule for, with their counts.
+        revived: norms whose scale was all zero and was read as one, as timm's last norms of residual branches at initialization.
         mu: the common ridge.
         mode: "train": batch norm on batch statistics held constant; "eval": on its running statistics.
     """
@@ -55,6 +56,7 @@ class CapacityMap:
     decoupling: Mapping[str, Decoupling]
     skipped: Mapping[str, str]
     approximated: Mapping[str, int]
+    revived: tuple[str, ...]
     mu: float
     mode: Literal["train", "eval"]
 
@@ -101,6 +103,7 @@ def capacity_map(
     projections: int = 4,
     rows: int = 512,
     pixels: bool = True,
+    revive: bool = True,
     seed: int = 0,
 ) -> CapacityMap:
     """Measure capacity allocation of any model that maps images to outputs.
@@ -110,8 +113,10 @@ def capacity_map(
         inputs: (B, C, H, W), at least two samples.
         mode: "train" (batch statistics, for networks at initialization) or "eval"; the model's own when absent. Dropout is off in both.
         projections: random projections of the outputs that stand for all of them; with at most as many outputs, every output is used.
-        rows: positions per layer call that its input factor is read from; capacities are comparable only at equal rows and batch.
+        rows: positions per layer call that its input factor is read from, half as many per projection for its output factor;
+            capacities are comparable only at equal rows and batch.
         pixels: also sweep capacity down to the input.
+        revive: read norms whose scale is still exactly zero as if it were one; otherwise their residual branches hold nothing.
         seed: of projections and of the choice of rows.
 
     Raises:
@@ -130,15 +135,16 @@ def capacity_map(
     batch = len(inputs)
     graph = trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
     reader = MomentReader(graph, batch, seed=seed)
-    statistics = LayerTaps(model, batch, rows=0, batch_statistics=chosen == "train", seed=seed)
+    statistics = LayerTaps(model, batch, rows=0, batch_statistics=chosen == "train", revive=revive, seed=seed)
     statistics.watching = False
     with quiet(model, seed, grad=False), statistics, reader:
         model(inputs.clone())
     reader.moments[-1, 0] = inputs.detach().float().square().mean(0, keepdim=True)
     moments = {port: moment.cpu() for port, moment in reader.moments.items()}
 
-    taps, coherent = _backward(model, inputs, chosen, projections, rows, seed)
-    spectra = {name: kfac_spectrum(tap.input_gram(), tap.responses, tap.rms) for name, tap in taps.items() if tap.responses is not None}
+    tapped, coherent = _backward(model, inputs, chosen, projections, rows, revive, seed)
+    taps = tapped.taps
+    spectra = {name: tap.spectrum() for name, tap in taps.items() if tap.responses}
     ridge = common_ridge(list(spectra.values())) if spectra else 0.0
     by_weight = kfac_capacity(spectra, mu=ridge)
     names = {weight: weight.removesuffix(".weight") for weight in by_weight}
@@ -161,38 +167,43 @@ def capacity_map(
         decoupling=reader.decoupling(),
         skipped=_skipped(model, set(by_weight), {tap.bias for tap in taps.values()}),
         approximated={} if sweep is None else sweep.approximated,
+        revived=tuple(tapped.revived),
         mu=ridge,
         mode=chosen,
     )
 
 
-def _backward(model: nn.Module, inputs: Tensor, mode: str, projections: int, rows: int, seed: int) -> tuple[dict[str, LayerTap], float]:
+def _backward(model: nn.Module, inputs: Tensor, mode: str, projections: int, rows: int, revive: bool, seed: int) -> tuple[LayerTaps, float]:
     """Layer factors and the coherent share, from one forward and a few backward passes."""
     batch = len(inputs)
-    taps = LayerTaps(model, batch, rows=rows, batch_statistics=mode == "train", seed=seed)
+    taps = LayerTaps(model, batch, rows=rows, batch_statistics=mode == "train", revive=revive, seed=seed)
     with quiet(model, seed, grad=True):
         leaf = inputs.detach().clone().requires_grad_()
         with taps:
             out = model(leaf.clone())
-        out = (out if isinstance(out, Tensor) else next(o for o in out if isinstance(o, Tensor))).reshape(batch, -1)
+        out = out if isinstance(out, Tensor) else next(o for o in out if isinstance(o, Tensor))
         if not out.requires_grad or not bool(torch.isfinite(out).all()):
             raise UsageError("the model's outputs must be finite and depend on its input; check the weights and the batch.")
-        generator = torch.Generator().manual_seed(seed)
-        outputs = out.shape[1]
-        exact = outputs <= projections
-        directions = torch.eye(outputs) if exact else torch.randn(projections, outputs, generator=generator)
-        shares = []
-        for number, direction in enumerate(directions):
-            target = (out * direction.to(out)).sum()
-            (gradient,) = torch.autograd.grad(target, leaf, retain_graph=number + 1 < len(directions))
-            flat = gradient.flatten(1)
-            if float(flat.abs().sum()) > 0:
-                shares.append(coherent_share(flat))
-    if not exact:
-        for tap in taps.taps.values():
-            tap.responses = None if tap.responses is None else tap.responses / projections
-            tap.maps = [part / projections for part in tap.maps]
-    return taps.taps, sum(shares) / len(shares) if shares else math.nan
+        shares = _project(out, leaf, projections, seed)
+        if not shares and taps.last_input is not None and taps.last_input.requires_grad:
+            shares = _project(taps.last_input, leaf, projections, seed)  # a head that starts at zero: look through its inputs
+    return taps, sum(shares) / len(shares) if shares else math.nan
+
+
+def _project(out: Tensor, leaf: Tensor, projections: int, seed: int) -> list[float]:
+    """Send projections of the outputs back; the taps on the way read their gradients. The coherent share of each that reaches the input."""
+    flat = out.reshape(len(leaf), -1)
+    outputs = flat.shape[1]
+    if outputs <= projections:
+        directions = torch.eye(outputs)
+    else:
+        directions = torch.randn(projections, outputs, generator=torch.Generator().manual_seed(seed)) / projections**0.5
+    shares = []
+    for direction in directions:
+        (gradient,) = torch.autograd.grad((flat * direction.to(flat)).sum(), leaf, retain_graph=True)
+        if bool(gradient.any()):
+            shares.append(coherent_share(gradient.flatten(1)))
+    return shares
 
 
 def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor]) -> dict[str, float]:

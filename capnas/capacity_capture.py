@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from capnas.measures.decoupling import Decoupling, gate_decoupling, output_decoupling
+from capnas.measures.layer_capacity import kfac_spectrum
 from capnas.tracing import Node, Trace
 
 ACTIVATIONS = frozenset(
@@ -88,11 +89,16 @@ def batch_mean(values: Tensor, shape: Sequence[int], batch: int) -> Tensor | Non
 
 
 class MomentReader(TorchDispatchMode):
-    """Second moments of every traced value, at one sample's shape; run ``model(x)`` inside it."""
+    """Second moments of every computed value, at one sample's shape; run ``model(x)`` inside it.
+
+    Operations that only rearrange are left out: a batch of one and a larger one may take different ones (a view, or a copy and a view),
+    and what they give follows from what they read.
+    """
 
     def __init__(self, trace: Trace, batch: int, *, seed: int = 0) -> None:
         super().__init__()
         self.trace, self.batch, self.place = trace, batch, 0
+        self.nodes = [node for node in trace.nodes if not node.shape_only]
         self.moments: dict[tuple[int, int], Tensor] = {}
         self.indices: dict[int, Tensor] = {}
         self.activations: dict[str, tuple[Any, Any, Any, Tensor, Tensor]] = {}  # function, its other arguments, rows, maps
@@ -101,11 +107,11 @@ class MomentReader(TorchDispatchMode):
     @property
     def complete(self) -> bool:
         """Whether the run executed what the trace recorded, in its order."""
-        return self.place == len(self.trace.nodes)
+        return self.place == len(self.nodes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        node = self.trace.nodes[self.place] if self.place < len(self.trace.nodes) else None
+        node = self.nodes[self.place] if self.place < len(self.nodes) else None
         if node is None or str(func) != node.op:
             return func(*args, **kwargs)
         if base_name(node) in ACTIVATIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
@@ -175,30 +181,41 @@ class LayerTap:
     n_params: int
     rms: float
     inputs: list[Tensor] = field(default_factory=list)  # per call (G, M, a), rows scaled so that their Gram is A
-    responses: Tensor | None = None  # B (G, b, b), summed over projections and calls
+    responses: list[Tensor] = field(default_factory=list)  # per projection and call (G, M, b), rows whose Gram is its part of B
     maps: list[Tensor] = field(default_factory=list)  # per call, flat: E sum_o (d f_o / d z)^2 on one sample's output
 
-    def input_gram(self) -> Tensor:
-        """A, or the Gram matrix of the rows where that is smaller: the non-zero eigenvalues are the same."""
-        rows = torch.cat(self.inputs, 1).double()
-        return rows.transpose(1, 2) @ rows if rows.shape[2] <= rows.shape[1] else rows @ rows.transpose(1, 2)
+    def spectrum(self) -> Tensor:
+        """Eigenvalues of the layer's tangent covariance (35)."""
+        return kfac_spectrum(_gram(self.inputs), _gram(self.responses), self.rms)
 
 
 class LayerTaps(TorchFunctionMode):
-    """Reads inputs and output gradients of every convolution and linear layer, called as a module or as a function."""
+    """Reads inputs and output gradients of every convolution and linear layer, called as a module or as a function.
 
-    def __init__(self, model: nn.Module, batch: int, *, rows: int, batch_statistics: bool, seed: int = 0) -> None:
+    With ``revive``, a norm whose scale starts at zero (timm's last norm of a residual branch) counts as scale one: what follows the first
+    step of training is read, not the dead branch before it.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, *, rows: int, batch_statistics: bool, revive: bool = True, seed: int = 0) -> None:
         super().__init__()
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.batch, self.rows, self.batch_statistics = batch, rows, batch_statistics
+        self.revive = revive
+        self.revived: list[str] = []
+        self.last_input: Tensor | None = None
         self.taps: dict[str, LayerTap] = {}
         self.generator = torch.Generator().manual_seed(seed)
         self.watching = True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm and self.batch_statistics:
-            return _batch_norm(func, args, kwargs)
+        if func in _NORMS:
+            given = dict(zip(_NORMS[func], args)) | kwargs
+            weight = given.get("weight")
+            if self.revive and weight is not None and not bool(weight.detach().any()):
+                self.revived.append(self.names.get(id(weight), "a computed scale"))
+                given["weight"] = torch.ones_like(weight)
+            return _batch_norm(func, given) if func is F.batch_norm and self.batch_statistics else func(**given)
         out = func(*args, **kwargs)
         if self.watching and func in (F.linear, F.conv1d, F.conv2d):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
@@ -227,14 +244,19 @@ class LayerTaps(TorchFunctionMode):
         rows = rows.reshape(len(chosen), groups, -1).transpose(0, 1).float()
         if bias is not None:
             rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+        self.last_input = given["input"]
         entry.inputs.append(rows * math.sqrt(places / (len(chosen) * self.batch)))
         call = len(entry.inputs) - 1
 
         def take(gradient: Tensor) -> None:
             flat = gradient.detach().float()
-            part = flat.movedim(channel, -1).reshape(-1, groups, gradient.shape[channel] // groups).transpose(0, 1)  # (G, rows, b)
-            gram = part.transpose(1, 2) @ part / part.shape[1]
-            entry.responses = gram if entry.responses is None else entry.responses + gram
+            if places > self.rows // 2:  # drawn, as a lattice could meet only some columns
+                picked = torch.randint(places, (self.rows // 2,), generator=self.generator).to(flat.device)
+            else:
+                picked = torch.arange(places, device=flat.device)
+            part = flat.movedim(channel, -1)[_unravel(picked, [n for axis, n in enumerate(flat.shape) if axis != channel])]
+            part = part.reshape(len(part), groups, -1).transpose(0, 1)  # (G, rows, b)
+            entry.responses.append(part / math.sqrt(part.shape[1]))
             flat = flat.square().reshape(self.batch, -1).mean(0)
             if call < len(entry.maps):
                 entry.maps[call] += flat
@@ -245,9 +267,15 @@ class LayerTaps(TorchFunctionMode):
             out.register_hook(take)
 
 
-def _batch_norm(func: Any, args: Any, kwargs: Any) -> Tensor:
+_NORMS: dict[Any, tuple[str, ...]] = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+}
+
+
+def _batch_norm(func: Any, given: dict[str, Any]) -> Tensor:
     """Batch statistics as constants: nothing is stored, and no gradient runs through them."""
-    given = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args)) | kwargs
     x = given["input"]
     with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
         axes = [axis for axis in range(x.ndim) if axis != 1]
@@ -272,13 +300,22 @@ def _patches(x: Tensor, weight: Tensor, given: dict[str, Any], out_shape: Sequen
         view = view.unfold(2 + axis, reach[axis], stride[axis])  # taps go to the end, in order
     picks: list[Any] = [slice(None)] * (2 + axes) + [slice(None, None, d) for d in dilation]
     view = view[tuple(picks)]
-    places: list[Tensor] = []
-    rest = chosen
-    for size in reversed(out_shape[2:]):
-        places.insert(0, rest % size)
-        rest = torch.div(rest, size, rounding_mode="floor")
     channels_last = view.movedim(1, 1 + axes)  # (B, *positions, C, *taps)
-    return channels_last[(rest, *places)].flatten(1)
+    return channels_last[_unravel(chosen, [out_shape[0], *out_shape[2:]])].flatten(1)
+
+
+def _gram(parts: list[Tensor]) -> Tensor:
+    """``X^T X``, or ``X X^T`` where that is smaller: the non-zero eigenvalues are the same."""
+    rows = torch.cat(parts, 1)
+    return rows.transpose(1, 2) @ rows if rows.shape[2] <= rows.shape[1] else rows @ rows.transpose(1, 2)
+
+
+def _unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    places: list[Tensor] = []
+    for size in reversed(shape):
+        places.insert(0, flat % size)
+        flat = torch.div(flat, size, rounding_mode="floor")
+    return tuple(places)
 
 
 def _tuple(value: Any, axes: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ Everything runs at the shape of one sample, on second moments that `capnas.capac
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from capnas.tracing import INPUT, Node, Trace
 
 Port = tuple[int, int]
 
+_FLOAT = torch.float32  # of the maps; sums are kept in double precision
 _GATE = re.compile("_?softmax|_safe_softmax|sigmoid|hardsigmoid|linalg_vector_norm|norm|(var|std)(_mean)?|r?sqrt|reciprocal")
 _NORM = re.compile("native_(batch|layer|group)_norm|cudnn_batch_norm|.*rms_norm")
 _LINEAR = re.compile(
@@ -69,9 +71,11 @@ class Sweeper:
         capacity: Mapping[str, float],
         responses: Mapping[str, list[Tensor]],
     ) -> None:
-        self.trace, self.moments, self.indices, self.capacity, self.responses = trace, moments, indices, capacity, responses
+        self.trace, self.indices, self.capacity, self.responses = trace, indices, capacity, responses
+        self.moments = dict(moments)
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self.fed = trace.fed()
+        self._rearrange()
         self.gates = self._find_gates()
         self.waiting: dict[Port, Tensor] = {}
         self.bias, self.total = 0.0, 0.0
@@ -96,9 +100,13 @@ class Sweeper:
                 self._pass(node, parts)
             if weight is not None and weight in self.capacity:
                 self._inject(node, weight, order[node.index], calls[weight])
-        pixels = self.waiting.get((INPUT, 0), torch.zeros(self.trace.input_shape, dtype=torch.float64))
+        pixels = self.waiting.get((INPUT, 0), torch.zeros(self.trace.input_shape, dtype=_FLOAT))
         return Sweep(
-            pixels=pixels[0], bias=self.bias, total=self.total, carried=self.carried, approximated=dict(sorted(self.approximated.items()))
+            pixels=pixels[0].double(),
+            bias=self.bias,
+            total=self.total,
+            carried=self.carried,
+            approximated=dict(sorted(self.approximated.items())),
         )
 
     def _layer(self, node: Node) -> str | None:
@@ -106,6 +114,18 @@ class Sweeper:
         if not _MIX.fullmatch(base_name(node)):
             return None
         return next((n for n, a in zip(node.input_params, node.input_names) if n in self.capacity and a != "bias"), None)
+
+    def _rearrange(self) -> None:
+        """Second moments behind operations that only rearrange values."""
+        for node in self.trace.nodes:
+            if not node.shape_only or not node.inputs:
+                continue
+            try:
+                out = self._call(node, {0: self._moment(node, 0)})
+            except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, NotImplementedError):
+                continue
+            for port, part in enumerate([out] if isinstance(out, Tensor) else out):
+                self.moments[node.index, port] = part
 
     def _find_gates(self) -> set[Port]:
         gates: set[Port] = set()
@@ -123,13 +143,13 @@ class Sweeper:
         index, name, shape = node.inputs[j], node.input_params[j], node.input_shapes[j]
         if index is None:
             if name is None or name not in self.tensors:
-                return torch.ones(shape, dtype=torch.float64)
-            return self.tensors[name].detach().cpu().double().square().reshape(shape)
+                return torch.ones(shape, dtype=_FLOAT)
+            return self.tensors[name].detach().cpu().to(_FLOAT).square().reshape(shape)
         found = self.moments.get((index, node.input_ports[j]))
         if found is None:
-            return torch.ones(shape, dtype=torch.float64)
+            return torch.ones(shape, dtype=_FLOAT)
         # a view that was written in place may have another shape than the node that wrote it
-        return found.double() if tuple(found.shape) == tuple(shape) else found.double().mean().expand(shape)
+        return found if tuple(found.shape) == tuple(shape) else found.mean().expand(shape)
 
     def _give(self, node: Node, j: int, k: Tensor) -> None:
         index = node.inputs[j]
@@ -137,13 +157,13 @@ class Sweeper:
         port = (index, node.input_ports[j])
         shape = self.trace.input_shape if index == INPUT else self.trace.nodes[index].shapes[port[1]]
         if tuple(k.shape) != tuple(shape):  # written through a view: the sum is what can be kept
-            k = k.sum() * _share(self.moments.get(port, torch.ones(shape)).double().reshape(shape))
+            k = k.sum() * _share(self.moments.get(port, torch.ones(shape)).reshape(shape))
             self.approximated["write through a view"] += 1
         self.waiting[port] = k if port not in self.waiting else self.waiting[port] + k
 
     def _pass(self, node: Node, parts: dict[int, Tensor]) -> None:
         """Hand the capacity on a node's outputs to its data inputs."""
-        amount = sum(float(k.sum()) for k in parts.values())
+        amount = sum(float(k.double().sum()) for k in parts.values())
         if node.index in self.fed:
             self.carried[node.module] = max(self.carried.get(node.module, 0.0), amount)
         data = self._data(node)
@@ -166,7 +186,7 @@ class Sweeper:
         elif _MIX.fullmatch(base):
             self._mix(node, k, data)
         elif base.startswith("max_pool") and node.index in self.indices and len(node.shape) == 4:
-            share = push_max_pool(k[0], self.indices[node.index].cpu(), node.input_shapes[data[0]][1:])
+            share = push_max_pool(k[0], self.indices[node.index].cpu(), node.input_shapes[data[0]][1:]).to(_FLOAT)
             self._give(node, data[0], share.unsqueeze(0))
         elif base in ("add", "sub", "rsub"):
             every = range(len(node.inputs))
@@ -177,14 +197,17 @@ class Sweeper:
             for j in data:
                 self._give(node, j, shares[j])
         elif base in ("mul", "div"):
-            signal = [j for j in data if (node.inputs[j], node.input_ports[j]) not in self.gates] or data
-            for j in signal:
-                moments = [self._moment(node, i) for i in range(len(node.inputs))]
-                others = [m for i, m in enumerate(moments) if i != j and base == "mul"]
-                factor = others[0] if others else torch.ones((), dtype=torch.float64)
-                (share,), left = push(k / len(signal), [moments[j]], lambda s, factor=factor: (s * factor).expand(k.shape))
-                self.bias += left
-                self._give(node, j, share)
+            self._multiply(node, k, list(range(len(node.inputs))), data)
+        elif base == "addcmul":
+            first, *factors = (self._moment(node, j) for j in range(3))
+            product = (factors[0] * factors[1] * float(node.attrs.get("value", 1)) ** 2).expand(k.shape)
+            (start, rest), left = push(k, [first.expand(k.shape), product], lambda a, b: a + b)
+            self.bias += left
+            self._multiply(node, rest, [1, 2], [j for j in data if j > 0])
+            if 0 in data:
+                self._give(node, 0, start)
+            else:
+                self.bias += float(start.sum())
         elif _NORM.fullmatch(base) and same:
             self._give(node, same[0], k * (1 - self._norm_leak(node)))
             self.bias += float((k * self._norm_leak(node)).sum())
@@ -192,6 +215,18 @@ class Sweeper:
             self._give(node, same[-1 if base == "where" else 0], k)
         else:
             self._fallback(node, data, amount)
+
+    def _multiply(self, node: Node, k: Tensor, factors: list[int], data: list[int]) -> None:
+        """Element-wise product or quotient: all to the values, nothing to gates; equals share."""
+        signal = [j for j in data if (node.inputs[j], node.input_ports[j]) not in self.gates] or data
+        for j in signal:
+            others = [self._moment(node, i) for i in factors if i != j and base_name(node) != "div"]
+            factor = others[0] if others else torch.ones((), dtype=_FLOAT)
+            (share,), left = push(k / len(signal), [self._moment(node, j)], lambda s, factor=factor: (s * factor).expand(k.shape))
+            self.bias += left
+            self._give(node, j, share)
+        if not signal:
+            self.bias += float(k.sum())
 
     def _mix(self, node: Node, k: Tensor, data: list[int]) -> None:
         """Matrix products and convolutions: by squared weights, or by the second moments of the other factor."""
@@ -217,12 +252,14 @@ class Sweeper:
         amount = self.capacity[weight] / calls
         self.total += amount
         data, place = self._data(node), next(j for j, n in enumerate(node.input_params) if n == weight)
-        size = 1
-        for n in node.shape:
-            size *= n
+        size = math.prod(node.shape)
         k = None
-        if call < len(maps) and maps[call].numel() == size and data:
-            response = maps[call].double().cpu().reshape(node.shape)
+        if data and node.shape[0] == 1 and self._reads_once(node, data[0], place):
+            alive = (self._moment(node, data[0]) > 0).to(_FLOAT)
+            k = amount * alive / alive.sum().clamp_min(1)
+            k = k if call < len(maps) and bool(maps[call].any()) else None
+        elif call < len(maps) and maps[call].numel() == size and data:
+            response = maps[call].cpu().reshape(node.shape)
 
             def op(s: Tensor, w: Tensor) -> Tensor:
                 return self._product(node, {data[0]: s, place: w})
@@ -232,6 +269,11 @@ class Sweeper:
             self.bias += amount  # nothing passes through the layer, or it is not on the way to the output
         else:
             self._give(node, data[0], k)
+
+    def _reads_once(self, node: Node, j: int, place: int) -> bool:
+        """Whether each weight meets exactly one entry of the input: a linear layer on one vector, a convolution over a whole map."""
+        weight, channels = math.prod(node.input_shapes[place]), node.shape[-1] if base_name(node) != "convolution" else node.shape[1]
+        return weight == math.prod(node.input_shapes[j]) * channels and math.prod(node.shape) == channels
 
     def _product(self, node: Node, tensors: dict[int, Tensor]) -> Tensor:
         """The node without its bias, at other factors."""
@@ -270,10 +312,11 @@ class Sweeper:
         """Share that the bias of a normalisation keeps, broadcast to its output."""
         named = {a: j for j, a in enumerate(node.input_names)}
         if "bias" not in named:
-            return torch.zeros(node.shape, dtype=torch.float64)
+            return torch.zeros(node.shape, dtype=_FLOAT)
         beta = self._moment(node, named["bias"])
         gamma = self._moment(node, named["weight"]) if "weight" in named else torch.ones_like(beta)
-        leak = beta / (beta + gamma).clamp_min(torch.finfo(torch.float64).tiny)
+        gamma = gamma if bool(gamma.any()) else torch.ones_like(gamma)  # read as one, see `LayerTaps`
+        leak = beta / (beta + gamma).clamp_min(torch.finfo(_FLOAT).tiny)
         return leak.expand(node.shape) if "layer" in base_name(node) else leak.view(1, -1, *[1] * (len(node.shape) - 2)).expand(node.shape)
 
     def _fallback(self, node: Node, data: list[int], amount: float) -> None:

@@ -33,7 +33,7 @@ def push(
         bias_sq: squared bias, broadcastable to the output.
 
     Returns:
-        ``k_in`` per input, float64 in the input's shape, and the capacity kept by the bias (and by outputs that no input reaches).
+        ``k_in`` per input, in the input's shape and precision, and the capacity kept by the bias (and by outputs that no input reaches).
         The input sums and the bias add up to ``capacity.sum()``.
 
     Raises:
@@ -46,16 +46,16 @@ def push(
         >>> stream.item(), branch.item(), bias
         (3.0, 1.0, 0.0)
     """
-    inputs = [moment.detach().double().requires_grad_() for moment in second_moments]
+    inputs = [moment.detach().requires_grad_() for moment in second_moments]
     with torch.enable_grad():
         raw = op_sq(*inputs)
         if raw.shape != capacity.shape:
             raise UsageError(f"capacity must have the output's shape {tuple(raw.shape)}, got {tuple(capacity.shape)}.")
         total = raw.detach() + bias_sq
-        rate = torch.where(total > 0, capacity.double() / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        rate = torch.where(total > 0, capacity.to(raw.dtype) / total.clamp_min(torch.finfo(raw.dtype).tiny), 0.0)
         slopes = torch.autograd.grad(raw, inputs, rate, allow_unused=True)
     shares = tuple(torch.zeros_like(moment) if slope is None else moment.detach() * slope for moment, slope in zip(inputs, slopes))
-    left = float(capacity.double().sum()) - sum(float(share.sum()) for share in shares)
+    left = float(capacity.double().sum()) - sum(float(share.double().sum()) for share in shares)
     return shares, left
 
 
@@ -185,21 +185,21 @@ def inject(
         op: ``op(s, w)`` the layer without bias, linear in both (the squares are not taken: the weights enter as tangents).
 
     Returns:
-        Capacity on the input map, float64, sum ``layer_capacity`` (zeros when nothing passes through the layer at all).
+        Capacity on the input map, in its precision, sum ``layer_capacity`` (zeros when nothing passes through the layer at all).
 
     Example:
         >>> inject(2.0, torch.zeros(1, 2), torch.ones(1), torch.tensor([1.0, 1.0]), torch.nn.functional.linear).tolist()
         [1.0, 1.0]
     """
-    b = response.detach().double()
-    tangent = torch.zeros_like(weight, dtype=torch.float64).requires_grad_()
-    moment = second_moment.detach().double().requires_grad_()
+    moment = second_moment.detach().requires_grad_()
+    b = response.detach().to(moment.dtype)
+    tangent = torch.zeros_like(weight, dtype=moment.dtype).requires_grad_()
     with torch.enable_grad():
         (evidence,) = torch.autograd.grad((b * op(moment.detach(), tangent)).sum(), tangent)
         placed = evidence > 0
         if not bool(placed.any()):
             return torch.zeros_like(moment)
         per_weight = layer_capacity / float(placed.sum())
-        rate = torch.where(placed, per_weight / evidence.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+        rate = torch.where(placed, per_weight / evidence.clamp_min(torch.finfo(moment.dtype).tiny), 0.0)
         (slope,) = torch.autograd.grad((b * op(moment, rate)).sum(), moment)
     return moment.detach() * slope

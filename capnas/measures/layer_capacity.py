@@ -106,15 +106,15 @@ def kfac_spectrum(inputs: Tensor, responses: Tensor, weight_rms: float = 1.0) ->
     Args:
         inputs: A (..., a, a), per sample the sum over positions of ``patch patch^T`` (patch with a trailing 1 for a bias).
         responses: B (..., b, b), mean over samples and positions of ``sum_o g_o g_o^T`` with ``g_o = d f_o / d preactivation``. Leading
-            axes are groups, equal in both.
+            axes are groups, equal in both. Eigenvalues are found in the precision given; float32 serves, as the ridge hides its rounding.
         weight_rms: root mean square of the layer's weights.
 
     Example:
         >>> kfac_spectrum(torch.eye(2), 3 * torch.eye(1)).tolist()
         [3.0, 3.0]
     """
-    left = torch.linalg.eigvalsh(inputs.detach().double()).clamp_min(0)
-    right = torch.linalg.eigvalsh(responses.detach().double()).clamp_min(0)
+    left = torch.linalg.eigvalsh(inputs.detach()).double().clamp_min(0)
+    right = torch.linalg.eigvalsh(responses.detach()).double().clamp_min(0)
     return weight_rms**2 * (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten()
 
 
