@@ -46,15 +46,18 @@ Run = Annotated[str, typer.Argument(help="Folder of a run, or the name of a stud
 Count = Annotated[str | None, typer.Option(metavar="N", help="Limit per candidate: 8e6, 8M, 300k.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"capnas {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
 ) -> None:
     """Architecture search for Optuna, timm and PyTorch that looks inside each candidate."""
-    if version:
-        typer.echo(f"capnas {__version__}")
-        raise typer.Exit
 
 
 @app.command()

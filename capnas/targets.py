@@ -67,8 +67,8 @@ def check_weights(weights: Mapping[str, float] | None, names: Sequence[str] = ("
     for name, weight in (weights or {}).items():
         if name not in _SCORES:
             raise UsageError(one_of("weights", name, _SCORES))
-        if not math.isfinite(weight):
-            raise UsageError(f"the weight of {name} must be finite, got {weight}.")
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise UsageError(f"the weight of {name} must be a finite number, got {weight!r}.")
     if weights is not None:
         return dict(weights)
     return dict(PRINCIPLED if "principled" in names else WEIGHTS)

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_space import FILE, images
+
+from capnas.cli import main
+from capnas.console import number
+
+Run = Callable[..., tuple[int, str, str]]
+TINY = ["--train", "batch_size=16", "--pruner", "off", "--device", "cpu", "--data-option", "image_size=8", "--data-option", "augment=false"]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as done:
+            main([str(w) for w in words])
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 grey images of three classes as a folder of class folders."""
+    root = tmp_path_factory.mktemp("images")
+    x, y = images(120)
+    for i, (image, label) in enumerate(zip(x, y)):
+        (root / f"class{label}").mkdir(exist_ok=True)
+        Image.fromarray(image).save(root / f"class{label}" / f"{i:04d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def study(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    with pytest.raises(SystemExit) as done:
+        main(["search", FILE, "--data", str(folder), "--trials", "3", "--epochs", "1", "--out", str(out), "--seed", "1", *TINY])
+    assert not done.value.code
+    return out
+
+
+def test_search_leaves_the_files_of_a_run(study: Path) -> None:
+    assert {"study.toml", "journal.log", "environment.json", "trials.csv"} <= {p.name for p in study.iterdir()}
+    assert len((study / "trials.csv").read_text().splitlines()) == 4
+
+
+def test_the_same_command_resumes_and_a_finished_study_says_so(run: Run, study: Path, folder: Path) -> None:
+    same = ["search", FILE, "--data", folder, "--epochs", "1", "--out", study, "--seed", "1", *TINY]
+    code, _, err = run(*same, "--trials", "3")
+    assert code == 0
+    assert "finished before (3 trials)" in err
+    code, out, _ = run(*same, "--trials", "4", "--json")
+    assert code == 0
+    assert json.loads(out)["finished"] == 4
+    code, _, err = run(*same[:-8], "--seed", "2", "--trials", "4", *TINY)
+    assert code == 2
+    assert re.search(r"^error: .*seed", err, re.MULTILINE)
+
+
+def test_report_best_and_profile_of_a_run(run: Run, study: Path, tmp_path: Path) -> None:
+    code, out, _ = run("report", study)
+    assert code == 0
+    assert "## Best" in out
+    code, out, _ = run("report", study, "--html", tmp_path / "page.html", "--json")
+    assert json.loads(out)["study"]["finished"] >= 3
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+    code, out, _ = run("best", study, "--json")
+    document = json.loads(out)
+    assert set(document["params"]) == {"width", "depth", "kind"}
+    code, out, _ = run("profile", f"{study}:{document['trial']}")
+    assert code == 0
+    assert "saturation" in out
+
+
+def test_best_writes_a_script_that_needs_no_capnas(run: Run, study: Path, tmp_path: Path) -> None:
+    script = tmp_path / "best.py"
+    code, out, _ = run("best", study, "--code", script, "--json")
+    assert code == 0
+    wanted = json.loads(out)["n_params"]
+    alone = f"import runpy, sys; sys.modules['capnas'] = None; runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"parameters: {wanted}," in done.stdout
+
+
+def test_retrain_evaluates_once_on_test(run: Run, study: Path) -> None:
+    code, out, err = run("best", study, "--retrain", "--epochs", "2", "--device", "cpu", "--json")
+    assert code == 0, err
+    retrained = json.loads(out)["retrained"]
+    assert 0 <= retrained["test_accuracy"] <= 1
+    assert len(re.findall("epoch ./2", err)) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["search", "resnt"], "Did you mean 'resnet'"), (["search", "resnet", "--values", "acuracy"], "Did you mean 'accuracy'"),
+     (["search", "resnet", "--max-macs", "8Q"], "8Q"), (["search", "resnet", "--sampler", "tpee"], "Did you mean 'tpe'"),
+     (["search", "resnet", "--data", "nowhere/at/all", "--out", "runs/x"], "nowhere/at/all"), (["profile", "resnet81"], "resnet"),
+     (["report", "no-such-run"], "no-such-run"), (["best", "no-such-run"], "no-such-run"), (["serch"], "serch"),
+     (["search"], "space"), (["search", "resnet", "--weights", "saturation_evenness=much"], "much"),
+     (["search", "resnet", "--device", "cuda:77"], "cuda")],
+)  # fmt: skip
+def test_errors_of_use_are_one_line_and_exit_2(
+    run: Run, words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*words)
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2, err
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert "Traceback" not in out + err
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    code, _, err = run("search", "resnt", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_spaces_and_version(run: Run) -> None:
+    code, out, _ = run("spaces", "--json")
+    assert code == 0
+    assert {"resnet", "mbconv", "nasbench201"} <= set(json.dumps(json.loads(out)).replace('"', " ").replace(":", " ").split())
+    assert run("--version")[1].strip().endswith("0.1.0")
+
+
+@pytest.mark.parametrize(("text", "value"), [("8e6", 8_000_000), ("8M", 8_000_000), ("300k", 300_000), ("1.5G", 1_500_000_000), ("42", 42)])
+def test_numbers(text: str, value: int) -> None:
+    assert number(text) == value
+
+
+def test_module_entry_point() -> None:
+    done = subprocess.run([sys.executable, "-m", "capnas", "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+    assert done.returncode == 0
+    assert "search" in done.stdout
