@@ -81,7 +81,8 @@ class Evaluation:
         if version is None:
             raise StudyError("this is not a stored evaluation: it has no version.")
         if version != VERSION:
-            raise StudyError(f"the evaluation has format version {version}, expected {VERSION}; read it with the release of capnas that wrote it.")
+            text = f"the evaluation has format version {version}, expected {VERSION}"
+            raise StudyError(f"{text}; read it with the release of capnas that wrote it.")
         given = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
         if given.get("status") not in STATUSES:
             raise StudyError(f"the evaluation has the unknown status {given.get('status')!r}; known: {', '.join(STATUSES)}.")

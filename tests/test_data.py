@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from capnas.data import Augment, DataSpec, ImageData, load_data
-from capnas.errors import DataError, UsageError
 from capnas.data.splits import carve
+from capnas.errors import DataError, UsageError
 
 
 @pytest.fixture(scope="module")

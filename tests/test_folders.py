@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from capnas.errors import DataError
 from capnas.data.folders import read_folder
+from capnas.errors import DataError
 
 
 def put(*paths: Path) -> None:

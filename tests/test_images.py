@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from capnas.errors import DataError, UsageError
 from capnas.data.images import Augment, as_images, as_labels, mean_std, normalise, resize, shift_and_flip, shifts_and_flips, to_channels
+from capnas.errors import DataError, UsageError
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from capnas.data import named
-from capnas.data import load_data
-from capnas.errors import DataError, UsageError
+from capnas.data import load_data, named
 from capnas.data.sources import Pair
+from capnas.errors import DataError, UsageError
 
 SCRIPT = Path(named.__file__).parent.parent / "embedded" / "make_fashion_mnist_12k.py"
 

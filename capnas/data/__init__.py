@@ -17,11 +17,11 @@ import torch
 
 from capnas.data.batching import Batches, InMemory, Request, Streamed
 from capnas.data.decoding import shape_of
-from capnas.errors import UsageError, one_of
 from capnas.data.images import Augment, mean_std, normalise
 from capnas.data.loading import find, load_pool
 from capnas.data.named import EMBEDDED
 from capnas.data.splits import assign, check_classes
+from capnas.errors import UsageError, one_of
 
 __all__ = ["Augment", "DataSpec", "ImageData", "load_data"]
 

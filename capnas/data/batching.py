@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from capnas.data.decoding import fit
-from capnas.errors import DataError
 from capnas.data.images import Augment, normalise, resize, shift_and_flip, shifts_and_flips
 from capnas.data.sources import Reader
+from capnas.errors import DataError
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 _GROUP_BYTES = 1 << 20

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from capnas.errors import DataError
 from capnas.data.images import as_images, resize, to_channels
 from capnas.data.sources import Pair, Reader, StreamReader, some
+from capnas.errors import DataError
 
 _SAMPLE = 48
 _LARGEST_DEFAULT = 64

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from capnas.errors import DataError
 from capnas.data.sources import SPLIT_NAMES, FileReader, Found, Pair, Reader, some
+from capnas.errors import DataError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 

@@ -13,8 +13,8 @@ import torch
 from capnas.data import folders, named
 from capnas.data.batching import InMemory, Streamed
 from capnas.data.decoding import cores, decode, join, judge_unreadable, survey
-from capnas.errors import DataError, UsageError, one_of
 from capnas.data.sources import Found, Pair, Reader, StreamReader, from_python
+from capnas.errors import DataError, UsageError, one_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

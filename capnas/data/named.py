@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from capnas.errors import DataError
 from capnas.data.images import as_images, as_labels
 from capnas.data.sources import DatasetReader, Found, Pair, StreamReader, class_names, part
+from capnas.errors import DataError
 
 EMBEDDED = "fashion-mnist-12k"
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")

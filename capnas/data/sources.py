@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from capnas.errors import DataError
 from capnas.data.images import as_images, as_labels
+from capnas.errors import DataError
 
 SPLIT_NAMES = {
     "train": "train",

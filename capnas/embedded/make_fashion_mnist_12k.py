@@ -1,7 +1,8 @@
 """Make ``fashion-mnist-12k.npz``, the data set that comes with capnas, from the full Fashion-MNIST.
 
 10,000 training images (1,000 a class, drawn from the official 60,000) and 2,000 test images (200 a class, drawn from the official
-10,000 test images), 28 x 28 grey, in the order of the source files. The draw is seeded, the archive carries no dates: the same files give the same bytes
+10,000 test images), 28 x 28 grey, in the order of the source files. The draw is seeded, the archive carries no dates: the same
+files give the same bytes
 (with the reference zlib; another deflate library may pack the same arrays differently, so ``--check`` compares both).
 
     python make_fashion_mnist_12k.py [FOLDER] [--out FILE] [--check]

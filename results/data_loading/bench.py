@@ -28,8 +28,8 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from capnas._timm import import_timm, timm
-from capnas.data.batching import Batches
 from capnas.data import ImageData, load_data
+from capnas.data.batching import Batches
 from capnas.data.named import embedded
 
 HERE = Path(__file__).resolve().parent
