@@ -1,15 +1,18 @@
-"""Report of a run from its stored trials: tables as markdown, figures and one self-contained page. Never trains anything.
+"""Report of a run from its stored trials: numbers, tables in markdown, one self-contained page. Never trains anything.
 
-Figures and the page need the extra ``report`` (plotly, jinja2); the markdown needs nothing.
+Figures and the page need the extra ``report`` (plotly, jinja2); numbers and markdown need nothing more.
 """
 
 from __future__ import annotations
 
-import html
+import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +20,45 @@ from optuna.trial import FrozenTrial
 
 from capnas.errors import MissingDependencyError
 from capnas.evaluation import Evaluation
+from capnas.figures import figures
+from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.runs import RunResult
 from capnas.scoring import SCORES
+from capnas.trials import read_retrained
 
-_TRAINED = ("complete", "duplicate", "stopped")
-_BLUE, _GREY, _RED = "#2f6db5", "#9aa5b1", "#c4532f"
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation, NaN with fewer than three pairs or without variation.
-
-    >>> rank_correlation([1, 2, 3], [10, 20, 15])
-    0.5
-    """
-    from scipy.stats import spearmanr
-
-    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
-        return math.nan
-    return round(float(spearmanr(x, y).statistic), 12)
+_SETTINGS = (
+    "space",
+    "data",
+    "values",
+    "weights",
+    "epochs",
+    "sampler",
+    "pruner",
+    "max_params",
+    "max_macs",
+    "gate",
+    "resolutions",
+    "seed",
+    "train",
+)
+_RETRAINED = ("trial", "epochs", "seed", "status", "test_accuracy", "test_images", "n_params", "macs")
+_FEW = 10  # complete trials below which nothing is said about correlations at equal size
+_NOTES = {
+    "Best trials": "Accuracy is on the validation split after the short training; it ranks candidates and is not the accuracy to quote.",
+    "What went with accuracy": "Spearman rank correlations over complete trials that are no duplicates; partial: at equal parameters "
+    "and MACs (partial rank correlation). Values below chance, in size, are what unrelated numbers give in 19 of 20 studies. "
+    "`init_` is read before training; a score that the search rewards is not tested by it.",
+    "Seconds by stage": "Wall-clock seconds of the trials that reached the stage.",
+    "Retrained": "Trained anew on train and validation, evaluated once on the test split.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A run's report: `to_dict`, `to_markdown`, `figures`, `write_html`.
+    """The report of a run.
 
     Attributes:
-        run: the run as `capnas.search.open_run` gives it.
+        run: as `capnas.open_run` or `capnas.run_study` gives it.
     """
 
     run: RunResult
@@ -53,270 +69,228 @@ class Report:
         return cls(run=run)
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, see `summary`."""
+        """All numbers in plain JSON types, see `summary`."""
         return summary(self.run)
 
     def to_markdown(self) -> str:
-        """Tables, see `markdown`."""
-        return markdown(self.run)
+        """Headed tables."""
+        data = self.to_dict()
+        lines = [f"# {data['study']['name']}", "", _lead(data), ""]
+        for title, rows in tables(data).items():
+            lines += [f"## {title}", "", *_markdown_table(rows), ""]
+            lines += [_NOTES[title], ""] if title in _NOTES else []
+        return "\n".join(lines)
 
     def figures(self) -> dict[str, Any]:
-        """Plotly figures by title, see `figures`."""
-        return figures(self.run)
+        """Plotly figures by title, see `capnas.figures.figures`."""
+        return figures(self.run, self.to_dict()["correlations"])
 
     def write_html(self, path: str | Path) -> Path:
-        """One self-contained page, see `write_html`."""
-        return write_html(self.run, path)
+        """Write the report as one page that needs no network.
+
+        Raises:
+            MissingDependencyError: plotly or jinja2 is not installed.
+        """
+        data = self.to_dict()
+        parts: list[dict[str, str]] = []
+        for title, figure in figures(self.run, data["correlations"]).items():
+            body = figure.to_html(full_html=False, include_plotlyjs=not parts, config={"displayModeBar": False, "responsive": True})
+            parts.append({"title": title, "body": body})
+        try:
+            import jinja2
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("the page needs jinja2: pip install 'capnas[report]'.") from error
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment.globals["cell"] = _cell
+        template = environment.from_string((resources.files("capnas") / "report.html.j2").read_text(encoding="utf-8"))
+        cards = _cards(data)
+        shown = {title: rows for title, rows in tables(data).items() if rows}
+        layers = _layers(self.run)
+        page = template.render(
+            study=data["study"],
+            lead=_lead(data),
+            cards=cards,
+            tables=shown,
+            notes=_NOTES,
+            figures=parts,
+            layers=layers,
+            folder=self.run.folder.name,
+        )
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+        return target
 
 
 def summary(run: RunResult) -> dict[str, Any]:
     """The numbers of the report as one JSON-safe mapping.
 
     Returns:
-        Keys ``study``, ``outcomes`` (status to count), ``reasons`` (why trials ended early, to count), ``best`` (the front, best first),
-        ``seconds`` (by stage, summed), ``correlations`` (score to its Spearman correlation with accuracy and the number of trials).
+        study: name, trials asked for and finished, and the settings.
+        environment: versions and hardware, as the run stored them.
+        best: the Pareto set, or with one value the ten best trials; best first value first.
+        outcomes: status, number of trials, the reason of the first such trial; one row per kind of reason.
+        seconds: per stage the number of trials, their sum and median.
+        correlations: per score its Spearman correlation with accuracy, the partial one, what chance gives, and the number of trials.
+        retrained: see `capnas.trials.retrain_trial`, without curves.
+        checklist: what a reader needs to judge the study (after Lindauer & Hutter 2020), question to answer.
     """
-    rows = run.evaluations()
-    config = run.config
-    seconds: Counter[str] = Counter()
-    for _, evaluation in rows:
-        seconds.update(evaluation.seconds)
-    trained = [e for _, e in rows if e.status == "complete" and e.metrics.get("accuracy") is not None]
-    correlations = {}
-    for name in (*SCORES, *("init_" + s for s in SCORES), "params", "macs"):
-        pairs = [(v, e.metrics["accuracy"]) for e in trained if (v := e.metrics.get(name)) is not None]
-        value = rank_correlation([p[0] for p in pairs], [p[1] for p in pairs])  # type: ignore[misc]
-        if not math.isnan(value):
-            correlations[name] = {"spearman": value, "trials": len(pairs)}
-    study = {name: getattr(config, name) for name in ("name", "space", "data", "seed", "epochs", "sampler")}
-    return {
-        "study": study | {"values": list(config.values), "asked": config.trials, "finished": run.n_finished},
-        "outcomes": dict(Counter(e.status for _, e in rows).most_common()),
-        "reasons": dict(Counter(e.reason for _, e in rows if e.reason).most_common(10)),
+    rows, config = run.evaluations(), run.config.to_dict()
+    stored = run.folder / "environment.json"
+    retrained = [{k: v for k, v in record.items() if k != "curve"} for record in read_retrained(run)]
+    data = {
+        "study": {"name": run.config.name, "asked": run.config.trials, "finished": run.n_finished, "complete": run.n_complete}
+        | {name: config[name] for name in _SETTINGS if name in config},
+        "environment": json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {},
         "best": [_trial_row(t, e) for t, e in _front(run)],
-        "seconds": {k: round(v, 2) for k, v in seconds.items()},
-        "correlations": dict(sorted(correlations.items(), key=lambda item: -abs(item[1]["spearman"]))),
+        "outcomes": _outcomes(rows),
+        "seconds": _seconds(rows),
+        "correlations": _correlations([e for _, e in rows if e.status == "complete"]),
+        "retrained": retrained,
     }
+    return data | {"checklist": _checklist(data)}
 
 
-def markdown(run: RunResult) -> str:
-    """The report as markdown: the study, outcomes, the best trials, time by stage, what went with accuracy."""
-    data = summary(run)
+def tables(data: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The tables of a `summary` by title, each a list of rows with the same keys."""
+    settings = {k: v for k, v in data["study"].items() if k in _SETTINGS}
+    environment = {k: v for k, v in data["environment"].items() if v is not None and k != "packages"} | data["environment"].get(
+        "packages", {}
+    )
+    found = {
+        "Best trials": data["best"],
+        "Retrained": [{k: r[k] for k in _RETRAINED} for r in data["retrained"]],
+        "Outcomes": data["outcomes"],
+        "Seconds by stage": data["seconds"],
+        "What went with accuracy": data["correlations"],
+        "To judge this study": [{"question": k, "answer": v} for k, v in data["checklist"].items()],
+        "Settings": [{"setting": k, "value": _text(v)} for k, v in settings.items()],
+        "Environment": [{"what": k, "value": _text(v)} for k, v in environment.items()],
+    }  # fmt: skip
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def _lead(data: Mapping[str, Any]) -> str:
     study = data["study"]
-    how = f"seed {study['seed']}, {study['epochs']} epochs a candidate, sampler {study['sampler']}, values {', '.join(study['values'])}"
-    lines = [f"# {study['name']}", "", f"Space `{study['space']}` on `{study['data']}`, {how}; {study['finished']} of {study['asked']} "
-             "trials finished.", ""]  # fmt: skip
-    lines += ["## Best", "", *_table(data["best"]), ""] if data["best"] else ["No trial has completed yet.", ""]
-    lines += ["## Outcomes", "", *_table([{"outcome": k, "trials": v} for k, v in data["outcomes"].items()]), ""]
-    if data["reasons"]:
-        lines += [*_table([{"reason": k, "trials": v} for k, v in data["reasons"].items()]), ""]
-    lines += ["## Seconds by stage, all trials", "", *_table([{"stage": k, "seconds": v} for k, v in data["seconds"].items()]), ""]
-    if data["correlations"]:
-        rows = [{"score": k, "Spearman with accuracy": round(v["spearman"], 3), "trials": v["trials"]}
-                for k, v in list(data["correlations"].items())[:16]]  # fmt: skip
-        note = "Short-training accuracy on validation; `init_` is read before training. Few trials: read the order, not the digits."
-        lines += ["## What went with accuracy", "", *_table(rows), "", note, ""]
-    return "\n".join(lines)
+    total = sum(row["sum"] for row in data["seconds"])
+    return (
+        f"Space {Path(study['space']).name} on {Path(study['data']).name}: {study['finished']} of {study['asked']} trials finished, "
+        f"{study['complete']} with a value, in {total / 60:.1f} minutes of trials; {study['epochs']} epochs each, "
+        f"sampler {study['sampler']}, seed {study['seed']}, optimizing {', '.join(study['values'])}."
+    )
 
 
-def figures(run: RunResult) -> dict[str, Any]:
-    """Plotly figures by title, only those that the stored trials allow.
-
-    Raises:
-        MissingDependencyError: plotly is not installed.
-    """
-    graph = _plotly()
-    rows = run.evaluations()
-    done = [(t, e) for t, e in rows if e.status in ("complete", "duplicate") and e.metrics.get("accuracy") is not None]
-    found: dict[str, Any] = {}
-    if done:
-        found["Accuracy over the search"] = _history(graph, done)
-        found["Accuracy against multiply-accumulates"] = _scatter(graph, done, "macs", "multiply-accumulates of one image", log=True)
-        found["Accuracy against evenness of saturation"] = _scatter(graph, done, "saturation_evenness", "saturation evenness, 1 - Gini")
-        found["Saturation through the network"] = _profiles(graph, run, done)
-    curves = [(t, e) for t, e in rows if e.curve]
-    if curves:
-        found["Learning curves"] = _curves(graph, curves)
-    if len(done) >= 4:
-        correlations = summary(run)["correlations"]
-        found["Rank correlation with accuracy"] = _bars(graph, correlations)
-    return found
-
-
-def write_html(run: RunResult, path: str | Path) -> Path:
-    """Write the report as one page that needs no network.
-
-    Raises:
-        MissingDependencyError: plotly or jinja2 is not installed.
-    """
-    shown = figures(run)
-    try:
-        import jinja2
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("the page needs jinja2: pip install 'capnas[report]'.") from error
-    parts = []
-    for position, (title, figure) in enumerate(shown.items()):
-        body = figure.to_html(full_html=False, include_plotlyjs=position == 0, config={"displaylogo": False})
-        parts.append({"title": title, "body": body})
-    data = summary(run)
-    best = run.best
-    profile = None
-    if best is not None and (evaluation := Evaluation.of(best)) is not None and evaluation.profile is not None:
-        columns = ("name", "kind", "width", "k", "saturation", "params")
-        profile = [{column: getattr(row, column) for column in columns} for row in evaluation.profile.layers]
-    tables = {
-        "Best": data["best"],
-        "Outcomes": [{"outcome": k, "trials": v} for k, v in data["outcomes"].items()],
-        "Why trials ended early": [{"reason": k, "trials": v} for k, v in data["reasons"].items()],
-        "Seconds by stage": [{"stage": k, "seconds": v} for k, v in data["seconds"].items()],
-    }
-    if profile:
-        tables[f"Layers of trial {best.number}" if best else "Layers"] = profile
-    environment = jinja2.Environment(autoescape=True)
-    environment.globals["cell"] = _short
-    page = environment.from_string(_PAGE).render(study=data["study"], tables={k: v for k, v in tables.items() if v}, figures=parts)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
-    return target
+def _cards(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not data["best"]:
+        return []
+    best = data["best"][0]
+    cards = [
+        (name, _cell(best[name]))
+        for name in dict.fromkeys([*data["study"]["values"], "accuracy", "params", "macs"])
+        if best.get(name) is not None
+    ]
+    test = next((r for r in reversed(data["retrained"]) if r["trial"] == best["trial"] and r["status"] == "complete"), None)
+    cards += [("test accuracy, retrained", _cell(test["test_accuracy"]))] if test else []
+    return [("best trial", str(best["trial"])), *cards]
 
 
 def _front(run: RunResult) -> list[tuple[FrozenTrial, Evaluation]]:
-    """With several values the Pareto set; with one the ten best trials."""
-    rows = [(t, e) for t, e in run.evaluations() if t.values and e.status == "complete"]
+    """With several values the Pareto set; with one the ten best trials. Duplicates are left out."""
     sign = 1 if run.config.directions[0] == "maximize" else -1
+    rows = [(t, e) for t, e in run.evaluations() if t.values and e.status == "complete"]
     if len(run.config.values) > 1:
         front = {t.number for t in run.front}
         rows = [row for row in rows if row[0].number in front]
-    return sorted(rows, key=lambda row: -sign * row[0].values[0])[:10]
+    rows.sort(key=lambda row: (-sign * row[0].values[0], row[0].number))
+    return rows if len(run.config.values) > 1 else rows[:10]
 
 
-def _trial_row(trial: FrozenTrial, evaluation: Evaluation) -> dict[str, Any]:
-    row: dict[str, Any] = {"trial": trial.number}
-    row |= {name: round(value, 4) for name, value in evaluation.values.items() if name not in ("params", "macs")}
-    for name in ("accuracy", "saturation_mean", "saturation_evenness", "tail_fraction"):
-        value = evaluation.metrics.get(name)
-        if name not in row and value is not None:
-            row[name] = round(value, 4)
-    return row | {"params": evaluation.n_params, "macs": evaluation.macs, "image_size": evaluation.image_size}
+def _trial_row(trial: FrozenTrial, found: Evaluation) -> dict[str, Any]:
+    metrics = {
+        name: found.metrics.get(name) for name in ("accuracy", "saturation_mean", "saturation_evenness", "block_saturation_evenness")
+    }
+    sizes = {"params": found.n_params, "macs": found.macs, "pixels": found.image_size, "seconds": round(sum(found.seconds.values()), 1)}
+    return {"trial": trial.number} | dict(found.values) | metrics | sizes
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    if not rows:
-        return ["none"]
+def _outcomes(rows: Sequence[tuple[FrozenTrial, Evaluation]]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for _, found in rows:
+        kind = re.sub(r"\d[\d,._]*(?:e[+-]?\d+)?", "N", found.reason)
+        groups[found.status, kind if found.status != "over_budget" else ""].append(found.reason)
+    listed = [{"outcome": s, "trials": len(r), "reason (of the first)": r[0] or "-"} for (s, _), r in groups.items()]
+    return sorted(listed, key=lambda row: -row["trials"])
+
+
+def _seconds(rows: Sequence[tuple[FrozenTrial, Evaluation]]) -> list[dict[str, Any]]:
+    stages: dict[str, list[float]] = defaultdict(list)
+    for _, found in rows:
+        for stage, seconds in found.seconds.items():
+            stages[stage].append(seconds)
+    return [{"stage": s, "trials": len(v), "sum": round(sum(v), 2), "median": round(statistics.median(v), 3)} for s, v in stages.items()]
+
+
+def _correlations(complete: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Strongest first; scores that are nowhere missing only."""
+    accuracy = [e.metrics.get("accuracy") or math.nan for e in complete]
+    controls = [[float(e.n_params or 0) for e in complete], [float(e.macs or 0) for e in complete]]
+    found = []
+    for name in ("params", "macs", *SCORES, *(f"init_{s}" for s in SCORES)):
+        values = [math.nan if (v := e.metrics.get(name)) is None else float(v) for e in complete]
+        alone = spearman(values, accuracy)
+        if math.isnan(alone):
+            continue
+        partial = math.nan if name in ("params", "macs") or len(complete) < _FEW else partial_spearman(values, accuracy, controls)
+        level = chance_level(len(complete))
+        row = {"score": name, "spearman": round(alone, 3), "partial": None if math.isnan(partial) else round(partial, 3)}
+        found.append(row | {"chance": None if math.isnan(level) else round(level, 3), "trials": len(complete)})
+    return sorted(found, key=lambda row: -abs(row["spearman"]))
+
+
+def _checklist(data: Mapping[str, Any]) -> dict[str, str]:
+    study, tested = data["study"], [r for r in data["retrained"] if r["status"] == "complete"]
+    seeds = sorted({r["seed"] for r in tested})
+    total = sum(row["sum"] for row in data["seconds"])
+    random = study["sampler"] == "random"
+    return {
+        "Same training for all candidates?": f"yes: {study['epochs']} epochs, the settings below, one seed for weights and order",
+        "Seeds of the search?": f"one ({study['seed']}): repeat with other --seed to see the spread",
+        "Random search as a baseline?": "this study is one" if random else "not part of this run: the same command with --sampler random",
+        "Final networks trained to the end?": f"yes: {len(tested)}, seeds {', '.join(map(str, seeds))}"
+        if tested
+        else "no: capnas best --retrain",
+        "Test split unseen by the search?": "yes: opened by the final evaluation only",
+        "Cost?": f"{total / 3600:.2f} hours of trials"
+        + (f" on {data['environment'].get('cpu')}" if data["environment"].get("cpu") else ""),
+        "To repeat it?": "study.toml, seed and versions are in the run's folder; equal numbers need the same number of threads",
+    }
+
+
+def _layers(run: RunResult) -> dict[str, Any] | None:
+    best = run.best
+    found = None if best is None else Evaluation.of(best)
+    if best is None or found is None or found.profile is None:
+        return None
+    columns = ("name", "kind", "width", "k", "saturation", "effective_rank", "rows", "params")
+    rows = [{c: getattr(row, c) for c in columns} for row in (*found.profile.blocks, *found.profile.layers)]
+    return {"trial": best.number, "rows": rows, "mode": found.profile.mode, "threshold": found.profile.threshold}
+
+
+def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = list(rows[0])
-    body = (f"| {' | '.join(_short(row.get(name)) for name in names)} |" for row in rows)
+    body = (f"| {' | '.join(_cell(row.get(name)).replace('|', '/') for name in names)} |" for row in rows)
     return [f"| {' | '.join(names)} |", "|" + " --- |" * len(names), *body]
 
 
-def _short(value: Any) -> str:
-    if value is None:
+def _cell(value: Any) -> str:
+    if value is None or value != value:
         return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value).replace("|", "/")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+    return str(value)
 
 
-def _plotly() -> Any:
-    try:
-        import plotly.graph_objects as graph
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("figures need plotly: pip install 'capnas[report]'.") from error
-    return graph
-
-
-def _styled(graph: Any, traces: list[Any], x: str, y: str, **layout: Any) -> Any:
-    figure = graph.Figure(traces)
-    look = {"template": "plotly_white", "height": 420, "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
-            "legend": {"orientation": "h", "y": 1.08}, "font": {"family": "system-ui, sans-serif", "size": 13}}  # fmt: skip
-    figure.update_layout(xaxis_title=x, yaxis_title=y, **(look | layout))
-    return figure
-
-
-def _label(trial: FrozenTrial, evaluation: Evaluation) -> str:
-    params = "<br>".join(f"{html.escape(str(k))}: {html.escape(str(v))}" for k, v in list(trial.params.items())[:14])
-    return f"trial {trial.number}, {evaluation.macs or 0:,} MACs<br>{params}"
-
-
-def _history(graph: Any, rows: list[tuple[FrozenTrial, Evaluation]]) -> Any:
-    numbers = [t.number for t, _ in rows]
-    accuracy = [e.metrics["accuracy"] for _, e in rows]
-    best = [max(a for a in accuracy[: i + 1] if a is not None) for i in range(len(accuracy))]
-    labels = [_label(*row) for row in rows]
-    return _styled(graph, [
-        graph.Scatter(x=numbers, y=accuracy, mode="markers", name="trial", marker={"color": _BLUE}, hovertext=labels),
-        graph.Scatter(x=numbers, y=best, mode="lines", name="best so far", line={"shape": "hv", "color": _RED}),
-    ], "trial", "validation accuracy after the short training")  # fmt: skip
-
-
-def _scatter(graph: Any, rows: list[tuple[FrozenTrial, Evaluation]], metric: str, axis: str, *, log: bool = False) -> Any:
-    kept = [(t, e) for t, e in rows if e.metrics.get(metric) is not None]
-    trace = graph.Scatter(
-        x=[e.metrics[metric] for _, e in kept], y=[e.metrics["accuracy"] for _, e in kept], mode="markers",
-        hovertext=[_label(*row) for row in kept],
-        marker={"color": [t.number for t, _ in kept], "colorscale": "Blues", "cmin": -5, "colorbar": {"title": "trial"}, "size": 9,
-                "line": {"width": 0.5, "color": "#444"}},
-    )  # fmt: skip
-    figure = _styled(graph, [trace], axis, "validation accuracy")
-    if log:
-        figure.update_xaxes(type="log")
-    return figure
-
-
-def _profiles(graph: Any, run: RunResult, rows: list[tuple[FrozenTrial, Evaluation]]) -> Any:
-    """Saturation per layer of the best, the median and the worst trial by accuracy."""
-    order = sorted((r for r in rows if r[1].profile is not None), key=lambda r: -(r[1].metrics["accuracy"] or 0))
-    chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]} if order else {}
-    traces = []
-    for (word, (trial, evaluation)), color in zip(chosen.items(), (_RED, _BLUE, _GREY)):
-        layers = evaluation.profile.layers if evaluation.profile else ()
-        traces.append(graph.Scatter(
-            x=list(range(1, len(layers) + 1)), y=[r.saturation for r in layers], mode="lines+markers", line={"color": color},
-            name=f"{word}: trial {trial.number}, accuracy {evaluation.metrics['accuracy']:.3f}",
-            hovertext=[f"{r.name} ({r.kind}), {r.k} of {r.width}" for r in layers],
-        ))  # fmt: skip
-    return _styled(graph, traces, "layer in execution order", "saturation", yaxis_range=[0, 1.02])
-
-
-def _curves(graph: Any, rows: list[tuple[FrozenTrial, Evaluation]]) -> Any:
-    traces = []
-    for trial, evaluation in rows:
-        accuracy = [point.get("accuracy") for point in evaluation.curve]
-        color = _GREY if evaluation.status == "stopped" else _BLUE
-        traces.append(graph.Scatter(
-            x=list(range(1, len(accuracy) + 1)), y=accuracy, mode="lines+markers", opacity=0.55, line={"color": color},
-            name=f"trial {trial.number}", hovertext=_label(trial, evaluation),
-        ))  # fmt: skip
-    return _styled(graph, traces, "epoch", "validation accuracy (grey: stopped early)", showlegend=False)
-
-
-def _bars(graph: Any, correlations: dict[str, Any]) -> Any:
-    names = list(correlations)[:14][::-1]
-    trace = graph.Bar(x=[correlations[n]["spearman"] for n in names], y=names, orientation="h", marker={"color": _BLUE})
-    figure = _styled(graph, [trace], "Spearman with validation accuracy over this study's trials", "", xaxis_range=[-1, 1])
-    figure.update_layout(margin={"l": 220})
-    return figure
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ study.name }} - capnas</title>
-<style>
- body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
- h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid #d9e2ec }
- .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
- th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid #e4e7eb; white-space: nowrap }
- th { background: #f5f7fa } th:first-child, td:first-child { text-align: left } p.lead { color: #52606d; margin-top: 0 }
-</style></head><body>
-<h1>{{ study.name }}</h1>
-<p class="lead">Space {{ study.space }} on {{ study.data }}: {{ study.finished }} of {{ study.asked }} trials,
-{{ study.epochs }} epochs each, sampler {{ study.sampler }}, seed {{ study.seed }}, values {{ study["values"] | join(", ") }}.</p>
-{% for title, rows in tables.items() if title == "Best" %}<h2>{{ title }}</h2>
-<div class="wide"><table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for value in row.values() %}<td>{{ cell(value) }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
-{% for figure in figures %}<h2>{{ figure.title }}</h2>{{ figure.body | safe }}{% endfor %}
-{% for title, rows in tables.items() if title != "Best" %}<h2>{{ title }}</h2>
-<div class="wide"><table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for value in row.values() %}<td>{{ cell(value) }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
-</body></html>
-"""
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={v}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
