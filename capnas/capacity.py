@@ -151,10 +151,8 @@ def capacity_map(
     capacity = {names[weight]: value for weight, value in by_weight.items()}
     counts = {names[weight]: taps[weight].n_params for weight in by_weight}
     used = utilisation(capacity, counts)
-    sweep = None
-    if pixels and reader.complete:
-        responses = {weight: tap.maps for weight, tap in taps.items()}
-        sweep = Sweeper(model, graph, moments, reader.indices, by_weight, responses).run()
+    sweeper = Sweeper(model, graph, moments, reader.indices, by_weight, {weight: tap.maps for weight, tap in taps.items()})
+    sweep = sweeper.run() if pixels and reader.complete else None
     return CapacityMap(
         capacity=capacity,
         n_params=counts,
@@ -163,7 +161,7 @@ def capacity_map(
         pixels=None if sweep is None else sweep.pixels,
         bias=None if sweep is None else sweep.bias,
         coherent=coherent,
-        residual=_residual_shares(graph, moments),
+        residual=_residual_shares(graph, sweeper.moments),
         decoupling=reader.decoupling(),
         skipped=_skipped(model, set(by_weight), {tap.bias for tap in taps.values()}),
         approximated={} if sweep is None else sweep.approximated,
@@ -207,7 +205,10 @@ def _project(out: Tensor, leaf: Tensor, projections: int, seed: int) -> list[flo
 
 
 def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor]) -> dict[str, float]:
-    """``r_l`` of every addition of two maps of one shape that come from the input (31); the branch is the side with more layers."""
+    """``r_l`` of every addition of two maps of one shape that come from the input (31); the branch is the side with more layers.
+
+    Sums of sides that are equally deep are parallel branches, not residual.
+    """
     fed, depth = graph.fed(), {-1: 0}
     found: dict[str, float] = {}
     for node in graph.nodes:
@@ -216,10 +217,8 @@ def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor]) ->
         depth[node.index] = max((depth.get(i, 0) for i, _ in data), default=0) + own
         if base_name(node) != "add" or len(data) != 2 or len(node.input_shapes) != 2 or node.input_shapes[0] != node.input_shapes[1]:
             continue
-        if any(port not in moments for port in data):
-            continue
         stream, branch = sorted(data, key=lambda port: depth.get(port[0], 0))
-        if graph.source(stream[0]) == graph.source(branch[0]):
+        if stream not in moments or branch not in moments or depth.get(stream[0], 0) == depth.get(branch[0], 0):
             continue
         s, b = float(moments[stream].double().mean()), float(moments[branch].double().mean())
         name = node.module or "model"
@@ -238,9 +237,11 @@ def _skipped(model: nn.Module, measured: set[str], biases: set[str | None]) -> d
         owner = name.rpartition(".")[0]
         kind = type(model.get_submodule(owner)).__name__
         if parameter.ndim >= 2 and isinstance(model.get_submodule(owner), (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            reasons[owner] = f"{kind} is not on the way from the input to the output"
+            reasons[owner] = f"{kind} is not on the way from the input to the output, or runs inside a fused function"
         elif "norm" in kind.lower():
             reasons.setdefault(owner, f"{kind} rescales the layer before it")
         else:
-            reasons.setdefault(owner or "model", f"{kind} holds {name.rpartition('.')[2]}, neither a convolution nor a linear layer")
+            reasons.setdefault(
+                owner or "model", f"{kind} holds {name.rpartition('.')[2]}: only linear layers and 1d and 2d convolutions are measured"
+            )
     return reasons

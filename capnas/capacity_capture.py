@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from capnas.measures.decoupling import Decoupling, gate_decoupling, output_decoupling
 from capnas.measures.layer_capacity import kfac_spectrum
-from capnas.tracing import Node, Trace
+from capnas.tracing import Node, Trace, caches_kept
 
 ACTIVATIONS = frozenset(
     (
@@ -51,7 +51,7 @@ def base_name(node: Node) -> str:
 
 @contextlib.contextmanager
 def quiet(model: nn.Module, seed: int, *, grad: bool) -> Iterator[None]:
-    """Eval mode, attention taken apart, the random state and every module's mode put back."""
+    """Eval mode, attention taken apart; caches, the random state and every module's mode put back."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     modes = [(module, module.training) for module in model.modules()]
@@ -61,7 +61,7 @@ def quiet(model: nn.Module, seed: int, *, grad: bool) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         for module, _ in modes:
             module.training = False
-        with torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
+        with caches_kept(model), torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
             torch.manual_seed(seed)
             yield
     finally:
@@ -306,7 +306,7 @@ def _patches(x: Tensor, weight: Tensor, given: dict[str, Any], out_shape: Sequen
 
 def _gram(parts: list[Tensor]) -> Tensor:
     """``X^T X``, or ``X X^T`` where that is smaller: the non-zero eigenvalues are the same."""
-    rows = torch.cat(parts, 1)
+    rows = torch.cat(parts, 1).double()
     return rows.transpose(1, 2) @ rows if rows.shape[2] <= rows.shape[1] else rows @ rows.transpose(1, 2)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas.capacity_capture import ACTIVATIONS, base_name
-from capnas.measures.capacity_push import inject, push, push_max_pool
+from capnas.measures.capacity_push import inject, push, push_max_pool, push_ports
 from capnas.tracing import INPUT, Node, Trace
 
 Port = tuple[int, int]
@@ -328,22 +328,6 @@ class Sweeper:
             return
         for j, moment in zip(data, moments):
             self._give(node, j, amount * moment / total)
-
-
-def push_ports(parts: dict[int, Tensor], moments: list[Tensor], op: Callable[..., Any]) -> tuple[tuple[Tensor, ...], float]:
-    """`push` for an operation with several outputs, of which some carry capacity."""
-    shares: list[Tensor] = [torch.zeros_like(m) for m in moments]
-    left = 0.0
-    for port, k in parts.items():
-
-        def one(*s: Tensor, port: int = port) -> Tensor:
-            out = op(*s)
-            return out if isinstance(out, Tensor) else out[port]
-
-        found, lost = push(k, moments, one)
-        shares = [share + part for share, part in zip(shares, found)]
-        left += lost
-    return tuple(shares), left
 
 
 def _share(moment: Tensor) -> Tensor:

@@ -188,6 +188,28 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
+def caches_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the plain dictionaries that modules hold: some store what they computed in eval mode there (timm's attention biases).
+
+    What a run under fake tensors or gradients leaves behind would otherwise be read by the next one.
+
+    >>> model = nn.Identity()
+    >>> model.cache = {}
+    >>> with caches_kept(model):
+    ...     model.cache["cpu"] = torch.ones(1)
+    >>> model.cache
+    {}
+    """
+    kept = [(v, dict(v)) for m in model.modules() for k, v in vars(m).items() if type(v) is dict and not k.startswith("_")]
+    try:
+        yield
+    finally:
+        for cache, content in kept:
+            cache.clear()
+            cache.update(content)
+
+
+@contextlib.contextmanager
 def _quiet(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Eval mode without calling ``model.eval`` (some override it), module stack by global hooks, everything put back."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -213,7 +235,7 @@ def _quiet(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer has no shape rule
         for module, _ in modes:
             module.training = False
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with caches_kept(model), torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

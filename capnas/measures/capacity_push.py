@@ -9,7 +9,7 @@ The papers treat one-dimensional stacks; the extension to strides, groups, pooli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,34 @@ def push(
     shares = tuple(torch.zeros_like(moment) if slope is None else moment.detach() * slope for moment, slope in zip(inputs, slopes))
     left = float(capacity.double().sum()) - sum(float(share.double().sum()) for share in shares)
     return shares, left
+
+
+def push_ports(
+    capacity: Mapping[int, Tensor], second_moments: Sequence[Tensor], op_sq: Callable[..., Any]
+) -> tuple[tuple[Tensor, ...], float]:
+    """`push` through an operation with several outputs, of which some carry capacity.
+
+    Args:
+        capacity: ``k_out`` by the number of the output.
+        second_moments: as for `push`.
+        op_sq: gives one tensor, or a sequence of them.
+
+    Example:
+        >>> (share,), bias = push_ports({1: torch.tensor([5.0])}, [torch.ones(3)], lambda s: s.split([2, 1]))
+        >>> share.tolist(), bias
+        ([0.0, 0.0, 5.0], 0.0)
+    """
+    shares, left = [torch.zeros_like(moment) for moment in second_moments], 0.0
+    for port, k in capacity.items():
+
+        def one(*s: Tensor, port: int = port) -> Tensor:
+            out = op_sq(*s)
+            return out if isinstance(out, Tensor) else out[port]
+
+        found, lost = push(k, second_moments, one)
+        shares = [share + part for share, part in zip(shares, found)]
+        left += lost
+    return tuple(shares), left
 
 
 def conv_squared(weight: Tensor, **options: Any) -> SquaredOp:
