@@ -41,6 +41,7 @@ _SETTINGS = (
     "seed",
     "train",
 )
+_EMPTY = "No trial has given a value yet; the outcomes say why."
 _RETRAINED = ("trial", "epochs", "seed", "status", "test_accuracy", "test_images", "n_params", "macs")
 _FEW = 10  # complete trials below which nothing is said about correlations at equal size
 _NOTES = {
@@ -76,6 +77,7 @@ class Report:
         """Headed tables."""
         data = self.to_dict()
         lines = [f"# {data['study']['name']}", "", _lead(data), ""]
+        lines += [] if data["best"] else [_EMPTY, ""]
         for title, rows in tables(data).items():
             lines += [f"## {title}", "", *_markdown_table(rows), ""]
             lines += [_NOTES[title], ""] if title in _NOTES else []
@@ -114,6 +116,7 @@ class Report:
             notes=_NOTES,
             figures=parts,
             layers=layers,
+            empty=_EMPTY,
             folder=self.run.folder.name,
         )
         target = Path(path)
@@ -232,7 +235,7 @@ def _seconds(rows: Sequence[tuple[FrozenTrial, Evaluation]]) -> list[dict[str, A
 
 def _correlations(complete: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Strongest first; scores that are nowhere missing only."""
-    accuracy = [e.metrics.get("accuracy") or math.nan for e in complete]
+    accuracy = [math.nan if (a := e.metrics.get("accuracy")) is None else a for e in complete]
     controls = [[float(e.n_params or 0) for e in complete], [float(e.macs or 0) for e in complete]]
     found = []
     for name in ("params", "macs", *SCORES, *(f"init_{s}" for s in SCORES)):

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import re
+import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from scipy import stats
 from tiny_space import images
 
 from capnas.config import StudyConfig
 from capnas.data import load_data
 from capnas.errors import MissingDependencyError
-from capnas.report import Report, rank_correlation
+from capnas.report import Report
 from capnas.runs import RunResult
 from capnas.search import open_run, run_study
 
@@ -24,8 +28,8 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     spec = f"{Path(__file__).with_name('tiny_space.py')}:space"
-    config = StudyConfig(space=spec, data="noise", study="tiny", trials=6, epochs=2, values=("combined",), max_params=1500, device="cpu",
-                         seed=1, pruner="off", out=str(folder), train={"batch_size": 32})  # fmt: skip
+    config = StudyConfig(space=spec, data="noise", study="tiny", trials=20, epochs=2, max_params=400, device="cpu", seed=1, pruner="off",
+                         sampler="random", out=str(folder), train={"batch_size": 32})  # fmt: skip
     run_study(config, data=load_data(images(), validation=0.2, test=0.2))
     return open_run(folder)
 
@@ -33,43 +37,80 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 def test_numbers_agree_with_the_stored_trials(run: RunResult) -> None:
     data = json.loads(json.dumps(Report.of(run).to_dict(), allow_nan=False))
     evaluations = [e for _, e in run.evaluations()]
-    assert data["study"]["finished"] == 6
-    assert sum(data["outcomes"].values()) == 6
-    for status, count in data["outcomes"].items():
-        assert count == sum(e.status == status for e in evaluations)
+    assert data["study"]["finished"] == 20
+    counted = Counter()
+    for row in data["outcomes"]:
+        counted[row["outcome"]] += row["trials"]
+    assert counted == Counter(e.status for e in evaluations)
     complete = [t for t, e in run.evaluations() if e.status == "complete"]
     assert data["best"][0]["trial"] == max(complete, key=lambda t: t.values[0]).number
-    assert data["best"][0]["combined"] == round(max(t.values[0] for t in complete), 4)
-    assert data["seconds"]["training"] == pytest.approx(sum(e.seconds.get("training", 0) for e in evaluations), abs=0.01)
+    assert data["best"][0]["combined"] == max(t.values[0] for t in complete)
+    training = [e.seconds["training"] for e in evaluations if "training" in e.seconds]
+    row = next(row for row in data["seconds"] if row["stage"] == "training")
+    assert row == {
+        "stage": "training",
+        "trials": len(training),
+        "sum": round(sum(training), 2),
+        "median": round(statistics.median(training), 3),
+    }
+
+
+def test_reasons_that_differ_in_numbers_only_are_one_outcome(run: RunResult) -> None:
+    over = [e for _, e in run.evaluations() if e.status == "over_budget"]
+    rows = [row for row in Report.of(run).to_dict()["outcomes"] if row["outcome"] == "over_budget"]
+    assert len({e.reason for e in over}) > 1
+    assert [row["trials"] for row in rows] == [len(over)]
+    assert rows[0]["reason (of the first)"] == over[0].reason
+
+
+def test_correlations_are_scipys_over_trained_architectures(run: RunResult) -> None:
+    complete = [e for _, e in run.evaluations() if e.status == "complete"]
+    rows = {row["score"]: row for row in Report.of(run).to_dict()["correlations"]}
+    assert rows
+    for name, row in rows.items():
+        expected = stats.spearmanr([e.metrics[name] for e in complete], [e.metrics["accuracy"] for e in complete]).statistic
+        assert row["spearman"] == pytest.approx(expected, abs=6e-4)
+        assert row["partial"] is None  # too few architectures to hold two quantities fixed
+        assert row["trials"] == len(complete)
+
+
+def test_retrained_networks_are_listed_and_on_the_checklist(run: RunResult) -> None:
+    path = run.folder / "retrained.json"
+    record = {"trial": 0, "epochs": 2, "seed": 7, "status": "complete", "reason": "", "test_accuracy": 0.625, "test_loss": 1.0,
+              "test_images": 48, "n_params": 10, "macs": 20, "seconds": 1.0, "device": "cpu", "curve": [{"epoch": 1}]}  # fmt: skip
+    assert "capnas best --retrain" in Report.of(run).to_markdown()
+    path.write_text(json.dumps([record]))
+    try:
+        text = Report.of(run).to_markdown()
+    finally:
+        path.unlink()
+    assert "| 0 | 2 | 7 | complete | 0.625 |" in text
+    assert "yes: 1, seeds 7" in text
 
 
 def test_markdown_has_one_row_for_each_listed_trial(run: RunResult) -> None:
     report = Report.of(run)
     text = report.to_markdown()
-    best = text.split("## Best")[1].split("##")[0]
+    best = text.split("## Best trials")[1].split("##")[0]
     assert len(re.findall(r"^\| \d+ \|", best, re.MULTILINE)) == len(report.to_dict()["best"])
-    for heading in ("# tiny", "## Outcomes", "## Seconds by stage"):
+    for heading in ("# tiny", "## Outcomes", "## Seconds by stage", "## To judge this study", "## Settings", "## Environment"):
         assert heading in text
 
 
-def test_page_is_self_contained_and_has_every_figure(run: RunResult, tmp_path: Path) -> None:
+def test_page_is_self_contained_and_has_every_figure_and_table(run: RunResult, tmp_path: Path) -> None:
     report = Report.of(run)
-    titles = list(report.figures())
+    titles = [*report.figures(), "Best trials", "Outcomes"]
     assert "Saturation through the network" in titles
     page = report.write_html(tmp_path / "deep" / "page.html").read_text(encoding="utf-8")
-    assert all(f"<h2>{title}</h2>" in page for title in titles)
+    assert all(page.count(f"<h2>{title}</h2>") == 1 for title in titles)
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="https?:', page)
-    assert page.count("<h2>Best</h2>") == 1
-    assert "Layers of trial" in page
+    assert "Blocks and layers of trial" in page
 
 
-def test_figures_show_what_is_stored(run: RunResult) -> None:
-    figures = Report.of(run).figures()
-    accuracy = [e.metrics["accuracy"] for _, e in run.evaluations() if e.status in ("complete", "duplicate")]
-    assert list(figures["Accuracy over the search"].data[0].y) == accuracy
-    steps = list(figures["Accuracy over the search"].data[1].y)
-    assert steps == sorted(steps)
-    assert steps[-1] == max(accuracy)
+def test_page_shows_texts_of_trials_as_text(run: RunResult, tmp_path: Path) -> None:
+    config = dataclasses.replace(run.config, study="<script>alert(1)</script>")
+    page = Report.of(dataclasses.replace(run, config=config)).write_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<script>alert(1)" not in page
 
 
 def test_empty_run_has_a_report(tmp_path: Path) -> None:
@@ -77,9 +118,9 @@ def test_empty_run_has_a_report(tmp_path: Path) -> None:
     config = StudyConfig(space=spec, data="noise", trials=1, max_params=1, out=str(tmp_path / "none"), device="cpu")
     run_study(config, data=load_data(images(), validation=0.2, test=0.2))
     report = Report.of(open_run(tmp_path / "none"))
-    assert "No trial has completed yet." in report.to_markdown()
+    assert "No trial has given a value yet" in report.to_markdown()
     assert report.figures() == {}
-    assert report.write_html(tmp_path / "page.html").exists()
+    assert "No trial has given a value yet" in report.write_html(tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_missing_plotly_names_the_extra(run: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,10 +134,3 @@ def test_missing_plotly_names_the_extra(run: RunResult, monkeypatch: pytest.Monk
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingDependencyError, match=r"pip install 'capnas\[report\]'"):
         Report.of(run).figures()
-
-
-def test_rank_correlation() -> None:
-    assert rank_correlation([1, 2, 3, 4], [1, 4, 9, 16]) == 1
-    assert rank_correlation([1, 2, 3], [3, 2, 1]) == -1
-    assert rank_correlation([1, 2], [1, 2]) != rank_correlation([1, 2], [1, 2])
-    assert rank_correlation([1, 1, 1], [1, 2, 3]) != 0
