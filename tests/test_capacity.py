@@ -204,6 +204,34 @@ def test_gates_get_nothing_from_what_they_multiply() -> None:
     assert with_gate.bias == pytest.approx(0, abs=1e-3 * with_gate.total)
 
 
+def test_gates_are_known_behind_views_and_attention_weights_too() -> None:
+    torch.manual_seed(0)
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(128, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x[:, :1].sigmoid().expand(-1, 2, -1, -1) * x[:, 1:]).flatten(1))
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = x.unbind(1)
+            return self.head(F.scaled_dot_product_attention(query, key, value).flatten(1))
+
+    gated = capacity_map(Gated(), images()).pixels
+    assert gated[0].abs().max() == 0
+    assert gated[1:].min() > 0
+    attends = capacity_map(Attends(), images()).pixels
+    assert attends[:2].abs().max() == 0
+    assert attends[2].min() > 0
+
+
 @pytest.mark.parametrize("build", [cnn, Branches, Tokens])
 def test_model_is_left_untouched(build) -> None:
     torch.manual_seed(0)
