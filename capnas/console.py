@@ -47,9 +47,11 @@ def short(value: float | None, digits: int = 4) -> str:
     """
     if value is None or value != value:
         return "-"
+    if abs(value) == float("inf"):
+        return str(value)
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f}{unit}"
+        if abs(value) >= 0.9995 * size and (size > 1e3 or abs(value) >= size):
+            return f"{value / size:.3g}{unit}"
     return str(int(value)) if value == int(value) else f"{value:.{digits}f}"
 
 
