@@ -334,7 +334,7 @@ def test_signals_end_cleanly(home: Path, number: signal.Signals, workers: int) -
     folder = home / f"signal-{number}-{workers}"
     with started(folder, 500, workers=workers, pause=0.1) as process:
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
     assert "Traceback" not in err
     word, count = out.splitlines()[-1].split()

@@ -237,6 +237,9 @@ def test_devices() -> None:
     assert [use_channels_last("auto", cpu, m) for m in (dense, depthwise, nn.Linear(2, 2))] == [True, False, False]
     assert use_channels_last("auto", torch.device("cuda"), depthwise)
     assert [use_channels_last(s, cpu, depthwise) for s in ("on", "off")] == [True, False]
+    for narrow in (nn.Conv2d(8, 8, 1, stride=2), nn.Conv2d(64, 64, 1, stride=2, groups=8)):  # the format that overruns memory
+        assert not any(use_channels_last(s, cpu, nn.Sequential(narrow)) for s in ("auto", "on"))
+    assert use_channels_last("auto", cpu, nn.Sequential(nn.Conv2d(16, 8, 1, stride=2), nn.Conv2d(8, 8, 1)))
     with pytest.raises(UsageError, match='device must be "auto", "cpu", "cuda" or "cuda:N", got \'gpu\''):
         resolve_device("gpu")
     with pytest.raises(UsageError, match="'cuda:99' is not here: torch sees"):

