@@ -38,12 +38,18 @@ except RuntimeError:
 
 _STAND_IN = '''\
 class Decisions(dict):
-    """Answers every suggestion with the decision of that name."""
+    """Stands in for the trial: answers every suggestion with the decision of that name, and ignores what it is told."""
+
+    number = 0
 
     def suggest(self, name, *args, **kwargs):
         return self[name]
 
+    def told(self, *args, **kwargs):
+        pass
+
     suggest_int = suggest_float = suggest_categorical = suggest
+    set_user_attr = set_constraint = report = told
 
 
 '''

@@ -19,8 +19,20 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     data = str(write_images(root / "images"))
-    config = StudyConfig(space=FILE, data=data, study="tiny", trials=4, epochs=1, max_params=300, device="cpu", sampler="random", pruner="off", out=str(root / "tiny"), train={"batch_size": 32},
-                         data_options={"image_size": 8, "in_chans": 1})  # fmt: skip
+    config = StudyConfig(
+        space=FILE,
+        data=data,
+        study="tiny",
+        trials=4,
+        epochs=1,
+        max_params=300,
+        device="cpu",
+        sampler="random",
+        pruner="off",
+        out=str(root / "tiny"),
+        train={"batch_size": 32},
+        data_options={"image_size": 8, "in_chans": 1},
+    )
     return run_study(config).folder
 
 
