@@ -24,7 +24,7 @@ help: ## list the targets
 	@touch $@
 
 demo: .venv/report.installed ## a real search on the embedded images, under six minutes on two cores
-	$(BIN)/capnas search resnet --data fashion-mnist-12k --trials 10 --epochs 3 --max-macs 8M --values combined --seed 0 --out runs/demo
+	$(BIN)/capnas search resnet --data fashion-mnist-12k --trials 10 --epochs 3 --max-macs 6M --values combined --workers 2 --out runs/demo
 	$(BIN)/capnas best runs/demo
 	$(BIN)/capnas report runs/demo --html runs/demo/report.html
 
