@@ -86,9 +86,12 @@ def search(
 ) -> None:
     """Search for architectures; the same command again resumes."""
     with _quiet():
+        import optuna
+
         from capnas.config import StudyConfig
         from capnas.search import run_study
 
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # its import has set its own level again
         config = StudyConfig(
             space=space,
             data=data,
