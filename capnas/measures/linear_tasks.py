@@ -130,8 +130,10 @@ def train_linear(
     converged = stationarity <= 1e-6 or relative_loss <= 1e-20  # the angle of a vanished error is rounding noise
     rank = int(basis.shape[1])
     equal = [torch.from_numpy(fit.x) for fit in ends if fit.cost <= best.cost * (1 + 1e-6) + 1e-20 * scale**2]
-    maps = [spatial_allocation(architecture.jacobian(point), task.covariance) for point in equal]
-    tied = max(float((one - maps[0]).abs().sum()) for one in maps) > 0.3
+    kappa = spatial_allocation(architecture.jacobian(theta), task.covariance)
+    others = [spatial_allocation(architecture.jacobian(point), task.covariance) for point in equal]
+    others = [other for other in others if abs(float((other - kappa).sum())) < 0.5]  # beside a lower rank lies noise of the generic one
+    tied = any(float((other - kappa).abs().sum()) > 0.3 for other in others)
     degenerate = tied or not converged or (relative_loss < 1e-4 and rank < generic)
     return LinearFit(
         theta=theta,
