@@ -56,7 +56,7 @@ def measure(tool_path, reps):
     for case, (name, batch, width) in CASES.items():
         out = HERE / "raw" / (case.replace(" ", "_") + ".json")
         command = [sys.executable, str(tool_path), "--impl", f"delve,{adapter_path}:Capnas", "--model", name, "--batch", str(batch),
-                   "--width", str(width), "--threads", "1", "--reps", str(reps), "--json", str(out)]  # fmt: skip
+                   "--width", str(width), "--threads", "1", "--reps", str(reps), "--no-memory", "--json", str(out)]  # fmt: skip
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         result = json.loads(out.read_text())
         result["impl"] = {key.split(":")[-1].lower(): value for key, value in result["impl"].items()}
