@@ -25,7 +25,7 @@ help: ## list the targets
 
 demo: .venv/report.installed ## a real search on the embedded images, under six minutes on two cores
 	$(BIN)/capnas search resnet --data fashion-mnist-12k --trials 10 --epochs 3 --max-macs 6M --values combined --workers 2 --out runs/demo
-	$(BIN)/capnas best runs/demo
+	$(BIN)/capnas best runs/demo --code runs/demo/best.py
 	$(BIN)/capnas report runs/demo --html runs/demo/report.html
 
 lint: .venv/dev.installed ## style, import directions, types

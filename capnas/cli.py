@@ -86,12 +86,9 @@ def search(
 ) -> None:
     """Search for architectures; the same command again resumes."""
     with _quiet():
-        import optuna
-
         from capnas.config import StudyConfig
         from capnas.search import run_study
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)  # its import has set its own level again
         config = StudyConfig(
             space=space,
             data=data,
@@ -277,14 +274,14 @@ def _config_of(run: str, storage: str | None) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Optuna's log lines off (progress tells the same), warnings as one line each."""
-    import logging
+    import optuna
 
     def one_line(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
     ) -> None:
         say(f"warning: {' '.join(str(message).split())}")
 
-    logging.getLogger("optuna").setLevel(logging.ERROR)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message=r".*is experimental.*")
@@ -293,7 +290,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    start = ["python", "-m", "capnas"] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

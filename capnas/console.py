@@ -182,7 +182,7 @@ def show_profile(found: Any) -> None:
 def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code: str) -> None:
     """One trial: values, parameters, metrics, the result of its final training, and its code."""
     print(f"trial {document['trial']} of {document['study']}: {document['status']}, {document['image_size']} px")
-    metrics = {k: v for k, v in document["metrics"].items() if not k.startswith("init_")}
+    metrics = {k: v for k, v in document["metrics"].items() if v is not None and not k.startswith("init_")}
     for name, rows in (("value", document["values"]), ("parameter", document["params"]), ("metric", metrics)):
         texts = [[k, short(v) if isinstance(v, int | float) and not isinstance(v, bool) else str(v)] for k, v in rows.items()]
         if texts:
