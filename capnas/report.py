@@ -192,8 +192,11 @@ def _cards(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name in dict.fromkeys([*data["study"]["values"], "accuracy", "params", "macs"])
         if best.get(name) is not None
     ]
-    test = next((r for r in reversed(data["retrained"]) if r["trial"] == best["trial"] and r["status"] == "complete"), None)
-    cards += [("test accuracy, retrained", _cell(test["test_accuracy"]))] if test else []
+    final = [r for r in data["retrained"] if r["trial"] == best["trial"] and r["status"] == "complete"]
+    if final:
+        longest = max(r["epochs"] for r in final)
+        tests = [r["test_accuracy"] for r in final if r["epochs"] == longest]
+        cards.append((f"test accuracy, {longest} epochs, mean of {len(tests)}", _cell(statistics.mean(tests))))
     return [("best trial", str(best["trial"])), *cards]
 
 

@@ -74,18 +74,22 @@ def test_correlations_are_scipys_over_trained_architectures(run: RunResult) -> N
         assert row["trials"] == len(complete)
 
 
-def test_retrained_networks_are_listed_and_on_the_checklist(run: RunResult) -> None:
+def test_retrained_networks_are_listed_and_on_the_checklist(run: RunResult, tmp_path: Path) -> None:
     path = run.folder / "retrained.json"
     record = {"trial": 0, "epochs": 2, "seed": 7, "status": "complete", "reason": "", "test_accuracy": 0.625, "test_loss": 1.0,
               "test_images": 48, "n_params": 10, "macs": 20, "seconds": 1.0, "device": "cpu", "curve": [{"epoch": 1}]}  # fmt: skip
     assert "capnas best --retrain" in Report.of(run).to_markdown()
-    path.write_text(json.dumps([record]))
+    best = Report.of(run).to_dict()["best"][0]["trial"]
+    records = [record | {"trial": best, "test_accuracy": a, "epochs": n} for a, n in ((0.5, 4), (0.75, 4), (1.0, 1))]
+    path.write_text(json.dumps([record, *records]))
     try:
         text = Report.of(run).to_markdown()
+        page = Report.of(run).write_html(tmp_path / "page.html").read_text(encoding="utf-8")
     finally:
         path.unlink()
+    assert "<b>0.625</b><span>test accuracy, 4 epochs, mean of 2</span>" in page
     assert "| 0 | 2 | 7 | complete | 0.625 |" in text
-    assert "yes: 1, seeds 7" in text
+    assert "yes: 4, seeds 7" in text
 
 
 def test_markdown_has_one_row_for_each_listed_trial(run: RunResult) -> None:
