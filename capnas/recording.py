@@ -41,8 +41,8 @@ class LayerRecord:
         kind: class name of the module.
         reading: "modules" or "blocks".
         moments: moments of the rows used, width D.
-        rows_seen: rows (samples times positions) that passed, of which `moments.count` were used.
-        calls: forward calls.
+        rows_seen: rows (samples times positions) of the passes that were read, of which `moments.count` were used.
+        calls: forward calls read.
         finite: False when an output held NaN or infinite values.
     """
 
@@ -91,10 +91,12 @@ class Recorder:
         blocks: a regular expression that full-matches the names of the units to read as blocks; found by `find_blocks` when absent.
         values_per_call: bound on the numbers copied from one layer in one forward call: `max(values_per_call, 3 * width**2)`, that is
             rows in inverse proportion to the width, and no fewer than 3 per feature; None uses every row.
+        train_interval: in training mode only every n-th forward pass of the model is read, the first one always; evaluation reads all.
+            A search reads every second pass, which halves the cost and leaves the spread over an epoch's steps.
         seed: of the lattice offsets.
 
     Raises:
-        UsageError: unknown reading, or a pattern that matches no module.
+        UsageError: unknown reading, an interval below 1, or a pattern that matches no module.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     >>> with Recorder(model) as recorder:
@@ -104,12 +106,24 @@ class Recorder:
     """
 
     def __init__(
-        self, model: nn.Module, *, reading: Reading = "both", blocks: str | None = None, values_per_call: int | None = 2**17, seed: int = 0
+        self,
+        model: nn.Module,
+        *,
+        reading: Reading = "both",
+        blocks: str | None = None,
+        values_per_call: int | None = 2**17,
+        train_interval: int = 1,
+        seed: int = 0,
     ) -> None:
         if reading not in ("modules", "blocks", "both"):
             raise UsageError(one_of("reading", reading, ("modules", "blocks", "both")))
+        if train_interval < 1:
+            raise UsageError(f"train_interval must be 1 (every pass) or more, got {train_interval}.")
         self.model = model
         self.values_per_call = values_per_call
+        self.train_interval = train_interval
+        self._passes = -1  # a model that is run by its parts only never counts, and every pass is read
+        self._reads = True
         self._random = random.Random(seed)
         self._handles: list[Any] = []
         self._sums: dict[tuple[str, str, str], _Sums] = {}
@@ -121,6 +135,7 @@ class Recorder:
         self._channels_last_maps = getattr(model, "output_fmt", "NCHW") == "NHWC"
 
     def __enter__(self) -> Recorder:
+        self._handles.append(self.model.register_forward_pre_hook(self._count))
         for name in self.layers:
             self._handles.append(self._modules[name].register_forward_hook(self._hook(name, "modules")))
         for name in self.blocks:
@@ -147,6 +162,11 @@ class Recorder:
         return {("block:" if reading == "blocks" else "") + name: self._record(self._sums.pop((m, reading, name)), reading, name)
                 for m, reading, name in keys}  # fmt: skip
 
+    def _count(self, model: nn.Module, args: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not the second run of a checkpointed forward
+            self._passes += model.training
+            self._reads = not model.training or self._passes % self.train_interval == 0
+
     def _record(self, sums: _Sums, reading: str, name: str) -> LayerRecord:
         moments = sums.moments()
         finite = bool(torch.isfinite(moments.scatter).all()) and bool(torch.isfinite(moments.mean).all())
@@ -161,7 +181,7 @@ class Recorder:
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             # gradient checkpointing runs the forward again inside the backward pass: that is the same batch, not a new one
-            if torch._C._current_graph_task_id() != -1:
+            if not self._reads or torch._C._current_graph_task_id() != -1:
                 return
             tensor = _first_tensor(output)
             if tensor is None or tensor.dim() < 2 or not tensor.is_floating_point() or tensor.numel() == 0:

@@ -108,6 +108,23 @@ def test_an_interrupt_says_how_to_resume_and_resuming_keeps_what_was_finished(ru
     assert (document["finished_before"], document["finished"]) == (finished, finished + 1)
 
 
+def test_a_worker_joins_by_folder_or_by_storage(run: Run, folder: Path, tmp_path: Path) -> None:
+    import optuna
+
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    words = ["search", FILE, "--data", folder, "--epochs", "1", "--study", "shared", "--storage", url, "--out", tmp_path / "run", *TINY]
+    assert run(*words, "--trials", "1")[0] == 0
+    code, out, _ = run("worker", tmp_path / "run", "--json")
+    assert (code, json.loads(out)) == (0, {"study": "shared", "ran": 0})
+    study = optuna.load_study(study_name="shared", storage=url)
+    study.set_user_attr("capnas:config", study.user_attrs["capnas:config"] | {"trials": 3})
+    code, out, _ = run("worker", "shared", "--storage", url, "--json")
+    assert (code, json.loads(out)["ran"]) == (0, 2)
+    code, _, err = run("worker", "other", "--storage", url)
+    assert code == 2
+    assert "no study of capnas named other" in err
+
+
 def test_best_writes_a_script_that_needs_no_capnas(run: Run, study: Path, tmp_path: Path) -> None:
     script = tmp_path / "best.py"
     code, out, _ = run("best", study, "--code", script, "--json")

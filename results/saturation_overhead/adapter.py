@@ -1,17 +1,19 @@
 """capnas in the slot of the side-by-side overhead benchmark: attach, values at the epoch's end, detach."""
 
+from typing import ClassVar
+
 from capnas.measures.moments import covariance
 from capnas.measures.saturation import saturation
 from capnas.recording import Recorder
 
 
 class Capnas:
-    """Recording as a search uses it: module outputs, sampled positions."""
+    """Recording as a search uses it: module outputs, sampled positions of every second step."""
 
-    values_per_call = 2**17
+    options: ClassVar = {"train_interval": 2}
 
     def __init__(self, model, seed=0):
-        self.recorder = Recorder(model, reading="modules", values_per_call=self.values_per_call, seed=seed)
+        self.recorder = Recorder(model, reading="modules", seed=seed, **self.options)
         self.recorder.__enter__()
 
     def epoch_end(self):
@@ -22,6 +24,6 @@ class Capnas:
 
 
 class CapnasEveryRow(Capnas):
-    """The same without sampling: every position of every batch."""
+    """The same without sampling: every position of every batch of every step."""
 
-    values_per_call = None
+    options: ClassVar = {"values_per_call": None, "train_interval": 1}

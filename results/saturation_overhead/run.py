@@ -20,6 +20,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 CASES = {"vgg w32 b64": ("vgg", 64, 32), "resnet18 w16 b64": ("resnet18", 64, 16),
          "resnet18 w64 b32": ("resnet18", 32, 64), "mobile w16 b32": ("mobile", 32, 16)}  # fmt: skip
+STEPS = 12  # of the epoch whose saturation is compared
 TARGETS = {"vgg": 1.05, "resnet18": 1.05, "mobile": 1.10}
 
 
@@ -39,7 +40,7 @@ def differences(tool, adapter, seeds=(0, 1, 2)):
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
         tool.steps(model, optimizer, data, 2)
         exact, sampled = adapter.CapnasEveryRow(model), [adapter.Capnas(model, seed) for seed in seeds]
-        tool.steps(model, optimizer, data, 4)
+        tool.steps(model, optimizer, data, STEPS)
         full, parts = exact.epoch_end(), [s.epoch_end() for s in sampled]
         for tracker in (exact, *sampled):
             tracker.detach()
