@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capnas.config import StudyConfig as StudyConfig
     from capnas.data import ImageData as ImageData
     from capnas.data import load_data as load_data
     from capnas.errors import CapnasError as CapnasError
-    from capnas.evaluation import Evaluation as Evaluation
     from capnas.objective import Objective as Objective
+    from capnas.objective.evaluation import Evaluation as Evaluation
     from capnas.profile import LayerProfile as LayerProfile
     from capnas.profile import Profile as Profile
     from capnas.profile import profile_model as profile_model
     from capnas.recording import Recorder as Recorder
     from capnas.report import Report as Report
-    from capnas.runs import open_run as open_run
     from capnas.scoring import SCORES as SCORES
     from capnas.scoring import score as score
     from capnas.search import run_study as run_study
+    from capnas.search.config import StudyConfig as StudyConfig
+    from capnas.search.runs import open_run as open_run
     from capnas.spaces import list_spaces as list_spaces
     from capnas.spaces import load_space as load_space
     from capnas.testing import check_space as check_space
@@ -29,11 +29,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     # search
     "Objective": "capnas.objective",
-    "Evaluation": "capnas.evaluation",
+    "Evaluation": "capnas.objective.evaluation",
     "TrainConfig": "capnas.training",
-    "StudyConfig": "capnas.config",
+    "StudyConfig": "capnas.search.config",
     "run_study": "capnas.search",
-    "open_run": "capnas.runs",
+    "open_run": "capnas.search.runs",
     "Report": "capnas.report",
     # spaces and data
     "load_space": "capnas.spaces",

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capnas.canonical import architecture_hash
 from capnas.errors import CapnasError, SpaceError
+from capnas.graph.canonical import architecture_hash
+from capnas.graph.tracing import Trace, trace
 from capnas.spaces import space_name
-from capnas.tracing import Trace, trace
 
 __all__ = ["Candidate", "Cost", "Infeasible", "LayerCost", "architecture_hash", "build_candidate", "build_model", "cost_of", "count_cost"]
 

@@ -161,7 +161,7 @@ def show_run(result: Any) -> None:
 
 
 def show_profile(found: Any) -> None:
-    """A `capnas.inspection.Inspection`: one table per reading, and the scores."""
+    """A `capnas.search.inspection.Inspection`: one table per reading, and the scores."""
     profile = found.profile
     print(f"{found.name}, {found.state}, {profile.mode} mode, {found.image_size} px")
     print(f"parameters {short(found.n_params)}, MACs {short(found.total_macs)}; k explains {profile.threshold:.4g} of the variance")
@@ -228,8 +228,8 @@ class Progress:
 
     def on_trial(self, study: Any, trial: Any) -> None:
         """A trial of the study ended."""
-        from capnas.evaluation import Evaluation
-        from capnas.runs import is_finished
+        from capnas.objective.evaluation import Evaluation
+        from capnas.search.runs import is_finished
 
         trials = study.get_trials(deepcopy=False)
         finished = sum(map(is_finished, trials))

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from capnas.capacity import CapacityMap, capacity_map
 from capnas.errors import UsageError, one_of
+from capnas.graph.structure import StructureReport, structure
+from capnas.graph.tracing import Trace, trace
 from capnas.measures.moments import covariance
 from capnas.measures.proxies import PROXIES, baseline_proxies
 from capnas.measures.saturation import THRESHOLD, Spectrum, effective_rank, intrinsic_dimension, saturation_of, spectrum, threshold_margin
 from capnas.recording import MEASURED, LayerRecord, Reading, Recorder
-from capnas.structure import StructureReport, structure
-from capnas.tracing import Trace, trace
 from capnas.weights import weight_norms
 
 VERSION = 1
@@ -225,7 +225,7 @@ def enrich(
         inputs: one batch, as for `profile_model`; so are `targets`, `measures` and `seed`.
         targets: (B,) classes.
         measures: any of `MEASURES`.
-        graph: the model's trace where it is already at hand, see `capnas.tracing.trace`.
+        graph: the model's trace where it is already at hand, see `capnas.graph.tracing.trace`.
         seed: of anything random.
     """
     if {"structure", "norms"} & set(measures):
@@ -243,7 +243,7 @@ def enrich(
 
 
 def with_structure(profile: Profile, report: StructureReport) -> Profile:
-    """The profile with the layer algebra's columns and network numbers, see `capnas.structure.structure`."""
+    """The profile with the layer algebra's columns and network numbers, see `capnas.graph.structure.structure`."""
     rows = []
     for row in profile.layers:
         found = report.layers.get(row.name)

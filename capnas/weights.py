@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from capnas.graph.tracing import Trace
 from capnas.measures.excess import distance_to_init, group_norm_21
 from capnas.measures.operator_norms import OperatorNorm, linear_norm, operator_norm
 from capnas.measures.slack import LayerMotion, capacity_slack
 from capnas.recording import CONVS
-from capnas.tracing import Trace
 
 
 def weight_norms(model: nn.Module, trace: Trace) -> dict[str, OperatorNorm]:
@@ -25,12 +25,12 @@ def weight_norms(model: nn.Module, trace: Trace) -> dict[str, OperatorNorm]:
 
     Args:
         model: any module; only read.
-        trace: of the same model, see `capnas.tracing.trace`.
+        trace: of the same model, see `capnas.graph.tracing.trace`.
 
     Returns:
         Module name to norm, in execution order; a module called at several sizes has its largest norm.
 
-    >>> from capnas.tracing import trace
+    >>> from capnas.graph.tracing import trace
     >>> layer = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False))
     >>> _ = nn.init.constant_(layer[0].weight, 2.0)
     >>> round(weight_norms(layer, trace(layer, (1, 1, 4, 4)))["0"].value, 6)

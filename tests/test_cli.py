@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,10 @@ def test_an_interrupt_says_how_to_resume_and_resuming_keeps_what_was_finished(ru
     words = ["search", FILE, "--data", str(folder), "--trials", "40", "--epochs", "1", "--out", str(tmp_path / "run"), *TINY]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "capnas", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so would its children
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment, preexec_fn=listen
+    )
     assert process.stderr is not None
     line = next(line for line in process.stderr if line.startswith("[2/40]"))
     process.send_signal(signal.SIGINT)

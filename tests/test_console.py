@@ -11,7 +11,7 @@ import pytest
 
 from capnas.console import Progress, duration, number, out_json, pairs, short, show_table
 from capnas.errors import UsageError
-from capnas.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 

@@ -47,7 +47,7 @@ def test_every_command_is_listed() -> None:
 
 
 def test_values_named_in_the_readme_exist() -> None:
-    from capnas.targets import check_values
+    from capnas.objective.targets import check_values
 
     for values in re.findall(r"--values ([\w,-]+)", README):
         assert check_values(values)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from capnas._timm import timm
+from capnas.graph.tracing import trace
 from capnas.measures.excess import distance_to_init
-from capnas.tracing import trace
 from capnas.weights import InitialWeights, weight_norms
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import optuna
 
-from capnas.config import StudyConfig
 from capnas.report import Report
 from capnas.search import open_run, run_study
-from capnas.trials import read_retrained, rebuild, retrain_trial
+from capnas.search.config import StudyConfig
+from capnas.search.trials import read_retrained, rebuild, retrain_trial
 
 HERE = Path(__file__).resolve().parent
 CONFIG = {"space": "resnet", "data": "fashion-mnist-12k", "study": "demo", "trials": 30, "epochs": 3, "values": ("combined",), "seed": 0}

@@ -1,0 +1,247 @@
+"""Capacity allocation of a network on a batch: how much each layer holds, where it sits in the image, how it is carried.
+
+After J. Donier, arXiv 1902.04485, 1902.08572 and 1903.04455. The papers treat linear and one-dimensional models; the estimators for image
+networks are our construction, see `capnas.measures.layer_capacity`, `capnas.measures.decoupling` and `capnas.capacity.sweep`. The model is
+left as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from capnas.capacity.capture import LayerTaps, MomentReader, base_name, quiet
+from capnas.capacity.sweep import Sweeper
+from capnas.errors import UsageError
+from capnas.graph.tracing import Trace, trace
+from capnas.measures import capacity_scores
+from capnas.measures.decoupling import Decoupling, coherent_share, shattering
+from capnas.measures.layer_capacity import common_ridge, kfac_capacity, over_wide, utilisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityMap:
+    """Capacity of one network in one state on one batch.
+
+    Attributes:
+        capacity: c_l per layer (35), an estimate of what the layer alone could fit, by module name in execution order.
+        n_params: P_l, weight and bias.
+        utilisation: u_l = c_l / P_l (36).
+        over_wide: layers flagged by (50); confirm before shrinking.
+        pixels: capacity per input entry (C, H, W) (40), sum = total capacity less ``bias``; None when not asked for or not possible.
+        bias: capacity that biases, position codes and layers off the input's way keep; None without pixels.
+        coherent: S (24), share of the input gradient that is the same for all samples, averaged over projections.
+        residual: r_l of each residual addition (31), by the module that adds.
+        decoupling: of each activation (42), by module; ``#1`` marks the second call.
+        skipped: parametrised layers without c_l, and why.
+        approximated: operations that the sweep had no rule for, with their counts.
+        revived: norms whose scale was all zero and was read as one, as timm's last norms of residual branches at initialization.
+        mu: the common ridge.
+        mode: "train": batch norm on batch statistics held constant; "eval": on its running statistics.
+    """
+
+    capacity: Mapping[str, float]
+    n_params: Mapping[str, int]
+    utilisation: Mapping[str, float]
+    over_wide: tuple[str, ...]
+    pixels: Tensor | None
+    bias: float | None
+    coherent: float
+    residual: Mapping[str, float]
+    decoupling: Mapping[str, Decoupling]
+    skipped: Mapping[str, str]
+    approximated: Mapping[str, int]
+    revived: tuple[str, ...]
+    mu: float
+    mode: Literal["train", "eval"]
+
+    @property
+    def total(self) -> float:
+        """Sum of c_l."""
+        return sum(self.capacity.values())
+
+    @property
+    def shattering(self) -> float:
+        """Lambda = -ln S (24)."""
+        return shattering(self.coherent)
+
+    @property
+    def residual_sum(self) -> float:
+        """R (31), 0 without residual additions."""
+        return sum(self.residual.values())
+
+    def scores(self, groups: Sequence[Sequence[str]] | None = None) -> dict[str, float]:
+        """The scores (43) to (48) by name; NaN where a network has nothing to score.
+
+        Args:
+            groups: blocks of one type, each a sequence of layer names, for the evenness over depth; every layer is a block when None.
+        """
+        values, counts = list(self.capacity.values()), [self.n_params[name] for name in self.capacity]
+        usable = bool(values) and sum(values) > 0
+        blocks = values if groups is None else [sum(self.capacity[name] for name in group) for group in groups]
+        nan = math.nan
+        return {
+            "capacity_balance": capacity_scores.capacity_balance(values, counts) if usable else nan,
+            "depth_evenness": capacity_scores.depth_evenness(blocks) if usable and sum(blocks) > 0 else nan,
+            "coverage": capacity_scores.coverage(self.pixels.sum(0)) if self.pixels is not None and float(self.pixels.sum()) > 0 else nan,
+            "propagation": capacity_scores.propagation(self.shattering) if math.isfinite(self.coherent) else nan,
+            "scaling": capacity_scores.scaling(self.residual_sum) if self.residual else nan,
+            "usage": capacity_scores.usage(values, counts) if usable else nan,
+        }
+
+
+def capacity_map(
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    mode: Literal["train", "eval"] | None = None,
+    projections: int = 4,
+    rows: int = 512,
+    pixels: bool = True,
+    revive: bool = True,
+    seed: int = 0,
+) -> CapacityMap:
+    """Measure capacity allocation of any model that maps images to outputs.
+
+    Args:
+        model: on one device, with floating-point weights.
+        inputs: (B, C, H, W), at least two samples.
+        mode: "train" (batch statistics, for networks at initialization) or "eval"; the model's own when absent. Dropout is off in both.
+        projections: random projections of the outputs that stand for all of them; with at most as many outputs, every output is used.
+        rows: positions per layer call that its input factor is read from, half as many per projection for its output factor;
+            capacities are comparable only at equal rows and batch.
+        pixels: also sweep capacity down to the input.
+        revive: read norms whose scale is still exactly zero as if it were one; otherwise their residual branches hold nothing.
+        seed: of projections and of the choice of rows.
+
+    Raises:
+        UsageError: fewer than two samples, or outputs that do not depend on the input or are not finite.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    >>> found = capacity_map(model, torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    >>> list(found.capacity), bool(0 < found.utilisation["0"] <= 1), tuple(found.pixels.shape)
+    (['0', '3'], True, (1, 8, 8))
+    >>> abs(float(found.pixels.sum()) + found.bias - found.total) < 1e-6 * found.total
+    True
+    """
+    if inputs.ndim < 2 or len(inputs) < 2:
+        raise UsageError(f"inputs must be a batch (B, C, H, W) of at least two samples, got shape {tuple(inputs.shape)}.")
+    chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
+    batch = len(inputs)
+    graph = trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
+    reader = MomentReader(graph, batch, seed=seed)
+    statistics = LayerTaps(model, batch, rows=0, batch_statistics=chosen == "train", revive=revive, seed=seed)
+    statistics.watching = False
+    with quiet(model, seed, grad=False), statistics, reader:
+        model(inputs.clone())
+    reader.moments[-1, 0] = inputs.detach().float().square().mean(0, keepdim=True)
+    moments = {port: moment.cpu() for port, moment in reader.moments.items()}
+
+    tapped, coherent = _backward(model, inputs, chosen, projections, rows, revive, seed)
+    taps = tapped.taps
+    spectra = {name: tap.spectrum() for name, tap in taps.items() if tap.responses}
+    ridge = common_ridge(list(spectra.values())) if spectra else 0.0
+    by_weight = kfac_capacity(spectra, mu=ridge)
+    names = {weight: weight.removesuffix(".weight") for weight in by_weight}
+    capacity = {names[weight]: value for weight, value in by_weight.items()}
+    counts = {names[weight]: taps[weight].n_params for weight in by_weight}
+    used = utilisation(capacity, counts)
+    sweeper = Sweeper(model, graph, moments, reader.indices, by_weight, {weight: tap.maps for weight, tap in taps.items()})
+    sweep = sweeper.run() if pixels and reader.complete else None
+    return CapacityMap(
+        capacity=capacity,
+        n_params=counts,
+        utilisation=used,
+        over_wide=over_wide(used),
+        pixels=None if sweep is None else sweep.pixels,
+        bias=None if sweep is None else sweep.bias,
+        coherent=coherent,
+        residual=_residual_shares(graph, sweeper.moments),
+        decoupling=reader.decoupling(),
+        skipped=_skipped(model, set(by_weight), {tap.bias for tap in taps.values()}),
+        approximated={} if sweep is None else sweep.approximated,
+        revived=tuple(tapped.revived),
+        mu=ridge,
+        mode=chosen,
+    )
+
+
+def _backward(model: nn.Module, inputs: Tensor, mode: str, projections: int, rows: int, revive: bool, seed: int) -> tuple[LayerTaps, float]:
+    """Layer factors and the coherent share, from one forward and a few backward passes."""
+    batch = len(inputs)
+    taps = LayerTaps(model, batch, rows=rows, batch_statistics=mode == "train", revive=revive, seed=seed)
+    with quiet(model, seed, grad=True):
+        leaf = inputs.detach().clone().requires_grad_()
+        with taps:
+            out = model(leaf.clone())
+        out = out if isinstance(out, Tensor) else next(o for o in out if isinstance(o, Tensor))
+        if not out.requires_grad or not bool(torch.isfinite(out).all()):
+            raise UsageError("the model's outputs must be finite and depend on its input; check the weights and the batch.")
+        shares = _project(out, leaf, projections, seed)
+        if not shares and taps.last_input is not None and taps.last_input.requires_grad:
+            shares = _project(taps.last_input, leaf, projections, seed)  # a head that starts at zero: look through its inputs
+    return taps, sum(shares) / len(shares) if shares else math.nan
+
+
+def _project(out: Tensor, leaf: Tensor, projections: int, seed: int) -> list[float]:
+    """Send projections of the outputs back; the taps on the way read their gradients. The coherent share of each that reaches the input."""
+    flat = out.reshape(len(leaf), -1)
+    outputs = flat.shape[1]
+    if outputs <= projections:
+        directions = torch.eye(outputs)
+    else:
+        directions = torch.randn(projections, outputs, generator=torch.Generator().manual_seed(seed)) / projections**0.5
+    shares = []
+    for direction in directions:
+        (gradient,) = torch.autograd.grad((flat * direction.to(flat)).sum(), leaf, retain_graph=True)
+        if bool(gradient.any()):
+            shares.append(coherent_share(gradient.flatten(1)))
+    return shares
+
+
+def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor]) -> dict[str, float]:
+    """``r_l`` of every addition of two maps of one shape that come from the input (31); the branch is the side with more layers.
+
+    Sums of sides that are equally deep are parallel branches, not residual.
+    """
+    fed, depth = graph.fed(), {-1: 0}
+    found: dict[str, float] = {}
+    for node in graph.nodes:
+        data = [(i, p) for i, p in zip(node.inputs, node.input_ports) if i is not None and (i == -1 or i in fed)]
+        own = any(n is not None for n in node.input_params) and node.flops > 0
+        depth[node.index] = max((depth.get(i, 0) for i, _ in data), default=0) + own
+        if base_name(node) != "add" or len(data) != 2 or len(node.input_shapes) != 2 or node.input_shapes[0] != node.input_shapes[1]:
+            continue
+        stream, branch = sorted(data, key=lambda port: depth.get(port[0], 0))
+        if stream not in moments or branch not in moments or depth.get(stream[0], 0) == depth.get(branch[0], 0):
+            continue
+        s, b = float(moments[stream].double().mean()), float(moments[branch].double().mean())
+        name = node.module or "model"
+        while name in found:
+            name += "'"
+        found[name] = b / (b + s) if b + s > 0 else 0.0
+    return found
+
+
+def _skipped(model: nn.Module, measured: set[str], biases: set[str | None]) -> dict[str, str]:
+    """Every parameter without a capacity of its own, by module, with the reason."""
+    reasons: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        if name in measured or name in biases:
+            continue
+        owner = name.rpartition(".")[0]
+        kind = type(model.get_submodule(owner)).__name__
+        if parameter.ndim >= 2 and isinstance(model.get_submodule(owner), (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            reasons[owner] = f"{kind} is not on the way from the input to the output, or runs inside a fused function"
+        elif "norm" in kind.lower():
+            reasons.setdefault(owner, f"{kind} rescales the layer before it")
+        else:
+            reasons.setdefault(
+                owner or "model", f"{kind} holds {name.rpartition('.')[2]}: only linear layers and 1d and 2d convolutions are measured"
+            )
+    return reasons

@@ -1,0 +1,323 @@
+"""What capacity propagation needs to know of a model on a batch: second moments, decoupling, layer factors, input gradients.
+
+Two passes over the model, both in eval mode with batch norm optionally on batch statistics, both leaving the model as it was:
+one without gradients that reads every operation of the traced graph, one with gradients that taps convolutions and linear layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from capnas.graph.tracing import Node, Trace, caches_kept
+from capnas.measures.decoupling import Decoupling, gate_decoupling, output_decoupling
+from capnas.measures.layer_capacity import kfac_spectrum
+
+ACTIVATIONS = frozenset(
+    (
+        "relu",
+        "leaky_relu",
+        "elu",
+        "celu",
+        "selu",
+        "gelu",
+        "silu",
+        "mish",
+        "hardswish",
+        "hardtanh",
+        "hardsigmoid",
+        "sigmoid",
+        "tanh",
+        "softplus",
+    )
+)
+_ROWS, _PLACES = 4096, 16  # rows for the output decoupling, positions for the gate decoupling
+
+
+def base_name(node: Node) -> str:
+    """``"relu"`` for both ``aten.relu.default`` and ``aten.relu_.default``."""
+    return (node.op.split(".")[1] if "." in node.op else node.op).rstrip("_")
+
+
+@contextlib.contextmanager
+def quiet(model: nn.Module, seed: int, *, grad: bool) -> Iterator[None]:
+    """Eval mode, attention taken apart; caches, the random state and every module's mode put back."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    modes = [(module, module.training) for module in model.modules()]
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module, _ in modes:
+            module.training = False
+        with caches_kept(model), torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in modes:
+            module.training = training
+
+
+def batch_mean(values: Tensor, shape: Sequence[int], batch: int) -> Tensor | None:
+    """Mean over the batch of values whose shape for one sample is known, also where the batch is the outer part of an axis.
+
+    None when no axis, or more than one, can hold the batch.
+
+    >>> batch_mean(torch.arange(6.0).view(6, 1), (2, 1), 3).flatten().tolist()
+    [2.0, 3.0]
+    """
+    if tuple(values.shape) == tuple(shape):
+        return values
+    if values.ndim != len(shape):
+        return None
+    axes = [axis for axis, (full, one) in enumerate(zip(values.shape, shape)) if full != one]
+    if len(axes) != 1 or values.shape[axes[0]] != batch * shape[axes[0]]:
+        return None
+    return values.unflatten(axes[0], (batch, shape[axes[0]])).mean(axes[0])
+
+
+class MomentReader(TorchDispatchMode):
+    """Second moments of every computed value, at one sample's shape; run ``model(x)`` inside it.
+
+    Operations that only rearrange are left out: a batch of one and a larger one may take different ones (a view, or a copy and a view),
+    and what they give follows from what they read.
+    """
+
+    def __init__(self, trace: Trace, batch: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.trace, self.batch, self.place = trace, batch, 0
+        self.nodes = [node for node in trace.nodes if not node.shape_only]
+        self.moments: dict[tuple[int, int], Tensor] = {}
+        self.indices: dict[int, Tensor] = {}
+        self.activations: dict[str, tuple[Any, Any, Any, Tensor, Tensor]] = {}  # function, its other arguments, rows, maps
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run executed what the trace recorded, in its order."""
+        return self.place == len(self.nodes)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        node = self.nodes[self.place] if self.place < len(self.nodes) else None
+        if node is None or str(func) != node.op:
+            return func(*args, **kwargs)
+        if base_name(node) in ACTIVATIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            self.keep(node, func, args, kwargs)
+        out = func(*args, **kwargs)
+        self.place += 1
+        for port, (tensor, shape) in enumerate(zip([t for t in tree_flatten(out)[0] if isinstance(t, Tensor)], node.shapes)):
+            if tensor.is_floating_point():
+                moment = batch_mean(tensor.detach().float().square(), shape, self.batch)
+                if moment is not None:
+                    self.moments[node.index, port] = moment
+            elif base_name(node).startswith("max_pool"):
+                self.indices[node.index] = tensor
+        return out
+
+    def keep(self, node: Node, func: Any, args: Any, kwargs: Any) -> None:
+        """Keep what the decoupling of one activation needs: its input at some rows, and at some positions for all samples."""
+        z = args[0].detach()
+        channel = self.channel_axis(node, z.ndim)
+        flat = z.movedim(channel, -1).reshape(len(z), -1, z.shape[channel]).float()  # (B, Q, D)
+        if flat.shape[0] < 2 or flat.shape[2] < 2 or not bool(torch.isfinite(flat).all()):
+            return
+        places = flat.shape[1]
+        rows = flat.flatten(0, 1)
+        if len(rows) > _ROWS:
+            rows = rows[torch.randperm(len(rows), generator=self.generator)[:_ROWS].to(z.device)]
+        at = torch.randperm(places, generator=self.generator)[: min(places, _PLACES)].to(z.device)
+        plain = getattr(torch.ops.aten, func._overloadpacket.__name__.rstrip("_")).default  # the out-of-place form
+        name = node.module if node.call == 0 else f"{node.module}#{node.call}"
+        while name in self.activations:
+            name += "'"
+        self.activations[name] = (plain, args[1:], kwargs, rows.clone(), flat[:, at].clone())
+
+    def decoupling(self) -> dict[str, Decoupling]:
+        """Decoupling of each activation (42) by the name of its module; call it outside, gradients are off inside a dispatch mode."""
+        found = {}
+        for name, (function, args, kwargs, rows, maps) in self.activations.items():
+            with torch.enable_grad():
+                maps = maps.requires_grad_()
+                (gates,) = torch.autograd.grad(function(maps, *args, **kwargs).sum(), maps)
+            post = function(rows, *args, **kwargs)
+            found[name] = Decoupling(out=output_decoupling(rows.cpu(), post.cpu()), gate=gate_decoupling(gates.transpose(1, 2).cpu()))
+        return found
+
+    def channel_axis(self, node: Node, ndim: int) -> int:
+        """Images keep channels second unless a linear layer or a layer norm made them."""
+        if ndim != 4:
+            return 1 if ndim == 2 else ndim - 1
+        index: int | None = node.index
+        while index is not None and index >= 0:
+            base = base_name(self.trace.nodes[index])
+            if base in ("addmm", "mm", "linear", "native_layer_norm"):
+                return 3
+            if base in ("convolution", "native_batch_norm", "native_group_norm", "cudnn_batch_norm"):
+                return 1
+            inputs = self.trace.nodes[index].inputs
+            index = inputs[0] if inputs else None
+        return 1
+
+
+@dataclass(kw_only=True)
+class LayerTap:
+    """One convolution or linear layer over all its calls."""
+
+    weight: str
+    bias: str | None
+    n_params: int
+    rms: float
+    inputs: list[Tensor] = field(default_factory=list)  # per call (G, M, a), rows scaled so that their Gram is A
+    responses: list[Tensor] = field(default_factory=list)  # per projection and call (G, M, b), rows whose Gram is its part of B
+    maps: list[Tensor] = field(default_factory=list)  # per call, flat: E sum_o (d f_o / d z)^2 on one sample's output
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues of the layer's tangent covariance (35)."""
+        return kfac_spectrum(_gram(self.inputs), _gram(self.responses), self.rms)
+
+
+class LayerTaps(TorchFunctionMode):
+    """Reads inputs and output gradients of every convolution and linear layer, called as a module or as a function.
+
+    With ``revive``, a norm whose scale starts at zero (timm's last norm of a residual branch) counts as scale one: what follows the first
+    step of training is read, not the dead branch before it.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, *, rows: int, batch_statistics: bool, revive: bool = True, seed: int = 0) -> None:
+        super().__init__()
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.batch, self.rows, self.batch_statistics = batch, rows, batch_statistics
+        self.revive = revive
+        self.revived: list[str] = []
+        self.last_input: Tensor | None = None
+        self.taps: dict[str, LayerTap] = {}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.watching = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _NORMS:
+            given = dict(zip(_NORMS[func], args)) | kwargs
+            weight = given.get("weight")
+            if self.revive and weight is not None and not bool(weight.detach().any()):
+                self.revived.append(self.names.get(id(weight), "a computed scale"))
+                given["weight"] = torch.ones_like(weight)
+            return _batch_norm(func, given) if func is F.batch_norm and self.batch_statistics else func(**given)
+        out = func(*args, **kwargs)
+        if self.watching and func in (F.linear, F.conv1d, F.conv2d):
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            name = self.names.get(id(weight))
+            if name is not None and isinstance(out, Tensor):
+                self.tap(name, weight, func, args, kwargs, out)
+        return out
+
+    def tap(self, name: str, weight: Tensor, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+        """Read one call: rows of its input now, its output's gradients at each backward pass."""
+        given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args)) | kwargs
+        bias = given.get("bias")
+        entry = self.taps.get(name)
+        if entry is None:
+            entry = self.taps[name] = LayerTap(
+                weight=name,
+                bias=None if bias is None else self.names.get(id(bias)),
+                n_params=weight.numel() + (0 if bias is None else bias.numel()),
+                rms=float(weight.detach().float().square().mean().sqrt()),
+            )
+        x, groups = given["input"].detach(), 1 if func is F.linear else int(given.get("groups", 1))
+        channel = out.ndim - 1 if func is F.linear else 1
+        places = out.numel() // out.shape[channel]
+        chosen = torch.randperm(places, generator=self.generator)[: self.rows].to(x.device)
+        rows = x.flatten(0, -2)[chosen] if func is F.linear else _patches(x, weight, given, out.shape, chosen)
+        rows = rows.reshape(len(chosen), groups, -1).transpose(0, 1).float()
+        if bias is not None:
+            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+        self.last_input = given["input"]
+        entry.inputs.append(rows * math.sqrt(places / (len(chosen) * self.batch)))
+        call = len(entry.inputs) - 1
+
+        def take(gradient: Tensor) -> None:
+            flat = gradient.detach().float()
+            if places > self.rows // 2:  # drawn, as a lattice could meet only some columns
+                picked = torch.randint(places, (self.rows // 2,), generator=self.generator).to(flat.device)
+            else:
+                picked = torch.arange(places, device=flat.device)
+            part = flat.movedim(channel, -1)[_unravel(picked, [n for axis, n in enumerate(flat.shape) if axis != channel])]
+            part = part.reshape(len(part), groups, -1).transpose(0, 1)  # (G, rows, b)
+            entry.responses.append(part / math.sqrt(part.shape[1]))
+            flat = flat.square().reshape(self.batch, -1).mean(0)
+            if call < len(entry.maps):
+                entry.maps[call] += flat
+            else:
+                entry.maps += [torch.zeros_like(flat) for _ in range(call - len(entry.maps))] + [flat]
+
+        if out.requires_grad and out.shape[0] % self.batch == 0:
+            out.register_hook(take)
+
+
+_NORMS: dict[Any, tuple[str, ...]] = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+}
+
+
+def _batch_norm(func: Any, given: dict[str, Any]) -> Tensor:
+    """Batch statistics as constants: nothing is stored, and no gradient runs through them."""
+    x = given["input"]
+    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        variance, mean = torch.var_mean(x.detach().float(), axes, correction=0)
+        mean, variance = mean.to(x.dtype), variance.to(x.dtype)
+    return func(x, mean, variance, given.get("weight"), given.get("bias"), False, given.get("momentum") or 0.1, given.get("eps", 1e-5))
+
+
+def _patches(x: Tensor, weight: Tensor, given: dict[str, Any], out_shape: Sequence[int], chosen: Tensor) -> Tensor:
+    """The input patches (M, C * k...) that a convolution reads at chosen positions of its flattened output (B, positions)."""
+    axes = weight.ndim - 2
+    stride, dilation = (_tuple(given.get(key, 1), axes) for key in ("stride", "dilation"))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
+    padding = given.get("padding", 0)
+    if isinstance(padding, str):
+        total = [(r - 1) if padding == "same" else 0 for r in reach]
+        sides = [(t // 2, t - t // 2) for t in total]
+    else:
+        sides = [(p, p) for p in _tuple(padding, axes)]
+    view = F.pad(x, [side for pair in reversed(sides) for side in pair])
+    for axis in range(axes):
+        view = view.unfold(2 + axis, reach[axis], stride[axis])  # taps go to the end, in order
+    picks: list[Any] = [slice(None)] * (2 + axes) + [slice(None, None, d) for d in dilation]
+    view = view[tuple(picks)]
+    channels_last = view.movedim(1, 1 + axes)  # (B, *positions, C, *taps)
+    return channels_last[_unravel(chosen, [out_shape[0], *out_shape[2:]])].flatten(1)
+
+
+def _gram(parts: list[Tensor]) -> Tensor:
+    """``X^T X``, or ``X X^T`` where that is smaller: the non-zero eigenvalues are the same."""
+    rows = torch.cat(parts, 1).double()
+    return rows.transpose(1, 2) @ rows if rows.shape[2] <= rows.shape[1] else rows @ rows.transpose(1, 2)
+
+
+def _unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    places: list[Tensor] = []
+    for size in reversed(shape):
+        places.insert(0, flat % size)
+        flat = torch.div(flat, size, rounding_mode="floor")
+    return tuple(places)
+
+
+def _tuple(value: Any, axes: int) -> tuple[int, ...]:
+    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values

@@ -1,0 +1,335 @@
+"""The Markov sweep from the output of a traced network to its input: each operation hands its capacity to what it read.
+
+After the propagation of arXiv 1902.08572, extended by us to the operations of image networks (equations 38 to 40 of our specification).
+Everything runs at the shape of one sample, on second moments that `capnas.capacity.capture` read from a batch. Decisions of ours:
+
+* Normalisation, activations and copies pass capacity on unchanged; a norm's bias keeps ``beta^2 / (gamma^2 + beta^2)``.
+* Of a product of two values, the one that a softmax, a sigmoid or a norm of the data made is a gate and gets nothing; two equals share.
+* An operation without a rule hands its capacity to its inputs by their second moments, and is listed as approximated.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capnas.capacity.capture import ACTIVATIONS, base_name
+from capnas.graph.tracing import INPUT, Node, Trace
+from capnas.measures.capacity_push import inject, push, push_max_pool, push_ports
+
+Port = tuple[int, int]
+
+_FLOAT = torch.float32  # of the maps; sums are kept in double precision
+_GATE = re.compile("_?softmax|_safe_softmax|sigmoid|hardsigmoid|linalg_vector_norm|norm|(var|std)(_mean)?|r?sqrt|reciprocal")
+_NORM = re.compile("native_(batch|layer|group)_norm|cudnn_batch_norm|.*rms_norm")
+_LINEAR = re.compile(
+    "mean|sum|avg_pool[123]d|_?adaptive_avg_pool[123]d|upsample_.*|_upsample_.*|constant_pad_nd|reflection_pad.*|replication_pad.*|cat|stack|"
+    "pixel_(un)?shuffle|im2col|col2im|select_scatter|slice_scatter"
+)
+_MIX = re.compile("mm|bmm|addmm|baddbmm|mv|matmul|linear|convolution|einsum")
+_ELEMENTWISE = re.compile(
+    "pow|square|abs|exp|log|neg|clamp.*|round|erf|where|masked_fill|dropout|native_dropout|_?prelu(_kernel)?|threshold"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """``pixels`` (C, H, W) with sum ``total - bias``; ``approximated`` counts the operations without a rule of their own."""
+
+    pixels: Tensor
+    bias: float
+    total: float
+    carried: dict[str, float]
+    approximated: dict[str, int]
+
+
+class Sweeper:
+    """State of one sweep; `run` gives the result.
+
+    Args:
+        model: holds the parameters that the trace names.
+        trace: of one sample.
+        moments: second moment of each traced value at one sample's shape, and of the input under (-1, 0).
+        indices: of max poolings, (B, ...).
+        capacity: c_l by weight name.
+        responses: per weight name and call, the flat map ``E sum_o (d f_o / d z)^2``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trace: Trace,
+        moments: Mapping[Port, Tensor],
+        indices: Mapping[int, Tensor],
+        capacity: Mapping[str, float],
+        responses: Mapping[str, list[Tensor]],
+    ) -> None:
+        self.trace, self.indices, self.capacity, self.responses = trace, indices, capacity, responses
+        self.moments = dict(moments)
+        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.fed = trace.fed()
+        self._rearrange()
+        self.gates = self._find_gates()
+        self.waiting: dict[Port, Tensor] = {}
+        self.bias, self.total = 0.0, 0.0
+        self.carried: dict[str, float] = {}
+        self.approximated: Counter[str] = Counter()
+
+    def run(self) -> Sweep:
+        """Sweep (40)."""
+        calls: Counter[str] = Counter()
+        order: dict[int, int] = {}
+        for node in self.trace.nodes:
+            if node.index in self.fed and (weight := self._layer(node)) is not None:
+                order[node.index] = calls[weight]
+                calls[weight] += 1
+        for node in reversed(self.trace.nodes):
+            if node.index not in self.fed:
+                continue
+            given = {port: self.waiting.pop((node.index, port), None) for port in range(len(node.shapes))}
+            parts = {port: k for port, k in given.items() if k is not None}
+            weight = self._layer(node)
+            if parts:
+                self._pass(node, parts)
+            if weight is not None and weight in self.capacity:
+                self._inject(node, weight, order[node.index], calls[weight])
+        pixels = self.waiting.get((INPUT, 0), torch.zeros(self.trace.input_shape, dtype=_FLOAT))
+        return Sweep(
+            pixels=pixels[0].double(),
+            bias=self.bias,
+            total=self.total,
+            carried=self.carried,
+            approximated=dict(sorted(self.approximated.items())),
+        )
+
+    def _layer(self, node: Node) -> str | None:
+        """Name of the weight of a convolution or linear layer."""
+        if not _MIX.fullmatch(base_name(node)):
+            return None
+        return next((n for n, a in zip(node.input_params, node.input_names) if n in self.capacity and a != "bias"), None)
+
+    def _rearrange(self) -> None:
+        """Second moments behind operations that only rearrange values."""
+        for node in self.trace.nodes:
+            if not node.shape_only or not node.inputs:
+                continue
+            try:
+                out = self._call(node, {0: self._moment(node, 0)})
+            except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, NotImplementedError):
+                continue
+            for port, part in enumerate([out] if isinstance(out, Tensor) else out):
+                self.moments[node.index, port] = part
+
+    def _find_gates(self) -> set[Port]:
+        gates: set[Port] = set()
+        for node in self.trace.nodes:
+            data = [(i, p) for i, p in zip(node.inputs, node.input_ports) if i is not None and (i == INPUT or i in self.fed)]
+            if _GATE.fullmatch(base_name(node)) or (data and all(port in gates for port in data)):
+                gates.update((node.index, port) for port in range(max(1, len(node.shapes))))
+        return gates
+
+    def _data(self, node: Node) -> list[int]:
+        return [j for j, i in enumerate(node.inputs) if i is not None and (i == INPUT or i in self.fed)]
+
+    def _moment(self, node: Node, j: int) -> Tensor:
+        """Second moment of one argument; a parameter's is its square."""
+        index, name, shape = node.inputs[j], node.input_params[j], node.input_shapes[j]
+        if index is None:
+            if name is None or name not in self.tensors:
+                return torch.ones(shape, dtype=_FLOAT)
+            return self.tensors[name].detach().cpu().to(_FLOAT).square().reshape(shape)
+        found = self.moments.get((index, node.input_ports[j]))
+        if found is None:
+            return torch.ones(shape, dtype=_FLOAT)
+        # a view that was written in place may have another shape than the node that wrote it
+        return found if tuple(found.shape) == tuple(shape) else found.mean().expand(shape)
+
+    def _give(self, node: Node, j: int, k: Tensor) -> None:
+        index = node.inputs[j]
+        assert index is not None
+        port = (index, node.input_ports[j])
+        shape = self.trace.input_shape if index == INPUT else self.trace.nodes[index].shapes[port[1]]
+        if tuple(k.shape) != tuple(shape):  # written through a view: the sum is what can be kept
+            k = k.sum() * _share(self.moments.get(port, torch.ones(shape)).reshape(shape))
+            self.approximated["write through a view"] += 1
+        self.waiting[port] = k if port not in self.waiting else self.waiting[port] + k
+
+    def _pass(self, node: Node, parts: dict[int, Tensor]) -> None:
+        """Hand the capacity on a node's outputs to its data inputs."""
+        amount = sum(float(k.double().sum()) for k in parts.values())
+        if node.index in self.fed:
+            self.carried[node.module] = max(self.carried.get(node.module, 0.0), amount)
+        data = self._data(node)
+        try:
+            self._rule(node, parts, data, amount)
+        except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, NotImplementedError):
+            self._fallback(node, data, amount)
+
+    def _rule(self, node: Node, parts: dict[int, Tensor], data: list[int], amount: float) -> None:
+        base = base_name(node)
+        k = parts.get(0)
+        same = [j for j in data if tuple(node.input_shapes[j]) == tuple(node.shape)]
+        if node.shape_only or _LINEAR.fullmatch(base):
+            shares, left = push_ports(parts, [self._moment(node, j) for j in data], lambda *s: self._call(node, dict(zip(data, s))))
+            self.bias += left
+            for j, share in zip(data, shares):
+                self._give(node, j, share)
+        elif k is None:
+            self.bias += amount  # capacity on a statistic only
+        elif _MIX.fullmatch(base):
+            self._mix(node, k, data)
+        elif base.startswith("max_pool") and node.index in self.indices and len(node.shape) == 4:
+            share = push_max_pool(k[0], self.indices[node.index].cpu(), node.input_shapes[data[0]][1:]).to(_FLOAT)
+            self._give(node, data[0], share.unsqueeze(0))
+        elif base in ("add", "sub", "rsub"):
+            every = range(len(node.inputs))
+            shares, left = push(
+                k, [self._moment(node, j).expand(node.input_shapes[j]) for j in every], lambda *s: sum(s[1:], s[0]).expand(k.shape)
+            )
+            self.bias += left + sum(float(share.sum()) for j, share in zip(every, shares) if j not in data)
+            for j in data:
+                self._give(node, j, shares[j])
+        elif base in ("mul", "div"):
+            self._multiply(node, k, list(range(len(node.inputs))), data)
+        elif base == "addcmul":
+            first, *factors = (self._moment(node, j) for j in range(3))
+            product = (factors[0] * factors[1] * float(node.attrs.get("value", 1)) ** 2).expand(k.shape)
+            (start, rest), left = push(k, [first.expand(k.shape), product], lambda a, b: a + b)
+            self.bias += left
+            self._multiply(node, rest, [1, 2], [j for j in data if j > 0])
+            if 0 in data:
+                self._give(node, 0, start)
+            else:
+                self.bias += float(start.sum())
+        elif _NORM.fullmatch(base) and same:
+            self._give(node, same[0], k * (1 - self._norm_leak(node)))
+            self.bias += float((k * self._norm_leak(node)).sum())
+        elif (base in ACTIVATIONS or _ELEMENTWISE.fullmatch(base) or _GATE.fullmatch(base)) and same:
+            self._give(node, same[-1 if base == "where" else 0], k)
+        else:
+            self._fallback(node, data, amount)
+
+    def _multiply(self, node: Node, k: Tensor, factors: list[int], data: list[int]) -> None:
+        """Element-wise product or quotient: all to the values, nothing to gates; equals share."""
+        signal = [j for j in data if (node.inputs[j], node.input_ports[j]) not in self.gates] or data
+        for j in signal:
+            others = [self._moment(node, i) for i in factors if i != j and base_name(node) != "div"]
+            factor = others[0] if others else torch.ones((), dtype=_FLOAT)
+            (share,), left = push(k / len(signal), [self._moment(node, j)], lambda s, factor=factor: (s * factor).expand(k.shape))
+            self.bias += left
+            self._give(node, j, share)
+        if not signal:
+            self.bias += float(k.sum())
+
+    def _mix(self, node: Node, k: Tensor, data: list[int]) -> None:
+        """Matrix products and convolutions: by squared weights, or by the second moments of the other factor."""
+        bias = [j for j, a in enumerate(node.input_names) if a in ("bias", "self") and len(node.inputs) == 3]
+        factors = [j for j in range(len(node.inputs)) if j not in bias]
+        signal = [j for j in data if j in factors]
+        signal = [j for j in signal if (node.inputs[j], node.input_ports[j]) not in self.gates] or signal
+        offset: Tensor | float = 0.0
+        if bias and bias[0] not in data:
+            offset = self._moment(node, bias[0])
+            if base_name(node) == "convolution":
+                offset = offset.view(-1, *[1] * (len(node.shape) - 2))
+        for j in signal:
+            other = {i: self._moment(node, i) for i in factors if i != j}
+            (share,), left = push(
+                k / len(signal), [self._moment(node, j)], lambda s, j=j, other=other: self._product(node, {**other, j: s}), offset
+            )
+            self.bias += left
+            self._give(node, j, share)
+
+    def _inject(self, node: Node, weight: str, call: int, calls: int) -> None:
+        maps = self.responses.get(weight, [])
+        amount = self.capacity[weight] / calls
+        self.total += amount
+        data, place = self._data(node), next(j for j, n in enumerate(node.input_params) if n == weight)
+        size = math.prod(node.shape)
+        k = None
+        if data and node.shape[0] == 1 and self._reads_once(node, data[0], place):
+            alive = (self._moment(node, data[0]) > 0).to(_FLOAT)
+            k = amount * alive / alive.sum().clamp_min(1)
+            k = k if call < len(maps) and bool(maps[call].any()) else None
+        elif call < len(maps) and maps[call].numel() == size and data:
+            response = maps[call].cpu().reshape(node.shape)
+
+            def op(s: Tensor, w: Tensor) -> Tensor:
+                return self._product(node, {data[0]: s, place: w})
+
+            k = inject(amount, torch.empty(node.input_shapes[place]), response, self._moment(node, data[0]), op)
+        if k is None or not float(k.sum()) > 0:
+            self.bias += amount  # nothing passes through the layer, or it is not on the way to the output
+        else:
+            self._give(node, data[0], k)
+
+    def _reads_once(self, node: Node, j: int, place: int) -> bool:
+        """Whether each weight meets exactly one entry of the input: a linear layer on one vector, a convolution over a whole map."""
+        weight, channels = math.prod(node.input_shapes[place]), node.shape[-1] if base_name(node) != "convolution" else node.shape[1]
+        return weight == math.prod(node.input_shapes[j]) * channels and math.prod(node.shape) == channels
+
+    def _product(self, node: Node, tensors: dict[int, Tensor]) -> Tensor:
+        """The node without its bias, at other factors."""
+        base = base_name(node)
+        first, second = (tensors[j] for j in sorted(tensors))
+        if base == "convolution":
+            a = node.attrs
+            return torch.ops.aten.convolution.default(
+                first, second, None, a["stride"], a["padding"], a["dilation"], a["transposed"], a["output_padding"], a["groups"]
+            )
+        return torch.nn.functional.linear(first, second) if base == "linear" else torch.matmul(first, second)
+
+    def _call(self, node: Node, tensors: dict[int, Tensor]) -> Any:
+        """Run a linear operation on other values of its data; constants enter as zeros."""
+        name, _, overload = node.op.removeprefix("aten.").partition(".")
+        packet = getattr(torch.ops.aten, name.rstrip("_"))
+        op = getattr(packet, overload)
+        if base_name(node) in ("clone", "contiguous", "detach", "alias", "_to_copy", "to", "lift_fresh"):
+            return next(iter(tensors.values())).clone()
+        values: dict[str, Any] = {}
+        many = {a.name for a in op._schema.arguments if "Tensor[]" in str(a.type) or "List[Tensor]" in str(a.type)}
+        for j, name in enumerate(node.input_names):
+            tensor = tensors.get(j)
+            if tensor is None:
+                tensor = self._moment(node, j)
+            values.setdefault(name, []).append(tensor)
+        arguments = {name: found if name in many else found[0] for name, found in values.items()}
+        known = {a.name for a in op._schema.arguments}
+        arguments |= {key: list(v) if isinstance(v, tuple) else v for key, v in node.attrs.items() if key in known and key not in arguments}
+        arguments.pop("dtype", None)
+        if base_name(node) in ("view", "_unsafe_view", "as_strided"):
+            return next(iter(tensors.values())).reshape(node.shape)
+        return op(**arguments)
+
+    def _norm_leak(self, node: Node) -> Tensor:
+        """Share that the bias of a normalisation keeps, broadcast to its output."""
+        named = {a: j for j, a in enumerate(node.input_names)}
+        if "bias" not in named:
+            return torch.zeros(node.shape, dtype=_FLOAT)
+        beta = self._moment(node, named["bias"])
+        gamma = self._moment(node, named["weight"]) if "weight" in named else torch.ones_like(beta)
+        gamma = gamma if bool(gamma.any()) else torch.ones_like(gamma)  # read as one, see `LayerTaps`
+        leak = beta / (beta + gamma).clamp_min(torch.finfo(_FLOAT).tiny)
+        return leak.expand(node.shape) if "layer" in base_name(node) else leak.view(1, -1, *[1] * (len(node.shape) - 2)).expand(node.shape)
+
+    def _fallback(self, node: Node, data: list[int], amount: float) -> None:
+        self.approximated[node.op] += 1
+        moments = [self._moment(node, j) for j in data]
+        total = sum(float(m.sum()) for m in moments)
+        if not total > 0:
+            self.bias += amount
+            return
+        for j, moment in zip(data, moments):
+            self._give(node, j, amount * moment / total)
+
+
+def _share(moment: Tensor) -> Tensor:
+    total = moment.sum()
+    return moment / total if float(total) > 0 else torch.full_like(moment, 1 / moment.numel())

@@ -1,0 +1,55 @@
+"""The command line. Each command reads its options, makes one call into the library and shows what came of it.
+
+Nothing heavy is imported before a command runs, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from capnas.cli.app import app
+from capnas.console import say
+from capnas.errors import CapnasError
+
+# isort: split
+# in the order in which help lists the commands
+from capnas.cli import searching as searching  # isort: skip
+from capnas.cli import looking as looking  # isort: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0, 1 after an unexpected error, 2 after an error of use, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        code = app(args=[a for a in given if a != "--debug"], prog_name="capnas", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        say("interrupted")
+        code = 130
+    except CapnasError as error:
+        code = _failed(str(error), debug, status=2)
+    except BrokenPipeError:  # the reader, such as head, closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its help is on the screen
+            code = 2
+        elif hasattr(error, "format_message"):  # an error of click, which some releases of typer carry under another name
+            code = _failed(error.format_message(), debug, hint=" See capnas --help.", status=2)
+        else:
+            text = f"{type(error).__name__}: {error}"
+            code = _failed(text, debug, hint=" (not expected: --debug shows where it comes from)", status=1)
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _failed(text: str, debug: bool, *, status: int, hint: str = "") -> int:
+    if debug:
+        traceback.print_exc()
+    else:
+        say(f"error: {' '.join(text.split())}{hint}")
+    return status

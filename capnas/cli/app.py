@@ -1,0 +1,57 @@
+"""The application that commands register with, and the options that they share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from capnas import __version__
+from capnas.console import say
+
+app = typer.Typer(
+    help="Architecture search for Optuna, timm and PyTorch that looks inside each candidate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress on stderr.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Run = Annotated[str, typer.Argument(help="Folder of a run, or the name of a study under runs/.")]
+Count = Annotated[str | None, typer.Option(metavar="N", help="Limit per candidate: 8e6, 8M, 300k.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"capnas {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    """Architecture search for Optuna, timm and PyTorch that looks inside each candidate."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Optuna's log lines off (progress tells the same), warnings as one line each."""
+    import optuna
+
+    def one_line(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+    ) -> None:
+        say(f"warning: {' '.join(str(message).split())}")
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r".*is experimental.*")
+        warnings.showwarning = one_line
+        yield

@@ -1,0 +1,113 @@
+"""`capnas spaces`, `profile`, `report` and `best`: what there is and what came out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from capnas.cli.app import Device, Json, Run, app, quiet
+from capnas.console import duration, out_json, say, show_best, show_profile, show_table
+
+
+@app.command()
+def spaces(json: Json = False) -> None:
+    """List the installed search spaces."""
+    from capnas.spaces import list_spaces
+
+    found = list_spaces()
+    if json:
+        out_json(found)
+    else:
+        show_table(["space", "what is searched"], found.items(), left=2)
+        say("Search one with: capnas search NAME. A file of your own: capnas search path/to/file.py:function")
+
+
+@app.command()
+def profile(
+    target: Annotated[str, typer.Argument(help="A timm model, or RUN:NUMBER or RUN:best for a trial.")],
+    data: Annotated[str | None, typer.Option(help="Images for a timm model; fashion-mnist-12k without.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels; the data's without.")] = None,
+    batch: Annotated[int, typer.Option(help="Images.")] = 256,
+    mode: Annotated[str, typer.Option(help="train or eval.")] = "train",
+    threshold: Annotated[float, typer.Option(help="Share of the variance that k explains.")] = 0.99,
+    reading: Annotated[str, typer.Option(help="modules, blocks or both.")] = "both",
+    initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network before training instead.")] = False,
+    seed: Annotated[int, typer.Option(help="Of weights and choice of images.")] = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Show width, intrinsic dimension k, saturation and cost of each layer and block."""
+    with quiet():
+        from capnas.search.inspection import inspect_target
+
+        found = inspect_target(
+            target,
+            data=data,
+            image_size=image_size,
+            batch=batch,
+            mode=mode,  # type: ignore[arg-type]
+            threshold=threshold,
+            reading=reading,  # type: ignore[arg-type]
+            initial=initial,
+            seed=seed,
+            device=device,
+        )
+    out_json(found.to_dict()) if json else show_profile(found)
+
+
+@app.command()
+def report(
+    run: Run,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page with figures.")] = None,
+    json: Json = False,
+) -> None:
+    """Tables of a run in markdown, and a page with figures; nothing is trained."""
+    with quiet():
+        from capnas.report import Report
+        from capnas.search import open_run
+
+        found = Report.of(open_run(run))
+        if html is not None:
+            found.write_html(html)
+    if json:
+        out_json(found.to_dict() | ({} if html is None else {"html": str(html)}))
+    else:
+        typer.echo(found.to_markdown() if html is None else f"report: {html}")
+
+
+@app.command()
+def best(
+    run: Run,
+    trial: Annotated[int | None, typer.Option(help="Another trial than the best.")] = None,
+    code: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the Python code to a file instead of showing it.")] = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train it longer on train + validation, evaluate it once on test.")] = False,
+    epochs: Annotated[int, typer.Option(help="Of --retrain.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of --retrain.")] = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Show the best architecture: parameters, scores, and Python code that builds it with timm alone."""
+    with quiet():
+        from capnas.search import open_run
+        from capnas.search.trials import rebuild, retrain_trial
+
+        found = rebuild(open_run(run), "best" if trial is None else trial)
+        script, document = found.script(), found.summary()
+        if code is not None:
+            code.parent.mkdir(parents=True, exist_ok=True)
+            code.write_text(script, encoding="utf-8")
+        test = None
+        if retrain:
+            test = retrain_trial(
+                found,
+                epochs=epochs,
+                seed=seed,
+                device=device,
+                on_epoch=lambda epoch, row: say(f"epoch {epoch}/{epochs}  loss {row['train_loss']:.4f}  ({duration(row['seconds'])})"),
+            )
+    if json:
+        out_json(document | {"code": script} | ({} if test is None else {"retrained": test}))
+        return
+    show_best(document, test, script if code is None else f"code: {code}")

@@ -1,0 +1,128 @@
+"""`capnas search` and `capnas worker`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from capnas.cli.app import Count, Device, Json, app, quiet
+from capnas.console import Progress, number, out_json, pairs, run_document, say, show_run
+
+
+@app.command()
+def search(
+    space: Annotated[str, typer.Argument(help="Name of a space (see capnas spaces), file.py:function or module:function.")],
+    data: Annotated[str, typer.Option(help="Data set: a name or a folder of images.")] = "fashion-mnist-12k",
+    trials: Annotated[int, typer.Option(help="Finished trials in all; a larger number continues a study.")] = 30,
+    epochs: Annotated[int, typer.Option(help="Of the short training.")] = 3,
+    values: Annotated[str, typer.Option(help="What to optimize: combined, or names like accuracy,saturation_evenness,macs.")] = "combined",
+    weights: Annotated[str | None, typer.Option(metavar="NAME=W,...", help="Weights of the scores in combined.")] = None,
+    max_macs: Count = None,
+    max_params: Count = None,
+    gate: Annotated[str | None, typer.Option(help='Bound before training, such as "saturation_evenness>=0.5".')] = None,
+    resolutions: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to search jointly.")] = None,
+    sampler: Annotated[str, typer.Option(help="tpe, random, nsga2, nsga3, gp, qmc or cmaes.")] = "tpe",
+    pruner: Annotated[str, typer.Option(help="median, hyperband or off.")] = "median",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; a journal in the run's folder without one.")] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study; from space and data without one.")] = None,
+    out: Annotated[str | None, typer.Option(help="The run's folder; runs/STUDY without one.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
+    device: Device = "auto",
+    train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More training settings: lr=0.01.")] = None,
+    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More data settings: image_size=32.")] = None,
+    json: Json = False,
+) -> None:
+    """Search for architectures; the same command again resumes."""
+    with quiet():
+        from capnas.search import run_study
+        from capnas.search.config import StudyConfig
+
+        config = StudyConfig(
+            space=space,
+            data=data,
+            study=study,
+            trials=trials,
+            epochs=epochs,
+            values=tuple(v.strip() for v in values.split(",")),
+            weights=None if weights is None else pairs([weights], "--weights"),
+            max_params=None if max_params is None else number(max_params),
+            max_macs=None if max_macs is None else number(max_macs),
+            gate=gate,
+            resolutions=None if resolutions is None else tuple(number(r) for r in resolutions.split(",")),
+            sampler=sampler,
+            pruner=pruner,
+            seed=seed,
+            storage=storage,
+            out=out,
+            workers=workers,
+            device=device,
+            train=pairs(train or [], "--train"),
+            data_options=pairs(data_option or [], "--data-option"),
+        )
+        say(f"searching {space} on {data}: {trials} trials, {epochs} epochs, optimizing {', '.join(config.values)}, into {config.folder}")
+        progress = Progress(total=trials, names=config.values, directions=config.directions)
+        with progress:
+            result = run_study(config, on_trial=progress.on_trial)
+    if json:
+        out_json(run_document(result))
+    else:
+        show_run(result)
+    if result.interrupted:
+        say(f"Interrupted with {result.n_finished} of {trials} trials finished. Resume with: {_command()}")
+        raise typer.Exit(130)
+    if result.finished_before >= trials:
+        say(f"The study was finished before ({result.finished_before} trials); --trials with a larger number continues it.")
+
+
+@app.command()
+def worker(
+    run: Annotated[str, typer.Argument(help="Folder of a run, or the name of a study in --storage.")],
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL of the study, where there is no folder here.")] = None,
+    device: Annotated[str | None, typer.Option(help="Instead of the study's.")] = None,
+    json: Json = False,
+) -> None:
+    """Run trials of an existing study beside other workers, here or on another machine, until it has all of its trials."""
+    with quiet():
+        from capnas.search import worker as work
+
+        config = _config_of(run, storage)
+        progress = Progress(total=config.trials, names=config.values, directions=config.directions)
+        with progress:
+            ran = work(config, device=device, on_trial=progress.on_trial)
+    if json:
+        out_json({"study": config.name, "ran": ran})
+    else:
+        typer.echo(f"ran {ran} trials of {config.name}")
+
+
+def _config_of(run: str, storage: str | None) -> Any:
+    """The settings of a study, from its folder or from its storage."""
+    from dataclasses import replace
+
+    import optuna
+
+    from capnas.errors import StudyError
+    from capnas.search import ATTRIBUTE, open_run
+    from capnas.search.config import StudyConfig
+    from capnas.search.storages import open_storage
+
+    if storage is None:
+        return open_run(run).config
+    try:
+        stored = optuna.load_study(study_name=run, storage=open_storage(storage, Path())).user_attrs.get(ATTRIBUTE)
+    except KeyError:
+        stored = None
+    if stored is None:
+        raise StudyError(f"the storage holds no study of capnas named {run}; start it with capnas search --storage.")
+    return replace(StudyConfig.from_dict(stored), storage=storage)
+
+
+def _command() -> str:
+    program = Path(sys.argv[0])
+    start = ["python", "-m", "capnas"] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])

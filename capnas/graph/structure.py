@@ -1,0 +1,173 @@
+"""Layer algebra and receptive fields of a whole network, from its dataflow graph alone: no weights, no data.
+
+Definitions are those of `capnas.measures.algebra` (after Badias & Banerjee, reconstructed) and `capnas.measures.receptive`; how they are
+carried through a graph, and what was decided where the definitions are silent, is said in `capnas.graph.structure_walk`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from capnas.graph.structure_walk import Row, Walk
+from capnas.graph.tracing import Trace
+from capnas.measures import algebra, receptive
+from capnas.measures.algebra import PoolGain
+from capnas.measures.receptive import BorderRule, LayerField
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStructure:
+    """Structure of one layer: a convolution, a dense layer, a pooling, attention, or an activation that no linear layer feeds.
+
+    Attributes:
+        name: of the module that owns the weight (or that was running).
+        kind: ``"conv"``, ``"linear"``, ``"pool"``, ``"attention"`` or ``"activation"``.
+        complexity_bits: C_loc, bits, summed over calls.
+        complexity_position_bits: C_pos, bits.
+        log2_fan_in: log2 of the layer's own K (its fan-in r).
+        log2_paths: log2 K from the model input to one unit of its output (the greatest over calls).
+        log2_compression: log2 of ``m / r``, the local intrinsic power before clipping; None where the layer has no weights.
+        field: receptive fields at its input and output and the span of its taps, over all calls; None where the input has no image axes.
+        calls: how many times it ran.
+    """
+
+    name: str
+    kind: str
+    complexity_bits: float
+    complexity_position_bits: float
+    log2_fan_in: float
+    log2_paths: float
+    log2_compression: float | None
+    field: LayerField | None
+    calls: int = 1
+
+    @property
+    def receptive_field(self) -> tuple[tuple[float, float], ...]:
+        """(r_min, r_max) of the output along each image axis, in pixels."""
+        return tuple((f.low, f.high) for f in self.field.after) if self.field else ()
+
+    @property
+    def jump(self) -> tuple[float, ...]:
+        """Distance in the input between neighbouring units of the output, along each image axis."""
+        return tuple(f.jump for f in self.field.after) if self.field else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureReport:
+    """Structure of a network.
+
+    Attributes:
+        layers: by name, in the order of the first call.
+        complexity: C_loc of the network, bits.
+        complexity_positions: C_pos, bits.
+        log2_paths: log2 K of an output unit.
+        log2_power: log2 P = log2 classes - log2 K.
+        classes: size of the last axis of the output.
+        weights: W, numbers in the parameters (and constant buffers) that the forward pass read; running statistics are not counted.
+        macs: multiply-accumulates for one input.
+        depth: L, weight layers on the longest path.
+    """
+
+    layers: dict[str, LayerStructure]
+    complexity: float
+    complexity_positions: float
+    log2_paths: float
+    log2_power: float
+    classes: int
+    weights: int
+    macs: int
+    depth: int
+
+    @property
+    def vc_order(self) -> float:
+        """``W L log2 W``, see `capnas.measures.algebra.vc_comparator`."""
+        return algebra.vc_comparator(self.weights, self.depth)
+
+    @property
+    def fields(self) -> list[LayerField]:
+        """Convolutions, dense layers, pools and attention over a model input with image axes, in the order of execution."""
+        return [x.field for x in self.layers.values() if x.field is not None and x.kind != "activation"]
+
+
+def structure(trace: Trace, *, pool_gain: PoolGain = "paths", gates: bool = False) -> StructureReport:
+    """Complexity, paths, power and receptive fields of a traced model.
+
+    Args:
+        trace: of `capnas.graph.tracing.trace`.
+        pool_gain: what an average contributes to K; see `capnas.measures.algebra.pool_leaf`.
+        gates: whether the field of gates and attention weights is merged into that of the map they act on.
+
+    >>> from torch import nn
+    >>> from capnas.graph.tracing import trace
+    >>> net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(64, 10, 3))
+    >>> report = structure(trace(net, (1, 3, 32, 32)))
+    >>> round(report.layers["0"].complexity_bits, 3), report.layers["3"].receptive_field, report.layers["3"].complexity_bits
+    (61.059, ((8.0, 8.0), (8.0, 8.0)), 0.0)
+    >>> report.log2_paths == math.log2(27) + math.log2(4) + math.log2(576)
+    True
+    """
+    walk = Walk(trace, pool_gain=pool_gain, gates=gates)
+    ends = walk.ends
+    last = trace.nodes[trace.output[0]] if trace.output and trace.output[0] >= 0 else None
+    shape = last.shapes[trace.output_ports[0]] if last is not None else trace.input_shape
+    paths = ends[0].paths if ends else -math.inf
+    classes = shape[-1] if shape else 1
+    return StructureReport(
+        layers={name: _freeze(name, row) for name, row in walk.rows.items()},
+        complexity=math.fsum(r.bits for r in walk.rows.values()),
+        complexity_positions=math.fsum(r.position_bits for r in walk.rows.values()),
+        log2_paths=paths,
+        log2_power=algebra.log2_power(paths, classes),
+        classes=classes,
+        weights=sum(walk.weights.values()),
+        macs=walk.macs,
+        depth=max((s.depth for s in ends), default=0),
+    )
+
+
+def border_layers(report: StructureReport, image_size: int | tuple[int, ...], rule: BorderRule = "strict") -> tuple[str, ...]:
+    """Layers predicted to be unproductive at an image size; see `capnas.measures.receptive.border_layers` for the rules.
+
+    >>> from torch import nn
+    >>> from capnas.graph.tracing import trace
+    >>> report = structure(trace(nn.Sequential(*[nn.Conv2d(1, 1, 3) for _ in range(9)]), (1, 1, 32, 32)))
+    >>> border_layers(report, 15), border_layers(report, 15, rule="toolbox")
+    (('8',), ('7', '8'))
+    """
+    return receptive.border_layers(report.fields, image_size, rule)
+
+
+def feasible_resolutions(report: StructureReport, *, lower: str = "largest") -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Smallest and largest feasible image size along each axis; see `capnas.measures.receptive.feasible_range`.
+
+    >>> from torch import nn
+    >>> from capnas.graph.tracing import trace
+    >>> feasible_resolutions(structure(trace(nn.Conv2d(3, 8, 7), (1, 3, 32, 32))))
+    ((7.0, 7.0), (7.0, 7.0))
+    """
+    return receptive.feasible_range(report.fields, lower=lower)  # type: ignore[arg-type]
+
+
+def _freeze(name: str, row: Row) -> LayerStructure:
+    place = None
+    if row.seen and row.seen[0][0]:
+        extents, befores, afters = zip(*row.seen)
+        place = LayerField(
+            name=name,
+            extent=tuple(map(max, zip(*extents))),
+            before=tuple(map(receptive.merge, zip(*befores))),
+            after=tuple(map(receptive.merge, zip(*afters))),
+            learned=row.kind in ("conv", "linear"),
+        )
+    return LayerStructure(
+        name=name,
+        kind=row.kind,
+        complexity_bits=row.bits,
+        complexity_position_bits=row.position_bits,
+        log2_fan_in=row.own,
+        log2_paths=row.paths,
+        log2_compression=row.compression,
+        field=place,
+        calls=row.calls,
+    )

@@ -1,0 +1,350 @@
+"""The walk over a dataflow graph that carries the layer algebra and the receptive fields along; `capnas.graph.structure` makes its report.
+
+Each tensor has log2 K (paths from the input to one of its units), the receptive field along each image axis, and the layout that says which
+of its axes hold the image. Each leaf adds its complexity once. Decisions of ours, where the reconstruction is silent:
+
+* Views, norms, activations, softmax, resampling and scaling by constants or by norms of the data leave K alone.
+* Attention counts its value path: ``softmax(A) V`` over n tokens is an average of n, as a pooling. Without a softmax a product of two data
+  matrices over n terms is ``n (K_A + K_B)``: the gate rule under a sum.
+* A constant (class token, position code) has no path from the input, ``K = 0``; a concatenation takes the mean over units.
+* An activation belongs to the linear layer that it reads through views, norms and constants; otherwise it is a leaf of its own. Two
+  activations of the same values cut at the same hyperplanes and count once. A layer called several times counts at each call.
+* A transposed convolution has the mean fan-in of its output phases, ``r / stride^2``.
+* Global pooling, attention over all tokens and dense layers on flattened maps make the field infinite; attention in windows widens it by
+  the window. Where a map is multiplied by a pooled tensor (squeeze-excitation) or mixed by attention weights, the field of the weights
+  themselves is left out unless ``gates`` is set. Pixels that a slice takes at an offset keep the field of the slice's origin.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from capnas.graph.tracing import INPUT, Node, Trace
+from capnas.measures import algebra, axes, receptive
+from capnas.measures.algebra import PoolGain
+from capnas.measures.axes import CHANNEL, Atom, Axis, Layout
+from capnas.measures.receptive import Field
+
+Extent = tuple[float, ...]
+
+_ACTIVATION = re.compile(
+    "relu6?|leaky_relu|_?prelu(_kernel)?|rrelu.*|c?elu|selu|gelu|silu|mish|hardswish|hardtanh|hardsigmoid|sigmoid|tanh|softplus|softsign|"
+    "threshold|abs|log_sigmoid.*"
+)
+_NORM = re.compile("native_(batch|layer|group)_norm|_native_batch_norm_legit.*|.*rms_norm")
+_STATISTIC = re.compile("linalg_vector_norm|norm|(var|std)(_mean)?|r?sqrt|reciprocal")
+_REDUCTION = re.compile("mean|sum|nansum|amax|amin|max|min|logsumexp")
+_CONSTANT = re.compile("(zeros|ones|full|empty|rand|randn)_like|new_(zeros|ones|full|empty)|bernoulli")
+_PRODUCT = re.compile("mm|bmm|addmm|baddbmm|mv|matmul|linear")
+_SPLIT = re.compile("(unsafe_)?split(_with_sizes)?|chunk|unbind")
+_BUFFERS = ("running_mean", "running_var", "indices", "index")  # arguments that are no weights
+_TAPS = {"linear": 2, "cubic": 4}  # interpolation from two or four neighbours along each axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What the walk knows of one tensor; a constant has no state."""
+
+    layout: Layout
+    fields: tuple[Field, ...]
+    paths: float  # log2 K
+    depth: int = 0
+    origin: int = INPUT  # node that computed the values, before views, norms and constants
+    norm: int = INPUT  # last norm or constant since then
+    mixing: bool = False  # weights that softmax made (heads may be mixed after it)
+    statistic: bool = False  # a norm or a scale of the data, neutral as a factor
+
+
+@dataclass(kw_only=True)
+class Row:
+    """Totals of one layer, see `capnas.graph.structure.LayerStructure`; ``seen``: extent, fields before and after, at each call."""
+
+    kind: str
+    own: float = 0.0
+    compression: float | None = None
+    bits: float = 0.0
+    position_bits: float = 0.0
+    paths: float = -math.inf
+    calls: int = 0
+    seen: list[tuple[tuple[float, ...], tuple[Field, ...], tuple[Field, ...]]] = field(default_factory=list)
+
+
+class Walk:
+    """One pass over the live nodes of a trace.
+
+    Attributes:
+        rows: leaves by name, in the order of the first call.
+        ends: states of the outputs that depend on the input.
+        weights: sizes of the parameters read, by name.
+        macs: multiply-accumulates for one input.
+    """
+
+    def __init__(self, trace: Trace, *, pool_gain: PoolGain = "paths", gates: bool = False) -> None:
+        self.gain, self.gates = pool_gain, gates
+        self.batch = max(1, trace.input_shape[0])
+        images = max(0, len(trace.input_shape) - 2)
+        self.states: dict[tuple[int, int], State] = {
+            (INPUT, 0): State(layout=axes.input_layout(trace.input_shape), fields=(Field(),) * images, paths=0.0)
+        }
+        self.names: dict[int, str | None] = {}  # constant node -> parameter that it was computed from
+        self.rows: dict[str, Row] = {}
+        self.waiting: dict[int, tuple[Row, float, float]] = {}  # linear layers whose activation has not come yet
+        self.counted: set[tuple[int, int]] = set()
+        self.sizes: dict[str, int] = {}
+        self.weights: dict[str, int] = {}
+        live = trace.live()
+        for node in trace.nodes:
+            if node.index in live:
+                self._visit(node)
+        self.ends = [s for end in zip(trace.output, trace.output_ports) if (s := self.states.get(end)) is not None]
+        self.macs = sum(trace.nodes[i].flops for i in live) // 2 // self.batch
+
+    def _visit(self, node: Node) -> None:
+        base = (node.op.split(".")[1] if "." in node.op else node.op).rstrip("_")
+        for name, argument, shape in zip(node.input_params, node.input_names, node.input_shapes):
+            if name is not None and argument not in _BUFFERS:
+                self.sizes[name] = max(self.sizes.get(name, 0), math.prod(shape))
+                if not node.shape_only:
+                    self.weights[name] = self.sizes[name]
+        given = [None if i is None else self.states.get((i, p)) for i, p in zip(node.inputs, node.input_ports)]
+        data = [s for s in given if s is not None]
+        if not data or _CONSTANT.fullmatch(base):
+            self.names[node.index] = next((n for i in range(len(node.inputs)) if (n := self._name_of(i, node))), None)
+            return
+        self.states[node.index, 0] = state = self._apply(base, node, given, data)
+        for port in range(1, len(node.shapes) if _SPLIT.fullmatch(base) else 1):
+            cut = tuple(axes.resize(a, n) for a, n in zip(state.layout, node.shapes[port]))
+            self.states[node.index, port] = replace(state, layout=cut)
+
+    def _apply(self, base: str, node: Node, given: list[State | None], data: list[State]) -> State:
+        x = data[0]
+        if base == "convolution":
+            return self._convolution(node, given[0] or x)
+        if _PRODUCT.fullmatch(base):
+            return self._product(base, node, given)
+        if _ACTIVATION.fullmatch(base) or (base in ("clamp", "clamp_min") and node.attrs.get("min") == 0):
+            return self._activation(node, x)
+        if re.search(r"(max|avg)_pool[123]d", base):
+            return self._pool(base, node, x)
+        if _NORM.fullmatch(base):
+            return replace(x, norm=node.index)
+        if "softmax" in base:
+            return replace(x, mixing=True, origin=node.index)
+        if _STATISTIC.fullmatch(base) or (_REDUCTION.fullmatch(base) and len(data) == 1 and node.shape != node.input_shapes[0]):
+            return self._reduction(base, node, x)
+        if base in ("cat", "stack"):
+            return self._concat(base, node, given, data)
+        if base.startswith("upsample"):
+            return self._upsample(base, node, x)
+        if base.startswith("_fft"):
+            everything = tuple(a for axis in x.layout for a in axis)
+            spread = axes.reach(x.fields, x.layout, everything)
+            return replace(x, layout=axes.unknown([x.layout], node.shape), fields=spread, origin=node.index)
+        if len(data) == 1 and (moved := axes.rearrange(base, node.attrs, x.layout, node.shape)) is not None:
+            return replace(x, layout=moved)
+        return self._pointwise(base, node, given, data)
+
+    # leaves
+
+    def _convolution(self, node: Node, x: State) -> State:
+        weight, kernel = node.input_shapes[1], node.input_shapes[1][2:]
+        groups, transposed = node.attrs["groups"], node.attrs["transposed"]
+        in_units, out_units = (weight[0], weight[1] * groups) if transposed else (weight[1] * groups, weight[0])
+        stride, dilation = _each(node.attrs["stride"], len(kernel)), _each(node.attrs["dilation"], len(kernel))
+        # the taps of a transposed layer are spread over stride^2 phases: the mean fan-in of an output unit
+        own = math.log2(in_units / groups * math.prod(kernel) / (math.prod(stride) if transposed else 1))
+        rule = receptive.transposed_window if transposed else receptive.window
+        mixed = axes.reach(x.fields, x.layout, x.layout[1]) if groups < in_units else x.fields
+        layout, fields, extent = axes.slide(
+            x.layout, mixed, node.shape[2:], lambda f, i: (rule(f, kernel[i], stride[i], dilation[i]), (kernel[i] - 1.0) * dilation[i] + 1)
+        )
+        layout = (layout[0], (Atom(axes=(CHANNEL,), size=out_units),), *layout[2:])
+        bits = algebra.linear_leaf(in_units, out_units, kernel=math.prod(kernel), groups=groups).complexity
+        after = State(layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, origin=node.index)
+        return self._linear("conv", node, 1, x, after, extent, (own, bits, out_units, groups))
+
+    def _product(self, base: str, node: Node, given: list[State | None]) -> State:
+        left, right = (0, 1) if base == "linear" else (len(given) - 2, len(given) - 1)
+        a, b, shape_a, shape_b = given[left], given[right], node.input_shapes[left], node.input_shapes[right]
+        terms = shape_a[-1]
+        if a is not None and b is not None:
+            return self._data_product(node, a, b, terms)
+        if a is not None:
+            units = shape_b[0] if base == "linear" else shape_b[-1] if len(shape_b) > 1 else 1
+            new: tuple[Axis, ...] = ((Atom(axes=(CHANNEL,), size=units),),) if len(shape_b) > 1 else ()
+            return self._dense(node, right, a, a.layout[-1], (*a.layout[:-1], *new), terms, units)
+        if b is not None:
+            units = shape_a[-2] if len(shape_a) > 1 else 1
+            rows = b.layout[-2] if len(shape_b) > 1 else b.layout[-1]
+            layout = (*b.layout[:-2], (Atom(axes=(CHANNEL,), size=units),), *b.layout[-1:])
+            return self._dense(node, left, b, rows, layout, terms, units)
+        return replace(next(s for s in given if s is not None), origin=node.index)  # the data enter through the added term alone
+
+    def _data_product(self, node: Node, a: State, b: State, terms: int) -> State:
+        value, mixed, other = (b, b.layout[-2], a) if a.mixing and not b.mixing else (a, a.layout[-1], b)
+        attention = a.mixing != b.mixing
+        gain = algebra.average_gain(terms, self.gain) if attention else math.log2(terms)
+        paths = gain + (value.paths if attention else algebra.log2_add([a.paths, b.paths]))
+        fields = axes.reach(value.fields, value.layout, mixed)
+        if self.gates or not attention:
+            second = other.fields if attention else axes.reach(b.fields, b.layout, b.layout[-2])
+            fields = tuple(map(receptive.merge, zip(fields, second)))
+        layout = (*a.layout[:-1], b.layout[-1])
+        after = State(layout=layout, fields=fields, paths=paths, depth=max(a.depth, b.depth), origin=node.index)
+        if attention:
+            self._row(node.module, "attention", gain, value, after)
+        return after
+
+    def _dense(self, node: Node, weight: int, x: State, mixed: Axis, layout: Layout, in_units: int, out_units: int) -> State:
+        fields, own = axes.reach(x.fields, x.layout, mixed), math.log2(in_units)
+        after = State(layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, origin=node.index, mixing=x.mixing)
+        bits = algebra.log2_regions(out_units, in_units)
+        return self._linear("linear", node, weight, x, after, (), (own, bits, out_units, 1))
+
+    def _linear(
+        self, kind: str, node: Node, weight: int, x: State, after: State, extent: Extent, leaf: tuple[float, float, int, int]
+    ) -> State:
+        own, bits, units, groups = leaf
+        name = (self._name_of(weight, node) or "").split(".parametrizations.")[0].rpartition(".")[0] or node.module
+        row = self._row(name, kind, own, x, after, extent)
+        row.compression = math.log2(units // groups) - own
+        self.waiting[node.index] = (row, bits, bits * math.prod(node.shape) / (self.batch * units))
+        return after
+
+    def _activation(self, node: Node, x: State) -> State:
+        key = (x.origin, x.norm)
+        if key not in self.counted:
+            self.counted.add(key)
+            if x.origin in self.waiting:
+                row, bits, position_bits = self.waiting.pop(x.origin)
+            else:
+                units = axes.channels(x.layout)
+                leaf = algebra.activation_leaf(units, positions=max(1, math.prod(node.shape) // (self.batch * units)))
+                row, bits, position_bits = self._row(node.module, "activation", 0.0, x, x), leaf.complexity, leaf.complexity_positions
+            row.bits += bits
+            row.position_bits += position_bits
+        return replace(x, origin=node.index, norm=INPUT)
+
+    def _pool(self, base: str, node: Node, x: State) -> State:
+        lead = len(x.layout) - int(base[base.index("pool") + 4])
+        sizes, before = node.shape[lead:], node.input_shapes[0][lead:]
+        if "adaptive" in base:
+            kernel, stride = tuple(math.ceil(i / o) for i, o in zip(before, sizes)), tuple(i / o for i, o in zip(before, sizes))
+        else:
+            kernel = _each(node.attrs["kernel_size"], len(sizes))
+            stride = _each(node.attrs.get("stride") or kernel, len(sizes))
+        dilation = _each(node.attrs.get("dilation") or 1, len(sizes))
+
+        def rule(f: Field, i: int) -> tuple[Field, float]:
+            if "adaptive" in base and sizes[i] == 1:
+                return receptive.whole(f), math.inf
+            after = receptive.window(f, kernel[i], 1, dilation[i])
+            return replace(after, jump=f.jump * stride[i]), (kernel[i] - 1.0) * dilation[i] + 1
+
+        layout, fields, extent = axes.slide(x.layout, x.fields, sizes, rule)
+        return self._pooled("max" if "max" in base else "average", node, x, layout, fields, extent, math.prod(kernel))
+
+    def _reduction(self, base: str, node: Node, x: State) -> State:
+        dims = node.attrs.get("dim")
+        every = range(len(x.layout))
+        gone = (
+            {i % len(x.layout) for i in ([dims] if isinstance(dims, int) else dims or every)}
+            if node.shape != node.input_shapes[0]
+            else set()
+        )
+        keep = len(node.shape) == len(x.layout)
+        layout: Layout = tuple(() if i in gone else a for i, a in enumerate(x.layout) if keep or i not in gone)
+        taken = tuple(a for i in sorted(gone) for a in x.layout[i])
+        fields = axes.reach(x.fields, x.layout, taken)
+        if _STATISTIC.fullmatch(base):
+            return replace(x, layout=layout, fields=fields, statistic=True, origin=node.index)
+        kind = "average" if base == "mean" else "sum" if "sum" in base else "max"
+        return self._pooled(kind, node, x, layout, fields, (), axes.entries(taken))
+
+    def _pooled(self, kind: str, node: Node, x: State, layout: Layout, fields: tuple[Field, ...], extent: Extent, taps: int) -> State:
+        units = axes.channels(layout)
+        positions = max(1, math.prod(node.shape) // (self.batch * units))
+        leaf = algebra.pool_leaf("average" if kind == "average" else "max", units, kernel=taps, positions=positions, pool_gain=self.gain)
+        after = replace(x, layout=layout, fields=fields, paths=x.paths + leaf.log2_fan_in, origin=node.index, norm=INPUT)
+        row = self._row(node.module, "pool", leaf.log2_fan_in, x, after, extent)
+        if kind == "max":
+            row.bits += leaf.complexity
+            row.position_bits += leaf.complexity_positions
+        return after
+
+    # joints
+
+    def _concat(self, base: str, node: Node, given: list[State | None], data: list[State]) -> State:
+        if len(given) == 1 and base == "cat":
+            return data[0]
+        at = node.attrs.get("dim", 0) % len(node.shape)
+        units = [1 if base == "stack" else shape[at] if len(shape) > at else 0 for shape in node.input_shapes]
+        paths = algebra.mean_fan_in([-math.inf if s is None else s.paths for s in given], units)
+        full = [s for s in data if len(s.layout) == len(node.shape) - (base == "stack")]
+        if not full:
+            layout = axes.unknown([s.layout for s in data], node.shape)
+        else:
+            known = sorted({i for s in full if base == "cat" for a in s.layout[at] for i in a.axes})
+            rest = full[0].layout[:at], full[0].layout[at + (base == "cat") :]
+            layout = (*rest[0], (Atom(axes=tuple(known), size=node.shape[at]),), *rest[1])
+        return self._joined(node, layout, data, paths)
+
+    def _joined(self, node: Node, layout: Layout, data: list[State], paths: float) -> State:
+        fields = tuple(map(receptive.merge, zip(*(s.fields for s in data))))
+        return State(layout=layout, fields=fields, paths=paths, depth=max(s.depth for s in data), origin=node.index)
+
+    def _upsample(self, base: str, node: Node, x: State) -> State:
+        taps = next((n for word, n in _TAPS.items() if word in base), 1)
+        sizes, before = node.shape[2:], node.input_shapes[0][2:]
+
+        def rule(f: Field, i: int) -> tuple[Field, float]:
+            return receptive.resampled(f, sizes[i] / before[i], taps if sizes[i] != before[i] else 1), 1.0
+
+        layout, fields, _ = axes.slide(x.layout, x.fields, sizes, rule)
+        return replace(x, layout=layout, fields=fields, origin=node.index)
+
+    def _pointwise(self, base: str, node: Node, given: list[State | None], data: list[State]) -> State:
+        layout = axes.broadcast([s.layout for s in data], node.shape)
+        if base == "div" and given[0] is not None:
+            data = [given[0]]
+        elif any(s.statistic for s in data) and not all(s.statistic for s in data):
+            data = [s for s in data if not s.statistic]
+        if len(data) == 1:
+            norm = node.index if len(given) > 1 else data[0].norm
+            paths = -math.inf if base == "mul" and node.attrs.get("other") == 0 else data[0].paths
+            return replace(data[0], layout=layout, paths=paths, norm=norm)
+        joined = self._joined(node, layout, data, algebra.log2_add(s.paths for s in data))
+        if base == "mul" and not self.gates:
+            a, b = data
+            held = [(axes.holds(a.layout, i), axes.holds(b.layout, i)) for i in range(len(a.fields))]
+            fields = [f if x and not y else g if y and not x else h for (x, y), f, g, h in zip(held, a.fields, b.fields, joined.fields)]
+            joined = replace(joined, fields=tuple(fields))
+        return joined
+
+    # records
+
+    def _name_of(self, place: int, node: Node) -> str | None:
+        producer = node.inputs[place]
+        return node.input_params[place] or (self.names.get(producer) if producer is not None else None)
+
+    def _row(self, name: str, kind: str, own: float, x: State, after: State, extent: Extent = ()) -> Row:
+        key = name or kind
+        if key in self.rows and self.rows[key].kind != kind:
+            key = f"{key} ({kind})"
+        row = self.rows.setdefault(key, Row(kind=kind))
+        row.own, row.paths, row.calls = own, max(row.paths, after.paths), row.calls + 1
+        ends = _placed(x), _placed(after)
+        row.seen.append((extent or tuple(1.0 if f.high == g.high else (g.high - f.high) / f.jump + 1 for f, g in zip(*ends)), *ends))
+        return row
+
+
+def _placed(state: State) -> tuple[Field, ...]:
+    return tuple(replace(f, jump=f.jump * axes.spacing(sum(state.layout, ()), i)) for i, f in enumerate(state.fields))
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * count if len(values) == 1 else values

@@ -1,0 +1,289 @@
+"""The dataflow graph of one forward pass, without memory and without computing.
+
+``trace`` runs the model once with every operation replaced by its shape rule and records what PyTorch really executes: functional code,
+shared modules, control flow and in-place operations included. Structural measures (layer algebra, receptive field, capacity propagation),
+the cost of a candidate and its canonical hash all read this one graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from capnas.graph.dataflow import INPUT, Node, Trace, is_shape_only
+
+__all__ = ["INPUT", "Node", "Trace", "is_shape_only", "trace"]
+
+_NOT_STRUCTURE = frozenset({"device", "layout", "pin_memory", "generator", "non_blocking", "memory_format"})
+_IGNORED = frozenset({"prim.device.default", "aten.sym_size.int", "aten.is_same_size.default"})
+
+
+class _Recorder(TorchDispatchMode):
+    """Follows tensors by identity, and by storage where a view was written or taken outside the dispatcher."""
+
+    def __init__(self, model: nn.Module, fake: Any) -> None:
+        super().__init__()
+        self.fake = fake
+        from torch.utils.flop_counter import flop_registry
+
+        self.flops = flop_registry
+        self.names = {id(m): n for n, m in model.named_modules()}
+        self.calls: dict[str, int] = {}
+        self.marked: set[str] = set()
+        self.stack: list[str] = [""]
+        self.nodes: list[Node] = []
+        self.alive: list[Any] = []  # ids and storages must not be reused while we compare them
+        self.made: dict[int, tuple[int, int]] = {}  # tensor -> producer, port
+        self.owner: dict[int, tuple[int, int]] = {}  # storage -> producer, port that last made or wrote it
+        self.written: dict[int, tuple[int, int]] = {}  # storage -> node that last wrote it in place, tensor that it wrote through
+        self.named: dict[int, str] = {}  # parameter or buffer, or a view of one -> name
+        self.named_storage: dict[int, str] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self.named[id(tensor)] = name
+            self.named_storage.setdefault(_storage(tensor), name)
+            self.alive.append(tensor)
+
+    def producer(self, tensor: Tensor) -> tuple[int | None, int]:
+        storage = _storage(tensor)
+        found = self.made.get(id(tensor)) or (None if id(tensor) in self.named else self.owner.get(storage))
+        write = self.written.get(storage)
+        if write is not None and write[1] != id(tensor) and (found is None or write[0] > found[0]):
+            return write[0], 0
+        return found if found is not None else (None, 0)
+
+    def name(self, tensor: Tensor) -> str | None:
+        known = self.named.get(id(tensor))
+        return known if known is not None or id(tensor) in self.made else self.named_storage.get(_storage(tensor))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        op = str(func)
+        if op in _IGNORED:
+            return func(*args, **kwargs)
+        tensors, attrs, targets = _bind(func, args, kwargs)
+        metas = [t.is_meta for _, t in tensors]
+        if (any(metas) and not all(metas)) or any(id(t) not in self.made for t in targets):  # what the model owns must not be written
+            args, kwargs = tree_map_only(Tensor, self.stand_in, (args, kwargs))
+        out = func(*args, **kwargs)
+        outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        if op == "aten.empty.memory_format" and outputs[0].numel() == 0:
+            return out  # the reserve that every batch norm allocates and nobody reads
+        producers = [self.producer(t) for _, t in tensors]
+        names = [self.name(t) for _, t in tensors]
+        index = len(self.nodes)
+        count = self.flops.get(func._overloadpacket)
+        module = self.stack[-1]
+        self.nodes.append(
+            Node(
+                index=index,
+                op=op,
+                inputs=tuple(p for p, _ in producers),
+                input_ports=tuple(port for _, port in producers),
+                input_params=tuple(names),
+                input_names=tuple(n for n, _ in tensors),
+                input_shapes=tuple(tuple(t.shape) for _, t in tensors),
+                params=tuple(dict.fromkeys(n for n in names if n is not None)),
+                module=module,
+                call=max(0, self.calls.get(module, 1) - 1),
+                shape=tuple(outputs[0].shape) if outputs else (),
+                shapes=tuple(tuple(t.shape) for t in outputs),
+                dtype=str(outputs[0].dtype).removeprefix("torch.") if outputs else "",
+                attrs=attrs,
+                flops=int(count(*args, **kwargs, out_val=out)) if count is not None else 0,
+            )
+        )
+        for target in targets:
+            self.written[_storage(target)] = (index, id(target))
+            self.made[id(target)] = (index, 0)
+        view_of = names[0] if len(tensors) == 1 and is_shape_only(op) else None
+        for port, tensor in enumerate(outputs):
+            self.made[id(tensor)] = (index, port)
+            self.owner[_storage(tensor)] = (index, port)
+            if view_of is not None:
+                self.named[id(tensor)] = view_of
+            elif targets:
+                self.named.pop(id(tensor), None)
+        self.alive += [outputs, tensors]
+        return out
+
+    def mark(self, module: nn.Module, output: Tensor) -> Tensor | None:
+        """Give a dropout that does nothing in eval mode a node at its place in the graph."""
+        rates = _training_only(module)
+        if not rates or "drop" not in type(module).__name__.lower():
+            return None
+        output = torch.ops.aten.alias(output)
+        node = self.nodes[-1]
+        self.nodes[-1] = replace(node, attrs={**node.attrs, "training_only": f"{type(module).__name__}({rates})"})
+        self.marked.add(node.module)
+        return output
+
+    def unmarked(self, model: nn.Module) -> dict[str, str]:
+        """Rates of modules that were called, or whose parent was, without leaving a node."""
+        found = {}
+        for name, module in model.named_modules():
+            if (
+                name not in self.marked
+                and (name in self.calls or name.rpartition(".")[0] in self.calls)
+                and (rates := _training_only(module))
+            ):
+                found[name] = rates
+        return found
+
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """A tensor without values in the place of one from outside."""
+        if self.fake is not None:
+            return self.fake.from_tensor(tensor)
+        return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bind(func: Any, args: tuple, kwargs: dict) -> tuple[list[tuple[str, Tensor]], dict[str, Any], list[Tensor]]:
+    """Split a call into its tensors with their schema names, its other arguments, and the tensors that it writes."""
+    tensors: list[tuple[str, Tensor]] = []
+    attrs: dict[str, Any] = {}
+    targets: list[Tensor] = []
+    for place, argument in enumerate(func._schema.arguments):
+        if place < len(args) and not argument.kwarg_only:
+            value = args[place]
+        elif argument.name in kwargs:
+            value = kwargs[argument.name]
+        else:
+            value = argument.default_value
+        many = isinstance(value, (list, tuple))
+        found = [v for v in (value if many else [value]) if isinstance(v, Tensor)]
+        if found:
+            tensors += [(argument.name, t) for t in found]
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                targets += found
+            if many and len(found) < len(value):
+                attrs[argument.name] = tuple(isinstance(v, Tensor) for v in value)  # which axes an index op indexes
+        elif isinstance(value, (bool, int, float)) or ("Tensor" not in str(argument.type) and argument.name not in _NOT_STRUCTURE):
+            attrs[argument.name] = _plain(value)
+    return tensors, attrs, targets
+
+
+def _training_only(module: nn.Module) -> str:
+    """The drop rates among a module's attributes, and all its numbers if it is a dropout; empty if none is above zero."""
+    numbers = {k: v for k, v in vars(module).items() if isinstance(v, (int, float)) and k not in ("training", "inplace")}
+    rates = {k: v for k, v in numbers.items() if not isinstance(v, bool) and v and (k == "p" or "drop" in k or "survival" in k)}
+    shown = numbers if rates and "drop" in type(module).__name__.lower() else rates
+    return ", ".join(f"{k}={v!r}" for k, v in sorted(shown.items()) if not k.startswith("_"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(v) for v in value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+@contextlib.contextmanager
+def caches_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the plain dictionaries that modules hold: some store what they computed in eval mode there (timm's attention biases).
+
+    What a run under fake tensors or gradients leaves behind would otherwise be read by the next one.
+
+    >>> model = nn.Identity()
+    >>> model.cache = {}
+    >>> with caches_kept(model):
+    ...     model.cache["cpu"] = torch.ones(1)
+    >>> model.cache
+    {}
+    """
+    kept = [(v, dict(v)) for m in model.modules() for k, v in vars(m).items() if type(v) is dict and not k.startswith("_")]
+    try:
+        yield
+    finally:
+        for cache, content in kept:
+            cache.clear()
+            cache.update(content)
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Eval mode without calling ``model.eval`` (some override it), module stack by global hooks, everything put back."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+    thread = threading.get_ident()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == thread and (name := recorder.names.get(id(module))) is not None:
+            recorder.stack.append(name)
+            recorder.calls[name] = recorder.calls.get(name, 0) + 1
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        if threading.get_ident() == thread and id(module) in recorder.names:
+            output = recorder.mark(module, output) if any(output is a for a in args) else None
+            recorder.stack.pop()
+            return output
+
+    modes = [(m, m.training) for m in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer has no shape rule
+        for module, _ in modes:
+            module.training = False
+        with caches_kept(model), torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+
+
+def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype | None = None) -> Trace:
+    """Record the dataflow graph of ``model(x)`` for an x of ``input_shape`` (B, C, H, W), in eval mode.
+
+    Nothing is computed and nothing is allocated: a model on the meta device runs there, any other under ``FakeTensorMode``. Fused attention
+    appears decomposed (bmm, softmax, bmm), alike on every device. The model keeps its weights, buffers, modes, gradients and hooks,
+    also when its forward raises; that error is passed on as it is.
+
+    Args:
+        model: any module that takes one tensor.
+        input_shape: with the batch axis.
+        dtype: of the input; the default is that of the first floating-point parameter.
+
+    >>> graph = trace(nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()), (1, 3, 9, 9))
+    >>> [(n.op, n.inputs, n.params, n.module, n.shape) for n in graph.nodes]  # doctest: +NORMALIZE_WHITESPACE
+    [('aten.convolution.default', (-1, None, None), ('0.weight', '0.bias'), '0', (1, 8, 4, 4)),
+     ('aten.relu.default', (0,), (), '1', (1, 8, 4, 4))]
+    >>> graph.nodes[0].attrs["stride"], graph.nodes[0].flops // 2, graph.output
+    ((2, 2), 3456, (1,))
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tensors = [*model.parameters(), *model.buffers()]
+    first = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    on_meta = any(t.is_meta for t in tensors)
+    fake = None if on_meta else FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = _Recorder(model, fake)
+    with _quiet(model, recorder), fake or contextlib.nullcontext():
+        x = torch.empty(input_shape, dtype=dtype or first.dtype, device="meta" if on_meta else first.device)
+        recorder.made[id(x)] = recorder.owner[_storage(x)] = (INPUT, 0)
+        recorder.alive.append(x)
+        with recorder:
+            out = model(x)
+        outputs = [recorder.producer(t) for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+    known = [(i, port) for i, port in outputs if i is not None]
+    return Trace(
+        nodes=tuple(recorder.nodes),
+        output=tuple(i for i, _ in known),
+        output_ports=tuple(port for _, port in known),
+        input_shape=tuple(input_shape),
+        modules=tuple(recorder.calls),
+        training_only=recorder.unmarked(model),
+    )

@@ -1,0 +1,311 @@
+"""The objective of a search: one trial in stages, cheapest first, for any study, sampler, storage and pruner of Optuna.
+
+Cost on the meta device (milliseconds), structure of the untrained network (about a second), short training with its saturation,
+scores. Whatever happens, one user attribute of the trial (`capnas.objective.evaluation.ATTRIBUTE`) tells it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from capnas.candidates import Infeasible, build_candidate, build_model
+from capnas.data import ImageData, load_data
+from capnas.devices import is_out_of_memory, resolve_device
+from capnas.errors import StudyError, UsageError
+from capnas.objective.claims import claimed
+from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation
+from capnas.objective.stopping import MedianRule, Rival
+from capnas.objective.targets import COSTS, INIT, check_values, check_weights, direction_of, parse_gate, value_of, wanted, worst_value
+from capnas.profile import Profile, enrich, profile_model
+from capnas.scoring import measures_for, score
+from capnas.spaces import load_space
+from capnas.training import TrainConfig, train
+from capnas.weights import InitialWeights
+
+_VALUED = ("complete", "duplicate")
+_FEASIBLE = (*_VALUED, "over_budget", "stopped")  # of the constraint "valid"; a budget has its own constraints
+_REUSED = ("complete", "diverged")  # outcomes that the same architecture would have again
+
+
+class Objective:
+    """Callable for ``study.optimize``: samples, builds, trains and scores one candidate.
+
+    Args:
+        space: A search space, or what `capnas.load_space` takes.
+        data: Images, or what `capnas.load_data` takes.
+        values: What to optimize, one value each, see `capnas.objective.targets`; ``"combined"`` is accuracy plus weighted capacity scores.
+        weights: Of the scores in ``combined``; provisional defaults in `capnas.objective.targets.WEIGHTS`, see ``objective.weights``.
+        epochs: Of the short training; that of ``train`` where None.
+        max_params: Most parameters, or None.
+        max_macs: Most multiply-accumulates of one image, or None.
+        gate: Bound on scores before training, such as ``"saturation_evenness>=0.5"`` or ``{"saturation_mean": 0.2}``; none by default.
+        resolutions: Image sizes to search jointly, as the parameter ``image_size``.
+        seed: Of weights, shuffling and augmentation, the same for every candidate: common random numbers make differences between
+            candidates less noisy than seeds of their own would.
+        device: See `capnas.training.TrainConfig`.
+        train: All other settings of the training.
+        stopping: The rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
+        probe_images: Size of the batch for the structure before training.
+
+    Attributes:
+        names: Value names in order.
+        directions: ``"maximize"`` or ``"minimize"`` for each: what ``optuna.create_study(directions=...)`` needs.
+
+    Raises:
+        UsageError: An argument that cannot be used; the text says which and why.
+
+    A candidate over a limit, unbuildable, gated or untrainable is pruned with a violated constraint, which TPE learns from.
+    Samplers that ignore pruned trials (NSGA-II, NSGA-III, GP) get the worst finite values instead, again with a violated
+    constraint, so that no such trial counts as best.
+
+    Example:
+        >>> import numpy as np
+        >>> images = np.random.default_rng(0).integers(0, 256, (60, 16, 16), dtype=np.uint8)
+        >>> objective = Objective("vgg", (images, np.arange(60) % 2), values=("accuracy", "macs"), max_macs=1, device="cpu")
+        >>> objective.directions
+        ['maximize', 'minimize']
+        >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+        >>> study = optuna.create_study(directions=objective.directions)
+        >>> study.optimize(objective, n_trials=1)
+        >>> Evaluation.of(study.trials[0]).status
+        'over_budget'
+    """
+
+    def __init__(
+        self,
+        space: Any,
+        data: Any,
+        *,
+        values: str | Sequence[str] = ("accuracy",),
+        weights: Mapping[str, float] | None = None,
+        epochs: int | None = None,
+        max_params: int | None = None,
+        max_macs: int | None = None,
+        gate: str | Mapping[str, float] | None = None,
+        resolutions: Sequence[int] | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        train: TrainConfig | None = None,
+        stopping: MedianRule | None = MedianRule(),  # noqa: B008
+        probe_images: int = 64,
+    ) -> None:
+        for name, limit in (("max_params", max_params), ("max_macs", max_macs), ("probe_images", probe_images)):
+            if limit is not None and not limit > 0:
+                raise UsageError(f"{name} must be above 0, got {limit}.")
+        if resolutions is not None and (not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions)):
+            raise UsageError(f"resolutions must be different sizes in pixels, got {tuple(resolutions)}.")
+        self.names = check_values(values)
+        self.weights = check_weights(weights, self.names)
+        self.directions = [direction_of(name) for name in self.names]
+        self.gates = parse_gate(gate)
+        needed = wanted(self.names, self.weights)
+        self.measures = {
+            "before": measures_for({n.removeprefix(INIT) for n in needed if n.startswith(INIT)} | {g.name for g in self.gates}),
+            "after": measures_for(needed),
+        }
+        self._slack = "capacity_slack" in needed
+        self.limits = {name: limit for name, limit in (("params", max_params), ("macs", max_macs)) if limit is not None}
+        self.resolutions = None if resolutions is None else tuple(resolutions)
+        self.stopping = stopping
+        self.probe_images = probe_images
+        base = train or TrainConfig()
+        self.train = dataclasses.replace(base, epochs=base.epochs if epochs is None else epochs, seed=seed, device=device)
+        resolve_device(device)
+        self.space: Callable[..., Any] = load_space(space)
+        self.data = data if isinstance(data, ImageData) else load_data(data)
+        self.settings = self._fingerprint()
+
+    def __call__(self, trial: Any) -> float | tuple[float, ...]:
+        """Evaluate one trial.
+
+        Raises:
+            optuna.TrialPruned: The candidate gives no value; the reason is the text and is stored.
+            StudyError: The study's directions are not the objective's.
+        """
+        self._check_directions(trial)
+        found: dict[str, Any] = {"metrics": {}, "seconds": {}, "seed": self.train.seed, "settings": self.settings}
+        with claimed(trial):
+            try:
+                status, reason = self._stages(trial, found)
+            except BaseException as error:
+                status = "failed" if isinstance(error, Exception) else "interrupted"
+                text = " ".join(str(error).split())[:500]
+                self._store(trial, found, status, f"{type(error).__name__}: {text}" if text else type(error).__name__)
+                raise
+            return self._settle(trial, found, status, reason)
+
+    def _stages(self, trial: Any, found: dict[str, Any]) -> tuple[str, str]:
+        """Fill in what is found, stage by stage; the status and the reason at the end."""
+        data, metrics = self.data, found["metrics"]
+        with _timed(found, "cost"):
+            size = data.image_size if self.resolutions is None else trial.suggest_categorical("image_size", list(self.resolutions))
+            found["image_size"] = size
+            shape = {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": size}
+            try:
+                candidate = build_candidate(self.space, trial, **shape)
+            except Infeasible as error:
+                return "infeasible", str(error)
+            found |= {"hash": candidate.hash, "n_params": candidate.n_params, "macs": candidate.macs}
+            metrics |= {"params": candidate.n_params, "macs": candidate.macs}
+            over = [f"{metrics[n]:,} {n} are over the limit of {limit:,}" for n, limit in self.limits.items() if metrics[n] > limit]
+            if over:
+                return "over_budget", "; ".join(over)
+            if (twin := self._twin(trial, found)) is not None:
+                return self._reuse(found, *twin)
+        try:
+            with _timed(found, "structure"):
+                model = build_model(self.space, candidate.params, **shape, seed=self.train.seed).to(resolve_device(self.train.device))
+                x, y = data.probe(self.probe_images, seed=self.train.seed, device=resolve_device(self.train.device), image_size=size)
+                found["profile"] = profile_model(
+                    model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, seed=self.train.seed
+                )
+                scores = score(found["profile"])
+                metrics |= {INIT + name: value for name, value in scores.items()}
+            refusals = [text for gate in self.gates if (text := gate.refusal(scores)) is not None]
+            if refusals:
+                return "gated", "; ".join(refusals)
+        except Infeasible as error:  # what shapes alone do not tell
+            return "infeasible", str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "out_of_memory", str(error).splitlines()[0][:300]
+        start = InitialWeights.of(model) if self._slack else None
+        with _timed(found, "training"):
+            result = train(model, data, self.train, image_size=size, on_epoch=self._judge(trial, found))
+        found["curve"] = result.curve
+        if result.curve:
+            metrics |= {name: result.curve[-1][name] for name in ("accuracy", "val_loss", "train_loss")}
+        if (profile := result.profile) is not None:
+            if result.status == "complete" and (self.measures["after"] != ("saturation",) or start is not None):
+                with _timed(found, "capacity"):
+                    profile = enrich(profile, model, x, y, measures=self.measures["after"], graph=candidate.trace, seed=self.train.seed)
+                    if start is not None:
+                        profile = profile.with_network(capacity_slack=start.slack(model, candidate.trace))
+            found["profile"] = profile
+            metrics |= score(profile)
+        if result.status == "complete":
+            missing = [n for n in self.names if not math.isfinite(value_of(n, metrics, self.weights))]
+            if missing:
+                return "diverged", f"{', '.join(missing)} came out not finite"
+        return result.status, result.reason
+
+    def _judge(self, trial: Any, found: dict[str, Any]) -> Callable[[int, dict[str, Any], Profile | None], str | None]:
+        """What to say after each epoch: with one value Optuna's pruner decides, with several the median rule."""
+        accuracy: list[float] = []
+        single = self.names[0] if len(self.names) == 1 else None
+        rivals = None if single or self.stopping is None else self._rivals(trial)
+
+        def judge(epoch: int, row: dict[str, Any], profile: Profile | None) -> str | None:
+            accuracy.append(row["accuracy"])
+            last = epoch == self.train.epochs
+            if single is not None and single not in COSTS and not single.startswith(INIT):
+                now = found["metrics"] | row | ({} if profile is None else score(profile))
+                # what is measured only at the end is left out for every trial alike, so that curves compare
+                known = {name: weight for name, weight in self.weights.items() if math.isfinite(now.get(name) or math.nan)}
+                value = value_of(single, now, known)
+                if math.isfinite(value):
+                    trial.report(value, epoch)
+                    if not last and trial.should_prune():
+                        return f"pruned by {type(trial.study.pruner).__name__} after epoch {epoch}: {single} {value:.4f}"
+            if rivals is not None and self.stopping is not None and not last:
+                return self.stopping.verdict(accuracy, rivals, costs=self._costs(found["metrics"]))
+            return None
+
+        return judge
+
+    def _costs(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
+        return tuple(float(metrics[name]) for name in COSTS if name in self.names)
+
+    def _past(self, trial: Any, *states: TrialState) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbers and stored evaluations of the study's earlier trials."""
+        if isinstance(trial, optuna.Trial):
+            for earlier in trial.study.get_trials(deepcopy=False, states=states):
+                stored = earlier.user_attrs.get(ATTRIBUTE)
+                if isinstance(stored, dict) and stored.get("version") == VERSION:
+                    yield earlier.number, stored
+
+    def _rivals(self, trial: Any) -> list[Rival]:
+        past = [s for _, s in self._past(trial, TrialState.COMPLETE) if s["status"] == "complete" and s["settings"] == self.settings]
+        return [Rival(accuracy=tuple(row["accuracy"] for row in s["curve"]), costs=self._costs(s["metrics"])) for s in past]
+
+    def _twin(self, trial: Any, found: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        """An earlier trial of the same architecture, resolution and settings whose outcome is this one's as well."""
+        for number, stored in self._past(trial, TrialState.COMPLETE, TrialState.PRUNED):
+            same = all(stored[key] == found[key] for key in ("hash", "image_size", "settings"))
+            if same and stored["status"] in _REUSED and stored["duplicate_of"] is None:
+                return number, stored
+        return None
+
+    def _reuse(self, found: dict[str, Any], number: int, stored: dict[str, Any]) -> tuple[str, str]:
+        twin = Evaluation.from_dict(stored)
+        found |= {"metrics": dict(twin.metrics), "curve": twin.curve, "profile": twin.profile, "duplicate_of": number}
+        if twin.status == "complete":
+            return "duplicate", f"same architecture as trial {number}"
+        return twin.status, f"same architecture as trial {number}: {twin.reason}"
+
+    def _settle(self, trial: Any, found: dict[str, Any], status: str, reason: str) -> float | tuple[float, ...]:
+        """Constraints first, then the attribute, then the values or the end: Optuna accepts neither after a trial ended."""
+        blind = _ignores_pruned(trial)
+        valid = status in _FEASIBLE and not (blind and status == "stopped")
+        for name, limit in self.limits.items():
+            trial.set_constraint(name, found["metrics"].get(name, limit) / limit - 1)
+        trial.set_constraint("valid", -1.0 if valid else 1.0)
+        if status in _VALUED:
+            found["values"] = {name: value_of(name, found["metrics"], self.weights) for name in self.names}
+        self._store(trial, found, status, reason)
+        if status not in _VALUED and not blind:
+            raise optuna.TrialPruned(f"{status}: {reason}")
+        values = tuple(found["values"].values()) if status in _VALUED else self._worst(trial, found["metrics"])
+        return values if len(values) > 1 else values[0]
+
+    def _worst(self, trial: Any, metrics: Mapping[str, Any]) -> tuple[float, ...]:
+        """Values for samplers that must see some: the known costs, and the worst seen so far of what is not known."""
+        seen = [s["values"] for _, s in self._past(trial, TrialState.COMPLETE) if s["status"] in _VALUED]
+        known = {name: float(metrics[name]) for name in COSTS if name in metrics}
+        return tuple(known[name] if name in known else worst_value(name, [v[name] for v in seen]) for name in self.names)
+
+    def _store(self, trial: Any, found: Mapping[str, Any], status: str, reason: str) -> None:
+        trial.set_user_attr(ATTRIBUTE, Evaluation(status=status, reason=reason, params=dict(trial.params), **found).to_dict())
+
+    def _check_directions(self, trial: Any) -> None:
+        if isinstance(trial, optuna.Trial):
+            given = [d.name.lower() for d in trial.study.directions]
+            if given != self.directions:
+                raise StudyError(
+                    f"the study's directions are {given}, the objective's values {', '.join(self.names)} need {self.directions}: "
+                    "create the study with optuna.create_study(directions=objective.directions)."
+                )
+
+    def _fingerprint(self) -> str:
+        """Of all that decides the outcome of a training besides the architecture; where it runs does not count."""
+        how = {k: v for k, v in dataclasses.asdict(self.train).items() if k not in ("device", "amp", "channels_last")}
+        images = {"name": self.data.name, "sizes": dict(self.data.sizes), "mean": list(self.data.mean), "std": list(self.data.std)}
+        return hashlib.sha256(json.dumps([how, images], sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _timed(found: dict[str, Any], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        found["seconds"][stage] = time.perf_counter() - start
+
+
+def _ignores_pruned(trial: Any) -> bool:
+    """Whether the study's sampler learns from complete trials only."""
+    sampler = trial.study.sampler if isinstance(trial, optuna.Trial) else None
+    if isinstance(sampler, optuna.samplers.PartialFixedSampler):
+        sampler = sampler._base_sampler
+    return isinstance(sampler, optuna.samplers.BaseGASampler | optuna.samplers.GPSampler)

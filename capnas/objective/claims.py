@@ -1,0 +1,140 @@
+"""Which process runs which trial, so that trials of killed processes are told from trials that are running.
+
+Optuna's heartbeat works with relational storages only. Here each trial carries a claim: a digest of the host (its name is not
+stored), the process id and the start of the process. A claim of this host is checked against its processes; one of another host
+can only be judged by its age.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+
+CLAIM = "capnas:claim"  # key of the trial's system attribute
+STALE_AFTER = 6 * 3600.0  # seconds until a trial of another host counts as abandoned
+GRACE = 30.0  # seconds that a process may take between creating a trial and claiming it
+
+_mine: set[tuple[str, int]] = set()
+
+
+@contextlib.contextmanager
+def claimed(trial: Any) -> Iterator[None]:
+    """Mark a trial of a study as run by this process while the block runs; other trials (``FixedTrial``) pass through."""
+    if not isinstance(trial, optuna.Trial):
+        yield
+        return
+    key = (trial.study.study_name, trial.number)
+    _mine.add(key)
+    try:
+        claim: dict[str, Any] = {"host": host(), "pid": os.getpid(), "started": started(os.getpid())}
+        trial.storage.set_trial_system_attr(trial._trial_id, CLAIM, claim)
+        yield
+    finally:
+        _mine.discard(key)
+
+
+@functools.cache
+def host() -> str:
+    """A digest that tells hosts, their boots and their process namespaces apart."""
+    parts = [platform.node()]
+    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: str(os.stat("/proc/self/ns/pid").st_ino)):
+        with contextlib.suppress(OSError):
+            parts.append(read())
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def started(pid: int) -> str | None:
+    """When a process started, in the kernel's ticks; None where there is no such process or no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def abandoned(trial: optuna.trial.FrozenTrial, study_name: str, *, stale_after: float = STALE_AFTER) -> str | None:
+    """Why a RUNNING trial is not running any more, or None where it is or may be.
+
+    Args:
+        trial: A trial in state RUNNING.
+        study_name: Of its study.
+        stale_after: Seconds since its start after which a trial of another host is given up.
+    """
+    age = _age(trial)
+    claim = trial.system_attrs.get(CLAIM)
+    if claim is None:
+        return f"no process claimed it within {GRACE:.0f} s" if age > GRACE else None
+    if claim["host"] != host():
+        return f"another host has not finished it in {stale_after:.0f} s" if age > stale_after else None
+    if claim["pid"] == os.getpid() and claim["started"] == started(os.getpid()):
+        return None if (study_name, trial.number) in _mine else "its process went on without it"
+    if not _exists(claim["pid"]) or started(claim["pid"]) != claim["started"]:
+        return "its process ended before it did"
+    return None
+
+
+def sweep(study: optuna.Study, *, stale_after: float = STALE_AFTER) -> list[int]:
+    """End the trials whose process is gone, so that no sampler waits for them or avoids them.
+
+    A trial of this host is judged by its process, one of another host by its age. Where the process got as far as storing a result,
+    the trial gets it; else it fails and is marked "interrupted".
+
+    Args:
+        study: Any study run by `capnas.Objective`.
+        stale_after: Seconds until a trial of another host is given up.
+
+    Returns:
+        The numbers of the trials that were ended.
+    """
+    ended = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        why = abandoned(trial, study.study_name, stale_after=stale_after)
+        if why is None:
+            continue
+        stored = trial.user_attrs.get(ATTRIBUTE)
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):  # another worker swept it first
+            if stored is None:
+                lost = Evaluation(status="interrupted", reason=why, params=trial.params).to_dict()
+                study._storage.set_trial_user_attr(trial._trial_id, ATTRIBUTE, lost)
+                study.tell(trial.number, state=TrialState.FAIL)
+            elif stored["values"]:
+                study.tell(trial.number, list(stored["values"].values()))
+            else:
+                failed = stored["status"] in ("failed", "interrupted")
+                study.tell(trial.number, state=TrialState.FAIL if failed else TrialState.PRUNED)
+            ended.append(trial.number)
+    return ended
+
+
+def local(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a RUNNING trial is this host's or too young to be anyone's: its end, good or bad, is worth waiting for."""
+    claim = trial.system_attrs.get(CLAIM)
+    return claim is None or claim["host"] == host()
+
+
+def _age(trial: optuna.trial.FrozenTrial) -> float:
+    start = trial.datetime_start
+    if start is None:
+        return 0.0
+    return (datetime.datetime.now(start.tzinfo) - start).total_seconds()
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,302 @@
+"""Report of a run from its stored trials: numbers, tables in markdown, one self-contained page. Never trains anything.
+
+Figures and the page need the extra ``report`` (plotly, jinja2); numbers and markdown need nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from capnas.errors import MissingDependencyError
+from capnas.measures.ranking import chance_level, partial_spearman, spearman
+from capnas.objective.evaluation import Evaluation
+from capnas.report.figures import figures
+from capnas.scoring import SCORES
+from capnas.search.runs import RunResult
+from capnas.search.trials import read_retrained
+
+_SETTINGS = (
+    "space",
+    "data",
+    "values",
+    "weights",
+    "epochs",
+    "sampler",
+    "pruner",
+    "max_params",
+    "max_macs",
+    "gate",
+    "resolutions",
+    "seed",
+    "train",
+)
+_EMPTY = "No trial has given a value yet; the outcomes say why."
+_RETRAINED = ("trial", "epochs", "seed", "status", "test_accuracy", "test_images", "n_params", "macs")
+_FEW = 10  # complete trials below which nothing is said about correlations at equal size
+_NOTES = {
+    "Best trials": "Accuracy is on the validation split after the short training; it ranks candidates and is not the accuracy to quote.",
+    "What went with accuracy": "Spearman rank correlations over complete trials that are no duplicates; partial: at equal parameters "
+    "and MACs (partial rank correlation). Values below chance, in size, are what unrelated numbers give in 19 of 20 studies. "
+    "`init_` is read before training; a score that the search rewards is not tested by it.",
+    "Seconds by stage": "Wall-clock seconds of the trials that reached the stage.",
+    "Retrained": "Trained anew on train and validation, evaluated once on the test split.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The report of a run.
+
+    Attributes:
+        run: as `capnas.open_run` or `capnas.run_study` gives it.
+    """
+
+    run: RunResult
+
+    @classmethod
+    def of(cls, run: RunResult) -> Report:
+        """The report of a run."""
+        return cls(run=run)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers in plain JSON types, see `summary`."""
+        return summary(self.run)
+
+    def to_markdown(self) -> str:
+        """Headed tables."""
+        data = self.to_dict()
+        lines = [f"# {data['study']['name']}", "", _lead(data), ""]
+        lines += [] if data["best"] else [_EMPTY, ""]
+        for title, rows in tables(data).items():
+            lines += [f"## {title}", "", *_markdown_table(rows), ""]
+            lines += [_NOTES[title], ""] if title in _NOTES else []
+        return "\n".join(lines)
+
+    def figures(self) -> dict[str, Any]:
+        """Plotly figures by title, see `capnas.report.figures.figures`."""
+        return figures(self.run, self.to_dict()["correlations"])
+
+    def write_html(self, path: str | Path) -> Path:
+        """Write the report as one page that needs no network.
+
+        Raises:
+            MissingDependencyError: plotly or jinja2 is not installed.
+        """
+        data = self.to_dict()
+        parts: list[dict[str, str]] = []
+        for title, figure in figures(self.run, data["correlations"]).items():
+            body = figure.to_html(full_html=False, include_plotlyjs=not parts, config={"displayModeBar": False, "responsive": True})
+            parts.append({"title": title, "body": body})
+        try:
+            import jinja2
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("the page needs jinja2: pip install 'capnas[report]'.") from error
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment.globals["cell"] = _cell
+        template = environment.from_string((resources.files("capnas.report") / "report.html.j2").read_text(encoding="utf-8"))
+        cards = _cards(data)
+        shown = {title: rows for title, rows in tables(data).items() if rows}
+        layers = _layers(self.run)
+        page = template.render(
+            study=data["study"],
+            lead=_lead(data),
+            cards=cards,
+            tables=shown,
+            notes=_NOTES,
+            figures=parts,
+            layers=layers,
+            empty=_EMPTY,
+            folder=self.run.folder.name,
+        )
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+        return target
+
+
+def summary(run: RunResult) -> dict[str, Any]:
+    """The numbers of the report as one JSON-safe mapping.
+
+    Returns:
+        study: name, trials asked for and finished, and the settings.
+        environment: versions and hardware, as the run stored them.
+        best: the Pareto set, or with one value the ten best trials; best first value first.
+        outcomes: status, number of trials, the reason of the first such trial; one row per kind of reason.
+        seconds: per stage the number of trials, their sum and median.
+        correlations: per score its Spearman correlation with accuracy, the partial one, what chance gives, and the number of trials.
+        retrained: see `capnas.search.trials.retrain_trial`, without curves.
+        checklist: what a reader needs to judge the study (after Lindauer & Hutter 2020), question to answer.
+    """
+    rows, config = run.evaluations(), run.config.to_dict()
+    stored = run.folder / "environment.json"
+    retrained = [{k: v for k, v in record.items() if k != "curve"} for record in read_retrained(run)]
+    data = {
+        "study": {"name": run.config.name, "asked": run.config.trials, "finished": run.n_finished, "complete": run.n_complete}
+        | {name: config[name] for name in _SETTINGS if name in config},
+        "environment": json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {},
+        "best": [_trial_row(t, e) for t, e in _front(run)],
+        "outcomes": _outcomes(rows),
+        "seconds": _seconds(rows),
+        "correlations": _correlations([e for _, e in rows if e.status == "complete"]),
+        "retrained": retrained,
+    }
+    return data | {"checklist": _checklist(data)}
+
+
+def tables(data: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The tables of a `summary` by title, each a list of rows with the same keys."""
+    settings = {k: v for k, v in data["study"].items() if k in _SETTINGS}
+    environment = {k: v for k, v in data["environment"].items() if v is not None and k != "packages"} | data["environment"].get(
+        "packages", {}
+    )
+    found = {
+        "Best trials": data["best"],
+        "Retrained": [{k: r[k] for k in _RETRAINED} for r in data["retrained"]],
+        "Outcomes": data["outcomes"],
+        "Seconds by stage": data["seconds"],
+        "What went with accuracy": data["correlations"],
+        "To judge this study": [{"question": k, "answer": v} for k, v in data["checklist"].items()],
+        "Settings": [{"setting": k, "value": _text(v)} for k, v in settings.items()],
+        "Environment": [{"what": k, "value": _text(v)} for k, v in environment.items()],
+    }  # fmt: skip
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def _lead(data: Mapping[str, Any]) -> str:
+    study = data["study"]
+    total = sum(row["sum"] for row in data["seconds"])
+    return (
+        f"Space {Path(study['space']).name} on {Path(study['data']).name}: {study['finished']} of {study['asked']} trials finished, "
+        f"{study['complete']} with a value, in {total / 60:.1f} minutes of trials; {study['epochs']} epochs each, "
+        f"sampler {study['sampler']}, seed {study['seed']}, optimizing {', '.join(study['values'])}."
+    )
+
+
+def _cards(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not data["best"]:
+        return []
+    best = data["best"][0]
+    cards = [
+        (name, _cell(best[name]))
+        for name in dict.fromkeys([*data["study"]["values"], "accuracy", "params", "macs"])
+        if best.get(name) is not None
+    ]
+    final = [r for r in data["retrained"] if r["trial"] == best["trial"] and r["status"] == "complete"]
+    if final:
+        longest = max(r["epochs"] for r in final)
+        tests = [r["test_accuracy"] for r in final if r["epochs"] == longest]
+        cards.append((f"test accuracy, {longest} epochs, mean of {len(tests)}", _cell(statistics.mean(tests))))
+    return [("best trial", str(best["trial"])), *cards]
+
+
+def _front(run: RunResult) -> list[tuple[FrozenTrial, Evaluation]]:
+    """With several values the Pareto set; with one the ten best trials. Duplicates are left out."""
+    sign = 1 if run.config.directions[0] == "maximize" else -1
+    rows = [(t, e) for t, e in run.evaluations() if t.values and e.status == "complete"]
+    if len(run.config.values) > 1:
+        front = {t.number for t in run.front}
+        rows = [row for row in rows if row[0].number in front]
+    rows.sort(key=lambda row: (-sign * row[0].values[0], row[0].number))
+    return rows if len(run.config.values) > 1 else rows[:10]
+
+
+def _trial_row(trial: FrozenTrial, found: Evaluation) -> dict[str, Any]:
+    metrics = {
+        name: found.metrics.get(name) for name in ("accuracy", "saturation_mean", "saturation_evenness", "block_saturation_evenness")
+    }
+    sizes = {"params": found.n_params, "macs": found.macs, "pixels": found.image_size, "seconds": round(sum(found.seconds.values()), 1)}
+    return {"trial": trial.number} | dict(found.values) | metrics | sizes
+
+
+def _outcomes(rows: Sequence[tuple[FrozenTrial, Evaluation]]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for _, found in rows:
+        kind = re.sub(r"\d[\d,._]*(?:e[+-]?\d+)?", "N", found.reason)
+        groups[found.status, kind if found.status != "over_budget" else ""].append(found.reason)
+    listed = [{"outcome": s, "trials": len(r), "reason (of the first)": r[0] or "-"} for (s, _), r in groups.items()]
+    return sorted(listed, key=lambda row: -row["trials"])
+
+
+def _seconds(rows: Sequence[tuple[FrozenTrial, Evaluation]]) -> list[dict[str, Any]]:
+    stages: dict[str, list[float]] = defaultdict(list)
+    for _, found in rows:
+        for stage, seconds in found.seconds.items():
+            stages[stage].append(seconds)
+    return [{"stage": s, "trials": len(v), "sum": round(sum(v), 2), "median": round(statistics.median(v), 3)} for s, v in stages.items()]
+
+
+def _correlations(complete: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Strongest first; scores that are nowhere missing only."""
+    accuracy = [math.nan if (a := e.metrics.get("accuracy")) is None else a for e in complete]
+    controls = [[float(e.n_params or 0) for e in complete], [float(e.macs or 0) for e in complete]]
+    found = []
+    for name in ("params", "macs", *SCORES, *(f"init_{s}" for s in SCORES)):
+        values = [math.nan if (v := e.metrics.get(name)) is None else float(v) for e in complete]
+        alone = spearman(values, accuracy)
+        if math.isnan(alone):
+            continue
+        partial = math.nan if name in ("params", "macs") or len(complete) < _FEW else partial_spearman(values, accuracy, controls)
+        level = chance_level(len(complete))
+        row = {"score": name, "spearman": round(alone, 3), "partial": None if math.isnan(partial) else round(partial, 3)}
+        found.append(row | {"chance": None if math.isnan(level) else round(level, 3), "trials": len(complete)})
+    return sorted(found, key=lambda row: -abs(row["spearman"]))
+
+
+def _checklist(data: Mapping[str, Any]) -> dict[str, str]:
+    study, tested = data["study"], [r for r in data["retrained"] if r["status"] == "complete"]
+    seeds = sorted({r["seed"] for r in tested})
+    total = sum(row["sum"] for row in data["seconds"])
+    random = study["sampler"] == "random"
+    return {
+        "Same training for all candidates?": f"yes: {study['epochs']} epochs, the settings below, one seed for weights and order",
+        "Seeds of the search?": f"one ({study['seed']}): repeat with other --seed to see the spread",
+        "Random search as a baseline?": "this study is one" if random else "not part of this run: the same command with --sampler random",
+        "Final networks trained to the end?": f"yes: {len(tested)}, seeds {', '.join(map(str, seeds))}"
+        if tested
+        else "no: capnas best --retrain",
+        "Test split unseen by the search?": "yes: opened by the final evaluation only",
+        "Cost?": f"{total / 3600:.2f} hours of trials"
+        + (f" on {data['environment'].get('cpu')}" if data["environment"].get("cpu") else ""),
+        "To repeat it?": "study.toml, seed and versions are in the run's folder; equal numbers need the same number of threads",
+    }
+
+
+def _layers(run: RunResult) -> dict[str, Any] | None:
+    best = run.best
+    found = None if best is None else Evaluation.of(best)
+    if best is None or found is None or found.profile is None:
+        return None
+    columns = ("name", "kind", "width", "k", "saturation", "effective_rank", "rows", "params")
+    rows = [{c: getattr(row, c) for c in columns} for row in (*found.profile.blocks, *found.profile.layers)]
+    return {"trial": best.number, "rows": rows, "mode": found.profile.mode, "threshold": found.profile.threshold}
+
+
+def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = list(rows[0])
+    body = (f"| {' | '.join(_cell(row.get(name)).replace('|', '/') for name in names)} |" for row in rows)
+    return [f"| {' | '.join(names)} |", "|" + " --- |" * len(names), *body]
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+    return str(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={v}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

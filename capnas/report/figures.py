@@ -1,0 +1,214 @@
+"""Figures of a run by plotly, from stored trials: the search, what it traded, and what the candidates look like inside.
+
+Needs the extra ``report``.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from capnas.errors import MissingDependencyError
+from capnas.objective.evaluation import Evaluation
+from capnas.search.runs import RunResult
+
+Row = tuple[FrozenTrial, Evaluation]
+
+BLUE, GREY, RED, GREEN = "#2f6db5", "#9aa5b1", "#c4532f", "#3a8f5c"
+_WIDE_LEFT = {"l": 210, "r": 16, "t": 36, "b": 52}  # room for names
+_SHARE_FROM = 6  # complete trials from which on parameters are ranked by importance
+
+
+def figures(run: RunResult, correlations: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Plotly figures by title, those that the stored trials allow.
+
+    Args:
+        run: the run.
+        correlations: rows with ``score``, ``spearman``, ``partial`` and ``chance``, as `capnas.report.summary` gives them.
+
+    Raises:
+        MissingDependencyError: plotly is not installed.
+    """
+    graph = _plotly()
+    rows = run.evaluations()
+    done = [row for row in rows if row[1].status in ("complete", "duplicate") and row[1].metrics.get("accuracy") is not None]
+    best = None if run.best is None else run.best.number
+    found: dict[str, Any] = {}
+    if done:
+        found["Accuracy over the search"] = _history(graph, rows, done)
+        found["Accuracy against multiply-accumulates"] = _trade(graph, done)
+        found["Accuracy against evenness of saturation"] = _scatter(graph, done, "saturation_evenness")
+        if any(e.profile is not None for _, e in done):
+            found["Saturation through the network"] = _profiles(graph, done, best)
+    if any(len(e.curve) > 1 for _, e in rows):
+        found["Learning curves"] = _curves(graph, [row for row in rows if row[1].curve], best)
+    if correlations:
+        found["What went with accuracy"] = _bars(graph, correlations)
+    found.update(_optuna(run))
+    return found
+
+
+def _plotly() -> Any:
+    try:
+        import plotly.graph_objects as graph
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("figures need plotly: pip install 'capnas[report]'.") from error
+    return graph
+
+
+def _styled(figure: Any, x: str | None, y: str | None, **layout: Any) -> Any:
+    look = {"template": "plotly_white", "height": 380, "autosize": True, "margin": {"l": 64, "r": 16, "t": 36, "b": 52}, "title": None,
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "font": {"family": "system-ui, sans-serif", "size": 12.5, "color": "#1f2933"}, "hoverlabel": {"align": "left"}}  # fmt: skip
+    figure.update_layout(**(look | layout))
+    if x is not None:
+        figure.update_xaxes(title=x)
+    if y is not None:
+        figure.update_yaxes(title=y)
+    return figure
+
+
+def _label(row: Row) -> str:
+    trial, found = row
+    params = "<br>".join(f"{html.escape(str(k))}: {html.escape(str(v))}" for k, v in list(trial.params.items())[:16])
+    return f"<b>trial {trial.number}</b>, {found.n_params or 0:,} parameters, {found.macs or 0:,} MACs<br>{params}"
+
+
+def _accuracy(row: Row) -> float:
+    value = row[1].metrics.get("accuracy")
+    return math.nan if value is None else value
+
+
+def _history(graph: Any, rows: Sequence[Row], done: Sequence[Row]) -> Any:
+    stopped = [row for row in rows if row[1].status == "stopped" and row[1].metrics.get("accuracy") is not None]
+    best = [max(_accuracy(r) for r in done[: i + 1]) for i in range(len(done))]
+    last = max(t.number for t, _ in rows)
+    traces = [
+        graph.Scatter(x=[*(t.number for t, _ in done), last], y=[*best, best[-1]], mode="lines", name="best so far",
+                      line={"shape": "hv", "color": RED}),
+        graph.Scatter(x=[t.number for t, _ in stopped], y=[_accuracy(r) for r in stopped], mode="markers", name="stopped early",
+                      marker={"color": GREY, "symbol": "circle-open", "size": 8}, hovertext=[_label(r) for r in stopped]),
+        graph.Scatter(x=[t.number for t, _ in done], y=[_accuracy(r) for r in done], mode="markers", name="complete",
+                      marker={"color": BLUE, "size": 9}, hovertext=[_label(r) for r in done]),
+    ]  # fmt: skip
+    return _styled(graph.Figure(traces), "trial", "validation accuracy")
+
+
+def _trade(graph: Any, done: Sequence[Row]) -> Any:
+    """Accuracy and MACs of complete trials, with the line of those that no other beats in both."""
+    kept = [row for row in done if row[1].macs]
+    front: list[Row] = []
+    for row in sorted(kept, key=lambda r: (r[1].macs or 0, -_accuracy(r))):
+        if not front or _accuracy(row) > _accuracy(front[-1]):
+            front.append(row)
+    figure = _scatter(graph, kept, "macs")
+    line = graph.Scatter(x=[e.macs for _, e in front], y=[_accuracy(r) for r in front], mode="lines", line={"color": RED, "shape": "hv"},
+                         name="best at this cost", hoverinfo="skip")  # fmt: skip
+    figure.add_trace(line)
+    spread = max((e.macs or 1) for _, e in kept) / min((e.macs or 1) for _, e in kept) if kept else 1
+    figure.update_xaxes(type="log" if spread > 20 else "linear", tickformat="~s", title="multiply-accumulates of one image")
+    return figure
+
+
+def _scatter(graph: Any, done: Sequence[Row], metric: str) -> Any:
+    kept = [row for row in done if row[1].metrics.get(metric) is not None]
+    trace = graph.Scatter(
+        x=[e.metrics[metric] for _, e in kept], y=[_accuracy(r) for r in kept], mode="markers", name="trial", showlegend=False,
+        hovertext=[_label(r) for r in kept],
+        marker={"color": [e.n_params for _, e in kept], "colorscale": "Viridis", "size": 10, "line": {"width": 0.5, "color": "#444"},
+                "colorbar": {"title": {"text": "parameters", "side": "right"}, "thickness": 12, "tickformat": "~s"}},
+    )  # fmt: skip
+    return _styled(graph.Figure(trace), metric.replace("_", " "), "validation accuracy")
+
+
+def _profiles(graph: Any, done: Sequence[Row], best: int | None) -> Any:
+    """Saturation of the study's best trial, and of the median and the worst by accuracy; blocks as lines, layers as dots."""
+    order = sorted((r for r in done if r[1].profile is not None), key=_accuracy, reverse=True)
+    first = next((r for r in order if r[0].number == best), order[0])
+    chosen = {"best": first, "median": order[len(order) // 2], "worst": order[-1]}
+    figure = graph.Figure()
+    for (word, (trial, found)), color in zip(chosen.items(), (RED, BLUE, GREY)):
+        name = f"{word}: trial {trial.number}, {_accuracy((trial, found)):.3f}"
+        for reading in ("blocks", "modules"):
+            rows = found.profile.reading(reading) if found.profile else ()
+            lines = {"mode": "lines+markers", "line": {"color": color}} if reading == "blocks" else {"mode": "markers"}
+            marker = {"color": color, "size": 8 if reading == "blocks" else 5, "opacity": 1 if reading == "blocks" else 0.45}
+            figure.add_trace(graph.Scatter(
+                x=[(i + 0.5) / len(rows) for i in range(len(rows))], y=[r.saturation for r in rows], name=name, legendgroup=word,
+                showlegend=reading == "blocks", marker=marker, **lines,
+                hovertext=[f"{word}, {reading[:-1]} {r.name} ({r.kind}): {r.k} of {r.width}" for r in rows], hoverinfo="text",
+            ))  # fmt: skip
+    return _styled(figure, "relative depth (lines: blocks, dots: layers)", "saturation", yaxis_range=[0, 1.05])
+
+
+def _curves(graph: Any, rows: Sequence[Row], best: int | None) -> Any:
+    figure = graph.Figure()
+    for row in sorted(rows, key=lambda r: (r[0].number == best, r[1].status != "stopped")):
+        trial, found = row
+        color = RED if trial.number == best else GREY if found.status == "stopped" else BLUE
+        figure.add_trace(graph.Scatter(
+            x=[p["epoch"] for p in found.curve], y=[p.get("accuracy") for p in found.curve], mode="lines+markers", line={"color": color},
+            opacity=1 if trial.number == best else 0.5, name=f"trial {trial.number}", hovertext=_label(row), showlegend=False,
+        ))  # fmt: skip
+    return _styled(figure, "epoch (red: best, grey: stopped early)", "validation accuracy", xaxis={"dtick": 1})
+
+
+def _bars(graph: Any, correlations: Sequence[Mapping[str, Any]]) -> Any:
+    """Rank correlations with accuracy, alone and at equal size; between the dotted lines is what chance gives."""
+    shown = list(correlations)[:14][::-1]
+    names = [str(r["score"]) for r in shown]
+    traces = [
+        graph.Bar(y=names, x=[r["partial"] for r in shown], orientation="h", marker={"color": GREEN}, name="at equal parameters and MACs"),
+        graph.Bar(y=names, x=[r["spearman"] for r in shown], orientation="h", marker={"color": BLUE}, name="alone"),
+    ]
+    figure = graph.Figure(traces)
+    chance = shown[0]["chance"] if shown else None
+    for x in () if chance is None else (-chance, chance):
+        figure.add_vline(x=x, line={"dash": "dot", "color": GREY})
+    return _styled(
+        figure,
+        "rank correlation with accuracy; dotted: chance",
+        None,
+        xaxis_range=[-1.02, 1.02],
+        height=120 + 30 * len(shown),
+        margin=_WIDE_LEFT,
+        bargroupgap=0.1,
+    )
+
+
+def _optuna(run: RunResult) -> dict[str, Any]:
+    """Optuna's own figures of the first value: importance of the parameters, and slices of the most important ones."""
+    import optuna
+
+    complete = [t for t in run.study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+    if len(complete) < _SHARE_FROM:
+        return {}
+    name = run.config.values[0]
+    target = None if len(run.config.values) == 1 else _first_value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            shares = optuna.importance.get_param_importances(run.study, target=target)
+        except (ValueError, RuntimeError):  # parameters that all complete trials share, or none in common
+            return {}
+        top = list(shares)[:4]
+        if not top:
+            return {}
+        slices = optuna.visualization.plot_slice(run.study, params=top, target=target, target_name=name)
+    graph = _plotly()
+    names = list(shares)[:12][::-1]
+    bars = graph.Figure(graph.Bar(x=[shares[n] for n in names], y=names, orientation="h", marker={"color": BLUE}))
+    height = 120 + 26 * len(names)
+    return {
+        "Which decisions mattered": _styled(bars, f"importance for {name}, shares (PED-ANOVA)", None, height=height, margin=_WIDE_LEFT),
+        "Values by decision": _styled(slices, None, None, showlegend=False, width=None),
+    }
+
+
+def _first_value(trial: FrozenTrial) -> float:
+    return trial.values[0]

@@ -1,0 +1,185 @@
+"""What a study is asked for, in plain values, and its text ``study.toml``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from capnas.errors import StudyError, UsageError, one_of
+from capnas.objective.targets import check_values, check_weights, direction_of, parse_gate
+from capnas.scoring import Direction
+from capnas.search.samplers import PRUNERS, SAMPLERS, check_sampler
+from capnas.search.storages import hide_password
+from capnas.training import TrainConfig
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[no-redef]
+
+VERSION = 1
+_FREE = ("trials", "workers", "device", "out", "stale_after")  # may change when a study is resumed
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A whole study in plain values; ``study.toml`` is its text.
+
+    Args:
+        space: Name, ``file.py:function`` or ``module:function``, see `capnas.load_space`.
+        data: Name or folder, see `capnas.load_data`.
+        study: Name of the study and its folder; from space and data where None.
+        trials: Finished trials in all, over all sessions and workers.
+        epochs, values, weights, max_params, max_macs, gate, resolutions, seed, device: See `capnas.Objective`.
+        sampler: One of tpe, random, nsga2, nsga3, gp, qmc, cmaes (cmaes with one value only).
+        pruner: "median", "hyperband" (one value only) or "off".
+        storage: None for a journal in the run's folder; else an Optuna storage URL, ``grpc://host:port``, or the path of a
+            journal file (``*.log``).
+        out: The run's folder; ``runs/<study>`` where None. Not stored.
+        workers: Processes on this host.
+        train: Further fields of `capnas.training.TrainConfig`.
+        data_options: Further arguments of `capnas.load_data`.
+        stale_after: Seconds until an unfinished trial of another host is given up.
+
+    Raises:
+        UsageError: A field that cannot be used; the text says which and why.
+
+    Example:
+        >>> config = StudyConfig(space="resnet", values=("accuracy", "macs"), train={"lr": 0.01})
+        >>> config.name, StudyConfig.from_toml(config.to_toml()).to_dict() == config.to_dict()
+        ('resnet-fashion-mnist-12k', True)
+    """
+
+    space: str
+    data: str = "fashion-mnist-12k"
+    study: str | None = None
+    trials: int = 30
+    epochs: int = 3
+    values: tuple[str, ...] = ("combined",)
+    weights: Mapping[str, float] | None = None
+    max_params: int | None = None
+    max_macs: int | None = None
+    gate: str | None = None
+    resolutions: tuple[int, ...] | None = None
+    sampler: str = "tpe"
+    pruner: str = "median"
+    seed: int = 0
+    storage: str | None = None
+    out: str | None = None
+    workers: int = 1
+    device: str = "auto"
+    train: Mapping[str, Any] = field(default_factory=dict)
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    stale_after: float = 6 * 3600.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run, before anything is built."""
+        object.__setattr__(self, "values", check_values(self.values))
+        object.__setattr__(self, "resolutions", None if self.resolutions is None else tuple(self.resolutions))
+        for name in ("trials", "workers", "max_params", "max_macs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}.")
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, got {self.seed}.")
+        if self.resolutions is not None and (not self.resolutions or min(self.resolutions) < 1):
+            raise UsageError(f"resolutions must be sizes in pixels, got {self.resolutions}.")
+        for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
+            if getattr(self, name) not in known:
+                raise UsageError(one_of(name, getattr(self, name), known))
+        check_sampler(self.sampler, self.pruner, len(self.values))
+        check_weights(self.weights)
+        parse_gate(self.gate)
+        self.training()
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        if self.study is not None:
+            return self.study
+        space = self.space.removesuffix(":space").replace(".py", "")
+        return re.sub(r"[^\w.-]+", "-", f"{Path(space).name}-{Path(self.data).name}").strip("-")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.out) if self.out is not None else Path("runs") / self.name
+
+    @property
+    def directions(self) -> list[Direction]:
+        """Of the values, in order."""
+        return [direction_of(name) for name in self.values]
+
+    def training(self) -> TrainConfig:
+        """The training of one trial."""
+        known = {f.name for f in fields(TrainConfig)} - {"epochs", "seed", "device"}
+        for name in self.train:
+            if name not in known:
+                raise UsageError(one_of("train", name, known))
+        return TrainConfig(epochs=self.epochs, seed=self.seed, device=self.device, **self.train)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values without those that are None or belong to one session (``out``); a password in the storage URL is hidden."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
+        given |= {"study": self.name, "values": list(self.values), "storage": hide_password(self.storage)}
+        if self.resolutions is not None:
+            given["resolutions"] = list(self.resolutions)
+        return {"version": VERSION} | {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items() if v is not None and v != {}}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any], *, out: str | None = None) -> StudyConfig:
+        """Read back what `to_dict` gave.
+
+        Raises:
+            StudyError: Another version, or fields that this one does not know.
+        """
+        given = dict(stored)
+        version = given.pop("version", None)
+        if version != VERSION:
+            raise StudyError(f"the study has format version {version}, expected {VERSION}; open it with the capnas that wrote it.")
+        if unknown := given.keys() - {f.name for f in fields(cls)}:
+            raise StudyError(f"the study's settings hold unknown fields: {', '.join(sorted(unknown))}.")
+        return cls(**given | {"out": out})
+
+    def to_toml(self) -> str:
+        """The text of ``study.toml``."""
+        plain = self.to_dict()
+        tables = {k: v for k, v in plain.items() if isinstance(v, dict)}
+        lines = [f"{k} = {_toml(v)}" for k, v in plain.items() if k not in tables]
+        for name, table in tables.items():
+            lines += ["", f"[{name}]", *(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in table.items() if v is not None)]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_toml(cls, text: str, *, out: str | None = None) -> StudyConfig:
+        """Read back what `to_toml` gave.
+
+        Raises:
+            StudyError: No TOML, another version or unknown fields.
+        """
+        try:
+            return cls.from_dict(tomllib.loads(text), out=out)
+        except (tomllib.TOMLDecodeError, TypeError) as error:
+            raise StudyError(f"the study's settings cannot be read: {error}.") from error
+
+    def conflicts(self, stored: Mapping[str, Any]) -> list[str]:
+        """What differs from a stored study's settings and cannot be changed when it is resumed."""
+        ours = self.to_dict()
+        keys = [k for k in dict.fromkeys([*stored, *ours]) if k not in _FREE]
+        return [f"{k} was {stored.get(k, 'not set')!r}, now {ours.get(k, 'not set')!r}" for k in keys if stored.get(k) != ours.get(k)]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, int | float):
+        return repr(value)
+    raise UsageError(f"study.toml holds texts, numbers, truth values and lists of them, got {value!r}.")

@@ -1,0 +1,116 @@
+"""Runs as folders: ``study.toml`` (the request), ``journal.log`` (the trials, unless another storage is given), and after each session
+``environment.json`` and ``trials.csv``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from capnas.errors import StudyError
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.search.config import StudyConfig
+from capnas.search.storages import HIDDEN, open_storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """A run as it stands.
+
+    Attributes:
+        folder: Where its files are.
+        config: What was asked for.
+        study: Optuna's study.
+        finished_before: Trials that were finished before this session.
+        interrupted: Whether a signal ended this session.
+    """
+
+    folder: Path
+    config: StudyConfig
+    study: optuna.Study
+    finished_before: int = 0
+    interrupted: bool = False
+
+    @property
+    def n_finished(self) -> int:
+        """Trials that need not be run again, whatever came of them."""
+        return sum(map(is_finished, self.study.get_trials(deepcopy=False)))
+
+    @property
+    def n_complete(self) -> int:
+        """Trials that trained to the end or share the result of one that did."""
+        return sum(e.status in ("complete", "duplicate") for _, e in self.evaluations())
+
+    @property
+    def finished(self) -> bool:
+        """Whether all trials that were asked for are finished."""
+        return self.n_finished >= self.config.trials
+
+    @property
+    def front(self) -> list[FrozenTrial]:
+        """The trials that no other is better than in every value; with one value, the best."""
+        trials = self.study.get_trials(deepcopy=False)
+        return self.study.best_trials if any(t.state == TrialState.COMPLETE for t in trials) else []
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The trial of the front with the best first value; None without any."""
+        sign = 1 if self.config.directions[0] == "maximize" else -1
+        return max(self.front, key=lambda t: (sign * t.values[0], -t.number), default=None)
+
+    def evaluations(self) -> list[tuple[FrozenTrial, Evaluation]]:
+        """Every trial that has an evaluation, with it, in order."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [(t, e) for t in trials if t.state.is_finished() and (e := Evaluation.of(t)) is not None]
+
+    def evaluation(self, number: int) -> Evaluation:
+        """The evaluation of one trial.
+
+        Raises:
+            StudyError: There is none with this number.
+        """
+        found = {t.number: e for t, e in self.evaluations()}
+        if number not in found:
+            last = f"0 to {max(found)}" if found else "none yet"
+            raise StudyError(f"the study {self.config.name} has no finished trial {number}; its trials: {last}.")
+        return found[number]
+
+
+def is_finished(trial: FrozenTrial) -> bool:
+    """Whether a trial counts: it ended by itself, with a value, pruned or by an error of its own, but not by a signal."""
+    if trial.state == TrialState.FAIL:
+        return (trial.user_attrs.get(ATTRIBUTE) or {}).get("status") == "failed"
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def open_run(path: str | Path, *, storage: str | None = None) -> RunResult:
+    """Open a run to read it.
+
+    Args:
+        path: The run's folder, or the name of a study under ``runs/``.
+        storage: The storage URL with its password, where ``study.toml`` holds it without; else taken from ``CAPNAS_STORAGE``.
+
+    Raises:
+        StudyError: There is no run, or its trials cannot be read.
+    """
+    folders = [Path(path), Path("runs") / path]
+    folder = next((f for f in folders if (f / "study.toml").is_file()), None)
+    if folder is None:
+        known = sorted(p.parent.name for p in Path("runs").glob("*/study.toml"))
+        advice = f"Runs here: {', '.join(known)}." if known else "Start one with capnas search."
+        raise StudyError(f"{path} is not a run: no study.toml in it. {advice}")
+    config = StudyConfig.from_toml((folder / "study.toml").read_text(encoding="utf-8"), out=str(folder))
+    url = storage or os.environ.get("CAPNAS_STORAGE") if config.storage and HIDDEN in config.storage else config.storage
+    if url is None and config.storage is not None:
+        raise StudyError(f"the study is in {config.storage}: give the URL with its password as storage or in CAPNAS_STORAGE.")
+    if url is None and not (folder / "journal.log").is_file():
+        raise StudyError(f"{folder} holds no journal.log: its trials are missing.")
+    try:
+        study = optuna.load_study(study_name=config.name, storage=open_storage(url, folder))
+    except KeyError:
+        raise StudyError(f"the storage of {folder} holds no study named {config.name}.") from None
+    return RunResult(folder=folder, config=config, study=study, finished_before=sum(map(is_finished, study.get_trials(deepcopy=False))))

@@ -1,0 +1,169 @@
+"""One trial of a run: find it, build its model again, write it as a script, train it to the end.
+
+Everything here starts from stored trials. Nothing but `retrain_trial` trains, and nothing but `retrain_trial` reads the test split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optuna
+from torch import nn
+
+from capnas.candidates import Candidate, build_candidate, build_model
+from capnas.data import ImageData, load_data
+from capnas.errors import StudyError
+from capnas.objective.evaluation import Evaluation
+from capnas.profile import Profile
+from capnas.search.runs import RunResult
+from capnas.search.standalone import standalone_script
+from capnas.spaces import load_space
+from capnas.training import retrain
+
+RETRAINED = "retrained.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt:
+    """A trial and all that is needed to build its model.
+
+    Attributes:
+        run: the run it belongs to.
+        number: of the trial.
+        evaluation: what the search found out.
+        space: the search space.
+        data: the images.
+        candidate: the architecture, on the meta device.
+    """
+
+    run: RunResult
+    number: int
+    evaluation: Evaluation
+    space: Callable[..., Any]
+    data: ImageData
+    candidate: Candidate
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes that the space takes: num_classes, in_chans, image_size."""
+        return {name: getattr(self.candidate, name) for name in ("num_classes", "in_chans", "image_size")}
+
+    def model(self, seed: int | None = None) -> nn.Module:
+        """The model with the weights that the search started from, or those of another seed."""
+        start = (self.evaluation.seed or 0) if seed is None else seed
+        return build_model(self.space, self.candidate.params, **self.shape, seed=start)
+
+    def script(self) -> str:
+        """Python source that builds the model with timm and torch alone, see `capnas.search.standalone.standalone_script`."""
+        title = f"Trial {self.number} of the study {self.run.config.name}, found by capnas."
+        return standalone_script(self.space, self.candidate.params, **self.shape, guard=None, title=title)
+
+    def summary(self) -> dict[str, Any]:
+        """Number, status, values, parameters and metrics in plain JSON types."""
+        stored = self.evaluation.to_dict()
+        return {"study": self.run.config.name, "trial": self.number} | {
+            name: stored[name] for name in ("status", "values", "params", "metrics", "n_params", "macs", "image_size", "hash", "seconds")
+        }
+
+
+def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: ImageData | None = None) -> Rebuilt:
+    """A trial's architecture, checked against the hash that the search stored.
+
+    Args:
+        run: from `capnas.search.open_run`.
+        which: the trial's number, or the best (of several values: the first one's best).
+        data: the run's images, where they are loaded already.
+
+    Raises:
+        StudyError: no such trial, none with a value, or the space builds another architecture now than it did in the search.
+    """
+    if which == "best":
+        best = run.best
+        if best is None:
+            raise StudyError(f"the study {run.config.name} has no trial with a value yet; see why with capnas report {run.folder}.")
+        which = best.number
+    evaluation = run.evaluation(which)
+    space = load_space(run.config.space)
+    data = data or load_data(run.config.data, **{"seed": run.config.seed} | dict(run.config.data_options))
+    candidate = build_candidate(
+        space,
+        optuna.trial.FixedTrial(dict(evaluation.params)),
+        num_classes=data.num_classes,
+        in_chans=data.in_chans,
+        image_size=evaluation.image_size or data.image_size,
+    )
+    if evaluation.hash is not None and candidate.hash != evaluation.hash:
+        raise StudyError(
+            f"the space {run.config.space} has changed since the search: it builds another architecture for trial {which}. "
+            "Use the version of the space that the search used."
+        )
+    candidate = dataclasses.replace(candidate, params=dict(evaluation.params))
+    return Rebuilt(run=run, number=which, evaluation=evaluation, space=space, data=data, candidate=candidate)
+
+
+def retrain_trial(
+    found: Rebuilt, *, epochs: int = 20, seed: int = 0, device: str = "auto", on_epoch: Callable[[int, dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Train a trial's architecture anew on train and validation, and evaluate it once on the test split.
+
+    The result is kept in the run's folder (`RETRAINED`); the same trial, epochs and seed again return it without training, so that the
+    test split is read once for each.
+
+    Args:
+        found: from `rebuild`.
+        epochs: passes over the data; the other settings are those of the search.
+        seed: of weights, shuffling and augmentation.
+        device: see `capnas.training.TrainConfig`.
+        on_epoch: called with the epoch (from 1) and its row of the curve.
+
+    Returns:
+        trial, epochs, seed, status, reason, test_accuracy, test_loss (None unless status is "complete"), seconds, curve.
+    """
+    path = found.run.folder / RETRAINED
+    known = read_retrained(found.run)
+    key = {"trial": found.number, "epochs": epochs, "seed": seed}
+    for record in known:
+        if key.items() <= record.items() and record["status"] == "complete":
+            return record
+
+    def tell(epoch: int, row: dict[str, Any], profile: Profile | None) -> None:
+        if on_epoch is not None:
+            on_epoch(epoch, row)
+
+    config = dataclasses.replace(found.run.config.training(), epochs=epochs, seed=seed, device=device)
+    result, test = retrain(found.model(seed), found.data, config, image_size=found.candidate.image_size, on_epoch=tell)
+    record = key | {
+        "status": result.status,
+        "reason": result.reason,
+        "test_accuracy": test.get("accuracy"),
+        "test_loss": test.get("loss"),
+        "test_images": found.data.sizes["test"],
+        "n_params": found.candidate.n_params,
+        "macs": found.candidate.macs,
+        "seconds": round(result.seconds, 2),
+        "device": result.device,
+        "curve": list(result.curve),
+    }
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps([*known, record], indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return record
+
+
+def read_retrained(run: RunResult) -> list[dict[str, Any]]:
+    """The retrained architectures of a run, oldest first.
+
+    Raises:
+        StudyError: the file is damaged.
+    """
+    path = run.folder / RETRAINED
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StudyError(f"{path} cannot be read: {error}.") from error

@@ -1,0 +1,427 @@
+"""Capacity of a network on a batch: against hand-made sweeps and full factors, on awkward modules and on timm's families."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capnas._timm import timm
+from capnas.capacity import capacity_map
+from capnas.capacity.capture import batch_mean
+from capnas.errors import UsageError
+from capnas.measures.capacity_push import inject, push
+from capnas.measures.decoupling import analytic_decoupling
+from capnas.measures.layer_capacity import kfac_capacity, kfac_spectrum
+from capnas.measures.pixel_map import exact_pixel_map, parameter_scales
+
+
+def images(count: int = 12, size: int = 8, channels: int = 3) -> Tensor:
+    offset = torch.arange(size) - (size - 1) / 2
+    envelope = 0.2 + torch.exp(-(offset[:, None] ** 2 + offset[None] ** 2) / 8)
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(5)) * envelope
+
+
+def cnn(width: int = 6) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(width * 16, 4, bias=False),
+    )
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.conv(x))
+        return (x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()).mean((2, 3))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 1)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.stem(x), 2)
+        x = F.hardswish(self.norm(torch.cat([self.left(x), x + self.right(x)], 1)))
+        return self.head(F.avg_pool2d(F.pad(x, (1, 0, 1, 0)), 2).amax((2, 3)) if x.shape[-1] > 99 else x.mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.place = nn.Conv2d(3, 8, 4, stride=4), nn.Parameter(torch.randn(1, 5, 8) * 0.1)
+        self.token, self.norm, self.qkv, self.proj = nn.Parameter(torch.zeros(1, 1, 8)), nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
+        q, k, v = self.qkv(self.norm(x)).reshape(len(x), 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(x), 5, 8))
+        return self.head(x[:, 0])
+
+
+class Caching(nn.Module):
+    """Stores what it computed in eval mode, as timm's attention biases do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.cache = nn.Linear(4, 4), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "w" not in self.cache:
+            self.cache["w"] = self.mix.weight * 2
+        return F.linear(self.mix(x), self.cache["w"])
+
+
+def test_sweep_of_a_chain_equals_the_rules_applied_by_hand() -> None:
+    model, x = cnn(), images()
+    found = capacity_map(model, x, mode="eval", projections=4, rows=4096)
+    layers = [model[0], model[2], model[5]]
+    ops = [
+        lambda s, w: F.conv2d(s, w, padding=1),
+        lambda s, w: F.conv2d(s, w, padding=1, stride=2),
+        lambda s, w: F.linear(s.flatten(-3), w),
+    ]
+    before, after, h = [], [], x.clone().requires_grad_()
+    for layer, op in zip(layers, ops):
+        before.append(h)
+        z = op(h, layer.weight)
+        after.append(z)
+        h = torch.relu(z)
+    responses = [torch.zeros(()) for _ in layers]
+    for output in range(4):
+        slopes = torch.autograd.grad(after[-1][:, output].sum(), after, retain_graph=True)
+        responses = [r + g.square().mean(0) for r, g in zip(responses, slopes)]
+    k = torch.zeros(4)
+    for layer, op, b, h, name in reversed(list(zip(layers, ops, responses, before, ("0", "2", "5")))):
+        weight, moment = layer.weight.detach(), h.detach().square().mean(0)
+        (k,), _ = push(k, [moment], lambda s, op=op, w=weight: op(s, w.square()))
+        k = k + inject(found.capacity[name], weight, b, moment, op)
+    torch.testing.assert_close(found.pixels.float(), k, rtol=1e-3, atol=1e-4 * found.total)
+    assert found.bias == pytest.approx(0, abs=1e-3)
+
+
+def test_sweep_is_near_the_exact_map() -> None:
+    model, x = cnn(width=8), images(60)
+    found = capacity_map(model, x, mode="eval", rows=4096)
+    double = model.double()
+    params = {name: p.detach() for name, p in double.named_parameters()}
+    inputs = x.double()
+    exact = exact_pixel_map(
+        lambda p, s: torch.func.functional_call(double, p, (s.unsqueeze(0),))[0], params, inputs, scales=parameter_scales(params)
+    ).values.sum((0, 1))
+
+    def variation(a: Tensor, b: Tensor) -> float:
+        return float((a / a.sum() - b / b.sum()).abs().sum() / 2)
+
+    assert variation(exact, found.pixels.sum(0)) < 0.1
+    assert variation(exact, found.pixels.sum(0)) < 0.5 * variation(exact, torch.ones(8, 8))
+
+
+def test_capacity_of_layers_is_that_of_the_full_factors() -> None:
+    torch.manual_seed(2)
+    model, x = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)), torch.randn(40, 6)
+    found = capacity_map(model, x, mode="eval", rows=4096)
+    hidden = model[0](x)
+    inner = torch.tanh(hidden)
+    slopes = (1 - inner.square()).unsqueeze(1) * model[2].weight.unsqueeze(0)  # (B, 3, 9)
+
+    def gram(values: Tensor) -> Tensor:
+        return values.T @ values / 40
+
+    ones = torch.ones(40, 1)
+    spectra = {
+        "0": kfac_spectrum(
+            gram(torch.cat([x, ones], 1)).double(),
+            sum(gram(slopes[:, o]) for o in range(3)).double(),
+            float(model[0].weight.detach().square().mean().sqrt()),
+        ),
+        "2": kfac_spectrum(
+            gram(torch.cat([inner, ones], 1)).double(), torch.eye(3).double(), float(model[2].weight.detach().square().mean().sqrt())
+        ),
+    }
+    assert dict(found.capacity) == pytest.approx(kfac_capacity(spectra), rel=1e-3)
+    assert dict(found.n_params) == {"0": 63, "2": 30}
+    assert found.utilisation["2"] == pytest.approx(found.capacity["2"] / 30)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_input_rows_of_a_convolution_are_its_patches(groups: int) -> None:
+    torch.manual_seed(3)
+    conv = nn.Conv2d(4, 4, 3, stride=2, padding=1, dilation=2, groups=groups, bias=False)
+    x = torch.randn(5, 4, 9, 7)
+    found = capacity_map(nn.Sequential(conv, nn.Flatten()), x, mode="eval", projections=1, rows=4096, seed=4)
+    patches = F.unfold(x, 3, stride=2, padding=1, dilation=2).transpose(1, 2).reshape(-1, groups, 4 // groups * 9)
+    inputs = torch.einsum("rga,rgb->gab", patches, patches) / 5
+    target = torch.randn(1, conv(x)[0].numel(), generator=torch.Generator().manual_seed(4)).view(4, -1).T  # one projection, alike for all
+    slopes = target.reshape(-1, groups, 4 // groups)
+    spectrum = kfac_spectrum(
+        inputs.double(),
+        (torch.einsum("rga,rgb->gab", slopes, slopes) / len(slopes)).double(),
+        float(conv.weight.detach().square().mean().sqrt()),
+    )
+    assert found.capacity["0"] == pytest.approx(kfac_capacity({"0": spectrum})["0"], rel=1e-3)
+
+
+@pytest.mark.parametrize("build", [cnn, SqueezeExcite, Branches, Tokens])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_capacity_is_conserved_down_to_the_pixels(build, mode: str) -> None:
+    torch.manual_seed(0)
+    model = build()
+    found = capacity_map(model, images(), mode=mode)
+    assert found.approximated == {}
+    assert found.pixels.shape == (3, 8, 8)
+    assert found.pixels.min() >= 0
+    assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
+    assert float(found.pixels.sum()) > 0.2 * found.total
+    scores = found.scores()
+    assert all(math.isnan(value) or 0 <= value <= 1 for value in scores.values())
+    assert 0 < scores["coverage"] <= 1
+
+
+def test_gates_get_nothing_from_what_they_multiply() -> None:
+    torch.manual_seed(0)
+    model, x = SqueezeExcite(), images()
+    with torch.no_grad():
+        model.conv.bias.zero_()
+        model.gate.bias.zero_()
+    with_gate = capacity_map(model, x)
+    assert with_gate.capacity["gate"] > 0
+    assert with_gate.bias == pytest.approx(0, abs=1e-3 * with_gate.total)
+
+
+def test_gates_are_known_behind_views_and_attention_weights_too() -> None:
+    torch.manual_seed(0)
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(128, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x[:, :1].sigmoid().expand(-1, 2, -1, -1) * x[:, 1:]).flatten(1))
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = x.unbind(1)
+            return self.head(F.scaled_dot_product_attention(query, key, value).flatten(1))
+
+    gated = capacity_map(Gated(), images()).pixels
+    assert gated[0].abs().max() == 0
+    assert gated[1:].min() > 0
+    attends = capacity_map(Attends(), images()).pixels
+    assert attends[:2].abs().max() == 0
+    assert attends[2].min() > 0
+
+
+@pytest.mark.parametrize("build", [cnn, Branches, Tokens])
+def test_model_is_left_untouched(build) -> None:
+    torch.manual_seed(0)
+    model = build().train()
+    list(model.modules())[1].training = False
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.random.get_rng_state()
+    capacity_map(model, x := images())
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not x.requires_grad
+    assert torch.equal(x, images())
+
+
+def test_model_is_left_untouched_when_its_forward_raises() -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.requires_grad and len(x) > 1:
+                raise RuntimeError("midway")
+            return self.norm(x)
+
+    model = Breaks().train()
+    with pytest.raises(RuntimeError, match="midway"):
+        capacity_map(model, torch.randn(4, 4))
+    assert model.training
+    assert model.norm.training
+    assert torch.is_grad_enabled()
+
+
+def test_caches_of_the_model_stay_as_they_were() -> None:
+    model = Caching().eval()
+    first = capacity_map(model, torch.randn(6, 4))
+    assert model.cache == {}
+    assert list(first.capacity) == ["mix"]
+    assert capacity_map(model, torch.randn(6, 4)).capacity.keys() == first.capacity.keys()
+
+
+def test_batch_statistics_stand_in_for_running_ones() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    model[0].bias.data.fill_(3.0)
+    x = images(40)
+    train, evaluated = capacity_map(model.train(), x), capacity_map(model.eval(), x)
+    assert (train.mode, evaluated.mode) == ("train", "eval")
+    assert train.decoupling["2"].gate == pytest.approx(analytic_decoupling("relu").gate, abs=0.1)
+    assert evaluated.decoupling["2"].gate < 0.1
+
+
+def test_decoupling_of_real_activations() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+    with torch.no_grad():
+        model[0].weight /= model[0].weight.norm(dim=1, keepdim=True)
+        model[0].bias.zero_()
+    found = capacity_map(model, torch.randn(2000, 32), rows=64, pixels=False).decoupling
+    assert list(found) == ["1", "3"]
+    expected = analytic_decoupling("gelu")
+    assert (found["1"].out, found["1"].gate) == pytest.approx((expected.out, expected.gate), abs=0.02)
+    assert found["3"].out < 0.05
+
+
+def test_coherent_share_and_residual_sum() -> None:
+    torch.manual_seed(0)
+    linear = capacity_map(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)), images())
+    assert linear.coherent == pytest.approx(1, abs=1e-5)
+    assert linear.shattering == pytest.approx(0, abs=1e-5)
+    assert linear.scores()["propagation"] < 0.01
+    assert linear.residual == {}
+    assert math.isnan(linear.scores()["scaling"])
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch, self.shortcut = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            nn.init.eye_(self.branch.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 0.5 * self.branch(x)
+            return self.shortcut(x) + self.branch(x)
+
+    assert capacity_map(Scaled(), torch.randn(20, 4)).residual == {"model": pytest.approx(0.2)}
+
+
+def test_zero_scales_are_read_as_one_and_zero_heads_are_looked_through() -> None:
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(192, 2)
+            nn.init.zeros_(self.norm.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x + self.norm(self.conv(x))).flatten(1))
+
+    model = Block()
+    assert capacity_map(model, images(), revive=False).capacity["conv"] == 0
+    found = capacity_map(model, images())
+    assert found.revived == ("norm.weight",)
+    assert found.capacity["conv"] > 1
+    assert not bool(model.norm.weight.any())
+    nn.init.zeros_(model.head.weight)
+    looked = capacity_map(model, images())
+    assert looked.capacity["conv"] > 1
+    assert looked.coherent == pytest.approx(1, abs=1e-3)
+
+
+def test_every_parameter_without_capacity_is_named() -> None:
+    torch.manual_seed(0)
+    model = Tokens()
+    model.unused = nn.Linear(2, 2)
+    found = capacity_map(model, images())
+    assert list(found.capacity) == ["patches", "qkv", "proj", "head"]
+    assert found.skipped["norm"] == "LayerNorm rescales the layer before it"
+    assert "not on the way" in found.skipped["unused"]
+    assert "place" in found.skipped["model"] or "token" in found.skipped["model"]
+
+
+def test_shared_layer_counts_once() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 5)
+    found = capacity_map(nn.Sequential(layer, nn.ReLU(), layer), torch.randn(30, 5))
+    assert list(found.capacity) == ["0"]
+    assert found.n_params["0"] == 30
+    assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
+
+
+def test_operation_without_a_rule_is_approximated_and_listed() -> None:
+    torch.manual_seed(0)
+
+    class Sorts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x.cumsum(1))
+
+    found = capacity_map(Sorts(), torch.randn(10, 6))
+    assert found.approximated == {"aten.cumsum.default": 1}
+    assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
+
+
+def test_batch_is_found_where_axes_were_merged() -> None:
+    windows = torch.arange(24.0).view(6, 4)  # 3 samples of 2 windows
+    torch.testing.assert_close(batch_mean(windows, (2, 4), 3), windows.view(3, 2, 4).mean(0))
+    assert batch_mean(windows, (6, 4), 3) is windows
+    assert batch_mean(windows, (4, 4), 3) is None
+    assert batch_mean(windows, (2, 4, 1), 3) is None
+
+
+FAST = {"mobilenetv3_small_100", "convnextv2_atto", "vit_tiny_patch16_224", "ghostnet_100"}
+FAMILIES = [
+    *("resnet18", "resnet50", "vgg11_bn", "densenet121", "regnety_002", "efficientnet_b0", "mobilenetv3_small_100"),
+    *("mobilenetv4_conv_small", "mobileone_s0", "repvgg_a0", "convnext_atto", "convnextv2_atto", "poolformer_s12", "ghostnet_100"),
+    *("starnet_s1", "hgnet_tiny", "gernet_s", "edgenext_xx_small", "fastvit_t8", "vit_tiny_patch16_224", "deit3_small_patch16_224"),
+    *("swin_tiny_patch4_window7_224", "mixer_s32_224", "maxvit_rmlp_pico_rw_256", "efficientformerv2_s0"),
+]
+SIZED = ("vit_tiny", "deit3", "swin", "mixer", "maxvit", "efficientformerv2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in FAMILIES])
+def test_timm_families_give_capacity_and_pixels(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, **({"img_size": 64} if name.startswith(SIZED) else {}))
+    found = capacity_map(model, torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), rows=32, projections=2)
+    assert found.approximated == {}
+    assert found.pixels is not None
+    assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-3)
+    assert all(0 <= value <= 1 for value in found.utilisation.values())
+    layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert layers <= set(found.capacity) | set(found.skipped)
+    assert found.decoupling
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: capacity_map(nn.Linear(2, 2), torch.zeros(1, 2)), r"at least two samples, got shape \(1, 2\)"),
+        (lambda: capacity_map(nn.Linear(2, 2), torch.full((3, 2), float("nan"))), "finite"),
+    ],
+)
+def test_errors_say_what_to_do(call, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call()

@@ -1,0 +1,98 @@
+"""Claims: which RUNNING trials are really running."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from capnas.objective.claims import CLAIM, GRACE, claimed, host, started, sweep
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+
+
+def study_with(claim: dict[str, Any] | None, age: float, evaluation: Evaluation | None = None) -> optuna.Study:
+    study = optuna.create_study(study_name="s")
+    start = datetime.datetime.now() - datetime.timedelta(seconds=age)
+    trial = create_trial(state=TrialState.RUNNING, system_attrs={} if claim is None else {CLAIM: claim})
+    trial.datetime_start = start
+    if evaluation is not None:
+        trial.user_attrs[ATTRIBUTE] = evaluation.to_dict()
+    study._storage.create_new_trial(study._study_id, template_trial=trial)
+    return study
+
+
+def mine(**changes: Any) -> dict[str, Any]:
+    return {"host": host(), "pid": os.getpid(), "started": started(os.getpid())} | changes
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize(
+    ("claim", "age", "reason"),
+    [
+        ("mine", 1, "its process went on without it"),
+        ("dead", 1, "its process ended before it did"),
+        ("reused", 1, "its process ended before it did"),
+        ("parent", 10**6, None),
+        ("elsewhere", 50, None),
+        ("elsewhere", 200, "another host has not finished it in 100 s"),
+        (None, 1, None),
+        (None, GRACE + 5, f"no process claimed it within {GRACE:.0f} s"),
+    ],
+)
+def test_who_is_abandoned(claim: str | None, age: float, reason: str | None) -> None:
+    claims = {
+        "mine": mine(), "dead": mine(pid=dead_pid()), "reused": mine(pid=os.getppid(), started="1"),
+        "parent": mine(pid=os.getppid(), started=started(os.getppid())), "elsewhere": mine(host="other"), None: None,
+    }  # fmt: skip
+    study = study_with(claims[claim], age)
+    assert sweep(study, stale_after=100) == ([0] if reason else [])
+    trial = study.trials[0]
+    if reason is None:
+        assert trial.state == TrialState.RUNNING
+    else:
+        found = Evaluation.of(trial)
+        assert found is not None
+        assert (trial.state, found.status, found.reason) == (TrialState.FAIL, "interrupted", reason)
+
+
+def test_a_running_trial_of_this_process_is_left_alone() -> None:
+    study = optuna.create_study(study_name="s")
+    trial = study.ask()
+    with claimed(trial):
+        assert sweep(study) == []
+    assert sweep(study) == [0]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "state"),
+    [
+        (Evaluation(status="complete", values={"accuracy": 0.5}), TrialState.COMPLETE),
+        (Evaluation(status="diverged"), TrialState.PRUNED),
+        (Evaluation(status="failed"), TrialState.FAIL),
+    ],
+)
+def test_a_result_that_was_stored_is_kept(evaluation: Evaluation, state: TrialState) -> None:
+    study = study_with(mine(pid=dead_pid()), 1, evaluation)
+    assert sweep(study) == [0]
+    assert study.trials[0].state == state
+    assert Evaluation.of(study.trials[0]) == evaluation
+    if state == TrialState.COMPLETE:
+        assert study.trials[0].values == [0.5]
+
+
+def test_the_hosts_name_is_not_stored() -> None:
+    import socket
+
+    assert socket.gethostname() not in host()
+    assert len(host()) == 16

@@ -1,0 +1,403 @@
+"""The objective: every stage and every way a trial can end, and what Optuna is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import FixedTrial, TrialState
+from tiny_space import images, space
+from torch import nn
+
+from capnas.candidates import count_cost
+from capnas.data import ImageData, load_data
+from capnas.errors import StudyError, UsageError
+from capnas.objective import Objective
+from capnas.objective.evaluation import Evaluation
+from capnas.scoring import score
+from capnas.training import TrainConfig
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+SMALL = {"width": 2, "depth": 1, "kind": "plain"}
+LARGE = {"width": 8, "depth": 3, "kind": "plain"}
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_data(images(), validation=0.2, test=0.2)
+
+
+def objective(data: ImageData, space: Any = space, **changes: Any) -> Objective:
+    train = TrainConfig(batch_size=32, lr=1e-2)
+    return Objective(space, data, **{"values": ("accuracy",), "epochs": 2, "device": "cpu", "train": train, "probe_images": 16} | changes)
+
+
+def run(objective: Objective, *params: dict[str, Any], sampler: Any = None, pruner: Any = None) -> optuna.Study:
+    sampler = sampler or optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(directions=objective.directions, sampler=sampler, pruner=pruner or optuna.pruners.NopPruner())
+    for p in params:
+        study.enqueue_trial(p)
+    study.optimize(objective, n_trials=len(params))
+    return study
+
+
+def evaluations(study: optuna.Study) -> list[Evaluation]:
+    found = [Evaluation.of(t) for t in study.trials]
+    assert all(e is not None for e in found)
+    return found  # type: ignore[return-value]
+
+
+def test_a_complete_trial(data: ImageData) -> None:
+    o = objective(data, values=("accuracy", "saturation_evenness", "macs"))
+    assert o.directions == ["maximize", "maximize", "minimize"]
+    study = run(o, LARGE)
+    (trial,), (found,) = study.trials, evaluations(study)
+    assert trial.state == TrialState.COMPLETE
+    assert list(trial.user_attrs) == ["capnas"]
+    json.dumps(trial.user_attrs, allow_nan=False)
+    assert found.status == "complete"
+    assert found.params == trial.params == LARGE
+    model = space(FixedTrial(LARGE), num_classes=3, in_chans=1, image_size=8)
+    cost = count_cost(model, (1, 1, 8, 8))
+    assert (found.n_params, found.macs) == (cost.params, cost.macs)
+    assert trial.values == list(found.values.values()) == [found.metrics["accuracy"], found.metrics["saturation_evenness"], cost.macs]
+    assert len(found.curve) == 2
+    assert found.metrics["accuracy"] == found.curve[-1]["accuracy"]
+    assert found.profile is not None
+    assert score(found.profile)["saturation_evenness"] == found.metrics["saturation_evenness"]
+    assert found.profile.mode == "eval"
+    assert found.metrics["init_rank_mean"] != found.metrics["rank_mean"]
+    assert set(found.seconds) == {"cost", "structure", "training"}
+    assert (found.seed, found.image_size) == (0, 8)
+    assert trial.constraints == {"valid": -1.0}
+
+
+def test_stored_evaluation_reads_back_and_refuses_other_versions(data: ImageData) -> None:
+    found = evaluations(run(objective(data), SMALL))[0]
+    stored = json.loads(json.dumps(found.to_dict()))
+    assert Evaluation.from_dict(stored).to_dict() == stored
+    with pytest.raises(StudyError, match="the evaluation has format version 99, expected 1"):
+        Evaluation.from_dict(stored | {"version": 99})
+    with pytest.raises(StudyError, match="not a stored evaluation: it has no version"):
+        Evaluation.from_dict({})
+    with pytest.raises(StudyError, match="unknown status 'great'; known: complete"):
+        Evaluation.from_dict(stored | {"status": "great"})
+
+
+def test_same_seed_same_trials_other_seed_other_trials(data: ImageData) -> None:
+    def values(seed: int) -> list[Any]:
+        o = objective(data, values=("accuracy", "saturation_mean"), seed=seed)
+        return [t.values for t in run(o, LARGE, SMALL).trials]
+
+    assert values(1) == values(1)
+    assert values(1) != values(2)
+
+
+def test_combined_value_is_accuracy_plus_weighted_scores(data: ImageData) -> None:
+    o = objective(data, values="combined", weights={"saturation_evenness": 0.5, "tail_fraction": 0.25})
+    assert o.directions == ["maximize"]
+    study = run(o, LARGE)
+    m = evaluations(study)[0].metrics
+    assert study.best_value == pytest.approx(m["accuracy"] + 0.5 * m["saturation_evenness"] - 0.25 * m["tail_fraction"])
+    assert objective(data, values="combined").weights == {"saturation_evenness": 0.05}
+
+
+def test_over_budget_is_pruned_with_its_violation_before_any_weight_exists(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capnas.objective.build_model", None)
+    o = objective(data, max_params=100, max_macs=10_000)
+    study = run(o, LARGE)
+    (trial,), (found,) = study.trials, evaluations(study)
+    assert trial.state == TrialState.PRUNED
+    assert found.status == "over_budget"
+    assert found.reason == f"{found.n_params:,} params are over the limit of 100; {found.macs:,} macs are over the limit of 10,000"
+    assert found.n_params is not None
+    assert found.macs is not None
+    assert trial.constraints == {"params": found.n_params / 100 - 1, "macs": found.macs / 10_000 - 1, "valid": -1.0}
+    assert found.values == {}
+
+
+def test_within_budget_sets_negative_constraints(data: ImageData) -> None:
+    trial = run(objective(data, max_params=10**6), SMALL).trials[0]
+    assert trial.state == TrialState.COMPLETE
+    assert trial.constraints["params"] < 0
+
+
+def test_infeasible_keeps_the_spaces_reason(data: ImageData) -> None:
+    study = run(objective(data, max_macs=10**9), LARGE | {"kind": "bad"})
+    found = evaluations(study)[0]
+    assert (found.status, found.reason) == ("infeasible", "depth 3 goes with plain only")
+    assert study.trials[0].constraints == {"macs": 0.0, "valid": 1.0}
+    assert study.trials[0].state == TrialState.PRUNED
+
+
+def samplers() -> dict[str, Any]:
+    return {
+        "nsga2": optuna.samplers.NSGAIISampler(seed=0, population_size=4),
+        "nsga3": optuna.samplers.NSGAIIISampler(seed=0, population_size=4),
+        "gp": optuna.samplers.GPSampler(seed=0, n_startup_trials=3),
+    }
+
+
+@pytest.mark.parametrize("name", ["nsga2", "nsga3", "gp"])
+def test_samplers_that_ignore_pruned_trials_get_the_worst_values_and_a_violation(data: ImageData, name: str) -> None:
+    o = objective(data, values=("accuracy", "macs"), max_macs=30_000, epochs=1)
+    study = run(o, SMALL, LARGE, LARGE | {"kind": "bad"}, sampler=samplers()[name])
+    found = evaluations(study)
+    assert [e.status for e in found] == ["complete", "over_budget", "infeasible"]
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
+    assert study.trials[1].values == [study.trials[0].values[0], found[1].macs]
+    assert study.trials[2].values == study.trials[0].values  # the worst seen so far, as nothing is known of it
+    assert [any(v > 0 for v in t.constraints.values()) for t in study.trials] == [False, True, True]
+    assert [list(t.constraints) for t in study.trials] == [["macs", "valid"]] * 3
+    assert [t.number for t in study.best_trials] == [0]
+    study.optimize(o, n_trials=3)  # the sampler digests them
+    assert all(t.state == TrialState.COMPLETE for t in study.trials)
+
+
+def test_worst_values_before_any_are_finite(data: ImageData) -> None:
+    o = objective(data, values=("accuracy", "val_loss", "saturation_evenness", "tail_fraction", "saturation_variation", "params", "macs"))
+    study = run(o, LARGE | {"kind": "bad"}, sampler=samplers()["nsga2"])
+    assert study.trials[0].values == [0.0, 100.0, 0.0, 1.0, 1000.0, 1e12, 1e15]
+
+
+def test_duplicate_reuses_the_first_result(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    o = objective(data, values=("accuracy", "macs"))
+    study = run(o, SMALL)
+    monkeypatch.setattr("capnas.objective.train", None)
+    study.enqueue_trial(SMALL | {"kind": "bad"})  # other parameters, the same architecture
+    study.enqueue_trial(SMALL)
+    study.optimize(o, n_trials=2)
+    found = evaluations(study)
+    assert [e.status for e in found] == ["complete", "duplicate", "duplicate"]
+    assert [e.duplicate_of for e in found] == [None, 0, 0]
+    assert found[1].reason == "same architecture as trial 0"
+    assert found[1].params["kind"] == "bad"
+    assert study.trials[1].values == study.trials[2].values == study.trials[0].values
+    assert found[1].curve == found[0].curve
+    assert found[1].hash == found[0].hash
+
+
+def test_no_duplicate_at_another_resolution_or_with_other_settings(data: ImageData) -> None:
+    o = objective(data, resolutions=(8, 10), epochs=1)
+    study = run(o, SMALL | {"image_size": 8}, SMALL | {"image_size": 10}, SMALL | {"image_size": 8})
+    assert [e.status for e in evaluations(study)] == ["complete", "complete", "duplicate"]
+    assert [e.image_size for e in evaluations(study)] == [8, 10, 8]
+    assert evaluations(study)[1].macs > evaluations(study)[0].macs  # type: ignore[operator]
+    other = objective(data, resolutions=(8, 10), epochs=2)
+    study.enqueue_trial(SMALL | {"image_size": 8})
+    study.optimize(other, n_trials=1)
+    assert evaluations(study)[-1].status == "complete"
+
+
+def test_gate(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capnas.objective.train", None)
+    study = run(objective(data, gate="saturation_mean>=0.999"), LARGE)
+    found = evaluations(study)[0]
+    assert found.status == "gated"
+    assert found.reason == f"saturation_mean before training is {found.metrics['init_saturation_mean']:.4g}, the gate asks for >= 0.999"
+    assert found.profile is not None
+    assert found.profile.mode == "train"
+    assert study.trials[0].state == TrialState.PRUNED
+    assert study.trials[0].constraints == {"valid": 1.0}
+
+
+def test_gate_lets_pass(data: ImageData) -> None:
+    assert evaluations(run(objective(data, gate={"saturation_mean": 0.01, "tail_fraction": 1.0}, epochs=1), LARGE))[0].status == "complete"
+
+
+class Broken(nn.Module):
+    """Wraps a model: fails in the way told, at the call told."""
+
+    def __init__(self, model: nn.Module, error: BaseException | None, after: int = 0) -> None:
+        super().__init__()
+        self.model, self.error, self.after = model, error, after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.model(x)
+        if x.device.type != "cpu" or type(x) is not torch.Tensor:  # while only shapes run
+            return y
+        self.after -= 1
+        if self.after >= 0:
+            return y
+        if self.error is None:
+            return y * math.nan
+        raise self.error
+
+
+def broken(error: BaseException | None, after: int = 1) -> Any:
+    def broken_space(trial: Any, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+        return Broken(space(trial, num_classes=num_classes, in_chans=in_chans, image_size=image_size), error, after)
+
+    return broken_space
+
+
+def test_divergence_ends_the_trial_with_its_reason_and_the_study_goes_on(data: ImageData) -> None:
+    study = run(objective(data, broken(None)), SMALL, SMALL, LARGE)
+    found = evaluations(study)
+    assert [e.status for e in found] == ["diverged"] * 3
+    assert found[0].reason == "the loss is nan in epoch 1, update 1"
+    assert found[1].reason == "same architecture as trial 0: the loss is nan in epoch 1, update 1"
+    assert found[1].duplicate_of == 0
+    assert study.trials[0].state == TrialState.PRUNED
+    assert study.trials[0].constraints == {"valid": 1.0}
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_out_of_memory_in_any_stage_ends_the_trial(data: ImageData, after: int) -> None:
+    study = run(objective(data, broken(torch.OutOfMemoryError("CUDA out of memory."), after)), SMALL, LARGE)
+    assert [(e.status, e.reason) for e in evaluations(study)] == [("out_of_memory", "CUDA out of memory.")] * 2
+
+
+def test_an_error_passes_and_is_stored(data: ImageData) -> None:
+    o = objective(data, broken(LookupError("no such\n thing")))
+    study = optuna.create_study(directions=o.directions)
+    study.enqueue_trial(SMALL)
+    with pytest.raises(LookupError, match="no such"):
+        study.optimize(o, n_trials=1)
+    found = evaluations(study)[0]
+    assert (found.status, found.reason) == ("failed", "LookupError: no such thing")
+    assert study.trials[0].state == TrialState.FAIL
+
+
+def test_an_interrupt_passes_and_is_stored(data: ImageData) -> None:
+    o = objective(data, broken(KeyboardInterrupt()))
+    study = optuna.create_study(directions=o.directions)
+    study.enqueue_trial(SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        study.optimize(o, n_trials=1)
+    assert (evaluations(study)[0].status, evaluations(study)[0].reason) == ("interrupted", "KeyboardInterrupt")
+    assert study.trials[0].state == TrialState.FAIL
+
+
+def test_a_value_that_is_not_finite_never_reaches_optuna(data: ImageData) -> None:
+    def no_layers(trial: Any, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+        trial.suggest_int("width", 1, 2)
+
+        class Means(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(num_classes))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x.mean((1, 2, 3))[:, None] * self.scale
+
+        return Means()
+
+    study = run(objective(data, no_layers, values=("accuracy", "saturation_evenness")), {"width": 1})
+    found = evaluations(study)[0]
+    assert (found.status, found.reason) == ("diverged", "saturation_evenness came out not finite")
+    assert study.trials[0].state == TrialState.PRUNED
+
+
+def test_optunas_pruner_stops_with_one_value(data: ImageData) -> None:
+    pruner = optuna.pruners.ThresholdPruner(lower=2.0, n_warmup_steps=2)
+    study = run(objective(data, epochs=4), SMALL, pruner=pruner)
+    found = evaluations(study)[0]
+    assert found.status == "stopped"
+    assert found.reason.startswith("pruned by ThresholdPruner after epoch 2: accuracy 0.")
+    assert len(found.curve) == 2
+    assert study.trials[0].intermediate_values == {row["epoch"]: row["accuracy"] for row in found.curve}
+    assert study.trials[0].state == TrialState.PRUNED
+    assert study.trials[0].constraints == {"valid": -1.0}
+
+
+def test_with_several_values_the_median_rule_stops(data: ImageData) -> None:
+    from capnas.objective.stopping import MedianRule
+
+    o = objective(data, values=("accuracy", "params"), epochs=3, stopping=MedianRule(warmup_epochs=0, min_rivals=1))
+    small, large = SMALL, {"width": 8, "depth": 2, "kind": "plain"}
+    study = optuna.create_study(directions=o.directions, sampler=optuna.samplers.RandomSampler(seed=0))
+    study.enqueue_trial(small)
+    study.optimize(o, n_trials=1)
+    stored = study.trials[0].user_attrs["capnas"]
+    stored["curve"] = [row | {"accuracy": 1.1} for row in stored["curve"]]  # unbeatable rivals that cost less
+    attributes = {"capnas": stored | {"hash": "?"}}
+    study.add_trials([optuna.trial.create_trial(state=TrialState.COMPLETE, values=[1.0, 1.0], user_attrs=attributes)] * 2)
+    study.enqueue_trial(large)
+    study.enqueue_trial({"width": 2, "depth": 1, "kind": "bad"})
+    study.optimize(o, n_trials=2)
+    found = evaluations(study)
+    assert [e.status for e in found] == ["complete", "complete", "complete", "stopped", "duplicate"]
+    assert "after epoch 1 is below 1.1000, the median of 3 earlier trials that cost no more" in found[3].reason
+    assert len(found[3].curve) == 1
+    assert study.trials[3].state == TrialState.PRUNED
+
+
+def test_median_rule_off(data: ImageData) -> None:
+    o = objective(data, values=("accuracy", "params"), stopping=None, epochs=2)
+    assert evaluations(run(o, LARGE))[0].status == "complete"
+
+
+def test_works_without_a_study(data: ImageData) -> None:
+    trial = FixedTrial(SMALL)
+    assert 0 <= objective(data)(trial) <= 1
+    assert Evaluation.of(trial).status == "complete"  # type: ignore[union-attr]
+
+
+def test_wrong_directions_name_the_right_ones(data: ImageData) -> None:
+    study = optuna.create_study(direction="minimize")
+    with pytest.raises(StudyError, match=r"are \['minimize'\], the objective's values accuracy need \['maximize'\]: create the study"):
+        study.optimize(objective(data), n_trials=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"values": ("accuracy", "mac")}, "values must be one of .*Did you mean 'macs'"),
+        ({"values": ()}, "values must be one or more different names"),
+        ({"values": ("macs", "macs")}, "values must be one or more different names"),
+        ({"weights": {"saturation": 1}}, "weights must be one of .*got 'saturation'"),
+        ({"weights": {"tail_fraction": math.inf}}, "the weight of tail_fraction must be a finite number, got inf"),
+        ({"gate": "saturation_mean=1"}, "a gate is a comparison like saturation_evenness>=0.5, got 'saturation_mean=1'"),
+        ({"gate": "saturation_men>1"}, "gate must be one of .*Did you mean 'saturation_mean'"),
+        ({"gate": "saturation_mean>high"}, "the gate on saturation_mean needs a number, got 'high'"),
+        ({"max_macs": 0}, "max_macs must be above 0, got 0"),
+        ({"resolutions": (8, 8)}, r"resolutions must be different sizes in pixels, got \(8, 8\)"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"device": "tpu9"}, 'device must be "auto"'),
+    ],
+)
+def test_refuses(data: ImageData, change: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        objective(data, **change)
+
+
+def test_space_and_data_by_name() -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    assert objective(images(), "tiny_space:space").data.num_classes == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("values", ["principled", "principled-pareto"])
+def test_the_founding_presets_measure_all_three_theories(data: ImageData, values: str) -> None:
+    o = objective(data, values=values)
+    study = run(o, LARGE)
+    (found,) = evaluations(study)
+    assert found.status == "complete", found.reason
+    for name in ("saturation_evenness", "capacity_balance", "depth_evenness", "capacity_slack"):
+        if name in o.weights or name in o.names:
+            assert 0 <= found.metrics[name] <= 1, name
+    if values == "principled":
+        terms = sum(weight * found.metrics[name] for name, weight in o.weights.items())
+        assert set(o.weights) == {"saturation_evenness", "capacity_balance", "capacity_slack"}
+        assert study.trials[0].value == pytest.approx(found.metrics["accuracy"] + terms)
+    else:
+        assert o.names == ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
+        assert o.directions == ["maximize"] * 4 + ["minimize"]
+        assert study.trials[0].values == [found.metrics[name] for name in o.names]
+
+
+def test_a_score_without_training_may_be_a_value_and_capacity_slack_may_not(data: ImageData) -> None:
+    o = objective(data, values="init_naswot,init_log2_paths")
+    assert o.measures == {"before": ("saturation", "structure", "proxies"), "after": ("saturation",)}
+    with pytest.raises(UsageError, match="values must be one of"):
+        objective(data, values="init_capacity_slack")
+    with pytest.raises(UsageError, match="gate must be one of"):
+        objective(data, gate="capacity_slack>0.5")
+    with pytest.raises(UsageError, match="not both"):
+        objective(data, values="combined,principled")

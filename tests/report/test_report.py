@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import json
+import re
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from scipy import stats
+from tiny_space import images
+
+from capnas.data import load_data
+from capnas.errors import MissingDependencyError
+from capnas.report import Report
+from capnas.search import open_run, run_study
+from capnas.search.config import StudyConfig
+from capnas.search.runs import RunResult
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    spec = f"{Path(__file__).parent.parent / 'tiny_space.py'}:space"
+    config = StudyConfig(space=spec, data="noise", study="tiny", trials=20, epochs=2, max_params=400, device="cpu", seed=1, pruner="off",
+                         sampler="random", out=str(folder), train={"batch_size": 32})  # fmt: skip
+    run_study(config, data=load_data(images(), validation=0.2, test=0.2))
+    return open_run(folder)
+
+
+def test_numbers_agree_with_the_stored_trials(run: RunResult) -> None:
+    data = json.loads(json.dumps(Report.of(run).to_dict(), allow_nan=False))
+    evaluations = [e for _, e in run.evaluations()]
+    assert data["study"]["finished"] == 20
+    counted = Counter()
+    for row in data["outcomes"]:
+        counted[row["outcome"]] += row["trials"]
+    assert counted == Counter(e.status for e in evaluations)
+    complete = [t for t, e in run.evaluations() if e.status == "complete"]
+    assert data["best"][0]["trial"] == max(complete, key=lambda t: t.values[0]).number
+    assert data["best"][0]["combined"] == max(t.values[0] for t in complete)
+    training = [e.seconds["training"] for e in evaluations if "training" in e.seconds]
+    row = next(row for row in data["seconds"] if row["stage"] == "training")
+    assert row == {
+        "stage": "training",
+        "trials": len(training),
+        "sum": round(sum(training), 2),
+        "median": round(statistics.median(training), 3),
+    }
+
+
+def test_reasons_that_differ_in_numbers_only_are_one_outcome(run: RunResult) -> None:
+    over = [e for _, e in run.evaluations() if e.status == "over_budget"]
+    rows = [row for row in Report.of(run).to_dict()["outcomes"] if row["outcome"] == "over_budget"]
+    assert len({e.reason for e in over}) > 1
+    assert [row["trials"] for row in rows] == [len(over)]
+    assert rows[0]["reason (of the first)"] == over[0].reason
+
+
+def test_correlations_are_scipys_over_trained_architectures(run: RunResult) -> None:
+    complete = [e for _, e in run.evaluations() if e.status == "complete"]
+    rows = {row["score"]: row for row in Report.of(run).to_dict()["correlations"]}
+    assert rows
+    for name, row in rows.items():
+        expected = stats.spearmanr([e.metrics[name] for e in complete], [e.metrics["accuracy"] for e in complete]).statistic
+        assert row["spearman"] == pytest.approx(expected, abs=6e-4)
+        assert row["partial"] is None  # too few architectures to hold two quantities fixed
+        assert row["trials"] == len(complete)
+
+
+def test_retrained_networks_are_listed_and_on_the_checklist(run: RunResult, tmp_path: Path) -> None:
+    path = run.folder / "retrained.json"
+    record = {"trial": 0, "epochs": 2, "seed": 7, "status": "complete", "reason": "", "test_accuracy": 0.625, "test_loss": 1.0,
+              "test_images": 48, "n_params": 10, "macs": 20, "seconds": 1.0, "device": "cpu", "curve": [{"epoch": 1}]}  # fmt: skip
+    assert "capnas best --retrain" in Report.of(run).to_markdown()
+    best = Report.of(run).to_dict()["best"][0]["trial"]
+    records = [record | {"trial": best, "test_accuracy": a, "epochs": n} for a, n in ((0.5, 4), (0.75, 4), (1.0, 1))]
+    path.write_text(json.dumps([record, *records]))
+    try:
+        text = Report.of(run).to_markdown()
+        page = Report.of(run).write_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    finally:
+        path.unlink()
+    assert "<b>0.625</b><span>test accuracy, 4 epochs, mean of 2</span>" in page
+    assert "| 0 | 2 | 7 | complete | 0.625 |" in text
+    assert "yes: 4, seeds 7" in text
+
+
+def test_markdown_has_one_row_for_each_listed_trial(run: RunResult) -> None:
+    report = Report.of(run)
+    text = report.to_markdown()
+    best = text.split("## Best trials")[1].split("##")[0]
+    assert len(re.findall(r"^\| \d+ \|", best, re.MULTILINE)) == len(report.to_dict()["best"])
+    for heading in ("# tiny", "## Outcomes", "## Seconds by stage", "## To judge this study", "## Settings", "## Environment"):
+        assert heading in text
+
+
+def test_page_is_self_contained_and_has_every_figure_and_table(run: RunResult, tmp_path: Path) -> None:
+    report = Report.of(run)
+    titles = [*report.figures(), "Best trials", "Outcomes"]
+    assert "Saturation through the network" in titles
+    page = report.write_html(tmp_path / "deep" / "page.html").read_text(encoding="utf-8")
+    assert all(page.count(f"<h2>{title}</h2>") == 1 for title in titles)
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)="https?:', page)
+    assert "Blocks and layers of trial" in page
+
+
+def test_page_shows_texts_of_trials_as_text(run: RunResult, tmp_path: Path) -> None:
+    config = dataclasses.replace(run.config, study="<script>alert(1)</script>")
+    page = Report.of(dataclasses.replace(run, config=config)).write_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<script>alert(1)" not in page
+
+
+def test_empty_run_has_a_report(tmp_path: Path) -> None:
+    spec = f"{Path(__file__).parent.parent / 'tiny_space.py'}:space"
+    config = StudyConfig(space=spec, data="noise", trials=1, max_params=1, out=str(tmp_path / "none"), device="cpu")
+    run_study(config, data=load_data(images(), validation=0.2, test=0.2))
+    report = Report.of(open_run(tmp_path / "none"))
+    assert "No trial has given a value yet" in report.to_markdown()
+    assert report.figures() == {}
+    assert "No trial has given a value yet" in report.write_html(tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_missing_plotly_names_the_extra(run: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("plotly"):
+            raise ModuleNotFoundError("No module named 'plotly'", name="plotly")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'capnas\[report\]'"):
+        Report.of(run).figures()

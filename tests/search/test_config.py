@@ -1,0 +1,89 @@
+"""The request of a study: its text, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from capnas.errors import StudyError, UsageError
+from capnas.search.config import StudyConfig
+
+
+def full() -> StudyConfig:
+    return StudyConfig(
+        space="my spaces/net.py:build", data="torch/cifar10", study='a "quoted" ä \\ 😀', trials=7, epochs=2, values=("combined", "macs"),
+        weights={"saturation_evenness": 0.1, "tail_fraction": 1e-5}, max_params=10**6, max_macs=10**8, gate="saturation_mean>=0.2",
+        resolutions=(28, 32), sampler="nsga2", pruner="off", seed=3, storage="sqlite:///x.db", workers=2, device="cpu",
+        train={"lr": 0.01, "clip_grad": 1.0, "record": True}, data_options={"download": False, "root": "x"},
+    )  # fmt: skip
+
+
+def test_text_round_trip() -> None:
+    assert StudyConfig.from_toml(full().to_toml()) == full()
+    small = StudyConfig(space="resnet")
+    assert StudyConfig.from_toml(small.to_toml(), out="o").folder.name == "o"
+    assert StudyConfig.from_toml(small.to_toml()).to_dict() == small.to_dict()
+
+
+def test_names_and_folders() -> None:
+    assert StudyConfig(space="resnet").name == "resnet-fashion-mnist-12k"
+    assert StudyConfig(space="some/net.py:space", data="/x/my images/").name == "net-my-images"
+    assert StudyConfig(space="resnet").folder.parts == ("runs", "resnet-fashion-mnist-12k")
+    assert StudyConfig(space="resnet", values="accuracy,macs").directions == ["maximize", "minimize"]  # type: ignore[arg-type]
+
+
+def test_training_takes_the_further_fields() -> None:
+    train = full().training()
+    assert (train.lr, train.clip_grad, train.epochs, train.seed, train.device) == (0.01, 1.0, 2, 3, "cpu")
+
+
+def test_passwords_are_not_written() -> None:
+    config = StudyConfig(space="resnet", storage="postgresql+psycopg2://me:se:cret@db/x")
+    assert "cret" not in config.to_toml()
+    assert "postgresql+psycopg2://me:***@db/x" in config.to_toml()
+    assert config.conflicts(config.to_dict()) == []
+
+
+def test_conflicts_ignore_what_may_change() -> None:
+    stored = full().to_dict()
+    changed = StudyConfig.from_dict(stored | {"trials": 99, "workers": 1, "device": "auto"})
+    assert changed.conflicts(stored) == []
+    assert StudyConfig.from_dict(stored | {"sampler": "tpe"}).conflicts(stored) == ["sampler was 'nsga2', now 'tpe'"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"sampler": "tp"}, "sampler must be one of .*Did you mean 'tpe'"),
+        ({"pruner": "mean"}, "pruner must be one of hyperband, median, off; got 'mean'"),
+        ({"sampler": "cmaes", "values": ("accuracy", "macs")}, "sampler cmaes works with one value, got 2: use tpe"),
+        ({"pruner": "hyperband", "values": ("accuracy", "macs")}, "pruner hyperband works with one value, got 2: use median or off"),
+        ({"trials": 0}, "trials must be at least 1, got 0"),
+        ({"max_macs": 0}, "max_macs must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"values": ("acc",)}, "values must be one of"),
+        ({"resolutions": ()}, "resolutions must be sizes in pixels"),
+        ({"train": {"lrate": 1}}, "train must be one of .*got 'lrate'"),
+        ({"train": {"lr": -1}}, "lr must be finite and not negative, got -1"),
+        ({"gate": "nonsense"}, "a gate is a comparison"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+    ],
+)
+def test_refuses(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        StudyConfig(**{"space": "resnet"} | change)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version = 9", "the study has format version 9, expected 1"),
+        ("version = 1\nspase = 'x'", "hold unknown fields: spase"),
+        ("version = 1", "cannot be read: .*space"),
+        ("version =", "cannot be read: "),
+    ],
+)
+def test_refuses_texts(text: str, message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        StudyConfig.from_toml(text)

@@ -1,0 +1,49 @@
+"""Samplers by name: their draws are a function of seed and draw number."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+
+from capnas.errors import UsageError
+from capnas.search.samplers import SAMPLERS, make_pruner, make_sampler
+
+
+def draws(name: str, seed: int, numbers: list[int]) -> list[float]:
+    study = optuna.create_study()
+    for number in numbers:
+        study.sampler = make_sampler(name, seed=seed, draws=(number,))
+        trial = study.ask()
+        study.tell(trial, trial.suggest_float("x", 0, 1))
+    return [t.params["x"] for t in study.trials]
+
+
+@pytest.mark.parametrize("name", [s for s in SAMPLERS if s != "cmaes"])
+def test_draws_follow_from_seed_and_number(name: str) -> None:
+    first = draws(name, 0, [0, 1, 2, 3])
+    assert first == draws(name, 0, [0, 1, 2, 3])
+    assert first != draws(name, 1, [0, 1, 2, 3])
+    assert len(set(first)) == 4
+
+
+def test_tpe_is_multivariate_in_groups_and_lies_only_in_company() -> None:
+    alone, beside = make_sampler("tpe", seed=0), make_sampler("tpe", seed=0, parallel=True)
+    assert (alone._multivariate, alone._group, alone._constant_liar, beside._constant_liar) == (True, True, False, True)  # type: ignore[attr-defined]
+
+
+def test_generations_fit_the_study() -> None:
+    sizes = [make_sampler("nsga2", seed=0, trials=n)._population_size for n in (10, 100, 1000)]  # type: ignore[attr-defined]
+    assert sizes == [8, 20, 50]
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UsageError, match=r"sampler must be one of .*Did you mean 'random'"):
+        make_sampler("randon", seed=0)
+    with pytest.raises(UsageError, match="pruner must be one of hyperband, median, off; got 'x'"):
+        make_pruner("x", epochs=3)
+
+
+def test_pruners() -> None:
+    assert isinstance(make_pruner("off", epochs=3), optuna.pruners.NopPruner)
+    assert isinstance(make_pruner("hyperband", epochs=3), optuna.pruners.HyperbandPruner)
+    assert make_pruner("median", epochs=12)._n_warmup_steps == 5

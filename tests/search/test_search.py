@@ -1,0 +1,365 @@
+"""Running studies: replay, resume, interrupt, kill, several workers, and what is left on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+from tiny_space import FILE, images, space, write_images
+from torch import nn
+
+from capnas.data import ImageData, load_data
+from capnas.errors import CapnasError, SpaceError, StudyError
+from capnas.objective.evaluation import Evaluation
+from capnas.search import RunResult, StudyConfig, open_run, run_study, worker
+from capnas.search.runs import is_finished
+
+optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_data(images(120), validation=0.2, test=0.2)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    write_images(folder / "images")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(folder: Path, **changes: Any) -> StudyConfig:
+    given: dict[str, Any] = {
+        "space": "tiny", "data": "stripes", "study": "tiny", "trials": 4, "epochs": 1, "values": ("accuracy", "macs"), "device": "cpu",
+        "out": str(folder), "train": {"batch_size": 32, "lr": 0.01},
+    }  # fmt: skip
+    return StudyConfig(**given | changes)
+
+
+def finished(result: RunResult) -> list[tuple[dict[str, Any], Any]]:
+    return [(t.params, t.values) for t in result.study.get_trials() if is_finished(t)]
+
+
+def test_same_seed_same_trials(tmp_path: Path, data: ImageData) -> None:
+    a, b, c = (
+        run_study(config(tmp_path / name, trials=13, seed=seed), space=space, data=data) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert len(finished(a)) == 13
+    assert finished(a) == finished(b)
+    assert finished(a) != finished(c)
+    assert len({json.dumps(p) for p, _ in finished(a)}) > 3
+
+
+@pytest.mark.parametrize(
+    ("sampler", "values"), [("tpe", "combined"), ("tpe", "accuracy,macs"), ("nsga2", "accuracy,macs"), ("qmc", "accuracy")]
+)
+def test_interrupted_and_resumed_gives_the_trials_of_an_uninterrupted_study(
+    tmp_path: Path, data: ImageData, sampler: str, values: str
+) -> None:
+    whole = run_study(config(tmp_path / "whole", trials=13, sampler=sampler, values=values.split(",")), space=space, data=data)
+    again = config(tmp_path / "parts", trials=13, sampler=sampler, values=values.split(","))
+
+    def stop(study: optuna.Study, trial: Any) -> None:
+        if trial.number == 4:
+            raise KeyboardInterrupt
+
+    part = run_study(again, space=space, data=data, on_trial=stop)
+    assert part.interrupted
+    assert part.n_finished == 5
+    resumed = run_study(again, space=space, data=data)
+    assert not resumed.interrupted
+    assert (resumed.finished_before, resumed.n_finished, resumed.finished) == (5, 13, True)
+    assert finished(resumed) == finished(whole)
+
+
+def test_interrupt_in_a_trial_abandons_that_one_only(tmp_path: Path, data: ImageData) -> None:
+    calls = []
+
+    def interrupting(trial: Any, **shape: Any) -> nn.Module:
+        calls.append(trial.number)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return space(trial, **shape)
+
+    result = run_study(config(tmp_path, trials=5, sampler="random"), space=interrupting, data=data)
+    assert result.interrupted
+    states = [t.state for t in result.study.trials]
+    assert states[-1] == TrialState.FAIL
+    assert Evaluation.of(result.study.trials[-1]).status == "interrupted"  # type: ignore[union-attr]
+    resumed = run_study(config(tmp_path, trials=5, sampler="random"), space=space, data=data)
+    assert resumed.n_finished == 5
+    whole = run_study(config(tmp_path / "whole", trials=5, sampler="random"), space=space, data=data)
+    assert finished(resumed) == finished(whole)
+
+
+def test_finished_says_so_and_trains_nothing_and_more_trials_extend_it(tmp_path: Path, data: ImageData) -> None:
+    run_study(config(tmp_path), space=space, data=data)
+    again = run_study(config(tmp_path), space="no such space", data=None)
+    assert (again.finished_before, again.n_finished) == (4, 4)
+    more = run_study(config(tmp_path, trials=6), space=space, data=data)
+    assert (more.finished_before, more.n_finished) == (4, 6)
+    assert open_run(tmp_path).config.trials == 6
+
+
+def test_other_settings_are_refused_and_named(tmp_path: Path, data: ImageData) -> None:
+    run_study(config(tmp_path, trials=1), space=space, data=data)
+    text = r"the study tiny exists with other settings: epochs was 1, now 2; max_macs was 'not set', now 9000. Choose another"
+    with pytest.raises(StudyError, match=text):
+        run_study(config(tmp_path, trials=1, epochs=2, max_macs=9000), space=space, data=data)
+    (tmp_path / "study.toml").unlink()  # the storage remembers
+    with pytest.raises(StudyError, match="seed was 0, now 5"):
+        run_study(config(tmp_path, trials=1, seed=5), space=space, data=data)
+
+
+def test_errors_in_a_row_end_the_study_and_single_ones_do_not(tmp_path: Path, data: ImageData) -> None:
+    def sometimes(trial: Any, **shape: Any) -> nn.Module:
+        if trial.number in (1, 3, 4, 5):
+            raise LookupError("no\nluck")
+        return space(trial, **shape)
+
+    seen: list[str] = []
+
+    def told(study: optuna.Study, trial: Any) -> None:
+        seen.append(Evaluation.of(trial).status)  # type: ignore[union-attr]
+
+    with pytest.raises(StudyError, match="3 trials in a row ended in an error, the last: LookupError: no luck"):
+        run_study(config(tmp_path, trials=20, sampler="random"), space=sometimes, data=data, on_trial=told)
+    assert [s == "failed" for s in seen] == [False, True, False, True, True, True]
+
+
+def test_what_is_left_on_disk(tmp_path: Path, data: ImageData) -> None:
+    result = run_study(config(tmp_path, trials=5, max_macs=40_000), space=space, data=data)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["environment.json", "journal.log", "study.toml", "trials.csv"]
+    rows = read_csv(tmp_path / "trials.csv")
+    assert len(rows) == 5
+    for row, (trial, found) in zip(rows, result.evaluations(), strict=True):
+        assert int(row["number"]) == trial.number
+        assert row["status"] == found.status
+        assert row["param.width"] == str(trial.params["width"])
+        if found.status == "complete":
+            assert [float(row["value.accuracy"]), float(row["value.macs"])] == trial.values
+            assert float(row["seconds.training"]) > 0
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert (environment["workers"], environment["device"]) == (1, "cpu")
+    text = "".join((tmp_path / name).read_text() for name in ("environment.json", "study.toml", "trials.csv", "journal.log"))
+    assert socket.gethostname() not in text
+    assert str(Path.home()) not in text.replace(str(tmp_path), "")
+
+
+def test_open_run_reads_everything(tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_study(config(tmp_path / "runs" / "tiny", trials=5), space=space, data=data)
+    monkeypatch.chdir(tmp_path)
+    opened = open_run("tiny")
+    assert finished(opened) == finished(result)
+    assert opened.config.to_dict() == result.config.to_dict()
+    assert opened.best is not None
+    assert opened.best.values[0] == max(t.values[0] for t in opened.front)
+    assert opened.evaluation(opened.best.number).status == "complete"
+    assert 0 < opened.n_complete == sum(e.status in ("complete", "duplicate") for _, e in opened.evaluations())
+    with pytest.raises(StudyError, match="the study tiny has no finished trial 99; its trials: 0 to 4"):
+        opened.evaluation(99)
+    with pytest.raises(StudyError, match=r"tinny is not a run: no study.toml in it. Runs here: tiny"):
+        open_run("tinny")
+    os.remove(tmp_path / "runs" / "tiny" / "journal.log")
+    with pytest.raises(StudyError, match=r"holds no journal.log: its trials are missing"):
+        open_run("tiny")
+
+
+def test_best_of_nothing(tmp_path: Path, data: ImageData) -> None:
+    result = run_study(config(tmp_path, trials=2, max_macs=1), space=space, data=data)
+    assert result.best is None
+    assert result.front == []
+    assert result.n_finished == 2
+
+
+def test_a_database_as_storage(tmp_path: Path, data: ImageData) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    run_study(config(tmp_path / "run", storage=url, trials=2), space=space, data=data)
+    assert run_study(config(tmp_path / "run", storage=url, trials=3), space=space, data=data).n_finished == 3
+    assert not (tmp_path / "run" / "journal.log").exists()
+    assert open_run(tmp_path / "run").n_finished == 3
+
+
+def test_another_program_s_study_is_not_touched(tmp_path: Path, data: ImageData) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    optuna.create_study(study_name="tiny", storage=url, directions=["maximize", "minimize"]).add_trial(
+        optuna.trial.create_trial(values=[1.0, 2.0])
+    )
+    with pytest.raises(StudyError, match="holds a study named tiny that is not of capnas"):
+        run_study(config(tmp_path / "run", storage=url), space=space, data=data)
+
+
+def test_worker_joins_a_study(tmp_path: Path, home: Path) -> None:
+    settings = config(tmp_path, space=FILE, data=str(home / "images"), data_options={"image_size": 8, "in_chans": 1}, trials=3)
+    assert worker(settings) == 3
+    assert worker(settings) == 0
+    assert open_run_of(settings) == 3
+
+
+def open_run_of(settings: StudyConfig) -> int:
+    (settings.folder / "study.toml").write_text(settings.to_toml())
+    return open_run(settings.folder).n_finished
+
+
+def test_two_workers_reach_the_number_and_not_more(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    (tmp_path / "meeting").mkdir()
+    monkeypatch.setenv("MEETING", str(tmp_path / "meeting"))
+    settings = config(
+        tmp_path / "run", space=f"{FILE.removesuffix(':space')}:meeting_space", data=str(home / "images"), trials=9, workers=2,
+        data_options={"image_size": 8, "in_chans": 1},
+    )  # fmt: skip
+    result = run_study(settings, on_trial=lambda study, trial: seen.append(trial.number))
+    trials = result.study.get_trials()
+    assert sum(map(is_finished, trials)) == 9
+    assert sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials) == 9
+    assert not any(t.state == TrialState.RUNNING for t in trials)
+    assert sorted(seen) == [t.number for t in trials]
+    assert len({t.system_attrs["capnas:claim"]["pid"] for t in trials if is_finished(t)}) == 2
+    assert os.getpid() not in {t.system_attrs["capnas:claim"]["pid"] for t in trials if is_finished(t)}
+
+
+def test_workers_report_their_error_once(tmp_path: Path, data: ImageData) -> None:
+    with pytest.raises(StudyError, match="several workers load space and data by name"):
+        run_study(config(tmp_path, workers=2), space=space)
+    with pytest.raises(SpaceError, match=r"there is no file .*nowhere.py"):
+        run_study(config(tmp_path, space="nowhere.py", workers=2))
+    with pytest.raises(CapnasError, match="nowhere"):
+        run_study(config(tmp_path, space=FILE, data=str(tmp_path / "nowhere"), workers=2))
+    # nothing was run, so other settings are no conflict
+    assert run_study(config(tmp_path, values=("accuracy",), trials=1), space=space, data=data).n_finished == 1
+
+
+@contextlib.contextmanager
+def started(folder: Path, trials: int, workers: int = 1, pause: float = 0.2) -> Iterator[subprocess.Popen[str]]:
+    """A study in a process of its own, after its first two trials."""
+    script = Path(__file__).parent.parent / "tiny_space.py"
+    command = [sys.executable, str(script), str(folder), str(trials), str(workers), str(pause)]
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so would its children
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for _ in range(2):
+                assert process.stdout.readline(), process.stderr.read()
+            yield process
+        finally:
+            process.kill()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def resume(folder: Path, home: Path, trials: int) -> RunResult:
+    return run_study(
+        StudyConfig(
+            space=FILE, data=str(home / "images"), trials=trials, epochs=1, out=str(folder), study="tiny", device="cpu", sampler="random",
+            values=("accuracy", "macs"), train={"batch_size": 32}, data_options={"image_size": 8, "in_chans": 1},
+        )
+    )  # fmt: skip
+
+
+def test_killed_and_resumed_loses_no_finished_trial(home: Path) -> None:
+    folder = home / "killed"
+    with started(folder, 50) as process:
+        process.kill()
+    with (folder / "journal.log").open("a") as file:  # killed while writing
+        file.write('{"op_code": 5, "worker_')
+    before = finished(open_run(folder))
+    assert len(before) >= 2
+    result = resume(folder, home, 8)
+    assert finished(result)[: len(before)] == before
+    assert result.n_finished == 8
+    assert not any(t.state == TrialState.RUNNING for t in result.study.get_trials())
+    whole = resume(home / "whole", home, 8)
+    assert finished(result) == finished(whole)
+
+
+def test_kill_in_the_middle_of_a_trial_marks_it(home: Path) -> None:
+    folder = home / "middle"
+    script = f"""
+import sys, os, signal; sys.path[:0] = [{str(Path(__file__).parent.parent)!r}, {str(Path(__file__).parent)!r}]
+import tiny_space, capnas.objective as o
+from test_search import resume
+real, calls = o.train, []
+def dying(*a, **k):
+    calls.append(1)
+    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)
+    return real(*a, **k)
+o.train = dying
+from pathlib import Path
+resume(Path({str(folder)!r}), Path({str(home)!r}), 9)
+"""
+    code = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True).returncode
+    assert code == -signal.SIGKILL
+    left = open_run(folder).study.get_trials()
+    dead = left[-1]
+    assert dead.state == TrialState.RUNNING
+    result = resume(folder, home, 9)
+    dead = result.study.get_trials()[dead.number]
+    assert dead.state == TrialState.FAIL
+    found = Evaluation.of(dead)
+    assert found is not None
+    assert (found.status, found.reason) == ("interrupted", "its process ended before it did")
+    assert result.n_finished == 9
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_signals_end_cleanly(home: Path, number: signal.Signals, workers: int) -> None:
+    folder = home / f"signal-{number}-{workers}"
+    with started(folder, 500, workers=workers, pause=0.1) as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    assert "Traceback" not in err
+    word, count = out.splitlines()[-1].split()
+    assert word == "interrupted"
+    opened = open_run(folder)
+    assert opened.n_finished == int(count) < 500
+    assert not any(t.state == TrialState.RUNNING for t in opened.study.get_trials())
+    assert len(read_csv(folder / "trials.csv")) >= int(count)
+
+
+def test_workers_end_when_their_parent_is_killed(home: Path) -> None:
+    folder = home / "orphans"
+    with started(folder, 5000, workers=2) as process:
+        process.kill()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(0.3)
+        running = [t for t in open_run(folder).study.get_trials() if t.state == TrialState.RUNNING]
+        count = open_run(folder).n_finished
+        time.sleep(0.7)
+        if count == open_run(folder).n_finished and not running:
+            break
+    else:
+        pytest.fail("the workers went on without their parent")

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+from capnas.candidates import build_candidate
+from capnas.errors import SpaceError
+from capnas.search.standalone import standalone_script
+from capnas.spaces import list_spaces, load_space
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def test_scripts_build_the_same_networks_with_timm_alone(tmp_path: Path) -> None:
+    shape = {"num_classes": 10, "in_chans": 3, "image_size": 32}
+    expected = []
+    for name in sorted(list_spaces()):
+        space = load_space(name)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
+        candidate = build_candidate(space, study.ask(), **shape)
+        (tmp_path / f"{name}.py").write_text(standalone_script(space, candidate.params, **shape), encoding="utf-8")
+        expected.append(f"parameters: {candidate.n_params}, output: (1, 10)")
+    runner = (
+        "import runpy, sys\nfrom pathlib import Path\nsys.modules['capnas'] = sys.modules['optuna'] = None\n"
+        "for path in sorted(Path('.').glob('*.py')): runpy.run_path(str(path), run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", runner], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == expected
+
+
+SPACES = """
+import optuna
+from torch import nn
+
+
+def rewritten(trial: optuna.Trial, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+    "Ein Umlaut vor der Stelle: ä, and a suggestion inside a suggestion's bounds."
+    low = trial.suggest_int("low", 2, 4)
+    width = trial.suggest_int(name=f"width_{low}", low=low, high=trial.suggest_int("high", 5, 9))
+    if width > 90:
+        raise optuna.TrialPruned(f"{width} is too wide")
+    return _net(trial, width, num_classes, in_chans)
+
+
+def _net(trial, width, num_classes, in_chans):
+    act = {"relu": nn.ReLU, "gelu": nn.GELU}[trial.suggest_categorical("act", ["relu", "gelu"])]
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(width), act(), nn.Linear(width, num_classes))
+
+
+if __name__ == "__main__":
+    raise SystemExit("not when it is imported")
+"""
+
+
+def script_of(source: str, tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(source, encoding="utf-8")
+    space = load_space(f"{path}:rewritten")
+    params = {"low": 3, "high": 7, "width_3": 6, "act": "gelu"}
+    script = standalone_script(space, params, num_classes=5, in_chans=1, image_size=4, guard=False)
+    names: dict[str, Any] = {"__name__": "loaded"}
+    exec(compile(script, "script", "exec"), names)
+    network = names["build"]()
+    assert network(torch.zeros(2, 1, 4, 4)).shape == (2, 5)
+    assert type(network[2]).__name__ == "GELU"
+    assert network[1].out_features == 6
+    return script
+
+
+def test_suggestions_become_look_ups_wherever_the_trial_goes(tmp_path: Path) -> None:
+    script = script_of(SPACES, tmp_path)
+    assert "optuna" not in script
+    assert "suggest" not in script.replace("a suggestion inside a suggestion's bounds", "")
+    assert "not when it is imported" not in script
+    assert 'trial[f"width_{low}"]' in script
+    assert "ValueError" in script
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['    trial.set_user_attr("seen", True)', "    print(trial.number)", "    optuna.logging.get_verbosity()"],
+    ids=["attr", "number", "optuna"],
+)
+def test_what_asks_more_of_a_trial_gets_a_stand_in(tmp_path: Path, line: str) -> None:
+    text = SPACES.replace("    if width > 90:", f"{line}\n    if width > 90:")
+    assert "class Decisions(dict)" in script_of(text, tmp_path)
+
+
+def test_options_of_a_partial_space_are_kept() -> None:
+    space = functools.partial(load_space("vgg").function, heads=(7, 7))  # type: ignore[attr-defined]
+    params = {"stages": 2, "act": "relu", "head": 32, "depth0": 1, "width0": 8, "depth1": 1, "width1": 16}
+    script = standalone_script(space, params, num_classes=10, in_chans=1, image_size=28, guard=False)
+    assert "heads=(7, 7))" in script
+
+
+def test_a_space_without_a_source_is_refused() -> None:
+    names: dict[str, Any] = {}
+    exec("def space(trial, *, num_classes, in_chans, image_size): ...", names)
+    with pytest.raises(SpaceError, match="put the space into a file"):
+        standalone_script(names["space"], {}, num_classes=2, in_chans=1, image_size=8)

@@ -1,0 +1,44 @@
+"""Opening storages, and a journal that a kill has torn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+
+from capnas.errors import StudyError
+from capnas.search.storages import hide_password, open_storage
+
+
+def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    path = tmp_path / "journal.log"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code": 4, "trial')
+    study = optuna.load_study(storage=open_storage(None, tmp_path), study_name="s")
+    assert path.read_bytes() == whole
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    again = optuna.load_study(storage=open_storage(None, tmp_path), study_name="s")
+    assert [t.state.name for t in again.trials] == ["COMPLETE"] * 4
+
+
+def test_journal_elsewhere_and_empty_journal(tmp_path: Path) -> None:
+    (tmp_path / "x.log").touch()
+    optuna.create_study(storage=open_storage(str(tmp_path / "x.log"), tmp_path), study_name="s")
+    assert (tmp_path / "x.log").stat().st_size > 0
+    assert not (tmp_path / "journal.log").exists()
+
+
+def test_a_storage_that_does_not_answer() -> None:
+    with pytest.raises(StudyError, match=r"the storage sqlite:////no/such/folder/x.db cannot be opened: "):
+        open_storage("sqlite:////no/such/folder/x.db", Path("."))
+    with pytest.raises(StudyError, match=r"the storage nonsense cannot be opened: "):
+        open_storage("nonsense", Path("."))
+
+
+def test_passwords_are_hidden() -> None:
+    assert hide_password(None) is None
+    assert hide_password("sqlite:///x.db") == "sqlite:///x.db"
+    assert hide_password("mysql://u:p@h:3306/d") == "mysql://u:***@h:3306/d"
