@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from capnas.profile import profile_model as profile_model
     from capnas.recording import Recorder as Recorder
     from capnas.report import Report as Report
+    from capnas.saved import load_model as load_model
+    from capnas.saved import save_model as save_model
     from capnas.scoring import SCORES as SCORES
     from capnas.scoring import score as score
     from capnas.search import run_study as run_study
@@ -48,6 +50,9 @@ _PUBLIC = {
     "Recorder": "capnas.recording",
     "score": "capnas.scoring",
     "SCORES": "capnas.scoring",
+    # models as folders
+    "save_model": "capnas.saved",
+    "load_model": "capnas.saved",
     # errors
     "CapnasError": "capnas.errors",
 }

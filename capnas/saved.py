@@ -1,0 +1,245 @@
+"""A model as a folder without pickle: safetensors for the numbers, a JSON manifest that builds the modules again.
+
+The manifest names a *recipe* (a timm model, or a search space and its parameters) and what the model's modules have other than the
+recipe builds: widths, numbers of heads, added biases, layers split in two. Loading builds the recipe, changes those modules, and reads the
+weights. Nothing is executed but timm's constructors or the space's own code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from capnas._timm import timm
+from capnas.candidates import build_model
+from capnas.errors import CapnasError, UsageError
+from capnas.spaces import load_space
+
+MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
+_FORMAT, _VERSION = "capnas-model", 1
+_FACTORS: dict[str, type[nn.Module]] = {"Conv2d": nn.Conv2d, "Linear": nn.Linear}
+_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+
+
+class SavedModelError(CapnasError):
+    """A saved model that is missing, damaged or of another version."""
+
+
+def build_recipe(recipe: Mapping[str, Any], *, seed: int = 0, image_size: int | None = None) -> nn.Module:
+    """Build the architecture of a recipe with fresh weights, on the CPU, in training mode; torch's generator is put back.
+
+    Args:
+        recipe: ``{"timm": name, "args": {...}, "image_size": ...}``, where ``args`` go to ``timm.create_model``, or ``{"space": text for
+            load_space, "params": {...}, "num_classes": ..., "in_chans": ..., "image_size": ...}``.
+        seed: of the weights.
+        image_size: pixels instead of the recipe's: a space may choose other strides for it; timm models with fixed inputs take it.
+
+    Raises:
+        UsageError: the recipe is neither.
+        Infeasible: the space cannot build it.
+
+    >>> build_recipe({"timm": "resnet10t", "args": {"num_classes": 3, "in_chans": 1}, "image_size": 32}).num_classes
+    3
+    """
+    size = image_size or recipe.get("image_size")
+    if isinstance(recipe.get("timm"), str):
+        args = dict(recipe.get("args", {}))
+        if "img_size" in args:
+            args["img_size"] = size or args["img_size"]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return timm.create_model(recipe["timm"], pretrained=False, **args)
+    if isinstance(recipe.get("space"), str):
+        shape = {"num_classes": recipe["num_classes"], "in_chans": recipe["in_chans"], "image_size": int(size or 0)}
+        return build_model(load_space(recipe["space"]), recipe["params"], **shape, seed=seed)
+    raise UsageError(f"a recipe names a timm model under 'timm' or a search space under 'space', got the keys {sorted(recipe)}.")
+
+
+def save_model(
+    model: nn.Module, folder: str | Path, recipe: Mapping[str, Any], *, extra: Mapping[str, Any] | None = None, force: bool = False
+) -> Path:
+    """Write a model, narrowed or not, as a folder that `load_model` reads.
+
+    Args:
+        model: built from the recipe, its modules then narrowed, widened or split into low-rank factors; only read.
+        folder: is made; a folder that is there already and not empty is refused.
+        recipe: see `build_recipe`.
+        extra: JSON values kept in the manifest under "extra": where the model comes from, how accurate it is.
+        force: write over a model saved there before; other files in the folder stay.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the folder is in use, or the recipe does not build these modules, so that the model could not be loaded again.
+
+    >>> import tempfile
+    >>> recipe = {"timm": "resnet10t", "args": {"num_classes": 3}, "image_size": 32}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     saved = save_model(build_recipe(recipe), Path(folder) / "model", recipe)
+    ...     load_model(saved).num_classes
+    3
+    """
+    from safetensors.torch import save
+
+    place = Path(folder)
+    check_free(place, force=force)
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    document = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "recipe": dict(recipe),
+        **_differences(model, build_recipe(recipe)),
+        "extra": dict(extra or {}),
+    }
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    again = _assemble(json.loads(text))
+    shapes = {name: tuple(t.shape) for name, t in again.state_dict().items()}
+    if wrong := sorted(name for name in shapes.keys() | state.keys() if name not in state or shapes.get(name) != tuple(state[name].shape)):
+        raise UsageError(f"the recipe does not build this model again: {', '.join(wrong[:5])} would differ.")
+    place.mkdir(parents=True, exist_ok=True)
+    for name, content in ((WEIGHTS, save(state)), (MANIFEST, text.encode())):
+        partial = place / f"{name}.partial"
+        partial.write_bytes(content)
+        os.replace(partial, place / name)
+    return place
+
+
+def check_free(folder: str | Path, *, force: bool = False) -> None:
+    """Refuse a folder that holds something already, unless it is a saved model that may be overwritten.
+
+    Raises:
+        UsageError: it is a file, a saved model (and not ``force``) or a folder of other things.
+    """
+    place = Path(folder)
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"{place} is a file; give a folder for the model.")
+    if not place.is_dir() or not any(place.iterdir()):
+        return
+    if not (place / MANIFEST).is_file():
+        raise UsageError(f"{place} is not empty and holds no saved model; give a new folder.")
+    if not force:
+        raise UsageError(f"{place} holds a saved model already; give another folder, or force to write over it.")
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a saved model.
+
+    Raises:
+        SavedModelError: there is none, or it cannot be read.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise SavedModelError(f"{folder} is not a saved model: there is no {MANIFEST} in it.")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SavedModelError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise SavedModelError(f"{path} is not the manifest of a model saved by capnas.")
+    if document.get("version") != _VERSION:
+        raise SavedModelError(f"{path} has version {document.get('version')}, this capnas reads version {_VERSION}.")
+    return document
+
+
+def load_model(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a model that capnas saved: its modules from the manifest, its weights from safetensors; nothing is unpickled.
+
+    A recipe that names a search space by file runs that file.
+
+    Args:
+        folder: written by `save_model` or ``capnas prune``.
+        device: where the weights go.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        SavedModelError: there is no saved model, or its weights do not fit its manifest.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    manifest = read_manifest(folder)
+    model = _assemble(manifest)
+    path = Path(folder) / WEIGHTS
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise SavedModelError(f"{path} does not fit its manifest: {' '.join(str(error).split())[:300]}") from error
+    return model.to(device).eval()
+
+
+def _assemble(manifest: Mapping[str, Any], seed: int = 0) -> nn.Module:
+    """The modules of a manifest, with fresh weights where the recipe's own shapes stay."""
+    model = build_recipe(manifest["recipe"], seed=seed)
+    for name, steps in manifest["replaced"].items():
+        parent, _, child = name.rpartition(".")
+        built = nn.Sequential(*(_FACTORS[step["kind"]](**step["args"]) for step in steps))
+        setattr(model.get_submodule(parent), child, built)
+    for name, attributes in manifest["attributes"].items():
+        module = model.get_submodule(name)
+        for attribute, value in attributes.items():
+            setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+    for name, shape in manifest["shapes"].items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._buffers:
+            module._buffers[leaf] = torch.zeros(shape, dtype=module._buffers[leaf].dtype)  # type: ignore[union-attr]
+        else:
+            setattr(module, leaf, nn.Parameter(torch.zeros(shape)))
+    return model
+
+
+def _differences(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
+    """What must be changed on the recipe's model to get this model's modules."""
+    before, now = dict(plain.named_modules()), dict(model.named_modules())
+    replaced = {n: _steps(n, m) for n, m in now.items() if n in before and isinstance(m, nn.Sequential) and type(before[n]) is not type(m)}
+    inside = tuple(f"{n}." for n in replaced)
+    attributes: dict[str, dict[str, Any]] = {}
+    for name, module in now.items():
+        if name in before and name not in replaced:
+            old = _plain(before[name])
+            changed = {k: v for k, v in _plain(module).items() if k not in old or old[k] != v}
+            if changed:
+                attributes[name] = changed
+    old_shapes = {n: tuple(t.shape) for n, t in plain.state_dict().items()}
+    mine = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
+    shapes = {n: list(shape) for n, shape in mine.items() if old_shapes.get(n) != shape}
+    return {"replaced": replaced, "attributes": attributes, "shapes": shapes}
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """The public attributes of a module that are numbers or tuples of whole numbers: widths, heads, groups, sizes."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and name != "training"
+        and (
+            isinstance(value, bool | int)
+            or (isinstance(value, float) and math.isfinite(value))
+            or (isinstance(value, tuple) and all(isinstance(v, int) for v in value))
+        )
+    }
+
+
+def _steps(name: str, module: nn.Sequential) -> list[dict[str, Any]]:
+    """A Sequential of convs and linear layers as JSON."""
+    steps: list[dict[str, Any]] = []
+    for part in module:
+        if type(part) is nn.Conv2d and part.padding_mode == "zeros":
+            args = {key: getattr(part, key) for key in _CONV} | {"bias": part.bias is not None}
+        elif type(part) is nn.Linear:
+            args = {"in_features": part.in_features, "out_features": part.out_features, "bias": part.bias is not None}
+        else:
+            raise UsageError(f"{name} holds a {type(part).__name__}, which a manifest cannot describe; it can describe Conv2d and Linear.")
+        steps.append({"kind": type(part).__name__, "args": args})
+    return steps

@@ -1,0 +1,166 @@
+"""What a command works on: a timm model, a trial of a run, or a model that capnas saved, with the images that go with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from capnas._timm import timm
+from capnas.data import DataSpec, ImageData, load_data
+from capnas.data.named import EMBEDDED
+from capnas.errors import StudyError, UsageError
+from capnas.saved import MANIFEST, build_recipe, load_model, read_manifest
+from capnas.search.runs import open_run
+from capnas.search.trials import rebuild
+from capnas.spaces import space_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A network and its images.
+
+    Attributes:
+        name: for people.
+        data: the images.
+        image_size: pixels at which the network is used.
+        trained: whether there are trained weights: only a saved model has any, a trial keeps its architecture alone.
+        recipe: JSON values from which `capnas.saved.build_recipe` builds the architecture.
+        folder: of a saved model, else None.
+    """
+
+    name: str
+    data: ImageData
+    image_size: int
+    trained: bool
+    recipe: dict[str, Any]
+    folder: Path | None = None
+
+    def build(self, seed: int = 0, *, image_size: int | None = None, trained: bool = True) -> nn.Module:
+        """The network on the CPU: its trained weights where there are any, in eval mode; else fresh ones, in training mode.
+
+        Args:
+            seed: of fresh weights.
+            image_size: pixels to build for instead of the target's: matters to networks with fixed inputs and to spaces that choose
+                strides by it; trained weights keep the modules they were trained in.
+            trained: False for fresh weights in any case. Those of a saved model are those of its recipe, before it was narrowed.
+
+        Raises:
+            UsageError: trained weights of a network with a fixed input are asked for at another size.
+        """
+        if self.trained and trained and self.folder is not None:
+            size = self.recipe.get("args", {}).get("img_size")
+            if size is not None and image_size not in (None, size):
+                raise UsageError(f"{self.name} was trained with a fixed input of {size} px, it cannot be used at {image_size} px.")
+            return load_model(self.folder)
+        return build_recipe(self.recipe, seed=seed, image_size=image_size or self.image_size)
+
+
+def open_target(
+    text: str,
+    *,
+    data: str | ImageData | None = None,
+    image_size: int | None = None,
+    data_options: Mapping[str, Any] | None = None,
+) -> Target:
+    """Find out what a command shall work on.
+
+    Args:
+        text: a name that ``timm.create_model`` takes; ``RUN:NUMBER`` or ``RUN:best``, a trial of a run; or the folder of a model that
+            capnas saved.
+        data: images, see `capnas.load_data`, or loaded ones. Without: the run's, those the saved model was made with, or the embedded set.
+        image_size: pixels; without, the trial's or the saved model's, else the data's.
+        data_options: further arguments of `capnas.load_data`.
+
+    Raises:
+        UsageError: the text is none of these.
+        StudyError: the run or the trial is missing.
+        DataError: the images cannot be read.
+
+    >>> target = open_target("resnet10t")
+    >>> target.name, target.image_size, target.trained, target.recipe["args"]
+    ('resnet10t', 28, False, {'num_classes': 10, 'in_chans': 1})
+    """
+    options = {} if image_size is None else {"image_size": image_size}
+    options |= dict(data_options or {})
+    if Path(text).is_dir() and (Path(text) / MANIFEST).is_file():
+        return _saved(Path(text), data, image_size, options)
+    place, colon, which = text.rpartition(":")
+    if colon:
+        if which != "best" and not which.isdigit():
+            raise UsageError(f"a trial is given as RUN:NUMBER or RUN:best, got {text!r}.")
+        return _trial(place, which, data, image_size, options)
+    if Path(text).is_dir():
+        raise UsageError(f"the folder {text} holds no {MANIFEST}; a trial of a run is given as {text}:best or {text}:NUMBER.")
+    return _timm(text, data, image_size, options)
+
+
+def _timm(name: str, data: str | ImageData | None, image_size: int | None, options: dict[str, Any]) -> Target:
+    if not timm.is_model(name):
+        near = " or ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
+        advice = "A trial is given as RUN:NUMBER or RUN:best, a saved model as its folder."
+        raise UsageError(f"there is no timm model {name!r}{f'; did you mean {near}?' if near else '.'} {advice}")
+    images = _images(data or EMBEDDED, options)
+    size = image_size or images.image_size
+    args: dict[str, Any] = {"num_classes": images.num_classes, "in_chans": images.in_chans}
+    if getattr(timm.get_pretrained_cfg(name, allow_unregistered=True), "fixed_input_size", False):
+        args["img_size"] = size
+    return Target(name=name, data=images, image_size=size, trained=False, recipe={"timm": name, "args": args, "image_size": size})
+
+
+def _trial(place: str, which: str, data: str | ImageData | None, image_size: int | None, options: dict[str, Any]) -> Target:
+    run = open_run(place)
+    known = {"seed": run.config.seed} | dict(run.config.data_options)
+    images = _images(data or run.config.data, (known if data is None else {}) | options)
+    number: Any = which if which == "best" else int(which)
+    try:
+        found = rebuild(run, number, data=images)
+    except StudyError:
+        if data is None:
+            raise
+        found = rebuild(run, number)  # other classes or channels make another hash: check with the run's own images
+    size = image_size or found.candidate.image_size
+    recipe = {
+        "space": space_spec(found.space),
+        "params": dict(found.evaluation.params),
+        "num_classes": images.num_classes,
+        "in_chans": images.in_chans,
+        "image_size": size,
+    }
+    return Target(name=f"trial {found.number} of {run.config.name}", data=images, image_size=size, trained=False, recipe=recipe)
+
+
+def _saved(folder: Path, data: str | ImageData | None, image_size: int | None, options: dict[str, Any]) -> Target:
+    manifest = read_manifest(folder)
+    recipe, extra = manifest["recipe"], manifest.get("extra", {})
+    known = extra.get("data") or {}
+    images = _images(data or known.get("source") or EMBEDDED, (known.get("options") or {} if data is None else {}) | options)
+    size = image_size or recipe.get("image_size") or images.image_size
+    shape = {k: (recipe.get("args") or recipe).get(k) for k in ("num_classes", "in_chans")}
+    if shape != {"num_classes": images.num_classes, "in_chans": images.in_chans}:
+        raise UsageError(
+            f"the model in {folder} takes images of {shape['in_chans']} channels and knows {shape['num_classes']} classes, "
+            f"but {images.name} has {images.in_chans} and {images.num_classes}; give its own data with --data."
+        )
+    return Target(name=str(folder), data=images, image_size=size, trained=extra.get("trained", True), recipe=recipe, folder=folder)
+
+
+def _images(data: str | ImageData, options: dict[str, Any]) -> ImageData:
+    return data if isinstance(data, ImageData) else load_data(data, **options)
+
+
+def data_record(data: ImageData) -> dict[str, Any] | None:
+    """What loads the same images again, in JSON values, for a manifest; None for images that came as arrays.
+
+    >>> data_record(load_data("fashion-mnist-12k", image_size=16))
+    {'source': 'fashion-mnist-12k', 'options': {'image_size': 16}}
+    """
+    if data.spec.source is None:
+        return None
+    plain = DataSpec(source=data.spec.source)
+    chosen = {f.name: getattr(data.spec, f.name) for f in fields(DataSpec) if f.name not in ("source", "augment", "workers")}
+    return {"source": str(data.spec.source), "options": {k: v for k, v in chosen.items() if v != getattr(plain, k)}}

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from tiny_space import FILE, images, write_images
+
+from capnas.data import load_data
+from capnas.errors import StudyError, UsageError
+from capnas.saved import save_model
+from capnas.search import run_study
+from capnas.search.config import StudyConfig
+from capnas.search.target import data_record, open_target
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+OPTIONS = {"image_size": 8, "in_chans": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    config = StudyConfig(
+        space=FILE, data=str(write_images(root / "images")), study="tiny", trials=2, epochs=1, device="cpu", sampler="random",
+        pruner="off", out=str(root / "tiny"), train={"batch_size": 32}, data_options=OPTIONS,
+    )  # fmt: skip
+    return run_study(config).folder
+
+
+def test_a_trial_with_the_images_of_its_run(folder: Path) -> None:
+    target = open_target(f"{folder}:best")
+    assert (target.image_size, target.trained, target.data.num_classes, target.data.in_chans) == (8, False, 3, 1)
+    assert target.build(seed=2)(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    assert target.recipe["space"] == FILE
+    with pytest.raises(StudyError, match="no finished trial 99"):
+        open_target(f"{folder}:99")
+
+
+def test_a_trial_on_other_images_with_more_classes(folder: Path) -> None:
+    other = load_data(images(classes=3, n=90), validation=0.2, test=0.2)
+    assert open_target(f"{folder}:0", data=other).build()(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    x, y = images(120)
+    target = open_target(f"{folder}:0", data=load_data((x, [i % 5 for i in range(len(y))]), validation=0.2, test=0.2))
+    assert target.build()(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
+
+
+def test_a_saved_model_brings_weights_and_images(folder: Path, tmp_path: Path) -> None:
+    trial = open_target(f"{folder}:0")
+    model = trial.build(seed=5)
+    save_model(model, tmp_path / "m", trial.recipe, extra={"data": data_record(trial.data)})
+    target = open_target(str(tmp_path / "m"))
+    assert target.trained
+    assert target.data.image_size == 8
+    assert target.data.name == trial.data.name
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(target.build()(x), model.eval()(x))
+    assert not torch.equal(target.build(seed=6, trained=False).eval()(x), model(x))
+    with pytest.raises(UsageError, match=r"takes images of 1 channels and knows 3 classes, but .* has 1 and 10"):
+        open_target(str(tmp_path / "m"), data="fashion-mnist-12k")
+
+
+def test_a_network_with_a_fixed_input_is_built_for_the_images(tmp_path: Path) -> None:
+    target = open_target("vit_tiny_patch16_224", image_size=32)
+    assert target.recipe["args"]["img_size"] == 32
+    assert target.build(image_size=48)(torch.zeros(1, 1, 48, 48)).shape == (1, 10)
+    save_model(target.build(), tmp_path / "vit", target.recipe)
+    with pytest.raises(UsageError, match="fixed input of 32 px, it cannot be used at 48 px"):
+        open_target(str(tmp_path / "vit")).build(image_size=48)
+
+
+def test_what_is_no_target_says_what_is(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"no timm model 'resnet1'; did you mean"):
+        open_target("resnet1")
+    with pytest.raises(UsageError, match="RUN:NUMBER or RUN:best"):
+        open_target(f"{folder}:first")
+    with pytest.raises(UsageError, match=r"holds no manifest\.json; a trial of a run is given as"):
+        open_target(str(folder))

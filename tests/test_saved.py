@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_space import FILE
+from torch import nn
+
+import capnas
+from capnas.errors import UsageError
+from capnas.saved import MANIFEST, WEIGHTS, SavedModelError, build_recipe, load_model, save_model
+
+SPACE = {"space": FILE, "params": {"width": 4, "depth": 2, "kind": "plain"}, "num_classes": 3, "in_chans": 1, "image_size": 8}
+TIMM = {"timm": "resnet10t", "args": {"num_classes": 3, "in_chans": 1}, "image_size": 32}
+
+
+def narrowed() -> nn.Module:
+    """The space's network, its first conv 4 channels wide instead of 6, and its second one split in two."""
+    model = build_recipe({**SPACE, "params": {"width": 6, "depth": 2, "kind": "plain"}}, seed=1)
+    first, second = model[0], model[2]
+    model[0] = nn.Conv2d(1, 4, 3, padding=1)
+    model[2] = nn.Sequential(nn.Conv2d(4, 2, 3, padding=1, bias=False), nn.Conv2d(2, 6, 1))
+    assert (first.out_channels, second.in_channels) == (6, 6)
+    return model.eval()
+
+
+def test_a_narrowed_and_split_network_comes_back(tmp_path: Path) -> None:
+    model, x = narrowed(), torch.randn(2, 1, 8, 8)
+    recipe = {**SPACE, "params": {"width": 6, "depth": 2, "kind": "plain"}}
+    again = capnas.load_model(capnas.save_model(model, tmp_path / "m", recipe, extra={"accuracy": 0.5}))
+    assert torch.equal(again(x), model(x))
+    assert not again.training
+    assert again[0].out_channels == 4
+    manifest = json.loads((tmp_path / "m" / MANIFEST).read_text())
+    assert manifest["extra"] == {"accuracy": 0.5}
+    assert manifest["attributes"]["0"] == {"out_channels": 4}
+
+
+def test_an_added_bias_and_buffers_come_back(tmp_path: Path) -> None:
+    model = build_recipe(TIMM)
+    model.layer1[0].conv1.bias = nn.Parameter(torch.randn(model.layer1[0].conv1.out_channels))
+    model(torch.randn(2, 1, 32, 32))
+    again, x = load_model(save_model(model, tmp_path, TIMM)), torch.randn(1, 1, 32, 32)
+    assert torch.equal(again(x), model.eval()(x))
+
+
+def test_equal_seeds_give_equal_weights_and_the_callers_generator_stays() -> None:
+    state = torch.get_rng_state()
+    a, b, c = build_recipe(TIMM, seed=3), build_recipe(TIMM, seed=3), build_recipe(TIMM, seed=4)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(a.conv1[0].weight, b.conv1[0].weight)
+    assert not torch.equal(a.conv1[0].weight, c.conv1[0].weight)
+
+
+def test_nothing_is_overwritten_unless_forced(tmp_path: Path) -> None:
+    model = build_recipe(SPACE)
+    save_model(model, tmp_path / "m", SPACE)
+    with pytest.raises(UsageError, match="holds a saved model already"):
+        save_model(model, tmp_path / "m", SPACE)
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    save_model(model, tmp_path / "m", SPACE, force=True)
+    assert (tmp_path / "m" / "notes.txt").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty and holds no saved model"):
+        save_model(model, tmp_path / "other", SPACE, force=True)
+    with pytest.raises(UsageError, match="is a file"):
+        save_model(model, tmp_path / "other" / "notes.txt", SPACE, force=True)
+
+
+def test_a_model_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not build this model again"):
+        save_model(nn.Linear(2, 3), tmp_path / "m", SPACE)
+    assert not (tmp_path / "m").exists()
+    with pytest.raises(UsageError, match="under 'timm' or a search space"):
+        build_recipe({"params": {}})
+
+
+def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(SavedModelError, match="is not a saved model"):
+        load_model(tmp_path)
+    folder = save_model(build_recipe(SPACE), tmp_path / "m", SPACE)
+    good = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(good.replace('"version": 1', '"version": 9'))
+    with pytest.raises(SavedModelError, match="has version 9, this capnas reads version 1"):
+        load_model(folder)
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(SavedModelError, match="cannot be read"):
+        load_model(folder)
+    (folder / MANIFEST).write_text("[]")
+    with pytest.raises(SavedModelError, match="not the manifest"):
+        load_model(folder)
+    (folder / MANIFEST).write_text(good)
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
+    with pytest.raises(SavedModelError, match="does not fit its manifest"):
+        load_model(folder)
