@@ -52,19 +52,21 @@ def test_every_batch_counts_and_the_split_does_not_matter() -> None:
     torch.testing.assert_close(parts.scatter, whole.scatter, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mode", "interval", "read"), [("train", 2, [0, 2, 4]), ("train", 3, [0, 3]), ("eval", 2, range(5))])
-def test_training_reads_every_nth_pass_and_evaluation_all(mode: str, interval: int, read: Sequence[int]) -> None:
-    model, x = nn.Sequential(nn.Linear(6, 9)), noise(50, 6)
-    batches = x.split(10)
+@pytest.mark.parametrize(
+    ("mode", "interval", "width", "read"),
+    [("train", 2, 64, [0, 2, 4]), ("train", 3, 64, [0, 3]), ("train", 2, 63, range(5)), ("eval", 2, 64, range(5))],
+)
+def test_training_reads_wide_layers_every_nth_pass(mode: str, interval: int, width: int, read: Sequence[int]) -> None:
+    model, batches = nn.Sequential(nn.Linear(6, width)), noise(50, 6).split(10)
     part = record(model, *batches, mode=mode, train_interval=interval)["0"]
     whole = record(model, torch.cat([batches[i] for i in read]))["0"]
     assert (part.calls, part.moments.count) == (len(read), 10 * len(read))
-    torch.testing.assert_close(part.moments.scatter, whole.moments.scatter, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(part.moments.scatter, whole.moments.scatter, rtol=1e-4, atol=1e-3)
 
 
 def test_a_module_called_twice_is_read_at_both_calls_of_a_pass() -> None:
-    layer = nn.Linear(6, 6)
-    assert record(nn.Sequential(layer, nn.ReLU(), layer), *noise(30, 6).split(10), train_interval=2)["0"].calls == 4
+    layer = nn.Linear(64, 64)
+    assert record(nn.Sequential(layer, nn.ReLU(), layer), *noise(30, 64).split(10), train_interval=2)["0"].calls == 4
 
 
 def test_an_interval_below_one_is_refused() -> None:
