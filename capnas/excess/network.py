@@ -1,0 +1,198 @@
+"""A network of the paper's class made from a model, its weight layers as operators, and the projection of a weight onto its constraints."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from capnas.errors import UsageError
+from capnas.excess.composition import Stage, composition
+from capnas.graph.tracing import Trace, trace
+from capnas.measures.convolution import convolution
+from capnas.measures.excess import distance_to_init, simplex_classifier
+from capnas.measures.operator_norms import linear_norm, operator_norm, ring_bound
+from capnas.measures.projections import project, project_distance, pull_back
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+_TINY = 4  # sides up to which a convolution is small enough for its explicit matrix
+_GRID = 8  # sides of the grid on which singular values are clipped; the last step measures on the full one
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The constraints of one layer: its Lipschitz constant and its (2,1) distance to initialization, at most."""
+
+    norm: float
+    distance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """A weight layer of a network as a linear map on the images that it sees.
+
+    Attributes:
+        name: Of the module.
+        size: Input sides, () of a linear layer.
+        options: stride, padding, dilation and groups of a convolution.
+        fixed: Whether it is the classifier, which is not trained.
+    """
+
+    name: str
+    size: tuple[int, ...] = ()
+    options: Mapping[str, Any]
+    fixed: bool = False
+
+    def norm(self, weight: Tensor) -> float:
+        """An upper bound on the operator norm that is exact but for zero padding.
+
+        There it is the norm on the least ring that holds the padded image (about 1 + 5 / d^2 times the norm for 3x3 at side d), since the
+        projection clips there and a bound of the theorem needs no less; images up to 4 pixels wide have the exact value.
+        """
+        weight = weight.detach().double()
+        if not self.size:
+            return linear_norm(weight).value
+        conv = convolution(weight, self.size, **self.options)
+        if max(self.size) <= _TINY or all(axis.disjoint for axis in conv.axes):
+            return operator_norm(weight, self.size, **self.options, tight=True).upper
+        return ring_bound(conv)
+
+    def start(self, weight: Tensor, limits: Limits) -> Tensor:
+        """The initial weight, scaled down to the Lipschitz constraint where it exceeds it, as in the authors' code."""
+        norm = self.norm(weight)
+        return weight if norm <= limits.norm else weight * (limits.norm / norm * (1 - _ROUNDING))
+
+    def constrain(self, weight: Tensor, init: Tensor, limits: Limits, *, sweeps: int, exact: bool = False) -> Tensor:
+        """Towards the nearest weight within the limits, by sweeps of Dykstra's algorithm; with `exact` within them as measured.
+
+        The singular values are clipped on a grid of 8 cells a side (or what holds the kernel), at a limit scaled by the ratio of the norm
+        there to that of the layer, so that strided and padded layers are not constrained more than asked for. Ours, as is `exact`.
+        """
+        near = project_distance(weight, init, limits.distance)
+        norm = self.norm(near)
+        if norm <= limits.norm and distance_to_init(near, init) <= limits.distance:
+            return near
+        moved = near
+        if norm > limits.norm:
+            shape: dict[str, Any] = {}
+            ratio = 1.0
+            if self.size:
+                shape = {"dilation": self.options["dilation"], "groups": self.options["groups"]}
+                spans = [e * (k - 1) + 1 for e, k in zip(shape["dilation"], weight.shape[2:])]
+                shape["input_size"] = [max(span, min(_GRID, side + span - 1)) for span, side in zip(spans, self.size)]
+                ring = operator_norm(near, shape["input_size"], padding="same", padding_mode="circular", **_only(shape)).upper
+                ratio = ring / norm
+            moved = project(weight, init, distance=limits.distance, lipschitz=limits.norm * ratio, sweeps=sweeps, **shape)
+        return pull_back(moved, init, distance=limits.distance, lipschitz=limits.norm, norm=self.norm) if exact else moved
+
+
+def _only(shape: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: shape[name] for name in ("dilation", "groups")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperNetwork:
+    """A network to which Theorem 3.5 of Graf et al. applies.
+
+    Attributes:
+        model: The modules, without norm layers and biases; the classifier is fixed.
+        stages: How the layers are composed.
+        operators: Weight layers in the order of the stages, the classifier last.
+        removed: Names of the norm layers that were taken out.
+    """
+
+    model: nn.Module
+    stages: tuple[Stage, ...]
+    operators: tuple[Operator, ...]
+    removed: tuple[str, ...]
+
+    def weight(self, operator: Operator) -> nn.Parameter:
+        """The weight of a layer, as it is trained."""
+        return cast(nn.Parameter, self.model.get_submodule(operator.name).weight)
+
+    @property
+    def trained(self) -> tuple[Operator, ...]:
+        """All layers but the classifier."""
+        return tuple(o for o in self.operators if not o.fixed)
+
+
+def paper_network(model: nn.Module, *, in_chans: int, image_size: int, num_classes: int, seed: int = 0) -> PaperNetwork:
+    """A copy of a model in the paper's class: no norm layers, no biases, torch's default weights, a fixed simplex classifier.
+
+    Graf et al. train without norm layers, from torch's initialization (kaiming_uniform_, a = sqrt 5), with a fixed classifier whose rows
+    are the vertices of a simplex (its orientation is ours). Zero padding is kept where the paper pads cyclically: the constants are those
+    of the map that is used.
+
+    Args:
+        model: A convolutional network, plain or residual; only read.
+        in_chans: Of the images.
+        image_size: Of the images, in pixels.
+        num_classes: Outputs.
+        seed: Of the weights.
+
+    Raises:
+        UsageError: The theorem does not cover the network, see `capnas.excess.composition.composition`, or it has too few features.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    >>> paper = paper_network(net, in_chans=1, image_size=8, num_classes=3)
+    >>> paper.removed, [o.name for o in paper.operators], [o.fixed for o in paper.operators]
+    (('1',), ['0', '5'], [False, True])
+    """
+    model = copy.deepcopy(model)
+    removed = tuple(name for name, module in model.named_modules() if isinstance(module, _NORMS))
+    for name in removed:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _without_norm(model.get_submodule(name)))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+                module.bias = None
+                module.reset_parameters()
+    graph = trace(model, (1, in_chans, image_size, image_size))
+    stages = composition(graph)
+    last = next((s.branches[0][0].layer for s in reversed(stages) if len(s.branches) == 1), "")
+    head = model.get_submodule(last) if last else None
+    if head is None or graph.nodes[graph.output[0]].shape != (1, num_classes):
+        raise UsageError(f"excess capacity needs a network that ends in a classifier of {num_classes} outputs, a weight layer of its own.")
+    weight = cast(nn.Parameter, head.weight)
+    with torch.no_grad():
+        weight.copy_(_reachable_simplex(num_classes, weight[0].numel()).reshape(weight.shape))
+    weight.requires_grad_(False)
+    return PaperNetwork(model=model, stages=stages, operators=tuple(_operators(graph, stages, last)), removed=removed)
+
+
+def _reachable_simplex(classes: int, features: int) -> Tensor:
+    """The simplex turned so that features that are not negative, as behind a ReLU, can reach every vertex: features in groups, one a class.
+
+    The paper leaves the orientation open. In that of `simplex_classifier` such features never choose the second class over the first.
+    """
+    if features < classes:
+        return simplex_classifier(classes, features)
+    each = features // classes
+    groups = torch.zeros(classes, features)
+    groups[:, : each * classes] = torch.eye(classes).repeat(1, each) / math.sqrt(each)
+    return math.sqrt(classes / (classes - 1)) * (groups - groups.mean(0))
+
+
+def _operators(graph: Trace, stages: tuple[Stage, ...], last: str) -> Iterator[Operator]:
+    nodes = {n.module: n for n in graph.nodes if f"{n.module}.weight" in n.params and n.op.split(".")[1] not in ("t", "view")}
+    for name in (step.layer for stage in stages for branch in stage.branches for step in branch if step.layer):
+        node = nodes[name]
+        if node.op.startswith("aten.convolution"):
+            options = {key: tuple(node.attrs[key]) for key in ("stride", "padding", "dilation")} | {"groups": int(node.attrs["groups"])}
+            yield Operator(name=name, size=tuple(node.input_shapes[0][2:]), options=options, fixed=name == last)
+        else:
+            yield Operator(name=name, options={}, fixed=name == last)
+
+
+def _without_norm(module: nn.Module) -> nn.Module:
+    """What a norm layer does besides: timm's hold an activation."""
+    kept = [part for part in (getattr(module, "drop", None), getattr(module, "act", None)) if isinstance(part, nn.Module)]
+    return nn.Sequential(*kept) if kept else nn.Identity()
