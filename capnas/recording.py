@@ -92,8 +92,8 @@ class Recorder:
         blocks: a regular expression that full-matches the names of the units to read as blocks; found by `find_blocks` when absent.
         values_per_call: bound on the numbers copied from one layer in one forward call: `max(values_per_call, 3 * width**2)`, that is
             rows in inverse proportion to the width, and no fewer than 3 per feature; None uses every row.
-        train_interval: in training mode layers of 64 features or more are read in every n-th forward pass of the model only, the first
-            one always; narrower ones and evaluation in all. A search takes 2, which halves the cost.
+        train_interval: in training mode a layer is read in every n-th forward pass of the model only, the first one always; one of fewer
+            than 64 features, or with fewer rows a pass than features, in all, and so is evaluation. A search takes 3.
         seed: of the lattice offsets.
 
     Raises:
@@ -125,7 +125,7 @@ class Recorder:
         self.train_interval = train_interval
         self._passes = -1  # a model that is run by its parts only never counts, and every pass is read
         self._reads = True
-        self._narrow: set[str] = set()
+        self._light: set[str] = set()
         self._random = random.Random(seed)
         self._handles: list[Any] = []
         self._sums: dict[tuple[str, str, str], _Sums] = {}
@@ -183,7 +183,7 @@ class Recorder:
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             # gradient checkpointing runs the forward again inside the backward pass: that is the same batch, not a new one
-            if not (self._reads or name in self._narrow) or torch._C._current_graph_task_id() != -1:
+            if not (self._reads or name in self._light) or torch._C._current_graph_task_id() != -1:
                 return
             tensor = _first_tensor(output)
             if tensor is None or tensor.dim() < 2 or not tensor.is_floating_point() or tensor.numel() == 0:
@@ -199,8 +199,8 @@ class Recorder:
                 sums = self._sums.get(key)
                 if sums is None or sums.width != width:
                     sums = self._sums[key] = _Sums(width)
-                    if width < _NARROW:
-                        self._narrow.add(name)
+                    if width < _NARROW or tensor.numel() <= width * width:
+                        self._light.add(name)
                 budget = None if self.values_per_call is None else max(self.values_per_call // width, 3 * width)
                 sums.add(_rows(tensor, axis, budget, self._random), tensor.numel() // width)
 

@@ -289,7 +289,7 @@ def _epochs(
     )
     smoothing = config.label_smoothing
     loss_of = import_timm("timm.loss").LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
-    with Recorder(model, seed=config.seed, train_interval=2) if config.record else contextlib.nullcontext() as recorder:
+    with Recorder(model, seed=config.seed, train_interval=3) if config.record else contextlib.nullcontext() as recorder:
         for epoch in range(config.epochs):
             start = time.perf_counter()
             model.train()

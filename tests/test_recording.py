@@ -54,19 +54,19 @@ def test_every_batch_counts_and_the_split_does_not_matter() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "interval", "width", "read"),
-    [("train", 2, 64, [0, 2, 4]), ("train", 3, 64, [0, 3]), ("train", 2, 63, range(5)), ("eval", 2, 64, range(5))],
+    [("train", 2, 64, [0, 2, 4]), ("train", 3, 64, [0, 3]), ("train", 2, 63, range(5)), ("train", 2, 90, range(5)), ("eval", 2, 64, range(5))],
 )
 def test_training_reads_wide_layers_every_nth_pass(mode: str, interval: int, width: int, read: Sequence[int]) -> None:
-    model, batches = nn.Sequential(nn.Linear(6, width)), noise(50, 6).split(10)
+    model, batches = nn.Sequential(nn.Linear(6, width)), noise(450, 6).split(90)
     part = record(model, *batches, mode=mode, train_interval=interval)["0"]
     whole = record(model, torch.cat([batches[i] for i in read]))["0"]
-    assert (part.calls, part.moments.count) == (len(read), 10 * len(read))
+    assert (part.calls, part.moments.count) == (len(read), 90 * len(read))
     torch.testing.assert_close(part.moments.scatter, whole.moments.scatter, rtol=1e-4, atol=1e-3)
 
 
 def test_a_module_called_twice_is_read_at_both_calls_of_a_pass() -> None:
     layer = nn.Linear(64, 64)
-    assert record(nn.Sequential(layer, nn.ReLU(), layer), *noise(30, 64).split(10), train_interval=2)["0"].calls == 4
+    assert record(nn.Sequential(layer, nn.ReLU(), layer), *noise(240, 64).split(80), train_interval=2)["0"].calls == 4
 
 
 def test_an_interval_below_one_is_refused() -> None:

@@ -8,9 +8,9 @@ from capnas.recording import Recorder
 
 
 class Capnas:
-    """Recording as a search uses it: module outputs, sampled positions of every second step."""
+    """Recording as a search uses it: module outputs, sampled positions of every third step."""
 
-    options: ClassVar = {"train_interval": 2}
+    options: ClassVar = {"train_interval": 3}
 
     def __init__(self, model, seed=0):
         self.recorder = Recorder(model, reading="modules", seed=seed, **self.options)
