@@ -54,7 +54,8 @@ def test_every_batch_counts_and_the_split_does_not_matter() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "interval", "width", "read"),
-    [("train", 2, 64, [0, 2, 4]), ("train", 3, 64, [0, 3]), ("train", 2, 63, range(5)), ("train", 2, 90, range(5)), ("eval", 2, 64, range(5))],
+    [("train", 2, 64, [0, 2, 4]), ("train", 3, 64, [0, 3]), ("train", 2, 63, range(5)), ("train", 2, 90, range(5)),
+     ("eval", 2, 64, range(5))],
 )
 def test_training_reads_wide_layers_every_nth_pass(mode: str, interval: int, width: int, read: Sequence[int]) -> None:
     model, batches = nn.Sequential(nn.Linear(6, width)), noise(450, 6).split(90)
