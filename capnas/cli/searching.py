@@ -17,13 +17,22 @@ from capnas.console import Progress, number, out_json, pairs, run_document, say,
 def search(
     space: Annotated[str, typer.Argument(help="Name of a space (see capnas spaces), file.py:function or module:function.")],
     data: Annotated[str, typer.Option(help="Data set: a name or a folder of images.")] = "fashion-mnist-12k",
-    trials: Annotated[int, typer.Option(help="Finished trials in all; a larger number continues a study.")] = 30,
+    trials: Annotated[
+        int, typer.Option(help="Finished trials in all (with a gate best: trained ones); a larger number continues a study.")
+    ] = 30,
     epochs: Annotated[int, typer.Option(help="Of the short training.")] = 3,
     values: Annotated[str, typer.Option(help="What to optimize: combined, or names like accuracy,saturation_evenness,macs.")] = "combined",
     weights: Annotated[str | None, typer.Option(metavar="NAME=W,...", help="Weights of the scores in combined.")] = None,
     max_macs: Count = None,
     max_params: Count = None,
-    gate: Annotated[str | None, typer.Option(help='Bound before training, such as "saturation_evenness>=0.5".')] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            help="Who is trained after a look at the untrained network: best:10% (by its capacity score, among all seen so far), "
+            'naswot:best:10%, or a bound such as "saturation_evenness>=0.5".'
+        ),
+    ] = None,
+    pool: Annotated[int | None, typer.Option(help="Candidates to measure before the first training, with a gate best.")] = None,
     resolutions: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to search jointly.")] = None,
     sampler: Annotated[str, typer.Option(help="tpe, random, nsga2, nsga3, gp, qmc or cmaes.")] = "tpe",
     pruner: Annotated[str, typer.Option(help="median, hyperband or off.")] = "median",
@@ -53,6 +62,7 @@ def search(
             max_params=None if max_params is None else number(max_params),
             max_macs=None if max_macs is None else number(max_macs),
             gate=gate,
+            pool=pool,
             resolutions=None if resolutions is None else tuple(number(r) for r in resolutions.split(",")),
             sampler=sampler,
             pruner=pruner,

@@ -24,8 +24,10 @@ from capnas.devices import is_out_of_memory, resolve_device
 from capnas.errors import StudyError, UsageError
 from capnas.objective.claims import claimed
 from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation
+from capnas.objective.gates import Bound, best_share, parse_gate
+from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
-from capnas.objective.targets import COSTS, INIT, check_values, check_weights, direction_of, parse_gate, value_of, wanted, worst_value
+from capnas.objective.targets import COSTS, INIT, check_values, check_weights, direction_of, value_of, wanted, worst_value
 from capnas.profile import Profile, enrich, profile_model
 from capnas.scoring import measures_for, score
 from capnas.spaces import load_space
@@ -33,7 +35,7 @@ from capnas.training import TrainConfig, train
 from capnas.weights import InitialWeights
 
 _VALUED = ("complete", "duplicate")
-_FEASIBLE = (*_VALUED, "over_budget", "stopped")  # of the constraint "valid"; a budget has its own constraints
+_FEASIBLE = (*_VALUED, "over_budget", MEASURED, "stopped")  # of the constraint "valid"; a budget and a share have their own constraints
 _REUSED = ("complete", "diverged")  # outcomes that the same architecture would have again
 
 
@@ -48,7 +50,9 @@ class Objective:
         epochs: Of the short training; that of ``train`` where None.
         max_params: Most parameters, or None.
         max_macs: Most multiply-accumulates of one image, or None.
-        gate: Bound on scores before training, such as ``"saturation_evenness>=0.5"`` or ``{"saturation_mean": 0.2}``; none by default.
+        gate: Who is trained after a look at the untrained network, none by default: ``"best:10%"`` trains a candidate if its score is
+            among the best tenth of the candidates seen so far, ``"saturation_evenness>=0.5"`` is a bound; see `capnas.objective.gates`.
+        pool: Candidates that are measured before the first training; then the best of them are trained first. Needs a gate ``best``.
         resolutions: Image sizes to search jointly, as the parameter ``image_size``.
         seed: Of weights, shuffling and augmentation, the same for every candidate: common random numbers make differences between
             candidates less noisy than seeds of their own would.
@@ -92,6 +96,7 @@ class Objective:
         max_params: int | None = None,
         max_macs: int | None = None,
         gate: str | Mapping[str, float] | None = None,
+        pool: int | None = None,
         resolutions: Sequence[int] | None = None,
         seed: int = 0,
         device: str = "auto",
@@ -107,10 +112,12 @@ class Objective:
         self.names = check_values(values)
         self.weights = check_weights(weights, self.names)
         self.directions = [direction_of(name) for name in self.names]
-        self.gates = parse_gate(gate)
+        check_pool(gate, pool)
+        gates = parse_gate(gate)
+        self.bounds = [g for g in gates if isinstance(g, Bound)]
         needed = wanted(self.names, self.weights)
         self.measures = {
-            "before": measures_for({n.removeprefix(INIT) for n in needed if n.startswith(INIT)} | {g.name for g in self.gates}),
+            "before": measures_for({n.removeprefix(INIT) for n in needed if n.startswith(INIT)} | {g.name for g in gates}),
             "after": measures_for(needed),
         }
         self._slack = "capacity_slack" in needed
@@ -124,6 +131,9 @@ class Objective:
         self.space: Callable[..., Any] = load_space(space)
         self.data = data if isinstance(data, ImageData) else load_data(data)
         self.settings = self._fingerprint()
+        costs = tuple(name for name in self.names if name in COSTS) if len(self.names) > 1 else ()
+        share = best_share(gates)
+        self.selection = None if share is None else Selection(gate=share, pool=pool or 0, costs=costs, settings=self.settings)
 
     def __call__(self, trial: Any) -> float | tuple[float, ...]:
         """Evaluate one trial.
@@ -171,9 +181,11 @@ class Objective:
                 )
                 scores = score(found["profile"])
                 metrics |= {INIT + name: value for name, value in scores.items()}
-            refusals = [text for gate in self.gates if (text := gate.refusal(scores)) is not None]
+            refusals = [text for gate in self.bounds if (text := gate.refusal(scores)) is not None]
             if refusals:
                 return "gated", "; ".join(refusals)
+            if self.selection is not None and (place := self.selection.judge(trial, found)) is not None:
+                return MEASURED, place
         except Infeasible as error:  # what shapes alone do not tell
             return "infeasible", str(error)
         except (RuntimeError, MemoryError) as error:
@@ -261,9 +273,13 @@ class Objective:
         for name, limit in self.limits.items():
             trial.set_constraint(name, found["metrics"].get(name, limit) / limit - 1)
         trial.set_constraint("valid", -1.0 if valid else 1.0)
+        if self.selection is not None:
+            trial.set_constraint(GATE, self.selection.violation(status, found.get("standing")))
         if status in _VALUED:
             found["values"] = {name: value_of(name, found["metrics"], self.weights) for name in self.names}
         self._store(trial, found, status, reason)
+        if self.selection is not None and isinstance(trial, optuna.Trial):
+            self.selection.queue_next(trial.study)
         if status not in _VALUED and not blind:
             raise optuna.TrialPruned(f"{status}: {reason}")
         values = tuple(found["values"].values()) if status in _VALUED else self._worst(trial, found["metrics"])

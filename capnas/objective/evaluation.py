@@ -13,7 +13,8 @@ from capnas.profile import Profile
 ATTRIBUTE = "capnas"  # key of the trial's user attribute
 VERSION = 1
 STATUSES = (
-    "complete", "duplicate", "stopped", "over_budget", "infeasible", "gated", "diverged", "out_of_memory", "failed", "interrupted",
+    "complete", "duplicate", "stopped", "over_budget", "infeasible", "gated", "measured", "diverged", "out_of_memory", "failed",
+    "interrupted",
 )  # fmt: skip
 
 
@@ -24,6 +25,7 @@ class Evaluation:
     Attributes:
         status: How it ended. "complete": trained and scored. "duplicate": the result of `duplicate_of`, not trained again.
             "stopped": ended early by the pruner or the median rule. "over_budget", "infeasible", "gated": ended before training.
+            "measured": in the pool or outside the gate's share, not trained so far.
             "diverged", "out_of_memory": training could not go on. "failed": an error. "interrupted": by a signal.
         reason: Why it is not complete, in words; else "".
         params: The trial's parameters: the whole genotype.
@@ -39,6 +41,7 @@ class Evaluation:
         image_size: Resolution in pixels.
         seed: Of weights, shuffling and augmentation.
         duplicate_of: Number of the trial whose result this is.
+        standing: Share of the candidates seen until then that had a better score before training; None without such a gate.
         version: Of this format.
 
     Example:
@@ -62,6 +65,7 @@ class Evaluation:
     image_size: int | None = None
     seed: int | None = None
     duplicate_of: int | None = None
+    standing: float | None = None
     version: int = VERSION
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a search optimizes: the value names with their directions, the combined value, and the gate before training.
+"""What a search optimizes: the value names with their directions, and the combined value.
 
 Values are ``accuracy`` (on validation), ``val_loss``, ``params``, ``macs``, every name of `capnas.scoring.SCORES`, the same with the prefix
 ``init_`` for the structure before training, ``combined`` and ``principled``. The latter is the idea that capnas is built on: accuracy
@@ -9,20 +9,17 @@ five values.
 from __future__ import annotations
 
 import math
-import operator
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from capnas.errors import UsageError, one_of
+from capnas.objective.gates import UNTRAINED
 from capnas.scoring import SCORES, Direction
 
 COSTS = ("params", "macs")
 INIT = "init_"
 # Provisional: evenness moves by about 0.2 within a space, so it decides between accuracies a point apart and no more.
 WEIGHTS: Mapping[str, float] = {"saturation_evenness": 0.05}
-_TRAINED = ("capacity_slack",)  # scores of a training, which no untrained network has
-_SCORES = (*SCORES, *(INIT + name for name in SCORES if name not in _TRAINED))
+_SCORES = (*SCORES, *(INIT + name for name in UNTRAINED))
 # Provisional as well: the three theories in equal parts of about a point of accuracy each.
 PRINCIPLED: Mapping[str, float] = {"saturation_evenness": 0.05, "capacity_balance": 0.05, "capacity_slack": 0.05}
 PARETO = ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
@@ -30,7 +27,6 @@ SUMS = ("combined", "principled")
 NAMES = ("accuracy", "val_loss", *COSTS, *SUMS, *_SCORES)
 _WORST = {"accuracy": 0.0, "combined": 0.0, "principled": 0.0, "val_loss": 100.0, "params": 1e12, "macs": 1e15}
 _FAR = 1e3  # stands for the worst of an unbounded score until one has been seen
-_COMPARE: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 def check_values(values: str | Sequence[str]) -> tuple[str, ...]:
@@ -123,55 +119,6 @@ def worst_value(name: str, seen: Sequence[float]) -> float:
         return _WORST[name]
     score = SCORES[name.removeprefix(INIT)]
     return max(score.low, -_FAR) if score.direction == "maximize" else min(score.high, _FAR)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """A bound on one score of the structure before training."""
-
-    name: str
-    compare: str
-    limit: float
-
-    def refusal(self, scores: Mapping[str, float]) -> str | None:
-        """Why the gate stays shut, or None; a score that is not finite does not pass."""
-        value = _number(scores.get(self.name))
-        if _COMPARE[self.compare](value, self.limit):
-            return None
-        return f"{self.name} before training is {value:.4g}, the gate asks for {self.compare} {self.limit:g}"
-
-
-def parse_gate(gate: str | Mapping[str, float] | None) -> tuple[Gate, ...]:
-    """Gates from text, ``"saturation_evenness>=0.5, tail_fraction<0.3"``, or from a mapping of scores to limits in their good direction.
-
-    Raises:
-        UsageError: Text that is no comparison, or an unknown score.
-
-    Example:
-        >>> parse_gate({"tail_fraction": 0.3}) == parse_gate("tail_fraction <= 0.3")
-        True
-    """
-    if gate is None or gate == "":
-        return ()
-    if isinstance(gate, Mapping):
-        rules = [(n, ">=" if n in SCORES and SCORES[n].direction == "maximize" else "<=", str(v)) for n, v in gate.items()]
-    else:
-        rules = []
-        for part in gate.split(","):
-            match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*(\S+)\s*", part)
-            if match is None:
-                raise UsageError(f"a gate is a comparison like saturation_evenness>=0.5, got {part.strip()!r}.")
-            rules.append((match[1], match[2], match[3]))
-    gates = []
-    for name, compare, text in rules:
-        if name not in SCORES or name in _TRAINED:
-            raise UsageError(one_of("gate", name, set(SCORES) - set(_TRAINED)))
-        try:
-            limit = float(text)
-        except ValueError:
-            raise UsageError(f"the gate on {name} needs a number, got {text!r}.") from None
-        gates.append(Gate(name=name, compare=compare, limit=limit))
-    return tuple(gates)
 
 
 def _number(value: float | None) -> float:

@@ -37,6 +37,7 @@ _SETTINGS = (
     "max_params",
     "max_macs",
     "gate",
+    "pool",
     "resolutions",
     "seed",
     "train",

@@ -24,10 +24,11 @@ from capnas.objective import Objective
 from capnas.objective.claims import local, sweep
 from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
 from capnas.objective.evaluation import Evaluation
+from capnas.objective.pool import superseded
 from capnas.objective.stopping import MedianRule
 from capnas.search.config import StudyConfig
 from capnas.search.export import write_environment, write_trials
-from capnas.search.runs import RunResult, is_finished, open_run
+from capnas.search.runs import RunResult, is_finished, is_settled, open_run
 from capnas.search.samplers import first_judged, make_pruner, make_sampler
 from capnas.search.storages import open_storage
 from capnas.spaces import load_space
@@ -158,6 +159,7 @@ def _objective(config: StudyConfig, space: Any = None, data: Any = None) -> Obje
         max_params=config.max_params,
         max_macs=config.max_macs,
         gate=config.gate,
+        pool=config.pool,
         resolutions=config.resolutions,
         seed=config.seed,
         device=config.device,
@@ -193,8 +195,12 @@ def _work(
                 break  # the workers of other hosts see to the rest
             time.sleep(_POLL)
             continue
-        draws = (finished, own, ran) if parallel else (finished,)
+        settled = sum(map(is_settled, trials))
+        draws = (settled, own, ran) if parallel else (settled,)
         study.sampler = make_sampler(config.sampler, seed=config.seed, draws=draws, trials=config.trials, parallel=parallel)
+        if objective.selection is not None:
+            objective.selection.check(study)
+            objective.selection.queue_next(study)
         number, error = _one(study, objective, config.trials)
         if on_trial is not None:
             on_trial(study, study.get_trials(deepcopy=False)[number])
@@ -213,8 +219,8 @@ def _one(study: optuna.Study, objective: Objective, limit: int) -> tuple[int, Ex
     trial = study.ask()
     try:
         earlier = (t for t in study.get_trials(deepcopy=False) if t.number < trial.number)
-        if sum(is_finished(t) or t.state == TrialState.RUNNING for t in earlier) >= limit:
-            lost = Evaluation(status="interrupted", reason="another worker drew the last trial first", params=trial.params)
+        if superseded(trial) or sum(is_finished(t) or t.state == TrialState.RUNNING for t in earlier) >= limit:
+            lost = Evaluation(status="interrupted", reason="another worker drew this or the last trial first", params=trial.params)
             trial.set_user_attr(EVALUATION, lost.to_dict())
             study.tell(trial, state=TrialState.FAIL)
             return trial.number, None

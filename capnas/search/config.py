@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from capnas.errors import StudyError, UsageError, one_of
-from capnas.objective.targets import check_values, check_weights, direction_of, parse_gate
+from capnas.objective.pool import check_pool
+from capnas.objective.targets import check_values, check_weights, direction_of
 from capnas.scoring import Direction
 from capnas.search.samplers import PRUNERS, SAMPLERS, check_sampler
 from capnas.search.storages import hide_password
@@ -33,8 +34,9 @@ class StudyConfig:
         space: Name, ``file.py:function`` or ``module:function``, see `capnas.load_space`.
         data: Name or folder, see `capnas.load_data`.
         study: Name of the study and its folder; from space and data where None.
-        trials: Finished trials in all, over all sessions and workers.
-        epochs, values, weights, max_params, max_macs, gate, resolutions, seed, device: See `capnas.Objective`.
+        trials: Finished trials in all, over all sessions and workers. With a gate that asks for a share only trained ones
+            count, not those that are too large, infeasible or merely measured.
+        epochs, values, weights, max_params, max_macs, gate, pool, resolutions, seed, device: See `capnas.Objective`.
         sampler: One of tpe, random, nsga2, nsga3, gp, qmc, cmaes (cmaes with one value only).
         pruner: "median", "hyperband" (one value only) or "off".
         storage: None for a journal in the run's folder; else an Optuna storage URL, ``grpc://host:port``, or the path of a
@@ -64,6 +66,7 @@ class StudyConfig:
     max_params: int | None = None
     max_macs: int | None = None
     gate: str | None = None
+    pool: int | None = None
     resolutions: tuple[int, ...] | None = None
     sampler: str = "tpe"
     pruner: str = "median"
@@ -80,7 +83,7 @@ class StudyConfig:
         """Refuse what cannot run, before anything is built."""
         object.__setattr__(self, "values", check_values(self.values))
         object.__setattr__(self, "resolutions", None if self.resolutions is None else tuple(self.resolutions))
-        for name in ("trials", "workers", "max_params", "max_macs"):
+        for name in ("trials", "workers", "max_params", "max_macs", "pool"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}.")
@@ -93,7 +96,7 @@ class StudyConfig:
                 raise UsageError(one_of(name, getattr(self, name), known))
         check_sampler(self.sampler, self.pruner, len(self.values))
         check_weights(self.weights)
-        parse_gate(self.gate)
+        check_pool(self.gate, self.pool)
         self.training()
 
     @property

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from capnas.errors import StudyError
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.pool import is_untrained
 from capnas.search.config import StudyConfig
 from capnas.search.storages import HIDDEN, open_storage
 
@@ -37,7 +38,7 @@ class RunResult:
 
     @property
     def n_finished(self) -> int:
-        """Trials that need not be run again, whatever came of them."""
+        """Trials that count among those asked for, whatever came of them."""
         return sum(map(is_finished, self.study.get_trials(deepcopy=False)))
 
     @property
@@ -80,11 +81,16 @@ class RunResult:
         return found[number]
 
 
-def is_finished(trial: FrozenTrial) -> bool:
-    """Whether a trial counts: it ended by itself, with a value, pruned or by an error of its own, but not by a signal."""
+def is_settled(trial: FrozenTrial) -> bool:
+    """Whether a trial ended by itself, with a value, pruned or by an error of its own, but not by a signal."""
     if trial.state == TrialState.FAIL:
         return (trial.user_attrs.get(ATTRIBUTE) or {}).get("status") == "failed"
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def is_finished(trial: FrozenTrial) -> bool:
+    """Whether a trial counts among those asked for: it ended by itself; where a gate asks for a share, not before its training."""
+    return is_settled(trial) and not is_untrained(trial)
 
 
 def open_run(path: str | Path, *, storage: str | None = None) -> RunResult:

@@ -354,7 +354,7 @@ def test_wrong_directions_name_the_right_ones(data: ImageData) -> None:
         ({"values": ("macs", "macs")}, "values must be one or more different names"),
         ({"weights": {"saturation": 1}}, "weights must be one of .*got 'saturation'"),
         ({"weights": {"tail_fraction": math.inf}}, "the weight of tail_fraction must be a finite number, got inf"),
-        ({"gate": "saturation_mean=1"}, "a gate is a comparison like saturation_evenness>=0.5, got 'saturation_mean=1'"),
+        ({"gate": "saturation_mean=1"}, "a gate is a comparison like .* or a share like best:10%, got 'saturation_mean=1'"),
         ({"gate": "saturation_men>1"}, "gate must be one of .*Did you mean 'saturation_mean'"),
         ({"gate": "saturation_mean>high"}, "the gate on saturation_mean needs a number, got 'high'"),
         ({"max_macs": 0}, "max_macs must be above 0, got 0"),

@@ -363,3 +363,44 @@ def test_workers_end_when_their_parent_is_killed(home: Path) -> None:
             break
     else:
         pytest.fail("the workers went on without their parent")
+
+
+POOL = {"pool": 5, "gate": "log2_paths:best:30%", "trials": 5}
+
+
+@pytest.mark.parametrize(("sampler", "values", "stop"), [("tpe", "combined", 2), ("nsga2", "accuracy,macs", 6)])
+def test_a_pool_is_the_same_after_an_interruption_and_only_trained_trials_count(
+    tmp_path: Path, data: ImageData, sampler: str, values: str, stop: int
+) -> None:
+    asked = partial(config, sampler=sampler, values=values.split(","), **POOL)
+    whole = run_study(asked(tmp_path / "whole"), space=space, data=data)
+    statuses = [e.status for _, e in whole.evaluations()]
+    before = statuses[: statuses.index("complete")]
+    assert before.count("measured") == 5
+    assert set(before) == {"measured", "infeasible"}
+    assert sum(s in ("complete", "duplicate") for s in statuses) == whole.n_finished == 5
+
+    def interrupt(study: optuna.Study, trial: Any) -> None:
+        if trial.number == stop:
+            raise KeyboardInterrupt
+
+    again = asked(tmp_path / "parts")
+    part = run_study(again, space=space, data=data, on_trial=interrupt)
+    assert part.interrupted
+    resumed = run_study(again, space=space, data=data)
+    ended = [[(t.params, t.values, e.status) for t, e in r.evaluations()] for r in (whole, resumed)]
+    assert ended[0] == ended[1]
+    assert resumed.finished
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_pool(tmp_path: Path, home: Path) -> None:
+    asked = config(
+        tmp_path / "two", space=FILE, data=str(home / "images"), workers=2, data_options={"image_size": 8, "in_chans": 1}, **POOL
+    )  # fmt: skip
+    result = run_study(asked)
+    assert result.n_finished == 5
+    found = [e for _, e in result.evaluations() if e.status != "interrupted"]
+    assert sum(e.status == "measured" for e in found) >= 5
+    trained = [(e.hash, e.image_size) for e in found if e.status == "complete"]
+    assert len(set(trained)) == len(trained)

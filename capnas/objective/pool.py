@@ -1,0 +1,159 @@
+"""Candidates that are drawn and measured but not trained yet, and which of them is trained next.
+
+With a gate that asks for a share (``best:10%``) every candidate is measured before training and takes its place among all candidates
+of the study. Those outside the share end as "measured". The pool is the number of candidates that are measured before the first
+training. From then on the best measured candidate that is inside the share and was not trained comes first, by Optuna's
+`optuna.Study.enqueue_trial`; only where there is none, the sampler draws a new one. All of this is read from the stored trials, so it
+is the same for one process, for several and after a resumption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from capnas.errors import StudyError, UsageError
+from capnas.objective.evaluation import ATTRIBUTE, VERSION
+from capnas.objective.gates import BestShare, Measured, best_share, parse_gate
+
+MEASURED = "measured"  # status of a candidate that was measured and not trained
+GATE = "gate"  # constraint of every trial of a search with a share
+_UNTRAINED = (MEASURED, "over_budget", "infeasible", "gated")
+QUEUED = "capnas:queued"  # user attribute of a trial that trains a measured one: its number
+_LEAST = 1e-6  # violation of a measured candidate inside the share: it waits for its training
+
+
+def check_pool(gate: Any, pool: int | None) -> None:
+    """Refuse a gate that cannot be read and a pool without a share to choose from it.
+
+    Raises:
+        UsageError: Either.
+    """
+    if pool is not None and pool < 1:
+        raise UsageError(f"pool must be at least 1, got {pool}.")
+    if best_share(parse_gate(gate)) is None and pool is not None:
+        raise UsageError("a pool needs a gate that says which share of it is trained, such as best:10%.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Chooses by a share among the candidates of one study.
+
+    Args:
+        gate: The share.
+        pool: Candidates measured before the first training.
+        costs: Names of the costs among the values.
+        settings: Fingerprint of the trials that count, see `capnas.objective.evaluation.Evaluation`.
+    """
+
+    gate: BestShare
+    pool: int
+    costs: tuple[str, ...]
+    settings: str
+
+    def judge(self, trial: Any, found: dict[str, Any]) -> str | None:
+        """Why this candidate is not trained now, or None; its place becomes ``found["standing"]``.
+
+        Args:
+            trial: The trial; one outside a study (``FixedTrial``) has no rivals.
+            found: Its hash, image_size and metrics.
+        """
+        seen = [measured for _, measured in self._seen(trial.study)] if isinstance(trial, optuna.Trial) else []
+        candidate = self._measured(found)
+        standing = self.gate.standing(candidate, seen)
+        found["standing"] = standing.share
+        if QUEUED in trial.user_attrs and not math.isnan(candidate.score):
+            return None
+        place = f"{self.gate.name} before training is {candidate.score:.4g}, place {standing.better + 1} of {standing.rivals}"
+        if isinstance(trial, optuna.Trial) and len(seen) < self.pool:
+            return f"{place}: drawn for the pool of {self.pool}, of which the best {100 * self.gate.share:g} % are trained"
+        return None if self.gate.passes(standing) else f"{place} so far; the gate asks for the best {100 * self.gate.share:g} %"
+
+    def violation(self, status: str, standing: float | None) -> float:
+        """The value of the constraint "gate": above 0 where the candidate was only measured, the more the worse its place."""
+        if standing is None:
+            return 0.0
+        excess = standing - self.gate.share
+        return max(excess, _LEAST) if status == MEASURED else min(excess, 0.0)
+
+    def queue_next(self, study: optuna.Study) -> None:
+        """Enqueue the best measured candidate that is inside the share, once the pool is full and nothing else is waiting."""
+        trials = study.get_trials(deepcopy=False)
+        if any(t.state == TrialState.WAITING for t in trials):
+            return
+        seen = list(self._seen(study))
+        if len(seen) < self.pool:
+            return
+        origins = {t.user_attrs[QUEUED] for t in trials if QUEUED in t.user_attrs and not _lost(t)}
+        taken = {m.key for t, m in seen if _status(t) != MEASURED or t.number in origins}
+        first = {m.key: (t, m) for t, m in reversed(seen) if m.key not in taken and not math.isnan(m.score)}
+        waiting = sorted(first.values(), key=lambda row: (-row[1].score, row[0].number))
+        if not self.costs:
+            waiting = waiting[:1]  # where all are rivals of all, none stands above the best score
+        places = [(self.gate.standing(m, (other for _, other in seen)), t) for t, m in waiting]
+        inside = [(place.share, -place.rivals, t.number, t.params) for place, t in places if self.gate.passes(place)]
+        if inside:
+            _, _, number, params = min(inside, key=lambda row: row[:3])
+            study.enqueue_trial(params, user_attrs={QUEUED: number})
+
+    def check(self, study: optuna.Study) -> None:
+        """Give up where nothing passes any more: where one in ten does, two hundred in a row fail once in 10^9 times.
+
+        Raises:
+            StudyError: It is so.
+        """
+        idle: Counter[str] = Counter()
+        for trial in reversed(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))):
+            if not is_untrained(trial):
+                break
+            idle[_status(trial) or ""] += 1
+        limit = self.pool + 20 / self.gate.share
+        if idle[MEASURED] > limit:
+            text = f"none of the last {idle[MEASURED]} candidates has a {self.gate.name} among the best {100 * self.gate.share:g} %"
+            raise StudyError(f"{text}: ask for a larger share, or for another score if there is none.")
+        if idle.total() > 5 * limit:
+            raise StudyError(
+                f"of the last {idle.total()} candidates only {idle[MEASURED]} could be measured: raise the limits or change the space."
+            )
+
+    def _seen(self, study: optuna.Study) -> Iterator[tuple[FrozenTrial, Measured]]:
+        """Every trial whose candidate took a place among the others, in order; one that is being ended has its result already."""
+        for trial in study.get_trials(deepcopy=False):
+            stored = trial.user_attrs.get(ATTRIBUTE)
+            if not isinstance(stored, dict) or stored.get("version") != VERSION or stored["settings"] != self.settings:
+                continue
+            if stored["status"] not in ("gated", "interrupted") and f"init_{self.gate.name}" in stored["metrics"]:
+                yield trial, self._measured(stored)
+
+    def _measured(self, found: Mapping[str, Any]) -> Measured:
+        score = self.gate.oriented(found["metrics"][f"init_{self.gate.name}"])
+        costs = tuple(float(found["metrics"][name]) for name in self.costs)
+        return Measured(key=(found["hash"], found["image_size"]), score=score, costs=costs)
+
+
+def superseded(trial: optuna.Trial) -> bool:
+    """Whether another worker queued the same measured candidate first, in the same moment: the lower number trains it."""
+    if QUEUED not in trial.user_attrs:
+        return False
+    same = (t for t in trial.study.get_trials(deepcopy=False) if t.number < trial.number and not _lost(t))
+    return any(t.user_attrs.get(QUEUED) == trial.user_attrs[QUEUED] for t in same)
+
+
+def is_untrained(trial: FrozenTrial) -> bool:
+    """Whether a trial of a search with a share ended before its training: it was drawn for a look only."""
+    return GATE in trial.constraints and _status(trial) in _UNTRAINED
+
+
+def _lost(trial: FrozenTrial) -> bool:
+    """Whether a signal ended the trial, so that its candidate is to be trained after all."""
+    return trial.state == TrialState.FAIL and _status(trial) != "failed"
+
+
+def _status(trial: FrozenTrial) -> str | None:
+    return (trial.user_attrs.get(ATTRIBUTE) or {}).get("status")

@@ -1,0 +1,198 @@
+"""The share of a search: who is only measured, who is trained next, and what Optuna is told of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import FixedTrial, TrialState
+from tiny_space import images, space
+
+from capnas.data import ImageData, load_data
+from capnas.errors import StudyError, UsageError
+from capnas.objective import Objective
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.pool import QUEUED, superseded
+from capnas.training import TrainConfig
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+GATE = "log2_paths:best:40%"
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_data(images(90), validation=0.2, test=0.2)
+
+
+def objective(data: ImageData, **changes: Any) -> Objective:
+    train = TrainConfig(batch_size=32, lr=1e-2)
+    given: dict[str, Any] = {"values": ("accuracy",), "epochs": 1, "device": "cpu", "train": train, "probe_images": 8, "gate": GATE}
+    return Objective(space, data, **given | changes)
+
+
+def net(width: int, depth: int = 1) -> dict[str, Any]:
+    return {"width": width, "depth": depth, "kind": "plain"}
+
+
+def run(objective: Objective, *params: dict[str, Any], more: int = 0, sampler: Any = None) -> optuna.Study:
+    sampler = sampler or optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(directions=objective.directions, sampler=sampler, pruner=optuna.pruners.NopPruner())
+    for p in params:
+        study.enqueue_trial(p)
+        study.optimize(objective, n_trials=1)
+    study.optimize(objective, n_trials=more)
+    return study
+
+
+def outcomes(study: optuna.Study) -> list[str]:
+    return [e.status for t in study.trials if (e := Evaluation.of(t)) is not None]
+
+
+def test_a_candidate_is_trained_if_it_is_among_the_best_so_far(data: ImageData) -> None:
+    study = run(objective(data, gate="log2_paths:best:20%"), net(4), net(2), net(6), net(2, 3))
+    assert outcomes(study) == ["complete", "measured", "complete", "complete"]
+    trial, found = study.trials[1], Evaluation.of(study.trials[1])
+    assert found is not None
+    assert trial.state == TrialState.PRUNED
+    assert (
+        found.reason
+        == f"log2_paths before training is {found.metrics['init_log2_paths']:.4g}, place 2 of 2 so far; the gate asks for the best 20 %"
+    )
+    assert found.standing == 0.5
+    assert trial.constraints == {"valid": -1.0, "gate": pytest.approx(0.3)}
+    assert found.curve == ()
+    assert found.values == {}
+    assert study.trials[2].constraints == {"valid": -1.0, "gate": -0.2}
+
+
+def test_of_the_pool_the_best_are_trained_best_first(data: ImageData) -> None:
+    o = objective(data, pool=5)
+    study = run(o, net(4), net(2), net(8), net(6), net(4, 2))
+    assert outcomes(study) == ["measured"] * 5
+    assert all(t.constraints["gate"] > 0 for t in study.trials[:5])
+    assert [t.state.name for t in study.trials] == ["PRUNED"] * 5 + ["WAITING"]
+    study.optimize(o, n_trials=3)
+    assert outcomes(study)[5:7] == ["complete"] * 2
+    assert [t.params for t in study.trials[5:7]] == [net(4, 2), net(8)]  # the deeper one has more paths
+    assert [t.user_attrs[QUEUED] for t in study.trials[5:7]] == [4, 2]
+    assert QUEUED not in study.trials[7].user_attrs  # two of five are the share: the sampler draws again
+    assert study.best_trial.number in (5, 6)
+
+
+def test_what_was_outside_the_share_is_trained_when_enough_worse_ones_were_seen(data: ImageData) -> None:
+    o = objective(data, gate="log2_paths:best:30%")
+    study = run(o, net(8), net(6))
+    assert outcomes(study) == ["complete", "measured"]
+    study = run(o, net(8), net(6), net(2), net(4))  # one of two, of three, of four: from the fourth on it is inside
+    assert outcomes(study) == ["complete", "measured", "measured", "measured"]
+    study.optimize(o, n_trials=1)
+    assert (study.trials[4].user_attrs[QUEUED], study.trials[4].params, outcomes(study)[4]) == (1, net(6), "complete")
+
+
+def test_an_architecture_is_queued_once_however_often_it_was_measured(data: ImageData) -> None:
+    o = objective(data, pool=4, gate="log2_paths:best:100%")
+    study = run(o, net(4), net(4), net(4) | {"kind": "bad"}, net(6), more=2)
+    queued = [t.user_attrs[QUEUED] for t in study.trials if QUEUED in t.user_attrs]
+    assert queued[:2] == [3, 0]
+    assert outcomes(study)[4:6] == ["complete", "complete"]
+    assert not any(QUEUED in t.user_attrs for t in study.trials[6:])
+
+
+def test_an_interrupted_training_is_queued_again(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    o = objective(data, pool=3)
+    study = run(o, net(4), net(2), net(6))
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("capnas.objective.train", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            study.optimize(o, n_trials=1)
+    assert study.trials[3].state == TrialState.FAIL
+    assert o.selection is not None
+    o.selection.queue_next(study)
+    study.optimize(o, n_trials=1)
+    assert (study.trials[4].user_attrs[QUEUED], outcomes(study)[4]) == (2, "complete")
+
+
+def test_a_failed_training_is_not_queued_again(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    o = objective(data, pool=3, gate="log2_paths:best:30%")
+    study = run(o, net(4), net(2), net(6))
+    with monkeypatch.context() as patch:
+        patch.setattr("capnas.objective.train", lambda *_, **__: 1 / 0)
+        study.optimize(o, n_trials=1, catch=ZeroDivisionError)
+    assert o.selection is not None
+    o.selection.queue_next(study)
+    assert outcomes(study) == ["measured"] * 3 + ["failed"]
+    assert len(study.trials) == 4
+
+
+def test_with_costs_among_the_values_small_networks_have_their_own_share(data: ImageData) -> None:
+    o = objective(data, values=("accuracy", "macs"), gate="log2_paths:best:10%")
+    study = run(o, net(8), net(2), net(6, 2), net(4), net(2, 3))
+    assert outcomes(study) == ["complete", "complete", "complete", "complete", "complete"]
+    alone = run(objective(data, gate="log2_paths:best:10%"), net(8), net(2), net(6, 2), net(4), net(2, 3))
+    assert outcomes(alone) == ["complete", "measured", "complete", "measured", "complete"]
+
+
+def test_limits_and_bounds_come_first_and_take_no_place(data: ImageData) -> None:
+    paths = Evaluation.of(run(objective(data), net(4)).trials[0]).metrics["init_log2_paths"]  # type: ignore[union-attr]
+    o = objective(data, max_params=600, gate=f"log2_paths:best:10%, log2_paths<={paths + 0.01}")
+    study = run(o, net(8, 3), net(8), net(4), net(2))
+    assert outcomes(study) == ["over_budget", "gated", "complete", "measured"]
+    assert [Evaluation.of(t).standing for t in study.trials] == [None, None, 0.0, 0.5]  # type: ignore[union-attr]
+    assert [t.constraints["gate"] for t in study.trials] == [0.0, 0.0, -0.1, 0.4]
+
+
+def test_samplers_that_ignore_pruned_trials_see_measured_ones_as_infeasible(data: ImageData) -> None:
+    sampler = optuna.samplers.NSGAIISampler(seed=0, population_size=4)
+    study = run(objective(data, pool=2), net(4), net(6), more=1, sampler=sampler)
+    assert [t.state for t in study.trials[:2]] == [TrialState.COMPLETE] * 2
+    assert [t.values for t in study.trials[:2]] == [[0.0]] * 2
+    assert study.best_trial.number == 2
+
+
+def test_outside_a_study_a_candidate_has_no_rivals(data: ImageData) -> None:
+    assert isinstance(objective(data, pool=5)(FixedTrial(net(2))), float)
+
+
+def test_two_workers_may_queue_the_same_candidate_and_one_trains_it(data: ImageData) -> None:
+    study = run(objective(data, pool=2), net(4), net(6))
+    study.enqueue_trial(net(6), user_attrs={QUEUED: 1})
+    assert [superseded(study.ask()), superseded(study.ask())] == [False, True]
+
+
+def test_gives_up_where_nothing_passes(data: ImageData) -> None:
+    selection = objective(data, pool=3).selection
+    assert selection is not None
+    study = optuna.create_study()
+
+    def ended(status: str, count: int) -> None:
+        attributes = {ATTRIBUTE: Evaluation(status=status).to_dict()}
+        study.add_trials([optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=attributes, constraints={"gate": 0.0})] * count)
+
+    ended("measured", 53)
+    selection.check(study)
+    ended("measured", 1)
+    with pytest.raises(StudyError, match="none of the last 54 candidates has a log2_paths among the best 40 %: ask for a larger share"):
+        selection.check(study)
+    study.add_trial(optuna.trial.create_trial(state=TrialState.COMPLETE, value=1.0))
+    ended("over_budget", 265)
+    selection.check(study)
+    ended("infeasible", 1)
+    with pytest.raises(StudyError, match="of the last 266 candidates only 0 could be measured: raise the limits or change the space"):
+        selection.check(study)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"pool": 0}, "pool must be at least 1, got 0"),
+        ({"pool": 9, "gate": None}, "a pool needs a gate that says which share of it is trained"),
+    ],
+)
+def test_refuses(data: ImageData, change: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        objective(data, **change)
