@@ -38,6 +38,7 @@ class CapacityMap:
         coherent: S (24), share of the input gradient that is the same for all samples, averaged over projections.
         residual: r_l of each residual addition (31), by the module that adds.
         decoupling: of each activation (42), by module; ``#1`` marks the second call.
+        behind: the same of the first activation behind each convolution or linear layer, by the layer.
         skipped: parametrised layers without c_l, and why.
         approximated: operations that the sweep had no rule for, with their counts.
         revived: norms whose scale was all zero and was read as one, as timm's last norms of residual branches at initialization.
@@ -54,6 +55,7 @@ class CapacityMap:
     coherent: float
     residual: Mapping[str, float]
     decoupling: Mapping[str, Decoupling]
+    behind: Mapping[str, Decoupling]
     skipped: Mapping[str, str]
     approximated: Mapping[str, int]
     revived: tuple[str, ...]
@@ -105,6 +107,7 @@ def capacity_map(
     pixels: bool = True,
     revive: bool = True,
     seed: int = 0,
+    graph: Trace | None = None,
 ) -> CapacityMap:
     """Measure capacity allocation of any model that maps images to outputs.
 
@@ -118,6 +121,7 @@ def capacity_map(
         pixels: also sweep capacity down to the input.
         revive: read norms whose scale is still exactly zero as if it were one; otherwise their residual branches hold nothing.
         seed: of projections and of the choice of rows.
+        graph: the model's trace for one sample of the inputs' type, where it is already at hand.
 
     Raises:
         UsageError: fewer than two samples, or outputs that do not depend on the input or are not finite.
@@ -133,7 +137,7 @@ def capacity_map(
         raise UsageError(f"inputs must be a batch (B, C, H, W) of at least two samples, got shape {tuple(inputs.shape)}.")
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
     batch = len(inputs)
-    graph = trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
+    graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
     reader = MomentReader(graph, batch, seed=seed)
     statistics = LayerTaps(model, batch, rows=0, batch_statistics=chosen == "train", revive=revive, seed=seed)
     statistics.watching = False
@@ -151,6 +155,7 @@ def capacity_map(
     capacity = {names[weight]: value for weight, value in by_weight.items()}
     counts = {names[weight]: taps[weight].n_params for weight in by_weight}
     used = utilisation(capacity, counts)
+    decoupling = reader.decoupling()
     sweeper = Sweeper(model, graph, moments, reader.indices, by_weight, {weight: tap.maps for weight, tap in taps.items()})
     sweep = sweeper.run() if pixels and reader.complete else None
     return CapacityMap(
@@ -162,7 +167,8 @@ def capacity_map(
         bias=None if sweep is None else sweep.bias,
         coherent=coherent,
         residual=_residual_shares(graph, sweeper.moments),
-        decoupling=reader.decoupling(),
+        decoupling=decoupling,
+        behind=_behind(graph, {index: decoupling[name] for name, index in reader.places.items()}),
         skipped=_skipped(model, set(by_weight), {tap.bias for tap in taps.values()}),
         approximated={} if sweep is None else sweep.approximated,
         revived=tuple(tapped.revived),
@@ -226,6 +232,22 @@ def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor]) ->
             name += "'"
         found[name] = b / (b + s) if b + s > 0 else 0.0
     return found
+
+
+def _behind(graph: Trace, found: Mapping[int, Decoupling]) -> dict[str, Decoupling]:
+    """The activations at these nodes by the layer before each: of those that feed it, the deepest, so the branch and not its shortcut."""
+    nearest: dict[int, tuple[int, int, str]] = {}  # node -> depth and place of the nearest layer, its name
+    behind: dict[str, Decoupling] = {}
+    for node in graph.nodes:
+        before = max((nearest[i] for i in node.inputs if i in nearest), default=None)
+        weights = [n for n, a in zip(node.input_params, node.input_names) if n is not None and a != "bias"]
+        if weights and node.flops > 0:  # the last, as a dense layer reads its bias first
+            nearest[node.index] = (1 + (before[0] if before else 0), node.index, weights[-1].removesuffix(".weight"))
+        elif before is not None:
+            nearest[node.index] = before
+            if node.index in found:
+                behind.setdefault(before[2], found[node.index])
+    return behind
 
 
 def _skipped(model: nn.Module, measured: set[str], biases: set[str | None]) -> dict[str, str]:

@@ -102,6 +102,7 @@ class MomentReader(TorchDispatchMode):
         self.moments: dict[tuple[int, int], Tensor] = {}
         self.indices: dict[int, Tensor] = {}
         self.activations: dict[str, tuple[Any, Any, Any, Tensor, Tensor]] = {}  # function, its other arguments, rows, maps
+        self.places: dict[str, int] = {}  # activation -> its node
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -143,6 +144,7 @@ class MomentReader(TorchDispatchMode):
         name = node.module if node.call == 0 else f"{node.module}#{node.call}"
         while name in self.activations:
             name += "'"
+        self.places[name] = node.index
         self.activations[name] = (plain, args[1:], kwargs, rows.clone(), flat[:, at].clone())
 
     def decoupling(self) -> dict[str, Decoupling]:

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from capnas._timm import timm
+from capnas.capacity import capacity_map
 from capnas.errors import UsageError
-from capnas.profile import MEASURES, Profile, profile_model, skipped_modules, untouched
+from capnas.measures.excess import distance_to_init
+from capnas.profile import MEASURES, Profile, enrich, profile_model, skipped_modules, untouched
+from capnas.weights import InitialWeights
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -152,3 +156,73 @@ def test_unmeasured_columns_stay_empty() -> None:
     assert profile.layers[0].norm is None
     assert profile.layers[0].complexity is None
     assert profile.network == {}
+
+
+def test_border_and_critical_layers_and_feasible_sizes_are_named() -> None:
+    model = nn.Sequential(*[nn.Conv2d(1, 1, 3) for _ in range(9)])
+    profile = profile_model(model, noise(2, 1, 20, 20), measures=("structure",))
+    found = profile.receptive
+    assert [row.receptive_field for row in profile.layers] == [((3.0 + 2 * i,) * 2,) * 2 for i in range(9)]
+    assert found is not None
+    assert found.image_size == (20, 20)
+    assert found.critical == found.border["strict"] == found.border["toolbox"] == ()
+    assert found.feasible == ((19.0, 19.0), (19.0, 19.0))
+    small = profile_model(nn.Sequential(*[nn.Conv2d(1, 1, 3, padding=1) for _ in range(9)]), noise(2, 1, 15, 15), measures=("structure",))
+    assert small.receptive is not None
+    assert small.receptive.critical == ("7", "8")
+    assert small.receptive.border == {"strict": ("8",), "toolbox": ("7", "8")}
+    stored = json.loads(json.dumps(small.to_dict(), allow_nan=False))
+    assert Profile.from_dict(stored) == small
+
+
+def test_infinite_fields_come_back_from_json() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+    profile = profile_model(model, noise(2, 1, 8, 8), measures=("structure",))
+    assert profile.layers[-1].receptive_field == ((math.inf, math.inf), (math.inf, math.inf))
+    again = Profile.from_dict(json.loads(json.dumps(profile.to_dict(), allow_nan=False)))
+    assert again.layers[-1].receptive_field == profile.layers[-1].receptive_field
+    assert again.receptive == profile.receptive
+
+
+def test_the_first_format_is_still_read() -> None:
+    row = {"name": "0", "kind": "Linear", "reading": "modules", "width": 2, "params": 6, "rows": 4, "rows_seen": 4, "saturation": 0.5,
+           "receptive_field": [[3.0, None]]}  # fmt: skip
+    old = {"version": 1, "layers": [row], "blocks": [], "skipped": {}, "mode": "train", "threshold": 0.99, "rows": "channelwise"}
+    profile = Profile.from_dict(old)
+    assert profile.receptive is None
+    assert profile.layers[0].distance is None
+    assert profile.layers[0].receptive_field == ((3.0, math.inf),)
+    assert Profile.from_dict(old | {"later": 1, "layers": [row | {"later": 1}]}) == profile
+
+
+def test_decoupling_belongs_to_the_layer_before_the_activation() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.shortcut = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+            self.norm, self.last, self.head = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 2)
+            self.act = nn.GELU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.last(torch.relu(self.norm(self.conv(x))))
+            return self.head(self.act(self.shortcut(x) + y).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Block(), noise(16, 3, 8, 8)
+    rows = {r.name: r for r in profile_model(model, x, measures=("capacity",), mode="train").layers}
+    by_activation = capacity_map(model, x, mode="train").decoupling["act"]
+    assert rows["conv"].decoupling == pytest.approx(0.267, abs=0.05)  # of a rectifier on normal values
+    assert (rows["last"].decoupling, rows["last"].gate_decoupling) == (by_activation.out, by_activation.gate)
+    assert (rows["shortcut"].decoupling, rows["head"].decoupling) == (None, None)
+    assert rows["conv"].gate_decoupling == pytest.approx(0.5, abs=0.15)
+
+
+def test_distance_from_known_initial_weights_only() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), noise(8, 4)
+    start = InitialWeights.of(model)
+    before = profile_model(model, x)
+    assert [r.distance for r in before.layers] == [None, None]
+    with torch.no_grad():
+        model[0].weight += 1
+    after = enrich(before, model, x, measures=(), start=start)
+    assert [r.distance for r in after.layers] == [pytest.approx(distance_to_init(model[0].weight.detach(), start.weights["0"])), 0.0]

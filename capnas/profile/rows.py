@@ -1,35 +1,27 @@
-"""Profile of a network: one row per layer and per block, from what was recorded of it.
-
-`profile_model` runs a model once on given inputs; training hands over what its recorder saw (`Profile.from_records`). Both leave
-the model as it was: weights, buffers, mode, gradients, hooks and random state.
-"""
+"""The rows of a profile and the profile itself: plain values that go into a trial as JSON and come back."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from capnas.capacity import CapacityMap, capacity_map
-from capnas.errors import UsageError, one_of
-from capnas.graph.structure import StructureReport, structure
-from capnas.graph.tracing import Trace, trace
+from capnas.errors import UsageError
 from capnas.measures.moments import covariance
-from capnas.measures.proxies import PROXIES, baseline_proxies
 from capnas.measures.saturation import THRESHOLD, Spectrum, effective_rank, intrinsic_dimension, saturation_of, spectrum, threshold_margin
-from capnas.recording import MEASURED, LayerRecord, Reading, Recorder
-from capnas.weights import weight_norms
+from capnas.recording import MEASURED, LayerRecord
 
 VERSION = 1
 FEW_ROWS = 10  # rows below this multiple of the width are flagged: they cap the rank
 THRESHOLDS = (0.9, 0.95, 0.99, 0.999)
-MEASURES = ("saturation", "structure", "norms", "capacity", "proxies")
+
+
+Range = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +45,14 @@ class LayerProfile:
         finite: False when the outputs held NaN or infinite values.
         complexity: C_loc of the layer algebra, bits (measure "structure").
         log2_fan_in: log2 of the layer's own path count K; `log2_paths` is that from the model input to one of its units.
-        receptive_field: (smallest, largest) receptive field along each image axis, in pixels; infinite values are stored as ``None``.
+        log2_compression: log2 of output over input units of one position, the layer's own intrinsic power P; above 0 it expands.
+        receptive_field: (r_min, r_max) of its output along each image axis, in pixels; infinite values are stored as ``None``.
         norm: operator norm at the input size it sees (measure "norms"); `norm_method` says how it was found.
+        distance: (2,1) distance of the weight from initialization, where the initial weights are known.
         capacity: c_l, what the layer could fit (measure "capacity", an estimate after Donier, see `capnas.capacity`).
         utilisation: u_l = c_l over the layer's parameters, in [0, 1]; `over_wide` where it is far below the others'.
+        decoupling: of the first non-linearity behind the layer: the share of output variance that is not linear in its input (19b),
+            in [0, 1] (measure "capacity"); `gate_decoupling` one minus the cosine between the gates of its units (19a).
     """
 
     name: str
@@ -77,12 +73,47 @@ class LayerProfile:
     complexity: float | None = None
     log2_fan_in: float | None = None
     log2_paths: float | None = None
-    receptive_field: tuple[tuple[float, float], ...] | None = None
+    log2_compression: float | None = None
+    receptive_field: Range | None = None
     norm: float | None = None
     norm_method: str | None = None
+    distance: float | None = None
     capacity: float | None = None
     utilisation: float | None = None
     over_wide: bool | None = None
+    decoupling: float | None = None
+    gate_decoupling: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldReport:
+    """What the receptive fields say of a network at one image size, after Richter et al. (arXiv 2106.12307).
+
+    Attributes:
+        image_size: pixels along each axis.
+        critical: expanding layers whose own r_min exceeds the image.
+        border: rule to the layers that it predicts to be unproductive; ``"strict"`` is the papers' rule and ``"toolbox"`` that of
+            rfa_toolbox, see `capnas.measures.receptive.border_layers`.
+        feasible: smallest and largest feasible image size along each axis; None where no field is finite.
+        functional: the same with the toolbox's lower bound.
+    """
+
+    image_size: tuple[int, ...]
+    critical: tuple[str, ...]
+    border: Mapping[str, tuple[str, ...]]
+    feasible: Range | None = None
+    functional: Range | None = None
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> FieldReport:
+        """Inverse of ``dataclasses.asdict`` after a passage through JSON."""
+        return cls(
+            image_size=tuple(stored["image_size"]),
+            critical=tuple(stored["critical"]),
+            border={rule: tuple(names) for rule, names in stored["border"].items()},
+            feasible=_range(stored.get("feasible")),
+            functional=_range(stored.get("functional")),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +129,7 @@ class Profile:
         rows: how rows are formed, always "channelwise": every position of every sample.
         network: numbers of the whole network by name: ``complexity``, ``log2_paths`` and ``intrinsic_power`` (log2 P) of the layer
             algebra after Badias & Banerjee (reconstructed), ``log10_lipschitz`` (sum of log10 operator norms), capacity scores, baselines.
+        receptive: critical and border layers and feasible image sizes (measure "structure"); None where it was not measured.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -107,6 +139,7 @@ class Profile:
     threshold: float = THRESHOLD
     rows: str = "channelwise"
     network: Mapping[str, float] = field(default_factory=dict)
+    receptive: FieldReport | None = None
 
     def reading(self, name: Literal["modules", "blocks"]) -> tuple[LayerProfile, ...]:
         """The rows of one reading."""
@@ -137,7 +170,9 @@ class Profile:
             raise UsageError(f"profile version must be {VERSION}, got {version!r}: read it with the capnas that wrote it.")
         known = {f.name for f in fields(LayerProfile)}
         for reading in ("layers", "blocks"):
-            values[reading] = tuple(LayerProfile(**{k: v for k, v in row.items() if k in known}) for row in values[reading])
+            values[reading] = tuple(_row_from({k: v for k, v in row.items() if k in known}) for row in values[reading])
+        if values.get("receptive") is not None:
+            values["receptive"] = FieldReport.from_dict(values["receptive"])
         known = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in values.items() if k in known})
 
@@ -154,151 +189,6 @@ class Profile:
             mode=mode,
             threshold=threshold,
         )
-
-
-def profile_model(
-    model: nn.Module,
-    inputs: Tensor | Iterable[Tensor],
-    targets: Tensor | None = None,
-    *,
-    measures: Sequence[str] = ("saturation",),
-    threshold: float = THRESHOLD,
-    reading: Reading = "both",
-    blocks: str | None = None,
-    mode: Literal["train", "eval"] | None = None,
-    values_per_call: int | None = None,
-    seed: int = 0,
-) -> Profile:
-    """Profile a model on a batch of inputs, leaving the model untouched.
-
-    Args:
-        model: any module that maps the inputs to outputs.
-        inputs: one batch (B, C, H, W) on the model's device, or an iterable of batches.
-        targets: (B,) classes, for measures that need a loss.
-        measures: any of `MEASURES`. "saturation" is always read; "structure" adds the layer algebra and receptive fields from the traced
-            graph, "norms" operator norms, "capacity" capacity allocation (a few backward passes), "proxies" the published baselines
-            synflow, naswot, zico, snip, grad_norm, params and macs.
-        threshold: share of the variance that the intrinsic dimension explains.
-        reading: "modules", "blocks" or "both".
-        blocks: regular expression naming the units to read as blocks.
-        mode: "train" (batch statistics, the reading for networks at initialization) or "eval"; the model's own mode when absent.
-        values_per_call: bound on what is read per layer and batch, see `Recorder`; every row when absent.
-        seed: of position sampling and of anything random in the forward pass.
-
-    Raises:
-        UsageError: unknown measure, reading or block pattern.
-
-    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
-    >>> profile = profile_model(model, torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
-    >>> [(row.name, row.k, row.width) for row in profile.layers]
-    [('0', 4, 4), ('3', 2, 2)]
-    """
-    for measure in measures:
-        if measure not in MEASURES:
-            raise UsageError(one_of("measures", measure, MEASURES))
-    batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
-    with untouched(model, training=chosen == "train", seed=seed), torch.no_grad():
-        with Recorder(model, reading=reading, blocks=blocks, values_per_call=values_per_call, seed=seed) as recorder:
-            for batch in batches:
-                model(batch)
-        records = recorder.pop(chosen)
-    profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
-    return enrich(profile, model, batches[0], targets, measures=measures, seed=seed)
-
-
-def enrich(
-    profile: Profile,
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor | None = None,
-    *,
-    measures: Sequence[str],
-    graph: Trace | None = None,
-    seed: int = 0,
-) -> Profile:
-    """A profile with further measures of the same model in the same state.
-
-    Args:
-        profile: what is known already.
-        model: the model in the state that was profiled; left untouched.
-        inputs: one batch, as for `profile_model`; so are `targets`, `measures` and `seed`.
-        targets: (B,) classes.
-        measures: any of `MEASURES`.
-        graph: the model's trace where it is already at hand, see `capnas.graph.tracing.trace`.
-        seed: of anything random.
-    """
-    if {"structure", "norms"} & set(measures):
-        graph = graph or trace(model, (1, *inputs.shape[1:]))
-        if "structure" in measures:
-            profile = with_structure(profile, structure(graph))
-        if "norms" in measures:
-            profile = with_norms(profile, model, graph)
-    if "capacity" in measures:
-        profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, seed=seed))
-    if "proxies" in measures:
-        proxies = baseline_proxies(model, inputs, targets)
-        profile = profile.with_network(**{name: proxies[name].value for name in PROXIES})
-    return profile
-
-
-def with_structure(profile: Profile, report: StructureReport) -> Profile:
-    """The profile with the layer algebra's columns and network numbers, see `capnas.graph.structure.structure`."""
-    rows = []
-    for row in profile.layers:
-        found = report.layers.get(row.name)
-        if found is not None:
-            row = replace(
-                row, complexity=found.complexity_bits, log2_fan_in=found.log2_fan_in, log2_paths=found.log2_paths,
-                receptive_field=found.receptive_field or None,
-            )  # fmt: skip
-        rows.append(row)
-    network = {"complexity": report.complexity, "log2_paths": report.log2_paths, "intrinsic_power": report.log2_power}
-    return replace(profile, layers=tuple(rows)).with_network(**network, depth=float(report.depth))
-
-
-def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
-    """The profile with each layer's capacity and the network's capacity scores, see `capnas.capacity.capacity_map`."""
-    rows = [
-        replace(r, capacity=found.capacity[r.name], utilisation=found.utilisation.get(r.name), over_wide=r.name in found.over_wide)
-        if r.name in found.capacity
-        else r
-        for r in profile.layers
-    ]
-    groups = [[name for name in found.capacity if name.startswith(block.name + ".")] for block in profile.blocks]
-    scores = found.scores([g for g in groups if g] or None)
-    return replace(profile, layers=tuple(rows)).with_network(**scores)
-
-
-def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
-    """The profile with the operator norm of each layer, see `capnas.weights.weight_norms`."""
-    norms = weight_norms(model, graph)
-    rows = [replace(r, norm=norms[r.name].value, norm_method=norms[r.name].method) if r.name in norms else r for r in profile.layers]
-    log10 = sum(math.log10(n.value) for n in norms.values() if n.value > 0)
-    return replace(profile, layers=tuple(rows)).with_network(log10_lipschitz=log10)
-
-
-@contextmanager
-def untouched(model: nn.Module, *, training: bool, seed: int = 0) -> Iterator[None]:
-    """Run a model in a mode and put back its buffers, every module's mode and the random state, also after an error.
-
-    Weights are the caller's duty: do not step an optimizer inside.
-    """
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()} if training else {}
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(seed)
-            model.train(training)
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
 
 
 def skipped_modules(model: nn.Module, measured: set[str]) -> dict[str, str]:
@@ -332,6 +222,19 @@ def _row(model: nn.Module, record: LayerRecord, threshold: float) -> LayerProfil
         effective_rank=rank, simpson=1 / rank if rank > 0 else rank, margin=threshold_margin(spec, threshold),
         few_rows=record.moments.count < FEW_ROWS * spec.width, finite=record.finite,
     )  # fmt: skip
+
+
+def _row_from(stored: Mapping[str, Any]) -> LayerProfile:
+    return LayerProfile(**{**stored, "receptive_field": _range(stored.get("receptive_field"))})
+
+
+def _range(stored: Any) -> Range | None:
+    """Pairs from JSON, where an infinite end is ``None``."""
+    return None if stored is None else tuple((_end(low), _end(high)) for low, high in stored)
+
+
+def _end(value: float | None) -> float:
+    return math.inf if value is None else float(value)
 
 
 def _json_safe(value: Any) -> Any:

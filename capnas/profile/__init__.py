@@ -1,0 +1,13 @@
+"""Profile of a network: one row per layer and per block, from what was recorded of it.
+
+`profile_model` runs a model once on given inputs; training hands over what its recorder saw (`Profile.from_records`). Both leave
+the model as it was: weights, buffers, mode, gradients, hooks and random state.
+"""
+
+from __future__ import annotations
+
+from capnas.profile.enriching import MEASURES, enrich
+from capnas.profile.reading import profile_model, untouched
+from capnas.profile.rows import VERSION, FieldReport, LayerProfile, Profile, skipped_modules
+
+__all__ = ["MEASURES", "VERSION", "FieldReport", "LayerProfile", "Profile", "enrich", "profile_model", "skipped_modules", "untouched"]

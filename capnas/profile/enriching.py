@@ -1,0 +1,118 @@
+"""Further measures of a profiled model: structure, operator norms, distances, capacity and the published baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from torch import Tensor, nn
+
+from capnas.capacity import CapacityMap, capacity_map
+from capnas.graph.structure import StructureReport, structure
+from capnas.graph.tracing import Trace, trace
+from capnas.measures.proxies import PROXIES, baseline_proxies
+from capnas.measures.receptive import LayerField, border_layers, critical_layers, feasible_range
+from capnas.profile.rows import FieldReport, Profile
+from capnas.weights import InitialWeights, weight_norms
+
+MEASURES = ("saturation", "structure", "norms", "capacity", "proxies")
+
+
+def enrich(
+    profile: Profile,
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor | None = None,
+    *,
+    measures: Sequence[str],
+    graph: Trace | None = None,
+    start: InitialWeights | None = None,
+    seed: int = 0,
+) -> Profile:
+    """A profile with further measures of the same model in the same state.
+
+    Args:
+        profile: what is known already.
+        model: the model in the state that was profiled; left untouched.
+        inputs: one batch, as for `profile_model`; so are `targets`, `measures` and `seed`.
+        targets: (B,) classes.
+        measures: any of `MEASURES`.
+        graph: the model's trace where it is already at hand, see `capnas.graph.tracing.trace`.
+        start: the weights before training, for the distance of each layer.
+        seed: of anything random.
+    """
+    if {"structure", "norms", "capacity"} & set(measures):
+        graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
+        if "structure" in measures:
+            profile = with_structure(profile, structure(graph), graph.input_shape[2:])
+        if "norms" in measures:
+            profile = with_norms(profile, model, graph)
+        if "capacity" in measures:
+            profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, seed=seed, graph=graph))
+    if "proxies" in measures:
+        proxies = baseline_proxies(model, inputs, targets)
+        profile = profile.with_network(**{name: proxies[name].value for name in PROXIES})
+    return profile if start is None else with_distances(profile, start.distances(model))
+
+
+def with_structure(profile: Profile, report: StructureReport, image_size: tuple[int, ...] = ()) -> Profile:
+    """The profile with the layer algebra's columns and network numbers, see `capnas.graph.structure.structure`.
+
+    With the size of the images also what the receptive fields say of it.
+    """
+    rows = []
+    for row in profile.layers:
+        found = report.layers.get(row.name)
+        if found is not None:
+            row = replace(
+                row, complexity=found.complexity_bits, log2_fan_in=found.log2_fan_in, log2_paths=found.log2_paths,
+                log2_compression=found.log2_compression, receptive_field=found.receptive_field or None,
+            )  # fmt: skip
+        rows.append(row)
+    network = {"complexity": report.complexity, "log2_paths": report.log2_paths, "intrinsic_power": report.log2_power}
+    fields = report.fields if image_size else []
+    return replace(profile, layers=tuple(rows), receptive=_fields(fields, image_size) if fields else profile.receptive).with_network(
+        **network, depth=float(report.depth)
+    )
+
+
+def _fields(fields: Sequence[LayerField], image_size: tuple[int, ...]) -> FieldReport:
+    ranges = {}
+    lowers: tuple[Literal["largest", "functional"], ...] = ("largest", "functional")
+    for lower in lowers:
+        found = feasible_range(fields, lower=lower)
+        ranges[lower] = None if found is None else tuple(zip(*found))
+    return FieldReport(
+        image_size=image_size, critical=critical_layers(fields, image_size), feasible=ranges["largest"], functional=ranges["functional"],
+        border={"strict": border_layers(fields, image_size), "toolbox": border_layers(fields, image_size, "toolbox")},
+    )  # fmt: skip
+
+
+def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
+    """The profile with each layer's capacity and the network's capacity scores, see `capnas.capacity.capacity_map`."""
+    rows = []
+    for row in profile.layers:
+        if row.name in found.capacity:
+            used, wide = found.utilisation.get(row.name), row.name in found.over_wide
+            row = replace(row, capacity=found.capacity[row.name], utilisation=used, over_wide=wide)
+        if (behind := found.behind.get(row.name)) is not None:
+            row = replace(row, decoupling=behind.out, gate_decoupling=behind.gate)
+        rows.append(row)
+    groups = [[name for name in found.capacity if name.startswith(block.name + ".")] for block in profile.blocks]
+    scores = found.scores([g for g in groups if g] or None)
+    return replace(profile, layers=tuple(rows)).with_network(**scores)
+
+
+def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
+    """The profile with the operator norm of each layer, see `capnas.weights.weight_norms`."""
+    norms = weight_norms(model, graph)
+    rows = [replace(r, norm=norms[r.name].value, norm_method=norms[r.name].method) if r.name in norms else r for r in profile.layers]
+    log10 = sum(math.log10(n.value) for n in norms.values() if n.value > 0)
+    return replace(profile, layers=tuple(rows)).with_network(log10_lipschitz=log10)
+
+
+def with_distances(profile: Profile, distances: Mapping[str, float]) -> Profile:
+    """The profile with each layer's (2,1) distance from initialization, see `capnas.weights.InitialWeights`."""
+    return replace(profile, layers=tuple(replace(r, distance=distances.get(r.name, r.distance)) for r in profile.layers))

@@ -1,0 +1,91 @@
+"""Profile a model on a batch and leave it as it was: weights, buffers, mode, gradients, hooks and random state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from capnas.errors import UsageError, one_of
+from capnas.measures.saturation import THRESHOLD
+from capnas.profile.enriching import MEASURES, enrich
+from capnas.profile.rows import Profile
+from capnas.recording import Reading, Recorder
+
+
+def profile_model(
+    model: nn.Module,
+    inputs: Tensor | Iterable[Tensor],
+    targets: Tensor | None = None,
+    *,
+    measures: Sequence[str] = ("saturation",),
+    threshold: float = THRESHOLD,
+    reading: Reading = "both",
+    blocks: str | None = None,
+    mode: Literal["train", "eval"] | None = None,
+    values_per_call: int | None = None,
+    seed: int = 0,
+) -> Profile:
+    """Profile a model on a batch of inputs, leaving the model untouched.
+
+    Args:
+        model: any module that maps the inputs to outputs.
+        inputs: one batch (B, C, H, W) on the model's device, or an iterable of batches.
+        targets: (B,) classes, for measures that need a loss.
+        measures: any of `MEASURES`. "saturation" is always read; "structure" adds the layer algebra and receptive fields from the traced
+            graph, "norms" operator norms, "capacity" capacity allocation (a few backward passes), "proxies" the published baselines
+            synflow, naswot, zico, snip, grad_norm, params and macs.
+        threshold: share of the variance that the intrinsic dimension explains.
+        reading: "modules", "blocks" or "both".
+        blocks: regular expression naming the units to read as blocks.
+        mode: "train" (batch statistics, the reading for networks at initialization) or "eval"; the model's own mode when absent.
+        values_per_call: bound on what is read per layer and batch, see `Recorder`; every row when absent.
+        seed: of position sampling and of anything random in the forward pass.
+
+    Raises:
+        UsageError: unknown measure, reading or block pattern.
+
+    >>> _ = torch.manual_seed(1)
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    >>> profile = profile_model(model, torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    >>> [(row.name, row.k, row.width) for row in profile.layers]
+    [('0', 4, 4), ('3', 2, 2)]
+    """
+    for measure in measures:
+        if measure not in MEASURES:
+            raise UsageError(one_of("measures", measure, MEASURES))
+    batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
+    with untouched(model, training=chosen == "train", seed=seed), torch.no_grad():
+        with Recorder(model, reading=reading, blocks=blocks, values_per_call=values_per_call, seed=seed) as recorder:
+            for batch in batches:
+                model(batch)
+        records = recorder.pop(chosen)
+    profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
+    return enrich(profile, model, batches[0], targets, measures=measures, seed=seed)
+
+
+@contextmanager
+def untouched(model: nn.Module, *, training: bool, seed: int = 0) -> Iterator[None]:
+    """Run a model in a mode and put back its buffers, every module's mode and the random state, also after an error.
+
+    Weights are the caller's duty: do not step an optimizer inside.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()} if training else {}
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)
+            model.train(training)
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
