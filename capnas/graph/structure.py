@@ -67,6 +67,7 @@ class StructureReport:
         weights: W, numbers in the parameters (and constant buffers) that the forward pass read; running statistics are not counted.
         macs: multiply-accumulates for one input.
         depth: L, weight layers on the longest path.
+        shortest: weight layers on the shortest path: how deep the network is where every shortcut is taken.
     """
 
     layers: dict[str, LayerStructure]
@@ -78,6 +79,7 @@ class StructureReport:
     weights: int
     macs: int
     depth: int
+    shortest: int
 
     @property
     def vc_order(self) -> float:
@@ -123,6 +125,7 @@ def structure(trace: Trace, *, pool_gain: PoolGain = "paths", gates: bool = Fals
         weights=sum(walk.weights.values()),
         macs=walk.macs,
         depth=max((s.depth for s in ends), default=0),
+        shortest=min((s.shortest for s in ends), default=0),
     )
 
 

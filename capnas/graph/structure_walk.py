@@ -52,6 +52,7 @@ class State:
     fields: tuple[Field, ...]
     paths: float  # log2 K
     depth: int = 0
+    shortest: int = 0  # weight layers on the shortest path from the input
     origin: int = INPUT  # node that computed the values, before views, norms and constants
     norm: int = INPUT  # last norm or constant since then
     mixing: bool = False  # weights that softmax made (heads may be mixed after it)
@@ -163,7 +164,7 @@ class Walk:
         )
         layout = (layout[0], (Atom(axes=(CHANNEL,), size=out_units),), *layout[2:])
         bits = algebra.linear_leaf(in_units, out_units, kernel=math.prod(kernel), groups=groups).complexity
-        after = State(layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, origin=node.index)
+        after = State(layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, shortest=x.shortest + 1, origin=node.index)
         return self._linear("conv", node, 1, x, after, extent, (own, bits, out_units, groups))
 
     def _product(self, base: str, node: Node, given: list[State | None]) -> State:
@@ -193,14 +194,15 @@ class Walk:
             second = other.fields if attention else axes.reach(b.fields, b.layout, b.layout[-2])
             fields = tuple(map(receptive.merge, zip(fields, second)))
         layout = (*a.layout[:-1], b.layout[-1])
-        after = State(layout=layout, fields=fields, paths=paths, depth=max(a.depth, b.depth), origin=node.index)
+        after = replace(self._joined(node, layout, [a, b], paths), fields=fields)
         if attention:
             self._row(node.module, "attention", gain, value, after)
         return after
 
     def _dense(self, node: Node, weight: int, x: State, mixed: Axis, layout: Layout, in_units: int, out_units: int) -> State:
         fields, own = axes.reach(x.fields, x.layout, mixed), math.log2(in_units)
-        after = State(layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, origin=node.index, mixing=x.mixing)
+        after = replace(x, layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, shortest=x.shortest + 1, origin=node.index,
+                        norm=INPUT, statistic=False)  # fmt: skip
         bits = algebra.log2_regions(out_units, in_units)
         return self._linear("linear", node, weight, x, after, (), (own, bits, out_units, 1))
 
@@ -294,7 +296,8 @@ class Walk:
 
     def _joined(self, node: Node, layout: Layout, data: list[State], paths: float) -> State:
         fields = tuple(map(receptive.merge, zip(*(s.fields for s in data))))
-        return State(layout=layout, fields=fields, paths=paths, depth=max(s.depth for s in data), origin=node.index)
+        depth, shortest = max(s.depth for s in data), min(s.shortest for s in data)
+        return State(layout=layout, fields=fields, paths=paths, depth=depth, shortest=shortest, origin=node.index)
 
     def _upsample(self, base: str, node: Node, x: State) -> State:
         taps = next((n for word, n in _TAPS.items() if word in base), 1)
@@ -346,5 +349,4 @@ def _placed(state: State) -> tuple[Field, ...]:
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return values * count if len(values) == 1 else values
+    return (value,) * count if not isinstance(value, (tuple, list)) else tuple(value) * (count if len(value) == 1 else 1)
