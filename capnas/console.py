@@ -160,25 +160,6 @@ def show_run(result: Any) -> None:
     print(f"best architecture: capnas best {where}\nreport: capnas report {where} --html report.html")
 
 
-def show_profile(found: Any) -> None:
-    """A `capnas.search.inspection.Inspection`: one table per reading, and the scores."""
-    profile = found.profile
-    print(f"{found.name}, {found.state}, {profile.mode} mode, {found.image_size} px")
-    print(f"parameters {short(found.n_params)}, MACs {short(found.total_macs)}; k explains {profile.threshold:.4g} of the variance")
-    columns = ["kind", "width", "k", "saturation", "rank", "samples", "params", "MACs"]
-    for name, rows in (("layer", profile.layers), ("block", profile.blocks)):
-        cells = [
-            [r.name, r.kind, str(r.width), short(r.k), short(r.saturation), short(r.effective_rank, 1),
-             short(r.rows) + ("*" if r.few_rows else ""), short(r.params), short(found.macs.get(r.name))]
-            for r in rows
-        ]  # fmt: skip
-        if cells:
-            show_table([name, *columns], cells, left=2)
-    show_table(["score", "value"], [[name, short(value)] for name, value in found.to_dict()["scores"].items() if value is not None])
-    if any(r.few_rows for r in (*profile.layers, *profile.blocks)):
-        print("* fewer than 10 samples per feature: the saturation is a lower bound; a larger --batch gives more")
-
-
 def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code: str) -> None:
     """One trial: values, parameters, metrics, the result of its final training, and its code."""
     print(f"trial {document['trial']} of {document['study']}: {document['status']}, {document['image_size']} px")

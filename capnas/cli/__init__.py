@@ -19,6 +19,7 @@ from capnas.errors import CapnasError
 # isort: split
 # in the order in which help lists the commands
 from capnas.cli import searching as searching  # isort: skip
+from capnas.cli import profiling as profiling  # isort: skip
 from capnas.cli import looking as looking  # isort: skip
 
 

@@ -1,4 +1,4 @@
-"""`capnas spaces`, `profile`, `report` and `best`: what there is and what came out."""
+"""`capnas spaces`, `report` and `best`: what there is and what came out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from capnas.cli.app import Device, Json, Run, app, quiet
-from capnas.console import duration, out_json, say, show_best, show_profile, show_table
+from capnas.console import duration, out_json, say, show_best, show_table
 
 
 @app.command()
@@ -22,39 +22,6 @@ def spaces(json: Json = False) -> None:
     else:
         show_table(["space", "what is searched"], found.items(), left=2)
         say("Search one with: capnas search NAME. A file of your own: capnas search path/to/file.py:function")
-
-
-@app.command()
-def profile(
-    target: Annotated[str, typer.Argument(help="A timm model, or RUN:NUMBER or RUN:best for a trial.")],
-    data: Annotated[str | None, typer.Option(help="Images for a timm model; fashion-mnist-12k without.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels; the data's without.")] = None,
-    batch: Annotated[int, typer.Option(help="Images.")] = 256,
-    mode: Annotated[str, typer.Option(help="train or eval.")] = "train",
-    threshold: Annotated[float, typer.Option(help="Share of the variance that k explains.")] = 0.99,
-    reading: Annotated[str, typer.Option(help="modules, blocks or both.")] = "both",
-    initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network before training instead.")] = False,
-    seed: Annotated[int, typer.Option(help="Of weights and choice of images.")] = 0,
-    device: Device = "auto",
-    json: Json = False,
-) -> None:
-    """Show width, intrinsic dimension k, saturation and cost of each layer and block."""
-    with quiet():
-        from capnas.search.inspection import inspect_target
-
-        found = inspect_target(
-            target,
-            data=data,
-            image_size=image_size,
-            batch=batch,
-            mode=mode,  # type: ignore[arg-type]
-            threshold=threshold,
-            reading=reading,  # type: ignore[arg-type]
-            initial=initial,
-            seed=seed,
-            device=device,
-        )
-    out_json(found.to_dict()) if json else show_profile(found)
 
 
 @app.command()

@@ -6,8 +6,8 @@ the model as it was: weights, buffers, mode, gradients, hooks and random state.
 
 from __future__ import annotations
 
-from capnas.profile.enriching import MEASURES, enrich
+from capnas.profile.enriching import enrich
 from capnas.profile.reading import profile_model, untouched
-from capnas.profile.rows import VERSION, FieldReport, LayerProfile, Profile, skipped_modules
+from capnas.profile.rows import MEASURES, VERSION, FieldReport, LayerProfile, Profile, skipped_modules
 
 __all__ = ["MEASURES", "VERSION", "FieldReport", "LayerProfile", "Profile", "enrich", "profile_model", "skipped_modules", "untouched"]

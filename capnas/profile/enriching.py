@@ -17,8 +17,6 @@ from capnas.measures.receptive import LayerField, border_layers, critical_layers
 from capnas.profile.rows import FieldReport, Profile
 from capnas.weights import InitialWeights, weight_norms
 
-MEASURES = ("saturation", "structure", "norms", "capacity", "proxies")
-
 
 def enrich(
     profile: Profile,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
 from capnas.measures.saturation import THRESHOLD
-from capnas.profile.enriching import MEASURES, enrich
-from capnas.profile.rows import Profile
+from capnas.profile.enriching import enrich
+from capnas.profile.rows import MEASURES, Profile
 from capnas.recording import Reading, Recorder
 
 

@@ -17,6 +17,7 @@ from capnas.measures.saturation import THRESHOLD, Spectrum, effective_rank, intr
 from capnas.recording import MEASURED, LayerRecord
 
 VERSION = 1
+MEASURES = ("saturation", "structure", "norms", "capacity", "proxies")
 FEW_ROWS = 10  # rows below this multiple of the width are flagged: they cap the rank
 THRESHOLDS = (0.9, 0.95, 0.99, 0.999)
 
@@ -148,6 +149,18 @@ class Profile:
     def saturations(self, reading: Literal["modules", "blocks"] = "modules") -> list[float]:
         """Saturation per layer or block in execution order."""
         return [row.saturation for row in self.reading(reading) if row.saturation is not None]
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Which of `MEASURES` the profile holds."""
+        held = {
+            "saturation": True,
+            "structure": "complexity" in self.network,
+            "norms": any(row.norm is not None for row in self.layers),
+            "capacity": any(row.capacity is not None for row in self.layers),
+            "proxies": "naswot" in self.network,
+        }
+        return tuple(name for name in MEASURES if held[name])
 
     def with_network(self, **numbers: float) -> Profile:
         """The same profile with further numbers of the whole network."""

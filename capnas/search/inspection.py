@@ -1,24 +1,36 @@
-"""A network layer by layer, with costs beside measurements: a timm model before training, or a trial of a run."""
+"""A network layer by layer, with costs beside measurements: a timm model, a trial of a run, or a model that capnas saved."""
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from capnas._timm import import_timm
-from capnas.candidates import LayerCost, count_cost
-from capnas.data import ImageData, load_data
+from capnas.candidates import LayerCost, cost_of
+from capnas.data import ImageData
 from capnas.devices import resolve_device
-from capnas.errors import StudyError, UsageError
-from capnas.profile import LayerProfile, Profile, profile_model
+from capnas.errors import StudyError, UsageError, one_of
+from capnas.graph.tracing import Trace, trace
+from capnas.profile import MEASURES, LayerProfile, Profile, enrich, profile_model
+from capnas.projection import ProjectionResult, project_model
 from capnas.recording import Reading
 from capnas.scoring import score
 from capnas.search.runs import open_run
-from capnas.search.trials import rebuild
+from capnas.search.target import open_target
+from capnas.search.trials import Rebuilt, rebuild
+from capnas.training import evaluate, train
+from capnas.weights import InitialWeights
+
+DEFAULT = ("saturation", "structure")  # what a forward pass and the graph tell
+_CALIBRATION = 2048  # training images that give the eigenspaces of a projection
+_WITHOUT_WEIGHTS = ("saturation", "structure")  # what a stored profile can show without training again
+
+Tell = Callable[[int, dict[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,7 @@ class Inspection:
         macs: multiply-accumulates per row: of the layer, or of everything inside a block.
         n_params, total_macs: of the whole network, for one image.
         image_size, in_chans: of the images.
+        projection: accuracy on the eigenspaces, where asked for.
     """
 
     name: str
@@ -42,6 +55,12 @@ class Inspection:
     total_macs: int
     image_size: int
     in_chans: int
+    projection: ProjectionResult | None = None
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Measures that the profile does not hold."""
+        return tuple(name for name in MEASURES if name not in self.profile.measures)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: the profile's, with ``macs`` in each row, and the scores."""
@@ -49,8 +68,23 @@ class Inspection:
         for row in (*profile["layers"], *profile["blocks"]):
             row["macs"] = self.macs.get(row["name"])
         scores = {name: value if value == value else None for name, value in score(self.profile).items()}
-        head = {name: getattr(self, name) for name in ("name", "state", "n_params", "image_size", "in_chans")}
-        return head | {"macs": self.total_macs, "scores": scores, "profile": profile}
+        head = {name: getattr(self, name) for name in ("name", "state", "n_params", "image_size", "in_chans", "left_out")}
+        projection = None if self.projection is None else dataclasses.asdict(self.projection) | {"lost": self.projection.lost}
+        return head | {"macs": self.total_macs, "scores": scores, "projection": projection, "profile": profile}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Network:
+    """A model in one state and what is known of it."""
+
+    model: nn.Module
+    name: str
+    state: str
+    data: ImageData
+    image_size: int
+    trained: bool
+    profile: Profile | None = None
+    start: InitialWeights | None = None
 
 
 def inspect_target(
@@ -59,82 +93,180 @@ def inspect_target(
     data: str | None = None,
     image_size: int | None = None,
     batch: int = 256,
-    mode: Literal["train", "eval"] = "train",
+    mode: Literal["train", "eval"] | None = None,
     threshold: float = 0.99,
     reading: Reading = "both",
+    measures: Sequence[str] = DEFAULT,
     initial: bool = False,
+    weights: str | Path | None = None,
+    project: float | None = None,
     seed: int = 0,
     device: str = "auto",
+    tell: Tell | None = None,
 ) -> Inspection:
-    """Profile a timm model before training, or show the stored profile of a trial.
+    """Profile a timm model, a saved model or a trial; a trial's profile after training is the stored one where that is enough.
+
+    A search keeps no weights. What needs those of a trial (norms, capacity, proxies, a projection) trains it again as the search did.
 
     Args:
-        target: a name that ``timm.create_model`` takes, or ``RUN:NUMBER`` or ``RUN:best``.
-        data: images for a timm model, see `capnas.load_data`; the embedded set by default. A trial uses its run's.
+        target: a name that ``timm.create_model`` takes, ``RUN:NUMBER`` or ``RUN:best``, or the folder of a saved model.
+        data: images for a timm or saved model, see `capnas.load_data`. A trial uses its run's.
         image_size: pixels, where not the data's.
         batch: images.
-        mode: "train" or "eval".
+        mode: "train" or "eval"; by default "eval" where the weights are trained. A stored profile keeps its own.
         threshold: of the intrinsic dimension.
         reading: "modules", "blocks" or "both".
-        initial: profile a trial's network before training instead of showing what was stored.
+        measures: any of `capnas.profile.MEASURES`; saturation always.
+        initial: profile a trial's network before training instead.
+        weights: a safetensors file for a timm model.
+        project: the share of variance of the eigenspaces that every layer but the head is projected on, in (0, 1].
         seed: of the weights and the choice of images.
         device: "auto", "cpu", "cuda", ...
+        tell: called with the epoch and its row of the curve while a trial is trained again.
 
     Raises:
-        UsageError: the target is neither.
-        StudyError: the run has no such trial, or the trial stored no profile.
+        UsageError: the target is none of these, a measure is unknown, or weights are missing or do not fit.
+        StudyError: the run has no such trial, or the trial was never trained.
     """
     if batch < 1:
         raise UsageError(f"batch must be at least 1, got {batch}.")
+    for measure in measures:
+        if measure not in MEASURES:
+            raise UsageError(one_of("measures", measure, MEASURES))
+    if project is not None and not 0 < project <= 1:
+        raise UsageError(f"project must be a share of the variance in (0, 1], got {project}.")
+    chosen = tuple(name for name in MEASURES if name in {"saturation", *measures})
     place, colon, which = target.rpartition(":")
-    if colon:
-        if which != "best" and not which.isdigit():
-            raise UsageError(f"a trial is given as RUN:NUMBER or RUN:best, got {target!r}.")
-        found = rebuild(open_run(place), "best" if which == "best" else int(which))
-        model, images, size = found.model(seed if initial else None), found.data, image_size or found.candidate.image_size
-        name = f"trial {found.number} of {found.run.config.name}"
-        if not initial:
-            if found.evaluation.profile is None:
-                reason = f"it ended as {found.evaluation.status}"
-                raise StudyError(f"{name} stored no profile ({reason}); --initial profiles its network before training.")
-            trained = f"after {len(found.evaluation.curve)} epochs of the search" if found.evaluation.curve else "before training"
-            return _inspection(model, name, trained, found.evaluation.profile, found.data.in_chans, found.candidate.image_size)
+    if colon and not Path(target).is_dir():
+        if data is not None or weights is not None:
+            raise UsageError("a trial uses the images of its run and weights trained as the search did: leave out data and weights.")
+        again = project is not None or bool(set(chosen) - set(_WITHOUT_WEIGHTS))
+        found = _trial(place, which, target, initial, again, image_size, seed, device, tell)
     else:
-        images = load_data(data or "fashion-mnist-12k", **({} if image_size is None else {"image_size": image_size}))
-        size, name = image_size or images.image_size, target
-        model = _timm_model(target, images, size, seed)
+        found = _model(target, data, image_size, weights, seed)
+    if project is not None and not found.trained:
+        advice = "give a timm model its weights with --weights FILE.safetensors" if not colon else "leave out --initial"
+        raise UsageError(f"a projection says what a trained network loses, and {found.name} is not trained: {advice}.")
     where = resolve_device(device)
-    x, y = images.probe(batch, seed=seed, device=where, image_size=size)
-    profile = profile_model(model.to(where), x, y, threshold=threshold, reading=reading, mode=mode, seed=seed)
-    return _inspection(model, name, f"before training, {len(x)} images of {images.name}", profile, images.in_chans, size)
+    model, size = found.model.to(where), found.image_size
+    graph = trace(model, (1, found.data.in_chans, size, size))
+    x, y = found.data.probe(batch, seed=seed, device=where, image_size=size)
+    profile, state = found.profile, found.state
+    if profile is None:
+        using: Literal["train", "eval"] = mode or ("eval" if found.trained else "train")
+        profile = profile_model(model, x, y, threshold=threshold, reading=reading, mode=using, seed=seed)
+        state = f"{state}, {len(x)} images of {found.data.name}"
+    profile = enrich(profile, model, x, y, measures=chosen, graph=graph, seed=seed, start=found.start)
+    projection = None if project is None else _project(model, found.data, project, size, seed, device)
+    return _inspection(model, graph, found, state, profile, projection)
 
 
-def _inspection(model: nn.Module, name: str, state: str, profile: Profile, in_chans: int, image_size: int) -> Inspection:
-    cost = count_cost(model, (1, in_chans, image_size, image_size))
-    macs = {row.name: _macs(row, cost.layers) for row in (*profile.layers, *profile.blocks)}
+def _trial(
+    place: str, which: str, text: str, initial: bool, again: bool, image_size: int | None, seed: int, device: str, tell: Tell | None
+) -> _Network:
+    if which != "best" and not which.isdigit():
+        raise UsageError(f"a trial is given as RUN:NUMBER or RUN:best, got {text!r}.")
+    found = rebuild(open_run(place), "best" if which == "best" else int(which))
+    name = f"trial {found.number} of {found.run.config.name}"
+    if initial:
+        size = image_size or found.candidate.image_size
+        model = found.model(seed)
+        return _Network(model=model, name=name, state="before training", data=found.data, image_size=size, trained=False)
+    if found.evaluation.profile is None:
+        reason = f"it ended as {found.evaluation.status}"
+        raise StudyError(f"{name} stored no profile ({reason}); --initial profiles its network before training.")
+    size, epochs = found.candidate.image_size, len(found.evaluation.curve)
+    if again:
+        return _train_again(found, name, epochs, device, tell)
+    state = f"after {epochs} epochs of the search" if epochs else "before training"
+    return _Network(
+        model=found.model(), name=name, state=state, data=found.data, image_size=size, trained=epochs > 0, profile=found.evaluation.profile
+    )
+
+
+def _train_again(found: Rebuilt, name: str, epochs: int, device: str, tell: Tell | None) -> _Network:
+    """The trial's network after the training that the search gave it: the same weights on the same machine, none were kept."""
+    if epochs == 0:
+        raise StudyError(f"{name} was never trained in the search; --initial profiles its network before training.")
+    model = found.model()
+    start = InitialWeights.of(model)
+
+    def stop(epoch: int, row: dict[str, Any], profile: Profile | None) -> str | None:
+        if tell is not None:
+            tell(epoch, row)
+        return "as far as the search went" if epoch == epochs else None
+
+    config = dataclasses.replace(found.run.config.training(), device=device)
+    result = train(model, found.data, config, image_size=found.candidate.image_size, on_epoch=stop)
+    if result.profile is None or len(result.curve) < epochs:
+        raise StudyError(f"training {name} again ended as {result.status}: {result.reason}.")
+    where = torch.device(result.device)
+    start = InitialWeights(weights={n: w.to(where) for n, w in start.weights.items()})
+    return _Network(
+        model=model, name=name, state=f"trained again for {epochs} epochs as in the search", data=found.data,
+        image_size=found.candidate.image_size, trained=True, profile=result.profile, start=start,
+    )  # fmt: skip
+
+
+def _model(target: str, data: str | None, image_size: int | None, weights: str | Path | None, seed: int) -> _Network:
+    found = open_target(target, data=data, image_size=image_size)
+    model, trained = found.build(seed), found.trained
+    state = "trained weights" if trained else "before training"
+    if weights is not None:
+        if "timm" not in found.recipe or trained:
+            raise UsageError("weights are for a timm model given by its name; a saved model has its own.")
+        _load(model, Path(weights), target)
+        state, trained = f"weights of {Path(weights).name}", True
+    return _Network(model=model, name=found.name, state=state, data=found.data, image_size=found.image_size, trained=trained)
+
+
+def _load(model: nn.Module, path: Path, name: str) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"weights must be a safetensors file, {path} cannot be read: {error}.") from None
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise UsageError(f"the weights in {path} do not fit {name} for these images (classes and channels count): {first}.") from None
+
+
+def _project(model: nn.Module, data: ImageData, share: float, size: int, seed: int, device: str) -> ProjectionResult:
+    """On the validation split, with eigenspaces of training images."""
+    x, _ = data.probe(_CALIBRATION, seed=seed, device=resolve_device(device), image_size=size)
+
+    def accuracy(network: nn.Module) -> float:
+        return evaluate(network, data, "validation", device=device, amp="off", channels_last="off", image_size=size)["accuracy"]
+
+    return project_model(model, x.split(256), accuracy, threshold=share, seed=seed)
+
+
+def _inspection(
+    model: nn.Module,
+    graph: Trace,
+    found: _Network,
+    state: str,
+    profile: Profile,
+    projection: ProjectionResult | None,
+) -> Inspection:
+    cost = cost_of(model, graph)
     return Inspection(
-        name=name,
+        name=found.name,
         state=state,
         profile=profile,
-        macs=macs,
+        macs={row.name: _macs(row, cost.layers) for row in (*profile.layers, *profile.blocks)},
         n_params=cost.params,
         total_macs=cost.macs,
-        image_size=image_size,
-        in_chans=in_chans,
+        image_size=found.image_size,
+        in_chans=found.data.in_chans,
+        projection=projection,
     )
 
 
 def _macs(row: LayerProfile, layers: dict[str, LayerCost]) -> int:
     inside = [name for name in layers if name == row.name or (row.reading == "blocks" and name.startswith(row.name + "."))]
     return sum(layers[name].macs for name in inside)
-
-
-def _timm_model(name: str, data: ImageData, image_size: int, seed: int) -> nn.Module:
-    timm = import_timm()
-    if not timm.is_model(name):
-        near = " or ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
-        raise UsageError(f"there is no timm model {name!r}{f'; did you mean {near}?' if near else '.'} A trial is given as RUN:NUMBER.")
-    fixed = getattr(timm.get_pretrained_cfg(name, allow_unregistered=True), "fixed_input_size", False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return timm.create_model(name, num_classes=data.num_classes, in_chans=data.in_chans, **({"img_size": image_size} if fixed else {}))

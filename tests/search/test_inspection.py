@@ -7,6 +7,7 @@ import optuna
 import pytest
 from tiny_space import FILE, write_images
 
+from capnas._timm import timm
 from capnas.errors import StudyError, UsageError
 from capnas.search import run_study
 from capnas.search.config import StudyConfig
@@ -80,3 +81,80 @@ def test_a_trial_without_a_profile_says_why(folder: Path) -> None:
     with pytest.raises(StudyError, match=r"over_budget.*--initial"):
         inspect_target(f"{folder}:{number}")
     assert inspect_target(f"{folder}:{number}", initial=True, device="cpu").profile.layers
+
+
+def test_what_was_not_measured_is_said_and_everything_can_be(folder: Path) -> None:
+    cheap = inspect_target("resnet10t", batch=4, image_size=32)
+    assert cheap.left_out == ("norms", "capacity", "proxies")
+    assert cheap.profile.receptive is not None
+    assert cheap.profile.receptive.image_size == (32, 32)
+    stored = inspect_target(f"{folder}:best")
+    assert stored.profile.measures == ("saturation", "structure")
+    assert all(row.distance is None for row in stored.profile.layers)
+
+
+def test_a_trial_is_trained_again_as_the_search_did_for_what_needs_its_weights(folder: Path) -> None:
+    stored, told = inspect_target(f"{folder}:best"), []
+    again = inspect_target(
+        f"{folder}:best", measures=("norms",), project=0.99, device="cpu", tell=lambda epoch, row: told.append((epoch, row["accuracy"]))
+    )
+    assert again.state == "trained again for 1 epochs as in the search"
+    assert [r.effective_rank for r in again.profile.layers] == [r.effective_rank for r in stored.profile.layers]
+    assert all(row.norm > 0 and row.distance > 0 for row in again.profile.layers)
+    found = again.projection
+    assert found is not None
+    assert found.accuracy == told[-1][1]
+    assert 0 <= found.projected <= 1
+    document = json.loads(json.dumps(again.to_dict(), allow_nan=False))
+    assert document["projection"]["lost"] == pytest.approx(100 * (found.accuracy - found.projected))
+    assert document["left_out"] == ["structure", "capacity", "proxies"]
+
+
+def test_weights_of_a_timm_model_from_a_file(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
+    model.fc.weight.data.fill_(0.5)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    found = inspect_target("resnet10t", batch=4, image_size=32, weights=tmp_path / "w.safetensors", measures=("norms",))
+    assert found.state.startswith("weights of w.safetensors")
+    assert found.profile.mode == "eval"
+    assert found.profile.layers[-1].norm == pytest.approx(0.5 * (10 * 512) ** 0.5, rel=1e-4)
+    save_file({k: v for k, v in model.state_dict().items() if not k.startswith("fc")}, tmp_path / "headless.safetensors")
+    with pytest.raises(UsageError, match=r"do not fit resnet10t.*fc\.weight"):
+        inspect_target("resnet10t", batch=4, weights=tmp_path / "headless.safetensors")
+    (tmp_path / "text.safetensors").write_text("no numbers")
+    for bad in ("text.safetensors", "absent.safetensors"):
+        with pytest.raises(UsageError, match="must be a safetensors file"):
+            inspect_target("resnet10t", batch=4, weights=tmp_path / bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"project": 0.99}, "what a trained network loses.*--weights FILE"),
+        ({"project": 1.5}, r"share of the variance in \(0, 1\], got 1.5"),
+        ({"measures": ("capasity",)}, "measures must be one of.*Did you mean 'capacity'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options: dict, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        inspect_target("resnet10t", batch=4, **options)
+
+
+def test_a_trial_takes_neither_data_nor_weights_and_is_not_projected_untrained(folder: Path) -> None:
+    with pytest.raises(UsageError, match="uses the images of its run"):
+        inspect_target(f"{folder}:best", data="fashion-mnist-12k")
+    with pytest.raises(UsageError, match="leave out --initial"):
+        inspect_target(f"{folder}:best", initial=True, project=0.9, device="cpu")
+
+
+def test_a_saved_model_is_profiled_with_its_weights(tmp_path: Path) -> None:
+    from capnas.saved import build_recipe, save_model
+
+    recipe = {"timm": "resnet10t", "args": {"num_classes": 10, "in_chans": 1}, "image_size": 28}
+    model = build_recipe(recipe)
+    model.fc.weight.data.fill_(0.5)
+    found = inspect_target(str(save_model(model, tmp_path / "model", recipe)), batch=4, measures=("norms",))
+    assert found.profile.layers[-1].norm == pytest.approx(0.5 * (10 * 512) ** 0.5, rel=1e-4)
+    assert found.state.startswith("trained weights")
