@@ -55,6 +55,25 @@ class ExcessStudy:
         runs = [run for run in self.runs if run.seed in self.header["seeds"]]
         return read(runs, stages, sample, [(a, b) for a, b in self.header["grid"]], tolerance=tolerance, hold=hold)
 
+    def layers(self, setting: Setting | None = None) -> list[dict[str, Any]]:
+        """One row per layer, means over seeds: s and b of the unconstrained runs, and in a setting their limits and what was reached."""
+        seeds = self.header["seeds"]
+        free = [run for run in self.runs if run.lipschitz is None and run.seed in seeds]
+        asked = setting and (setting.lipschitz, setting.distance)
+        tight = [run for run in self.runs if (run.lipschitz, run.distance) == asked and run.seed in seeds]
+        rows = []
+        for i, state in enumerate(free[0].layers):
+            row = {"name": state.name, "weights": state.weights, "norm": _mean(free, i, "norm"), "distance": _mean(free, i, "distance")}
+            row |= {"norm_start": _mean(free, i, "norm_start"), "radius": _mean(free, i, "radius")}
+            row |= {"norm_limit": _mean(tight, i, "norm_limit"), "norm_reached": _mean(tight, i, "norm")}
+            rows.append(row | {"distance_limit": _mean(tight, i, "distance_limit"), "distance_reached": _mean(tight, i, "distance")})
+        return rows
+
+
+def _mean(runs: Sequence[Run], layer: int, what: str) -> float | None:
+    values = [getattr(run.layers[layer], what) for run in runs]
+    return None if not values or None in values else math.fsum(values) / len(values)
+
 
 def excess_capacity(
     model: nn.Module,

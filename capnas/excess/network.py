@@ -17,12 +17,13 @@ from capnas.graph.tracing import Trace, trace
 from capnas.measures.convolution import convolution
 from capnas.measures.excess import distance_to_init, simplex_classifier
 from capnas.measures.operator_norms import linear_norm, operator_norm, ring_bound
-from capnas.measures.projections import project, project_distance, pull_back
+from capnas.measures.projections import project, project_distance, project_radially, pull_back
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 _TINY = 4  # sides up to which a convolution is small enough for its explicit matrix
 _GRID = 8  # sides of the grid on which singular values are clipped; the last step measures on the full one
 _ROUNDING = 1e-6
+_WORK = 2e8  # cubes of matrix sides times frequencies up to which singular values are clipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,8 @@ class Operator:
         """Towards the nearest weight within the limits, by sweeps of Dykstra's algorithm; with `exact` within them as measured.
 
         The singular values are clipped on a grid of 8 cells a side (or what holds the kernel), at a limit scaled by the ratio of the norm
-        there to that of the layer, so that strided and padded layers are not constrained more than asked for. Ours, as is `exact`.
+        there to that of the layer, so that strided and padded layers are not constrained more than asked for. Ours, as is `exact`. Layers
+        too wide for that on a CPU (more than about 150 channels on both sides) are rescaled instead, the authors' radial mode.
         """
         near = project_distance(weight, init, limits.distance)
         norm = self.norm(near)
@@ -80,20 +82,25 @@ class Operator:
             return near
         moved = near
         if norm > limits.norm:
-            shape: dict[str, Any] = {}
-            ratio = 1.0
-            if self.size:
-                shape = {"dilation": self.options["dilation"], "groups": self.options["groups"]}
-                spans = [e * (k - 1) + 1 for e, k in zip(shape["dilation"], weight.shape[2:])]
-                shape["input_size"] = [max(span, min(_GRID, side + span - 1)) for span, side in zip(spans, self.size)]
-                ring = operator_norm(near, shape["input_size"], padding="same", padding_mode="circular", **_only(shape)).upper
-                ratio = ring / norm
-            moved = project(weight, init, distance=limits.distance, lipschitz=limits.norm * ratio, sweeps=sweeps, **shape)
+            grid = self._grid(weight)
+            if math.prod(grid) * min(weight.shape[:2]) ** 2 * max(weight.shape[:2]) > _WORK:
+                moved = project_radially(weight, init, distance=limits.distance, lipschitz=limits.norm, norm=self.norm)
+            else:
+                moved = self._clipped(weight, init, limits, near, norm, grid, sweeps)
         return pull_back(moved, init, distance=limits.distance, lipschitz=limits.norm, norm=self.norm) if exact else moved
 
+    def _grid(self, weight: Tensor) -> tuple[int, ...]:
+        spans = [e * (k - 1) + 1 for e, k in zip(self.options.get("dilation", ()), weight.shape[2:])]
+        return tuple(max(span, min(_GRID, side + span - 1)) for span, side in zip(spans, self.size))
 
-def _only(shape: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: shape[name] for name in ("dilation", "groups")}
+    def _clipped(
+        self, weight: Tensor, init: Tensor, limits: Limits, near: Tensor, norm: float, grid: tuple[int, ...], sweeps: int
+    ) -> Tensor:
+        if not self.size:
+            return project(weight, init, distance=limits.distance, lipschitz=limits.norm, sweeps=sweeps)
+        shape: dict[str, Any] = {name: self.options[name] for name in ("dilation", "groups")}
+        ratio = operator_norm(near, grid, padding="same", padding_mode="circular", **shape).upper / norm
+        return project(weight, init, distance=limits.distance, lipschitz=limits.norm * ratio, input_size=grid, sweeps=sweeps, **shape)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,160 @@
+"""`capnas excess`: how much capacity a network has beyond what a task needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from capnas.cli.app import Device, Json, app, quiet
+from capnas.console import duration, out_json, pairs, say, short, show_table
+from capnas.errors import UsageError
+
+
+@app.command()
+def excess(
+    model: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or file.py:function.")],
+    data: Annotated[str | None, typer.Option(help="Data set: a name or a folder of images; the run's, else fashion-mnist-12k.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels; the data's without.")] = None,
+    lipschitz: Annotated[str, typer.Option(metavar="F,F,...", help="Factors on the layers' norms.")] = "1,0.7,0.5,0.35",
+    distance: Annotated[str, typer.Option(metavar="F,F,...", help="Factors on the distances to initialization.")] = "1,0.5,0.25,0.125",
+    full_grid: Annotated[bool, typer.Option("--full-grid", help="Train also what is tighter than a setting that failed.")] = False,
+    seeds: Annotated[int, typer.Option(help="Trainings of each setting.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Of each training.")] = 20,
+    tolerance: Annotated[float, typer.Option(help="Rise of the error that counts as holding it, a share of images.")] = 0.01,
+    hold: Annotated[str, typer.Option(help="Whose error has to hold: validation, train or both.")] = "validation",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every run there; the same command again resumes.")] = None,
+    train: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="More training settings: lr=0.05,batch_size=64,project_every=15.")
+    ] = None,
+    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More data settings: validation=0.3.")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure excess capacity: decades of the capacity bound to spare while the error holds. Trains seeds x settings networks."""
+    with quiet():
+        from capnas.excess import excess_capacity
+
+        network, images, size, name = _network(model, data, image_size, pairs(data_option or [], "--data-option"))
+        factors = [_factors(text, option) for text, option in ((lipschitz, "--lipschitz"), (distance, "--distance"))]
+        study = excess_capacity(
+            network,
+            images,
+            lipschitz=factors[0],
+            distance=factors[1],
+            seeds=range(seeds),
+            recipe=_recipe(epochs, pairs(train or [], "--train")),
+            tolerance=tolerance,
+            hold=hold,  # type: ignore[arg-type]
+            full_grid=full_grid,
+            image_size=size,
+            device=device,
+            name=name,
+            out=out,
+            on_run=_tell,
+        )
+        reading = study.read(tolerance=tolerance, hold=hold)  # type: ignore[arg-type]
+    document = {"study": study.header, "tolerance": tolerance, "hold": hold, "reading": reading.to_dict()}
+    document["layers"] = study.layers(reading.tightest["club"])
+    out_json(document) if json else _show(document, study.header, reading)
+
+
+def _network(text: str, data: str | None, image_size: int | None, options: dict[str, Any]) -> tuple[Any, Any, int, str]:
+    """The network, its images, their size in pixels and its name."""
+    place, _, function = text.rpartition(":")
+    if place.endswith(".py"):
+        from capnas.data import load_data
+
+        build = _function(Path(place), function)
+        images = load_data(data or "fashion-mnist-12k", **({} if image_size is None else {"image_size": image_size}) | options)
+        size = image_size or images.image_size
+        return build(num_classes=images.num_classes, in_chans=images.in_chans, image_size=size), images, size, function
+    from capnas.search.target import open_target
+
+    target = open_target(text, data=data, image_size=image_size, data_options=options)
+    return target.build(trained=False), target.data, target.image_size, target.name
+
+
+def _function(path: Path, name: str) -> Callable[..., Any]:
+    import runpy
+
+    from capnas._timm import timm as timm  # a file may import timm, which needs the guard
+
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}; a network is given as path/to/file.py:function.")
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        found = runpy.run_path(str(path)).get(name)
+    except Exception as error:
+        raise UsageError(f"{path} fails when it is run: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    if not callable(found):
+        raise UsageError(
+            f"{path} defines no function {name!r}; write def {name}(num_classes, in_chans, image_size) that returns a network."
+        )
+    return found
+
+
+def _factors(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} takes numbers in (0, 1] with commas, like 1,0.7,0.5; got {text!r}.") from None
+
+
+def _recipe(epochs: int, given: dict[str, Any]) -> Any:
+    from dataclasses import fields
+
+    from capnas.errors import one_of
+    from capnas.excess import Recipe
+
+    known = {f.name for f in fields(Recipe)}
+    for name in given:
+        if name not in known:
+            raise UsageError(one_of("training setting", name, known))
+    return Recipe(**{"epochs": epochs} | given)
+
+
+def _tell(run: Any) -> None:
+    what = "unconstrained" if run.lipschitz is None else f"norms x {run.lipschitz:g}, distances x {run.distance:g}"
+    errors = f"error train {run.train_error:.4f}, validation {run.validation_error:.4f}" if run.status == "complete" else run.status
+    say(f"seed {run.seed}  {what}: {errors}  ({duration(run.seconds)})")
+
+
+def _show(document: dict[str, Any], header: dict[str, Any], reading: Any) -> None:
+    images, plural = header["data"], "s" if len(reading.seeds) > 1 else ""
+    print(f"excess capacity of {header['model']} on {images['name']}, {images['image_size']} px, {len(reading.seeds)} seed{plural}")
+    if header["removed_norms"]:
+        print(f"norm layers taken out, as in the paper's networks: {len(header['removed_norms'])}")
+    print(f"unconstrained: error train {reading.train_error:.4f}, validation {reading.validation_error:.4f}")
+    rows = [
+        [f"{s.lipschitz:g}", f"{s.distance:g}", s.verdict, short(s.train_rise), short(s.validation_rise),
+         *(short(part and part[name], 2) for part in (s.decades, s.own_decades) for name in ("club", "spade"))]
+        for s in reading.settings
+    ]  # fmt: skip
+    columns = ["norms x", "distances x", "error", "train rise", "validation rise", "club", "spade", "club, own margin", "spade, own margin"]
+    show_table(columns, rows, title="decades below the unconstrained bound", left=3)
+    if document["layers"]:
+        layers = [[r["name"], short(r["weights"]), *(short(r[k], 3) for k in _LAYER_COLUMNS)] for r in document["layers"]]
+        show_table(
+            ["layer", "weights", *_LAYER_COLUMNS.values()], layers, title="layers, unconstrained and in the tightest class that held"
+        )
+    bounds = [
+        [name, short(reading.unconstrained[name], 2), short(reading.unconstrained[name] - reading.decades[name], 2),
+         short(reading.decades[name], 2), short(min(reading.per_seed[name]), 2) + " - " + short(max(reading.per_seed[name]), 2),
+         short(reading.own_decades[name], 2)]
+        for name in reading.decades
+    ]  # fmt: skip
+    show_table(["log10 of", "unconstrained", "tightest", "excess", "seeds alone", "own margins"], bounds, title="excess capacity, decades")
+    print(f"held: {document['hold']} error within {document['tolerance']:g} of the unconstrained one, mean over seeds")
+    print(f"capacity slack, the cheap stand-in: {reading.slack:.4f} ({reading.slack_decades:.2f} decades)")
+
+
+_LAYER_COLUMNS = {
+    "norm": "s", "norm_limit": "s limit", "norm_reached": "s reached",
+    "distance": "b", "distance_limit": "b limit", "distance_reached": "b reached",
+}  # fmt: skip
