@@ -18,10 +18,12 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from capnas.candidates import Infeasible, build_candidate, build_model
+from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
 from capnas.data import ImageData, load_data
 from capnas.devices import is_out_of_memory, resolve_device
 from capnas.errors import StudyError, UsageError
+from capnas.graph.structure import structure
+from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
 from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation
 from capnas.objective.gates import Bound, best_share, parse_gate
@@ -53,7 +55,8 @@ class Objective:
         gate: Who is trained after a look at the untrained network, none by default: ``"best:10%"`` trains a candidate if its score is
             among the best tenth of the candidates seen so far, ``"saturation_evenness>=0.5"`` is a bound; see `capnas.objective.gates`.
         pool: Candidates that are measured before the first training; then the best of them are trained first. Needs a gate ``best``.
-        resolutions: Image sizes to search jointly, as the parameter ``image_size``.
+        resolutions: Image sizes to search jointly, as the parameter ``image_size``. A size that leaves more than half of an architecture's
+            layers past the receptive-field border, where a larger one does not, is skipped for it: the trial ends as "infeasible".
         seed: Of weights, shuffling and augmentation, the same for every candidate: common random numbers make differences between
             candidates less noisy than seeds of their own would.
         device: See `capnas.training.TrainConfig`.
@@ -170,6 +173,8 @@ class Objective:
             over = [f"{metrics[n]:,} {n} are over the limit of {limit:,}" for n, limit in self.limits.items() if metrics[n] > limit]
             if over:
                 return "over_budget", "; ".join(over)
+            if (idle := self._idle(candidate)) is not None:
+                return "infeasible", idle
             if (twin := self._twin(trial, found)) is not None:
                 return self._reuse(found, *twin)
         try:
@@ -211,6 +216,14 @@ class Objective:
             if missing:
                 return "diverged", f"{', '.join(missing)} came out not finite"
         return result.status, result.reason
+
+    def _idle(self, candidate: Candidate) -> str | None:
+        """Why an architecture cannot use its image size, where it can use a larger one; see `capnas.measures.resolution.unusable`."""
+        larger = [size for size in self.resolutions or () if size > candidate.image_size]
+        if not larger:
+            return None
+        fields = structure(candidate.trace).fields
+        return unusable(fields, candidate.image_size) if any(unusable(fields, size) is None for size in larger) else None
 
     def _judge(self, trial: Any, found: dict[str, Any]) -> Callable[[int, dict[str, Any], Profile | None], str | None]:
         """What to say after each epoch: with one value Optuna's pruner decides, with several the median rule."""

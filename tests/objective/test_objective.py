@@ -195,6 +195,23 @@ def test_no_duplicate_at_another_resolution_or_with_other_settings(data: ImageDa
     assert evaluations(study)[-1].status == "complete"
 
 
+def test_a_resolution_past_the_border_is_skipped_where_a_larger_one_is_searched(data: ImageData) -> None:
+    def deep(trial: Any, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+        width = trial.suggest_int("width", 1, 4)
+        stem = nn.Conv2d(in_chans, width, 3, 2, 1)
+        rest = [nn.Conv2d(width, width, 3, 1, 1) for _ in range(trial.suggest_int("depth", 1, 6))]
+        return nn.Sequential(stem, *rest, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+
+    tried = [{"width": 2, "depth": depth, "image_size": size} for depth, size in ((6, 8), (6, 16), (1, 8), (6, 24))]
+    found = evaluations(run(objective(data, space=deep, resolutions=(8, 16, 24), epochs=1), *tried))
+    assert [e.status for e in found] == ["infeasible", "complete", "complete", "complete"]
+    assert "4 of 7 layers see nothing new at 8 px, from 3 on; the network needs 11 px" in found[0].reason
+    assert found[0].macs is not None
+    for others in ((), (9,)):  # 9 px would do no better
+        alone = evaluations(run(objective(data, space=deep, resolutions=(8, *others), epochs=1), tried[0]))
+        assert alone[0].status == "complete"
+
+
 def test_gate(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("capnas.objective.train", None)
     study = run(objective(data, gate="saturation_mean>=0.999"), LARGE)

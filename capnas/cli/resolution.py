@@ -1,0 +1,159 @@
+"""`capnas resolution`: which image size suits a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from capnas.cli.app import Device, Json, app, quiet
+from capnas.console import duration, number, out_json, pairs, say, short, show_table
+
+if TYPE_CHECKING:
+    from capnas.resolution import SizeRun, SizeSurvey, Tuning
+
+DOCUMENT, FIGURE = "resolution.json", "resolution.svg"
+
+
+@app.command()
+def resolution(
+    target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
+    data: Annotated[str | None, typer.Option(help="Images; the run's, or fashion-mnist-12k for a timm model.")] = None,
+    candidates: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Sizes; half to twice the data's without.")] = None,
+    budget: Annotated[str | None, typer.Option(metavar="MACS", help="Most multiply-accumulates of one image: 20M.")] = None,
+    epochs: Annotated[int, typer.Option(help="Of a full training of one size, of which the cost is a share.")] = 10,
+    share: Annotated[float, typer.Option(help="Most that all short runs cost, of training every size in full.")] = 0.3,
+    pay: Annotated[float, typer.Option(help="Points of accuracy that a doubling of MACs has to bring.")] = 0.25,
+    trained: Annotated[bool, typer.Option("--trained", help="Start every size from a saved model's trained weights.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Borders, cost and advice only; nothing is trained.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help=f"Write {DOCUMENT} and {FIGURE}.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite these files.")] = False,
+    seed: Annotated[int, typer.Option(help="Of weights, shuffling and augmentation, the same for every size.")] = 0,
+    device: Device = "auto",
+    train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More training settings: batch_size=64.")] = None,
+    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More data settings: validation=0.2.")] = None,
+    json: Json = False,
+) -> None:
+    """Find the smallest image size at which all layers work and accuracy has stopped paying for compute."""
+    from capnas.errors import UsageError
+
+    sizes = None if candidates is None else tuple(number(c) for c in candidates.split(","))
+    if out is not None and not force and (there := [n for n in (DOCUMENT, FIGURE) if (out / n).exists()]):
+        raise UsageError(f"{out} holds {' and '.join(there)} already; --force overwrites them, or give another folder.")
+    with quiet():
+        from capnas.resolution import advise_resolution, ladder, survey_resolutions, tune_resolution
+        from capnas.search.target import open_target
+        from capnas.training import TrainConfig
+
+        options = pairs(data_option or [], "--data-option")
+        found = open_target(target, data=data, image_size=None if sizes is None else max(sizes, default=None), data_options=options)
+        sizes = sizes or ladder(found.data.image_size)
+        if "image_size" not in options and max(sizes) > found.data.image_size:
+            found = open_target(target, data=data, image_size=max(sizes), data_options=options)
+
+        def build(size: int) -> Any:
+            return found.build(seed, image_size=size, trained=trained)
+
+        limit = None if budget is None else number(budget)
+        if dry_run:
+            surveys = survey_resolutions(build, sizes, in_chans=found.data.in_chans, budget=limit)
+            advice = {
+                s.size: advise_resolution(build, s.size, in_chans=found.data.in_chans) for s in surveys if s.unproductive and not s.refusal
+            }
+            document: dict[str, Any] = {"name": found.name, "surveys": surveys, "advice": advice}
+        else:
+            say(f"tuning the resolution of {found.name} on {found.data.name}: {', '.join(map(str, sizes))} px")
+            config = TrainConfig(seed=seed, device=device, **pairs(train or [], "--train"))
+            tuning = tune_resolution(
+                build, found.data, sizes, epochs=epochs, share=share, budget=limit, pay=pay / 100, config=config, on_run=_tell
+            )
+            document = {"name": found.name, "data": found.data.name, **tuning.to_dict()}
+    if out is not None:
+        _write(out, document, None if dry_run else tuning)
+    if json:
+        out_json(_plain(document))
+    elif dry_run:
+        _show_surveys(surveys)
+        for size, changes in advice.items():
+            typer.echo("\n".join([f"at {size} px:", *(f"  {a.text}" for a in changes)]))
+    else:
+        _show_tuning(tuning)
+        if out is not None:
+            say(f"written: {out / DOCUMENT}, {out / FIGURE}")
+
+
+def _tell(run: SizeRun) -> None:
+    result = f"accuracy {run.reading.accuracy:.4f}" if run.reading is not None else f"{run.status}: {run.reason}"
+    say(f"rung {run.rung}  {run.size} px  {run.epochs} epochs  {result}  ({duration(run.seconds)})")
+
+
+def _show_surveys(surveys: tuple[SizeSurvey, ...]) -> None:
+    show_table(
+        ["size", "past the border", "first of them", "MACs", ""],
+        [[f"{s.size} px", *_border(s), short(s.macs), s.refusal] for s in surveys],
+        left=1,
+    )
+
+
+def _border(survey: SizeSurvey) -> tuple[str, str]:
+    return f"{len(survey.unproductive)} of {len(survey.looking)}", survey.unproductive[0] if survey.unproductive else "-"
+
+
+def _show_tuning(tuning: Tuning) -> None:
+    from capnas.measures.evenness import evenness, mean
+
+    chosen = tuning.recommendation
+    rows = []
+    for survey in tuning.surveys:
+        row = tuning.last(survey.size)
+        mark = "chosen" if survey.size == chosen.size else survey.refusal
+        if row is None:
+            rows.append([f"{survey.size} px", short(survey.macs), _border(survey)[0], *["-"] * 5, mark])
+            continue
+        tail = f"{row.tail} of {len(row.saturations)}"
+        values = (short(mean(row.saturations)), short(evenness(row.saturations)), tail)
+        rows.append([f"{survey.size} px", short(survey.macs), _border(survey)[0], str(row.epochs), short(row.accuracy), *values, mark])
+    columns = ["size", "MACs", "past the border", "epochs", "accuracy", "mean saturation", "evenness", "tail", ""]
+    show_table(columns, rows, left=1)
+    cost = f"cost: {100 * tuning.macs_share:.0f} % of training every size for {tuning.epochs} epochs"
+    typer.echo("\n".join([f"recommended: {chosen.size} px", *(f"  {reason}" for reason in chosen.reasons), cost]))
+    if tuning.advice:
+        typer.echo("\n".join(["a tail remains; instead of another size:", *(f"  {a.text}" for a in tuning.advice)]))
+
+
+def _write(folder: Path, document: dict[str, Any], tuning: Tuning | None) -> None:
+    import json
+
+    from capnas.report.panels import line_panels
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(document), indent=1, default=str)
+    (folder / DOCUMENT).write_text(text + "\n", encoding="utf-8")
+    if tuning is not None:
+        (folder / FIGURE).write_text(line_panels(_panels(tuning), axis="pixels"), encoding="utf-8")
+
+
+def _panels(tuning: Tuning) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    from capnas.measures.evenness import mean, tail_fraction
+
+    last = [row for s in tuning.surveys if (row := tuning.last(s.size)) is not None]
+    accuracy = {"measured": [(float(r.size), r.accuracy) for r in last]}
+    border = [(float(s.size), len(s.unproductive) / len(s.looking)) for s in tuning.surveys if s.looking]
+    return {
+        "accuracy": accuracy | {"fitted": [(float(s), a) for s, a in tuning.recommendation.fitted.items()]},
+        "mean saturation": {"measured": [(float(r.size), mean(r.saturations)) for r in last]},
+        "idle layers (share)": {"tail": [(float(r.size), tail_fraction(r.saturations)) for r in last], "past the border": border},
+    }
+
+
+def _plain(value: Any) -> Any:
+    from dataclasses import asdict, is_dataclass
+
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value

@@ -1,0 +1,296 @@
+"""Which image size suits a network: layers past the border, the point where accuracy stops paying for multiply-accumulates, the choice.
+
+Borders and tails are the papers' (Richter et al., ICMLA 2021, arXiv 2106.12307; Shenk et al., arXiv 2006.08679, see
+`capnas.measures.receptive` and `capnas.measures.evenness`). The papers describe what a fitting resolution looks like and give no rule for
+choosing one. **The rule here is ours**, three sentences:
+
+1. *Pay*: every doubling of the multiply-accumulates (MACs) has to bring ``pay`` of accuracy (0.0025, a quarter of a point). The size of
+   the greatest ``accuracy - pay * log2(MACs)`` is where it stops doing so.
+2. *Even*: if that size leaves a low-saturation tail of more than an eighth of the layers and a larger one does not, and the larger one's
+   worth by the first sentence is at most ``slack`` (0.005) less, the smallest such size is chosen.
+3. Accuracies of short trainings are noisy and grow with the epochs, so they are fitted first: one level for each length of training plus
+   one curve that is concave in log2(MACs), by weighted least squares.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from capnas.errors import UsageError
+from capnas.measures import evenness
+from capnas.measures.receptive import LayerField, border_layers
+
+PAY = 0.0025
+SLACK = 0.005
+EVEN_TAIL = 0.125  # separates the published even profiles (0 to 0.06) from those with a tail (0.38 to 0.52)
+UNUSABLE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeReading:
+    """What a short training at one image size gave.
+
+    Attributes:
+        size: pixels.
+        macs: multiply-accumulates of one image.
+        accuracy: on held-out images, in [0, 1].
+        epochs: passes over the data so far; sizes compare at equal epochs only.
+        saturations: (L,) of the layers that look around, in the order of execution, in [0, 1].
+
+    >>> reading = SizeReading(size=32, macs=10**6, accuracy=0.6, epochs=2, saturations=(0.5, 0.6, 0.4, 0.1))
+    >>> reading.tail, reading.even
+    (1, False)
+    """
+
+    size: int
+    macs: int
+    accuracy: float
+    epochs: int
+    saturations: tuple[float, ...] = ()
+
+    @property
+    def tail(self) -> int:
+        """Trailing layers below a quarter of the greatest saturation."""
+        return evenness.tail_length(self.saturations)
+
+    @property
+    def even(self) -> bool:
+        """Whether the tail is at most an eighth of the layers."""
+        return not self.saturations or evenness.tail_fraction(self.saturations) <= EVEN_TAIL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """The chosen size.
+
+    Attributes:
+        size: pixels.
+        even: whether its inference is spread evenly (no tail).
+        fitted: fitted accuracy by size, at the level of the longest training.
+        worth: fitted accuracy minus the price of the MACs, by size; the cheapest size pays nothing.
+        reasons: in words.
+    """
+
+    size: int
+    even: bool
+    fitted: Mapping[int, float]
+    worth: Mapping[int, float]
+    reasons: tuple[str, ...]
+
+
+def looking_layers(layers: Sequence[LayerField]) -> tuple[str, ...]:
+    """Names of the learned layers that read neighbours, those that the border speaks of; empty for token mixers and dense networks."""
+    return tuple(x.name for x in layers if x.expands and x.learned)
+
+
+def unproductive_share(layers: Sequence[LayerField], size: int) -> float:
+    """Share of the looking layers that are past the border at an image size (rule ``"strict"``), in [0, 1]; 0 without such layers.
+
+    >>> from capnas.measures.receptive import Field, window
+    >>> fields = [Field(), window(Field(), 3), window(window(Field(), 3), 3)]
+    >>> chain = [LayerField(name=str(i), extent=(3,), before=(a,), after=(b,)) for i, (a, b) in enumerate(zip(fields, fields[1:]))]
+    >>> unproductive_share(chain, 2), unproductive_share(chain, 3)
+    (0.5, 0.0)
+    """
+    looking = looking_layers(layers)
+    return len(border_layers(layers, size)) / len(looking) if looking else 0.0
+
+
+def smallest_productive(layers: Sequence[LayerField], share: float = 0.0) -> int:
+    """Smallest image size at which at most `share` of the looking layers are past the border.
+
+    >>> from capnas.measures.receptive import Field, window
+    >>> fields = [Field(), window(Field(), 3), window(window(Field(), 3), 3)]
+    >>> chain = [LayerField(name=str(i), extent=(3,), before=(a,), after=(b,)) for i, (a, b) in enumerate(zip(fields, fields[1:]))]
+    >>> smallest_productive(chain), smallest_productive(chain, share=0.5)
+    (3, 1)
+    """
+    finite = [f.high for x in layers if x.expands for f in (*x.before, *x.after) if math.isfinite(f.high)]
+    most = math.ceil(max(finite, default=1.0))
+    return 1 + bisect_left(range(1, most), True, key=lambda size: unproductive_share(layers, size) <= share)
+
+
+def unusable(layers: Sequence[LayerField], size: int, *, limit: float = UNUSABLE) -> str | None:
+    """Why a network cannot use an image size, or None: more than `limit` of its looking layers are past the border.
+
+    The papers call the border soft, hence a half and not the first such layer; the limit is ours.
+
+    Args:
+        layers: in the order of execution.
+        size: pixels.
+        limit: share of the looking layers, in [0, 1].
+
+    >>> from capnas.measures.receptive import Field, window
+    >>> fields = [Field(), window(Field(), 3), window(window(Field(), 3), 3)]
+    >>> chain = [LayerField(name=str(i), extent=(3,), before=(a,), after=(b,)) for i, (a, b) in enumerate(zip(fields, fields[1:]))]
+    >>> unusable(chain, 2, limit=0.4)
+    '1 of 2 layers see nothing new at 2 px, from 1 on; the network needs 3 px'
+    """
+    if not 0 <= limit <= 1:
+        raise UsageError(f"limit must be a share of the layers in [0, 1], got {limit}.")
+    past = border_layers(layers, size)
+    count = len(looking_layers(layers))
+    if not past or len(past) <= limit * count:
+        return None
+    needed = smallest_productive(layers, limit)
+    return f"{len(past)} of {count} layers see nothing new at {size} px, from {past[0]} on; the network needs {needed} px"
+
+
+def fitted_accuracy(readings: Sequence[SizeReading]) -> dict[int, float]:
+    """Accuracies without most of their noise: a level for each number of epochs plus one curve, concave in log2(MACs).
+
+    Weighted least squares (weights are the epochs: longer trainings say more), with the concavity as a constraint (non-negative hinges).
+
+    Args:
+        readings: several sizes, and several numbers of epochs of the same size where they were kept.
+
+    Returns:
+        By size in ascending order, at the level of the most epochs.
+
+    >>> line = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.7))]
+    >>> {size: round(value, 6) for size, value in fitted_accuracy(line).items()}
+    {16: 0.4, 32: 0.6, 64: 0.7}
+    """
+    if not readings:
+        raise UsageError("a fit needs one reading at least, got none.")
+    macs = {r.size: r.macs for r in readings}
+    sizes = sorted(macs)
+    lengths = sorted({r.epochs for r in readings})
+    at = {size: math.log2(macs[size] / macs[sizes[0]]) for size in sizes}
+    curve = {s: [at[s], -at[s], *(-max(0.0, at[s] - at[knot]) for knot in sizes[1:-1])] for s in sizes}
+    rows, targets = [], []
+    for r in readings:
+        weight = math.sqrt(r.epochs)
+        rows.append([weight * v for v in [*(float(r.epochs == e) for e in lengths), *curve[r.size]]])
+        targets.append(weight * r.accuracy)
+    found, _ = nnls(np.array(rows), np.array(targets))
+    level, shape = found[len(lengths) - 1], found[len(lengths) :]
+    return {s: float(level + np.dot(shape, curve[s])) for s in sizes}
+
+
+def worth(readings: Sequence[SizeReading], pay: float = PAY) -> dict[int, float]:
+    """Fitted accuracy minus ``pay`` for each doubling of MACs over the cheapest size.
+
+    >>> line = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.7))]
+    >>> {size: round(value, 6) for size, value in worth(line, pay=0.05).items()}
+    {16: 0.4, 32: 0.5, 64: 0.5}
+    """
+    if pay < 0:
+        raise UsageError(f"pay must be the accuracy that a doubling of MACs has to bring, not negative, got {pay}.")
+    macs = {r.size: r.macs for r in readings}
+    least = min(macs.values(), default=1)
+    return {size: value - pay * math.log2(macs[size] / least) for size, value in fitted_accuracy(readings).items()}
+
+
+def survivors(readings: Sequence[SizeReading], keep: int, pay: float = PAY) -> tuple[int, ...]:
+    """The sizes of most worth among those with the most epochs, in ascending order: what a rung of successive halving keeps.
+
+    >>> rung = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.61))]
+    >>> survivors(rung, 2)
+    (32, 64)
+    """
+    values = worth(readings, pay)
+    last = max(r.epochs for r in readings)
+    running = [r.size for r in readings if r.epochs == last]
+    return tuple(sorted(sorted(running, key=lambda size: values[size], reverse=True)[:keep]))
+
+
+def halving(count: int) -> tuple[int, ...]:
+    """How many of `count` sizes each rung trains.
+
+    >>> halving(6), halving(4), halving(2), halving(1)
+    ((6, 3, 2), (4, 2), (2,), (1,))
+    """
+    rungs = [count]
+    while rungs[-1] > 2:
+        rungs.append((rungs[-1] + 1) // 2)
+    return tuple(rungs)
+
+
+def rung_epochs(macs: Sequence[int], *, left: float, rungs: int, most: int) -> int:
+    """Epochs of the next rung: what is left is divided evenly over the rungs to come.
+
+    Args:
+        macs: of the sizes still running, multiply-accumulates of one image.
+        left: what may still be spent, MACs times epochs.
+        rungs: to come, this one included.
+        most: bound on the answer.
+
+    >>> rung_epochs([1, 2, 3], left=36.0, rungs=2, most=9), rung_epochs([1], left=36.0, rungs=1, most=9)
+    (3, 9)
+    """
+    return max(0, min(most, int(left / rungs / sum(macs) + 1e-9)))
+
+
+def recommend(
+    readings: Sequence[SizeReading], *, budget: int | None = None, pay: float = PAY, slack: float = SLACK, images: int | None = None
+) -> Recommendation:
+    """The smallest size at which inference is spread evenly and accuracy has stopped paying for MACs; the rule is in the module's text.
+
+    Args:
+        readings: of every size and every number of epochs; the choice is among those of the most epochs.
+        budget: most MACs of one image.
+        pay: accuracy that a doubling of MACs has to bring.
+        slack: worth that evenness may cost.
+        images: how many images the accuracies come from, for a word on noise.
+
+    Raises:
+        UsageError: no size is within the budget.
+
+    >>> rung = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.601))]
+    >>> recommend(rung).size, recommend(rung, budget=300).size
+    (32, 16)
+    """
+    allowed = [r for r in readings if budget is None or r.macs <= budget]
+    if not allowed:
+        least = min((r.macs for r in readings), default=None)
+        raise UsageError(f"no size is within {budget:,} MACs" + (f"; the cheapest takes {least:,}." if least else "."))
+    values, fitted = worth(allowed, pay), fitted_accuracy(allowed)
+    last = max(r.epochs for r in allowed)
+    final = {r.size: r for r in sorted(allowed, key=lambda r: r.size) if r.epochs == last}
+    best = max(final, key=lambda size: values[size])
+    chosen = best
+    if not final[best].even:
+        chosen = next((s for s in final if s > best and final[s].even and values[s] >= values[best] - slack), best)
+    reasons = _steps(final, fitted, values, chosen, best, pay)
+    row = final[chosen]
+    if row.saturations:
+        said = "inference is spread evenly" if row.even else "a tail remains"
+        reasons.append(f"{said}: {row.tail} of {len(row.saturations)} layers are below a quarter of the greatest saturation")
+    if budget is not None and (over := sorted({r.size for r in readings if r.macs > budget})):
+        reasons.append(f"over the budget of {budget:,} MACs: {', '.join(map(str, over))} px")
+    if images:
+        error = math.sqrt(max(row.accuracy * (1 - row.accuracy), 0.0) / images)
+        reasons.append(f"an accuracy from {images:,} images has a standard error of {100 * error:.1f} points")
+    return Recommendation(size=chosen, even=row.even, fitted=fitted, worth=values, reasons=tuple(reasons))
+
+
+def _steps(
+    final: Mapping[int, SizeReading], fitted: Mapping[int, float], values: Mapping[int, float], chosen: int, best: int, pay: float
+) -> list[str]:
+    """Why neither the next smaller nor the next larger size."""
+    sizes = list(final)
+    at = sizes.index(chosen)
+    price = f"{100 * pay:g} points a doubling are asked"
+    reasons = []
+    for other in sizes[max(0, at - 1) : at + 2]:
+        if other == chosen:
+            continue
+        low, high = sorted((chosen, other))
+        gain = 100 * (fitted[high] - fitted[low])
+        doublings = math.log2(final[high].macs / final[low].macs)
+        step = f"from {low} to {high} px accuracy changes by {gain:+.1f} points for {doublings:.1f} doublings of MACs ({price})"
+        if other > chosen:
+            reasons.append(f"{step}: it has stopped paying" if values[other] <= values[chosen] else f"{step}: a larger size would pay")
+        elif values[other] <= values[chosen]:
+            reasons.append(f"{step}: it pays")
+        else:
+            tail = f"{final[best].tail} of {len(final[best].saturations)} layers"
+            reasons.append(f"{step}: it hardly pays, but {best} px leave a tail of {tail}")
+    return reasons

@@ -1,0 +1,305 @@
+"""Tuning the input resolution of a network: what each size means for its layers, short runs, a choice with reasons and advice.
+
+First, without training: which layers are past the border at each size, and the cost. Then successive halving (Jamieson and Talwalkar 2016,
+arXiv 1502.07943): every size is trained for a short while with the same weights, images, order and settings, the sizes of least worth are
+dropped, the others go on. The cost is bounded in advance by a share of what training every size to the end would take, counted in
+multiply-accumulates; what dropped sizes save lengthens the runs of the others. The rule of the choice is in `capnas.measures.resolution`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from capnas.data import ImageData
+from capnas.errors import UsageError
+from capnas.graph.structure import structure
+from capnas.graph.tracing import Trace, trace
+from capnas.measures import evenness, receptive
+from capnas.measures import resolution as rule
+from capnas.measures.resolution import PAY, Recommendation, SizeReading
+from capnas.profile import Profile
+from capnas.repair import Advice, advise
+from capnas.training import TrainConfig, TrainingResult, train
+
+SHARE = 0.3
+Build = Callable[[int], nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeSurvey:
+    """What is known of a network at one image size before training.
+
+    Attributes:
+        size: pixels.
+        macs: multiply-accumulates of one image; None where the network cannot run at this size.
+        looking: layers that read neighbours, in the order of execution.
+        unproductive: those past the border: they see nothing that their input has not seen (rule ``"strict"``).
+        refusal: why the size is not trained, or "".
+    """
+
+    size: int
+    macs: int | None = None
+    looking: tuple[str, ...] = ()
+    unproductive: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeRun:
+    """One rung of one size.
+
+    Attributes:
+        size: pixels.
+        rung: from 1.
+        epochs: of this rung.
+        reading: what is known after it.
+        seconds: wall-clock.
+        status, reason: of `capnas.training.TrainingResult`.
+    """
+
+    size: int
+    rung: int
+    epochs: int
+    reading: SizeReading | None
+    seconds: float
+    status: str = "complete"
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What `tune_resolution` found.
+
+    Attributes:
+        surveys: every candidate, ascending.
+        runs: every short training, in order.
+        recommendation: the choice, with reasons.
+        advice: what to change where layers of the chosen size remain idle.
+        epochs: length of a full training, of which the cost is a share.
+        macs_share: cost over that of training every size for `epochs`, in multiply-accumulates.
+        seconds_share: the same in seconds, each size's full training taken from its own seconds per epoch; None without runs of every size.
+    """
+
+    surveys: tuple[SizeSurvey, ...]
+    runs: tuple[SizeRun, ...]
+    recommendation: Recommendation
+    advice: tuple[Advice, ...]
+    epochs: int
+    macs_share: float
+    seconds_share: float | None
+
+    @property
+    def readings(self) -> tuple[SizeReading, ...]:
+        """Of all rungs."""
+        return tuple(r.reading for r in self.runs if r.reading is not None)
+
+    def last(self, size: int) -> SizeReading | None:
+        """The reading after a size's last rung."""
+        return next((r for r in reversed(self.readings) if r.size == size), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        found = dataclasses.asdict(self)
+        for key in ("fitted", "worth"):
+            found["recommendation"][key] = {str(size): value for size, value in found["recommendation"][key].items()}
+        return found
+
+
+def ladder(size: int) -> tuple[int, ...]:
+    """Candidates around an image size: from a half to twice of it in steps of one doubling of MACs, in multiples of 4.
+
+    >>> ladder(28), ladder(64)
+    ((16, 20, 28, 40, 56), (32, 44, 64, 92, 128))
+    """
+    return tuple(dict.fromkeys(max(4, 4 * math.floor(size * 2 ** (step / 2) / 4 + 0.5)) for step in range(-2, 3)))
+
+
+def survey_resolutions(
+    build: Build, candidates: Sequence[int], *, in_chans: int, budget: int | None = None, limit: float = rule.UNUSABLE
+) -> tuple[SizeSurvey, ...]:
+    """Borders and cost of each size, without training and without data.
+
+    Args:
+        build: gives the network for a size.
+        candidates: pixels.
+        in_chans: channels of the images.
+        budget: most multiply-accumulates of one image.
+        limit: a size with more than this share of its looking layers past the border is refused, where a larger one is affordable.
+
+    Raises:
+        UsageError: no sizes, the same size twice, or no size that the network can run at within the budget.
+
+    >>> net = lambda size: nn.Sequential(nn.Conv2d(1, 4, 5, 2), nn.Conv2d(4, 8, 5, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> [(s.size, s.macs, s.refusal) for s in survey_resolutions(net, (8, 32), in_chans=1)]
+    [(8, None, 'it cannot run at 8 px: Calculated padded input size per channel: (2 x 2). Kernel size: (5 x 5)...'), (32, 39600, '')]
+    """
+    if not candidates or min(candidates) < 1 or len(set(candidates)) < len(candidates):
+        raise UsageError(f"candidates must be different sizes in pixels, got {tuple(candidates)}.")
+    rows, whys = [], {}
+    for size in sorted(candidates):
+        try:
+            graph = _graph(build(size), in_chans, size)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            rows.append(SizeSurvey(size=size, refusal=f"it cannot run at {size} px: {' '.join(str(error).split())[:80]}..."))
+            continue
+        report = structure(graph)
+        past = receptive.border_layers(report.fields, size)
+        refusal = f"{report.macs:,} MACs are over the budget of {budget:,}" if budget is not None and report.macs > budget else ""
+        whys[size] = rule.unusable(report.fields, size, limit=limit)
+        looking = rule.looking_layers(report.fields)
+        rows.append(SizeSurvey(size=size, macs=report.macs, looking=looking, unproductive=past, refusal=refusal))
+    affordable = [r for r in rows if not r.refusal]
+    if not affordable:
+        raise UsageError(f"no candidate can be used: {'; '.join(r.refusal for r in rows)}.")
+    best = max((r.size for r in affordable if whys[r.size] is None), default=0)
+    return tuple(dataclasses.replace(r, refusal=whys[r.size] or "") if r in affordable and r.size < best else r for r in rows)
+
+
+def tune_resolution(
+    build: Build,
+    data: ImageData,
+    candidates: Sequence[int],
+    *,
+    epochs: int = 10,
+    share: float = SHARE,
+    budget: int | None = None,
+    pay: float = PAY,
+    config: TrainConfig | None = None,
+    on_run: Callable[[SizeRun], None] | None = None,
+) -> Tuning:
+    """Find the smallest size at which inference is spread evenly over the layers and accuracy has stopped paying for MACs.
+
+    Args:
+        build: gives the network for a size, the same weights at each call as far as shapes allow.
+        data: images, loaded at the largest candidate, so that none is resized twice. Accuracies are those of the validation split.
+        candidates: pixels.
+        epochs: length of a full training, of which the cost is a share.
+        share: most that all short runs together may cost, as a share of training every size for `epochs`.
+        budget: most multiply-accumulates of one image.
+        pay: accuracy that a doubling of MACs has to bring, see `capnas.measures.resolution`.
+        config: all other settings of the training; its seed is that of every size, its epochs are ignored.
+        on_run: told of each short run.
+
+    Raises:
+        UsageError: as `survey_resolutions`; a share that does not pay for one epoch of every size; no size could be trained.
+
+    >>> import numpy as np
+    >>> from capnas.data import load_data
+    >>> data = load_data((np.random.default_rng(0).integers(0, 256, (60, 12, 12), dtype=np.uint8), np.arange(60) % 2))
+    >>> net = lambda size: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> found = tune_resolution(net, data, (6, 12), epochs=4, config=TrainConfig(batch_size=16, device="cpu"))
+    >>> found.recommendation.size in (6, 12), found.macs_share <= 0.3
+    (True, True)
+    """
+    if epochs < 1 or not 0 < share <= 1:
+        raise UsageError(f"epochs must be at least 1 and share in (0, 1], got {epochs} and {share}.")
+    surveys = survey_resolutions(build, candidates, in_chans=data.in_chans, budget=budget)
+    rows = {s.size: s for s in surveys if not s.refusal and s.macs is not None}
+    macs = {size: int(row.macs or 0) for size, row in rows.items()}
+    sweep = epochs * sum(s.macs for s in surveys if s.macs is not None and (budget is None or s.macs <= budget))
+    left = share * sweep
+    counts = _rungs(list(macs.values()), left=left, epochs=epochs, share=share)
+    base = config or TrainConfig()
+    models: dict[int, nn.Module] = {}
+    runs: list[SizeRun] = []
+    done, running = 0, tuple(rows)
+    for rung, count in enumerate(counts, 1):
+        readings = [r.reading for r in runs if r.reading is not None]
+        if rung > 1:
+            running = rule.survivors(readings, count, pay)
+            models = {size: models[size] for size in running}
+        length = rule.rung_epochs([macs[s] for s in running], left=left, rungs=len(counts) - rung + 1, most=epochs - done)
+        if length < 1 or (rung > 1 and len(running) < 2):
+            break
+        for size in running:
+            if size not in models:
+                models[size] = build(size)
+            settings = dataclasses.replace(base, epochs=length, seed=base.seed + rung - 1, record=True)
+            result = train(models[size], data, settings, image_size=size)
+            runs.append(_run(rows[size], macs[size], rung, length, done + length, result))
+            left -= macs[size] * len(result.curve)
+            if on_run is not None:
+                on_run(runs[-1])
+        done += length
+        running = tuple(r.size for r in runs if r.rung == rung and r.reading is not None)
+        if not running:
+            raise UsageError(f"no size could be trained: {runs[-1].status}, {runs[-1].reason}.")
+    readings = [r.reading for r in runs if r.reading is not None]
+    choice = rule.recommend(readings, budget=budget, pay=pay, images=data.sizes["validation"])
+    return Tuning(
+        surveys=surveys,
+        runs=tuple(runs),
+        recommendation=choice,
+        advice=_advice(build, rows[choice.size], data.in_chans, next(r for r in reversed(readings) if r.size == choice.size)),
+        epochs=epochs,
+        macs_share=(share * sweep - left) / sweep,
+        seconds_share=_seconds_share(runs, surveys, epochs),
+    )
+
+
+def advise_resolution(build: Build, size: int, *, in_chans: int) -> tuple[Advice, ...]:
+    """What to change in a network whose layers are past the border at a size, without training; empty where none is.
+
+    >>> deep = lambda size: nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), *(nn.Conv2d(2, 2, 3, 1, 1) for _ in range(4)))
+    >>> [(a.kind, a.layers) for a in advise_resolution(deep, 12, in_chans=1)]
+    [('cut', ('4',)), ('stride', ('0',)), ('size', ())]
+    """
+    model = build(size)
+    graph = _graph(model, in_chans, size)
+    return advise(model, graph, size, idle=receptive.border_layers(structure(graph).fields, size))
+
+
+def _graph(model: nn.Module, in_chans: int, size: int) -> Trace:
+    return trace(model, (1, in_chans, size, size))
+
+
+def _advice(build: Build, row: SizeSurvey, in_chans: int, reading: SizeReading) -> tuple[Advice, ...]:
+    """Where a tail was measured, the tail decides what to cut; layers past the border that still work are left alone."""
+    if reading.even or not row.looking:
+        return ()
+    names = row.looking if len(row.looking) == len(reading.saturations) else ()
+    model = build(row.size)
+    return advise(model, _graph(model, in_chans, row.size), row.size, idle=names[-reading.tail :] if names else row.unproductive)
+
+
+def _rungs(macs: Sequence[int], *, left: float, epochs: int, share: float) -> tuple[int, ...]:
+    """As many rungs of the halving as leave an epoch for the first."""
+    full = rule.halving(len(macs))
+    for count in range(len(full), 0, -1):
+        if rule.rung_epochs(macs, left=left, rungs=count, most=epochs) >= 1:
+            return full[:count]
+    least = math.ceil(sum(macs) * epochs / left)
+    raise UsageError(f"a share of {share:g} of {epochs} epochs does not pay for one epoch of every size: give at least {least} epochs.")
+
+
+def _run(row: SizeSurvey, macs: int, rung: int, length: int, total: int, result: TrainingResult) -> SizeRun:
+    reading = None
+    if result.status == "complete" and result.accuracy is not None:
+        values = _saturations(result.profile, row.looking)
+        reading = SizeReading(size=row.size, macs=macs, accuracy=result.accuracy, epochs=total, saturations=values)
+    return SizeRun(
+        size=row.size, rung=rung, epochs=length, reading=reading, seconds=result.seconds, status=result.status, reason=result.reason
+    )
+
+
+def _saturations(profile: Profile | None, looking: Sequence[str]) -> tuple[float, ...]:
+    """Of the layers that look around where there are three or more of them; else of all layers but the head."""
+    if profile is None:
+        return ()
+    found = {row.name: row.saturation for row in profile.layers if row.saturation is not None and math.isfinite(row.saturation)}
+    if len(looking) >= 3 and all(name in found for name in looking):
+        return tuple(found[name] for name in looking)
+    return tuple(evenness.present(list(found.values())[:-1]))
+
+
+def _seconds_share(runs: Sequence[SizeRun], surveys: Sequence[SizeSurvey], epochs: int) -> float | None:
+    per_epoch = {r.size: r.seconds / r.epochs for r in runs}
+    if any(s.macs is not None and not s.refusal and s.size not in per_epoch for s in surveys) or not per_epoch:
+        return None
+    return sum(r.seconds for r in runs) / (epochs * sum(per_epoch.values()))

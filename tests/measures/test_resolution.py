@@ -1,0 +1,165 @@
+"""The rule that chooses an image size, from tables of numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from capnas.errors import UsageError
+from capnas.measures.receptive import Field, LayerField, border_layers, whole, window
+from capnas.measures.resolution import (
+    SizeReading,
+    fitted_accuracy,
+    halving,
+    looking_layers,
+    recommend,
+    rung_epochs,
+    smallest_productive,
+    survivors,
+    unproductive_share,
+    unusable,
+    worth,
+)
+
+EVEN, TAILED = (0.5,) * 8, (0.6,) * 6 + (0.05,) * 2
+
+
+def reading(size: int, accuracy: float, epochs: int = 1, saturations: tuple[float, ...] = EVEN) -> SizeReading:
+    return SizeReading(size=size, macs=1000 * size * size, accuracy=accuracy, epochs=epochs, saturations=saturations)
+
+
+def chain(*layers: tuple[int, int]) -> list[LayerField]:
+    found, field = [], Field()
+    for number, (kernel, stride) in enumerate(layers):
+        after = window(field, kernel, stride)
+        found.append(LayerField(name=str(number), extent=(float(kernel),) * 2, before=(field, field), after=(after, after)))
+        field = after
+    return found
+
+
+def test_smallest_productive_size_is_the_first_of_all_sizes_that_will_do() -> None:
+    layers = chain((7, 2), (3, 2), (1, 1), (3, 1), (3, 2), (3, 1), (3, 1))
+    assert looking_layers(layers) == ("0", "1", "3", "4", "5", "6")
+    for share in (0.0, 0.2, 0.5, 1.0):
+        slow = next(i for i in range(1, 500) if len(border_layers(layers, i)) <= share * 6)
+        assert smallest_productive(layers, share) == slow
+    assert smallest_productive([]) == 1
+    assert unproductive_share([], 1) == 0
+
+
+def test_a_size_is_unusable_when_more_than_the_limit_is_past_the_border() -> None:
+    layers = chain((3, 2), (3, 2), (3, 1), (3, 1))
+    shares = {size: unproductive_share(layers, size) for size in range(1, 40)}
+    assert set(shares.values()) == {0.0, 0.25, 0.5, 0.75}
+    for size, limit in itertools.product(shares, (0.0, 0.3, 0.5, 1.0)):
+        assert (unusable(layers, size, limit=limit) is not None) == (shares[size] > limit)
+    assert unusable(layers, 2) == "3 of 4 layers see nothing new at 2 px, from 1 on; the network needs 3 px"
+    with pytest.raises(UsageError, match=r"share of the layers in \[0, 1\], got 2"):
+        unusable(layers, 8, limit=2)
+
+
+def test_layers_that_see_everything_are_not_past_the_border() -> None:
+    pooled = LayerField(name="gate", extent=(1.0, 1.0), before=(whole(Field()),) * 2, after=(whole(Field()),) * 2)
+    layers = [*chain((3, 1)), pooled]
+    assert looking_layers(layers) == ("0",)
+    assert unusable(layers, 1) is None
+
+
+def test_the_fit_is_the_constrained_least_squares_solution() -> None:
+    chance = np.random.default_rng(0)
+    sizes = (16, 24, 32, 48, 64)
+    rows = [reading(s, float(chance.uniform(0.4, 0.8)), e) for e, kept in ((1, sizes), (3, sizes[2:])) for s in kept]
+    x = np.array([math.log2((s / 16) ** 2) for s in sizes])
+
+    def loss(values: np.ndarray) -> float:
+        level, curve = values[:2], values[2:]
+        return float(sum(r.epochs * (r.accuracy - level[int(r.epochs == 3)] - curve[sizes.index(r.size)]) ** 2 for r in rows))
+
+    def convexity(values: np.ndarray) -> np.ndarray:
+        slopes = np.diff(values[2:]) / np.diff(x)
+        return -np.diff(slopes)
+
+    start = np.r_[0.6, 0.6, np.zeros(5)]
+    rules = [{"type": "ineq", "fun": convexity}, {"type": "eq", "fun": lambda v: v[2]}]
+    slow = minimize(loss, start, constraints=rules, method="SLSQP", options={"ftol": 1e-14, "maxiter": 500})
+    ours = fitted_accuracy(rows)
+    assert list(ours) == list(sizes)
+    np.testing.assert_allclose(list(ours.values()), slow.x[1] + slow.x[2:], atol=2e-4)
+    slopes = np.diff(list(ours.values())) / np.diff(x)
+    assert (np.diff(slopes) <= 1e-9).all()
+
+
+def test_a_concave_curve_is_kept_and_levels_of_epochs_are_taken_out() -> None:
+    truth = {16: 0.5, 32: 0.6, 64: 0.65}
+    rows = [reading(s, a, 1) for s, a in truth.items()] + [reading(s, a + 0.1, 4) for s, a in truth.items() if s > 16]
+    fitted = fitted_accuracy(rows)
+    assert fitted == pytest.approx({s: a + 0.1 for s, a in truth.items()})
+    one = fitted_accuracy([reading(32, 0.7)])
+    assert one == pytest.approx({32: 0.7})
+
+
+def test_worth_takes_the_price_off_each_doubling() -> None:
+    rows = [reading(16, 0.5), reading(32, 0.6), reading(64, 0.62)]
+    assert worth(rows, pay=0.02) == pytest.approx({16: 0.5, 32: 0.56, 64: 0.54})
+    with pytest.raises(UsageError, match="not negative, got -1"):
+        worth(rows, pay=-1)
+    with pytest.raises(UsageError, match="one reading at least"):
+        fitted_accuracy([])
+
+
+def test_a_larger_size_is_chosen_exactly_while_it_pays() -> None:
+    for gain in (0.0, 0.004, 0.006, 0.05):
+        rows = [reading(16, 0.5), reading(32, 0.6), reading(64, 0.6 + gain)]
+        assert recommend(rows).size == (64 if gain > 2 * 0.0025 else 32)
+        assert recommend(rows, pay=0.06).size == 16  # 2 doublings at 6 points cost more than 10 points
+    assert recommend([reading(32, 0.6), reading(64, 0.5)]).size == 32
+
+
+def test_a_tail_moves_the_choice_to_a_larger_size_that_costs_little_worth() -> None:
+    rows = [reading(32, 0.6, saturations=TAILED), reading(64, 0.6)]
+    near = recommend(rows, pay=0.001)
+    assert (near.size, near.even) == (64, True)
+    assert any("hardly pays, but 32 px leave a tail of 2 of 8 layers" in text for text in near.reasons)
+    far = recommend(rows, pay=0.01)  # two doublings take two points, more than evenness may cost
+    assert (far.size, far.even) == (32, False)
+    assert any("a tail remains: 2 of 8" in text for text in far.reasons)
+    nowhere = recommend([reading(32, 0.6, saturations=TAILED), reading(64, 0.6, saturations=TAILED)], pay=0.001)
+    assert nowhere.size == 32
+
+
+def test_the_choice_is_among_the_longest_trainings_within_the_budget() -> None:
+    rows = [reading(16, 0.6, 1), reading(32, 0.7, 1), reading(64, 0.7, 1), reading(32, 0.7, 3), reading(64, 0.8, 3)]
+    assert recommend(rows).size == 64
+    assert recommend(rows, pay=0.5).size == 32  # 16 px is worth more, and was dropped
+    tight = recommend(rows, budget=1000 * 32 * 32, images=400)
+    assert tight.size == 32
+    assert any("over the budget of 1,024,000 MACs: 64 px" in text for text in tight.reasons)
+    assert any("standard error of 2.3 points" in text for text in tight.reasons)
+    with pytest.raises(UsageError, match="no size is within 5 MACs; the cheapest takes 256,000"):
+        recommend(rows, budget=5)
+
+
+def test_halving_keeps_the_sizes_of_most_worth_of_the_last_rung() -> None:
+    rows = [reading(16, 0.3), reading(24, 0.5), reading(32, 0.6), reading(48, 0.61), reading(64, 0.61)]
+    assert survivors(rows, 3) == (32, 48, 64)
+    assert survivors(rows, 3, pay=0.05) == (24, 32, 48)
+    assert survivors([*rows, reading(32, 0.62, 2), reading(64, 0.66, 2)], 5) == (32, 64)
+    assert halving(5) == (5, 3, 2)
+    assert halving(9) == (9, 5, 3, 2)
+
+
+def test_epochs_spend_what_is_left_and_never_more() -> None:
+    macs = [1, 2, 4, 8, 16]
+    left, spent = 0.3 * 20 * sum(macs), 0
+    for rungs, kept in ((3, macs), (2, macs[2:]), (1, macs[3:])):
+        epochs = rung_epochs(kept, left=left, rungs=rungs, most=20)
+        assert epochs == int(left / rungs / sum(kept) + 1e-9)
+        left -= epochs * sum(kept)
+        spent += epochs * sum(kept)
+    assert 0 <= left < sum(macs[3:])
+    assert rung_epochs([8], left=7.0, rungs=1, most=3) == 0
+    assert rung_epochs([1], left=7.0, rungs=1, most=3) == 3
