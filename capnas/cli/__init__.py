@@ -21,8 +21,8 @@ from capnas.errors import CapnasError
 from capnas.cli import searching as searching  # isort: skip
 from capnas.cli import profiling as profiling  # isort: skip
 from capnas.cli import looking as looking  # isort: skip
-from capnas.cli import resolution as resolution  # isort: skip
 from capnas.cli import excess as excess  # isort: skip
+from capnas.cli import resolution as resolution  # isort: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
