@@ -82,9 +82,17 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def weight_gradients(
-    model: nn.Module, inputs: Tensor, targets: Tensor | None, loss: Loss | None, *, seed: int = 0
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor | None,
+    loss: Loss | None,
+    *,
+    seed: int = 0,
+    forward: contextlib.AbstractContextManager[Any] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs (weight, gradient of the loss in it) for `linear_weights`; random classes stand in for absent targets. Call it in `untouched`.
+
+    The model runs inside the context ``forward``, for what else is read on the way.
 
     >>> [(w.shape == g.shape) for w, g in weight_gradients(nn.Linear(3, 2), torch.ones(4, 3), None, None)]
     [True]
@@ -93,7 +101,8 @@ def weight_gradients(
     for weight in weights:
         weight.requires_grad_(True)
     with torch.enable_grad():
-        output = first_tensor(model(inputs))
+        with forward or contextlib.nullcontext():
+            output = first_tensor(model(inputs))
         if targets is None:
             targets = torch.randint(output.shape[1], (len(inputs),), generator=torch.Generator().manual_seed(seed)).to(output.device)
         value = (loss or nn.functional.cross_entropy)(output, targets)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from capnas.errors import UsageError, one_of
+from capnas.measures.activation_codes import CodeOverlap, all_finite
 from capnas.measures.probing import FAILURES, Loss, first_tensor, linear_weights, reason, untouched, weight_gradients
 
 _NORMS = re.compile("norm", re.IGNORECASE)
@@ -27,8 +27,6 @@ _IDENTITIES = re.compile(
 )
 _GATES = re.compile("(hard)?sigmoid(me)?", re.IGNORECASE)
 _ADDED = re.compile("(bias|embed\\w*|tokens?|pos\\w*)$")
-_RECTIFIERS = re.compile("relu6?|leaky_relu|_?prelu(_kernel)?|rrelu.*|c?elu|selu|gelu|silu|mish|hardswish|threshold")
-_CLIPS = re.compile("clamp|clamp_min|hardtanh")  # rectifiers where they cut at zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +98,13 @@ def naswot(model: nn.Module, inputs: Tensor) -> Proxy:
     >>> naswot(net, torch.eye(2)).value > 0, naswot(net, torch.ones(2, 2)).flag
     (True, 'singular kernel: some inputs share all their codes')
     """
-    counter = _CodeOverlap(len(inputs))
+    counter = CodeOverlap(len(inputs))
     try:
         with untouched(model, statistics=True), torch.no_grad(), counter:
             model(inputs)
     except FAILURES as error:
         return Proxy(value=math.nan, flag=reason(error))
-    if not counter.units:
-        return Proxy(value=math.nan, flag="no rectifier in the model")
-    if not counter.finite:
-        return Proxy(value=math.nan, flag="an activation is not finite")
-    sign, value = np.linalg.slogdet(counter.kernel)
-    if sign <= 0 or not math.isfinite(value) or np.linalg.matrix_rank(counter.kernel) < len(inputs):
-        return Proxy(value=math.nan, flag="singular kernel: some inputs share all their codes")
-    return Proxy(value=float(value))
+    return _log_determinant(counter)
 
 
 def grad_norm(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, loss: Loss | None = None) -> Proxy:
@@ -128,7 +119,7 @@ def grad_norm(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *
     >>> grad_norm(nn.Linear(3, 2), torch.zeros(4, 3)).value
     0.0
     """
-    return _of_gradients(model, inputs, targets, loss, lambda w, g: float(g.double().norm()))
+    return _of_gradients(model, inputs, targets, loss, _norm)
 
 
 def snip(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, loss: Loss | None = None) -> Proxy:
@@ -139,7 +130,7 @@ def snip(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, los
     >>> snip(nn.Linear(3, 2), torch.zeros(4, 3)).value
     0.0
     """
-    return _of_gradients(model, inputs, targets, loss, lambda w, g: float((w.double() * g.double()).abs().sum()))
+    return _of_gradients(model, inputs, targets, loss, _sensitivity)
 
 
 def zico(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, loss: Loss | None = None, parts: int = 2) -> Proxy:
@@ -177,13 +168,13 @@ def zico(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, los
         return Proxy(value=math.nan, flag=reason(error))
     total, layers = 0.0, 0
     for layer in zip(*found):
-        stack = torch.stack([g.double() for _, g in layer])
-        if not bool(stack.isfinite().all()):
+        gradients = [g if g.dtype == torch.float64 else g.float() for _, g in layer]
+        if not all(all_finite(g) for g in gradients):
             return Proxy(value=math.nan, flag="a gradient is not finite")
-        deviation = stack.std(0, correction=0)
-        ratio = (stack.abs().mean(0) / deviation)[deviation > 0].sum()
+        size, deviation = sum(g.abs() for g in gradients), _deviation(gradients)
+        ratio = float(torch.where(deviation > 0, size / deviation, 0.0).sum(dtype=torch.float64)) / parts
         if ratio > 0:
-            total, layers = total + math.log(float(ratio)), layers + 1
+            total, layers = total + math.log(ratio), layers + 1
     return Proxy(value=total) if layers else Proxy(value=math.nan, flag="no gradient varies between the parts")
 
 
@@ -232,6 +223,7 @@ def baseline_proxies(
     """
     if unknown := next((n for n in names if n not in PROXIES), None):
         raise UsageError(one_of("names", unknown, PROXIES))
+    shared = _in_one_pass(model, inputs, targets, loss) if len(_SHARED & set(names)) > 1 else {}
     rules: dict[str, Callable[[], Proxy]] = {
         "synflow": lambda: synflow(model, inputs),
         "naswot": lambda: naswot(model, inputs),
@@ -241,7 +233,32 @@ def baseline_proxies(
         "params": lambda: params(model),
         "macs": lambda: macs(model, inputs),
     }
-    return {name: rules[name]() for name in names}
+    return {name: shared[name] if name in shared else rules[name]() for name in names}
+
+
+_SHARED = {"naswot", "snip", "grad_norm"}
+
+
+def _in_one_pass(model: nn.Module, inputs: Tensor, targets: Tensor | None, loss: Loss | None) -> dict[str, Proxy]:
+    """The scores that one forward and backward pass gives together; none where the model fails, each alone then says how."""
+    counter = CodeOverlap(len(inputs))
+    try:
+        with untouched(model, statistics=True):
+            pairs = weight_gradients(model, inputs, targets, loss, forward=counter)
+    except FAILURES:
+        return {}
+    return {"naswot": _log_determinant(counter), "snip": _sum_of(pairs, _sensitivity), "grad_norm": _sum_of(pairs, _norm)}
+
+
+def _log_determinant(codes: CodeOverlap) -> Proxy:
+    if not codes.units:
+        return Proxy(value=math.nan, flag="no rectifier in the model")
+    if not codes.finite:
+        return Proxy(value=math.nan, flag="an activation is not finite")
+    sign, value = np.linalg.slogdet(codes.kernel)
+    if sign <= 0 or not math.isfinite(value) or np.linalg.matrix_rank(codes.kernel) < codes.samples:
+        return Proxy(value=math.nan, flag="singular kernel: some inputs share all their codes")
+    return Proxy(value=float(value))
 
 
 def _of_gradients(
@@ -252,10 +269,30 @@ def _of_gradients(
             pairs = weight_gradients(model, inputs, targets, loss)
     except FAILURES as error:
         return Proxy(value=math.nan, flag=reason(error))
+    return _sum_of(pairs, term)
+
+
+def _sum_of(pairs: Sequence[tuple[Tensor, Tensor]], term: Callable[[Tensor, Tensor], float]) -> Proxy:
     if not pairs:
         return Proxy(value=math.nan, flag="no convolution or dense layer in the model")
-    value = math.fsum(term(w, g) for w, g in pairs) if all(bool(g.isfinite().all()) for _, g in pairs) else math.nan
+    value = math.fsum(term(w, g) for w, g in pairs) if all(all_finite(g) for _, g in pairs) else math.nan
     return Proxy(value=value, flag="" if math.isfinite(value) else "a gradient is not finite")
+
+
+def _sensitivity(weight: Tensor, gradient: Tensor) -> float:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return float((weight.to(wide) * gradient.to(wide)).abs_().sum(dtype=torch.float64))
+
+
+def _norm(weight: Tensor, gradient: Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+
+
+def _deviation(gradients: Sequence[Tensor]) -> Tensor:
+    """Population standard deviation; half the distance for two, which is exact where they are close."""
+    if len(gradients) == 2:
+        return (gradients[0] - gradients[1]).abs_().div_(2)
+    return torch.stack(list(gradients)).double().std(0, correction=0)
 
 
 def _flows(model: nn.Module, inputs: Tensor, dtype: torch.dtype, scale: float) -> list[tuple[Tensor, Tensor]]:
@@ -295,34 +332,3 @@ def _open(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 def _is_norm(module: nn.Module) -> bool:
     known = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
     return isinstance(module, known) or (bool(_NORMS.search(type(module).__name__)) and not list(module.children()))
-
-
-class _CodeOverlap(TorchDispatchMode):
-    """Adds up, over all rectifiers that run, how many codes each two samples share."""
-
-    def __init__(self, samples: int) -> None:
-        super().__init__()
-        self.samples, self.units, self.finite = samples, 0, True
-        self.kernel = np.zeros((samples, samples))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).split(".")[1].rstrip("_") if "." in str(func) else ""
-        if _RECTIFIERS.fullmatch(name) or (_CLIPS.fullmatch(name) and _lower(name, args, kwargs or {}) == 0):
-            self.add(args[0])
-        return func(*args, **(kwargs or {}))
-
-    def add(self, x: Tensor) -> None:
-        if x.ndim < 2 or x.shape[0] % self.samples:
-            return  # not one entry a sample: a rectified weight or table
-        codes = x.detach().reshape(self.samples, -1)
-        self.finite &= bool(codes.isfinite().all())
-        for part in codes.split(1 << 22, dim=1):  # float32 sums of signs are exact up to 2^24
-            signs = (part > 0).to(torch.float32).mul_(2).sub_(1)
-            self.kernel += ((signs @ signs.T).double().cpu().numpy() + part.shape[1]) / 2
-        self.units += codes.shape[1]
-
-
-def _lower(name: str, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
-    values = list(args)
-    key = "min_val" if name == "hardtanh" else "min"
-    return values[1] if len(values) > 1 else kwargs.get(key, -1.0)

@@ -141,6 +141,20 @@ def test_gradient_scores_against_backward(batch: tuple[Tensor, Tensor]) -> None:
     assert double == pytest.approx(2 * grad_norm(net, x, y).value, rel=1e-6)
 
 
+def test_one_pass_for_several_gives_what_each_gives_alone(batch: tuple[Tensor, Tensor]) -> None:
+    net, (x, y) = Small().train(), batch
+    calls = []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    together = baseline_proxies(net, x, y, names=["naswot", "snip", "grad_norm"])
+    assert len(calls) == 1
+    assert {n: p.value for n, p in together.items()} == {
+        "naswot": naswot(net, x).value, "snip": pytest.approx(snip(net, x, y).value, rel=1e-6),
+        "grad_norm": pytest.approx(grad_norm(net, x, y).value, rel=1e-6),
+    }  # fmt: skip
+    net.head.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("midway")))
+    assert all("midway" in proxy.flag for proxy in baseline_proxies(net, x, y, names=["naswot", "snip"]).values())
+
+
 def test_counts() -> None:
     shared = nn.Linear(4, 4)
     assert params(nn.Sequential(shared, shared)).value == 20
