@@ -23,6 +23,7 @@ from capnas.cli import profiling as profiling  # isort: skip
 from capnas.cli import looking as looking  # isort: skip
 from capnas.cli import excess as excess  # isort: skip
 from capnas.cli import resolution as resolution  # isort: skip
+from capnas.cli import prune as prune  # isort: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,128 @@
+"""`capnas prune`: a narrower network from a trained one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from capnas.cli.app import Device, Json, app, quiet
+from capnas.console import out_json, say, short, show_table
+from capnas.errors import UsageError
+
+
+@app.command()
+def prune(
+    target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
+    data: Annotated[str | None, typer.Option(help="Images; the run's or the saved model's without, else fashion-mnist-12k.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels; the target's without.")] = None,
+    target_macs: Annotated[float | None, typer.Option(metavar="SHARE", help="Keep this share of the multiply-accumulates.")] = None,
+    lossless: Annotated[float | None, typer.Option(metavar="SHARE", help="As wide as this share of each layer's variance needs.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Widths from a file: the JSON of --dry-run --json, edited; wider ones too.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="channels, or lowrank: layers split in two by their eigenspaces.")] = "channels",
+    allocation: Annotated[str, typer.Option(help="Of a target: loss (least loss per MAC saved) or saturation (made even).")] = "loss",
+    round_to: Annotated[int, typer.Option(help="Channels are a multiple of it.")] = 8,
+    calibration: Annotated[int, typer.Option(metavar="IMAGES", help="Images that widths and corrections are measured on.")] = 1024,
+    train_epochs: Annotated[int, typer.Option(help="Train a target without weights first.")] = 0,
+    finetune_epochs: Annotated[int, typer.Option(help="Train the narrowed network.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the narrowed model and its report.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a model saved there before.")] = False,
+    seed: Annotated[int, typer.Option(help="Of weights, sampling and training.")] = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Narrow the over-wide layers of a network, correct what reads them, and save the narrower model.
+
+    Coupled layers share a width; what stays and how wide each group becomes is measured on images of train, and accuracy is reported on
+    validation. capnas.load_model reads the folder.
+    """
+    with quiet():
+        from capnas.narrowing.planning import read_widths
+        from capnas.narrowing.pruning import PruneConfig, calibration_images, make_plan, pretrain
+        from capnas.narrowing.pruning import prune as prune_model
+        from capnas.saved import check_free, save_model
+        from capnas.search.target import data_record, open_target
+
+        config = PruneConfig(
+            target_macs=target_macs,
+            lossless=lossless,
+            widths=None if plan is None else read_widths(plan),
+            method=method,  # type: ignore[arg-type]
+            allocation=allocation,  # type: ignore[arg-type]
+            round_to=round_to,
+            images=calibration,
+            finetune_epochs=finetune_epochs,
+            train_epochs=train_epochs,
+            seed=seed,
+            device=device,
+        )
+        if out is None and not dry_run:
+            raise UsageError("give --out DIR for the narrowed model, or --dry-run to see the plan only.")
+        if out is not None and not dry_run:
+            check_free(out, force=force)
+        found = open_target(target, data=data, image_size=image_size)
+        model = found.build(seed)
+        if not found.trained:
+            say(f"{found.name} has no trained weights; it is trained first for {train_epochs} epochs on {found.data.name}")
+            model = pretrain(model, found.data, config, image_size=found.image_size, say=say)
+        if dry_run:
+            from capnas.devices import resolve_device
+
+            where = resolve_device(device)
+            images = calibration_images(found.data, calibration, found.image_size, seed=seed, device=where)
+            chosen, _ = make_plan(model.to(where), images, config)
+            document: dict[str, Any] = {"target": found.name, "plan": chosen.to_dict()}
+        else:
+            result = prune_model(model, found.data, config, image_size=found.image_size, say=say)
+            document = {"target": found.name, "plan": result.plan.to_dict(), "report": result.report, "out": str(out)}
+            extra = {"target": found.name, "data": data_record(found.data), "trained": True, "report": result.report}
+            save_model(result.model.cpu(), out, found.recipe, extra=extra, force=force)  # type: ignore[arg-type]
+    if json:
+        out_json(document)
+        return
+    show_plan(document["plan"])
+    if "report" in document:
+        show_report(document["report"])
+        say(f"saved: {out}  (capnas.load_model({str(out)!r}))")
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """The plan as a table, with remarks below it."""
+    ranks = bool(plan["groups"]) and "rank" in plan["groups"][0]
+    after = "rank" if ranks else "planned"
+    columns = ["layer" if ranks else "group", "width", "needed", after, "saturation", "variance kept" if ranks else "expected"]
+    rows = []
+    for g in plan["groups"]:
+        cells = [g["name"], short(g["width"]), short(g["needed"]), short(g[after]), short(g["saturation"], 2)]
+        cells.append(short(g["kept" if ranks else "expected"], 2))
+        if not ranks:
+            cells.append(short(g["utilisation"], 2) + (" over-wide" if g["over_wide"] else ""))
+            cells.append(short(len(g["layers"])))
+        cells += [f"{short(g['macs'])} > {short(g['planned_macs'])}", f"{short(g['params'])} > {short(g['planned_params'])}"]
+        rows.append(cells)
+    columns += ([] if ranks else ["utilisation", "layers"]) + ["MACs", "params"]
+    show_table(columns, rows, title=plan["goal"])
+    typer.echo(
+        f"MACs {short(plan['macs'])} > {short(plan['planned_macs'])} ({plan['planned_macs'] / plan['macs']:.1%}), "
+        f"params {short(plan['params'])} > {short(plan['planned_params'])} ({plan['planned_params'] / plan['params']:.1%})"
+    )
+    if growing := [g["name"] for g in plan["groups"] if g.get("grow")]:
+        typer.echo(f"candidates to grow (saturation at the ceiling): {', '.join(growing)}")
+    for name, reason in plan["fixed"].items():
+        say(f"{name} keeps its width: {reason}")
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Accuracy, cost and time, before and after."""
+    accuracy, macs, params = report["accuracy"], report["macs"], report["params"]
+    rows = [
+        ["accuracy on validation", short(accuracy["before"]), short(accuracy["pruned"]), short(accuracy.get("finetuned"))],
+        ["MACs", short(macs["before"]), short(macs["after"]), "-"],
+        ["params", short(params["before"]), short(params["after"]), "-"],
+    ]
+    rows += [[f"ms, {name}", short(t["before"], 2), short(t["after"], 2), "-"] for name, t in report["latency_ms"].items()]
+    show_table(["", "before", "pruned", "fine-tuned"], rows)

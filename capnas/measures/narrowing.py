@@ -1,0 +1,172 @@
+"""Which channels of a layer can go, what that costs, and how the layers that read them make up for it.
+
+Shenk et al. (arXiv 2006.08679) say how many directions a layer's outputs need; channels are not directions, so a subset of columns must
+span that space. The selection here is our construction: backward elimination with the exact least-squares update of optimal brain surgeon
+(Hassibi and Stork, 1993) on blocks of columns, each reader's errors weighed by the curvature of the loss at its outputs (the Kronecker
+factors of Martens and Grosse, 2015), so that losses of different layers compare.
+
+Letters: U units (what is removed as one), b columns of a unit, D columns in all (features times kernel positions), O outputs of a reader,
+S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A linear map that reads the units of a group.
+
+    Attributes:
+        weight: (O, D).
+        covariance: (D, D) of its inputs, centred (a bias or the norm behind takes up means).
+        columns: (U, b) columns of each unit.
+        curvature: (O, O) second moment of the loss's gradient at its outputs, summed over positions; None for the identity.
+    """
+
+    weight: Tensor
+    covariance: Tensor
+    columns: Tensor
+    curvature: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalPath:
+    """Units in the order in which they are best removed.
+
+    Attributes:
+        order: units, the first to go first; the last one is never removed.
+        losses: (U,) ``losses[n]`` is the increase of the loss, to second order, with the first n units of the order removed and the readers
+            refitted; ``losses[0]`` is 0 and it never falls.
+    """
+
+    order: tuple[int, ...]
+    losses: Tensor
+
+    def kept(self, units: int) -> list[int]:
+        """The units that stay when so many stay, ascending."""
+        return sorted(self.order[len(self.order) - units :])
+
+
+def removal_path(readers: Sequence[Reader], *, ridge: float = 1e-3, steps: int = 128) -> RemovalPath:
+    """Remove the units of a group one after another, each time those that the readers miss least once they are refitted.
+
+    For one reader with weights W, input covariance A and curvature G the loss is 1/2 tr(G dW A dW^T). Removing the columns u and refitting
+    the rest changes it by 1/2 tr(G W_u (A^-1_uu)^-1 W_u^T), and W and A^-1 have closed updates: the elimination is exact for the subset it
+    arrives at, greedy in the choice. Losses of several readers add up.
+
+    Args:
+        readers: all that read the group; their units in the same order.
+        ridge: added to each covariance, relative to its mean diagonal.
+        steps: at most so many eliminations; a group of more units loses several at a time.
+
+    Raises:
+        ValueError: no readers, or readers of different numbers of units.
+
+    >>> a = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # the first two inputs are one
+    >>> path = removal_path([Reader(weight=torch.ones(1, 3), covariance=a, columns=torch.arange(3)[:, None])], ridge=1e-9)
+    >>> path.order[0] in (0, 1), [round(x, 3) for x in path.losses.tolist()]
+    (True, [0.0, 0.0, 0.5])
+    """
+    if not readers or len({len(r.columns) for r in readers}) != 1:
+        raise ValueError(f"readers must be given and agree on their units, got {[len(r.columns) for r in readers]}.")
+    n_units = len(readers[0].columns)
+    states = [_Elimination(r, ridge) for r in readers]
+    alive = torch.ones(n_units, dtype=torch.bool)
+    order: list[int] = []
+    losses = [0.0]
+    at_once = -(-n_units // steps)
+    while len(order) < n_units - 1:
+        scores = torch.stack([s.scores() for s in states]).sum(0)
+        scores[~alive] = float("inf")
+        going = scores.topk(min(at_once, n_units - 1 - len(order)), largest=False).indices
+        spent = sum(s.remove(going) for s in states)
+        alive[going] = False
+        share = scores[going] / scores[going].sum().clamp_min(1e-300)
+        for unit, part in zip(going.tolist(), share.tolist()):
+            order.append(unit)
+            losses.append(losses[-1] + max(spent, 0.0) * part)
+    order.append(int(alive.nonzero()[0]))
+    return RemovalPath(order=tuple(order), losses=torch.tensor(losses, dtype=torch.float64))
+
+
+class _Elimination:
+    """One reader's weights and inverse covariance while columns leave."""
+
+    def __init__(self, reader: Reader, ridge: float) -> None:
+        cov = reader.covariance.double()
+        damp = ridge * float(cov.diagonal().mean()) + 1e-12
+        self.inverse = torch.linalg.inv((cov + cov.T) / 2 + damp * torch.eye(len(cov), dtype=cov.dtype, device=cov.device))
+        weight = reader.weight.double()
+        self.weight = weight if reader.curvature is None else root(reader.curvature) @ weight
+        self.columns = reader.columns.to(cov.device)
+
+    def scores(self) -> Tensor:
+        """(U,) what removing each unit would cost; meaningless for units that are gone."""
+        cols = self.columns
+        blocks = self.inverse[cols[:, :, None], cols[:, None, :]]  # (U, b, b)
+        weights = self.weight[:, cols].permute(1, 2, 0)  # (U, b, O)
+        return 0.5 * (weights * _solve(blocks, weights)).sum((1, 2))
+
+    def remove(self, units: Tensor) -> float:
+        cols = self.columns[units].flatten()
+        block = self.inverse[cols][:, cols]
+        weights = self.weight[:, cols].T  # (n, O)
+        gain = _solve(block, torch.cat([weights, self.inverse[cols]], 1))
+        spent = 0.5 * float((weights * gain[:, : weights.shape[1]]).sum())
+        step = gain[:, weights.shape[1] :]
+        self.weight = self.weight - weights.T @ step
+        self.inverse = self.inverse - self.inverse[:, cols] @ step
+        self.weight[:, cols] = 0
+        self.inverse[cols], self.inverse[:, cols] = 0, 0
+        self.inverse[cols, cols] = 1
+        return spent
+
+
+def _solve(blocks: Tensor, right: Tensor) -> Tensor:
+    return torch.linalg.solve(blocks, right)
+
+
+def root(matrix: Tensor) -> Tensor:
+    """The symmetric square root of a positive semi-definite matrix, in float64.
+
+    >>> root(torch.diag(torch.tensor([4.0, 0.0]))).tolist()
+    [[2.0, 0.0], [0.0, 0.0]]
+    """
+    values, vectors = torch.linalg.eigh((matrix + matrix.T).double() / 2)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def refit(inputs: Tensor, targets: Tensor, prior: Tensor, *, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Weights and bias that map a reader's actual inputs to the outputs it should have, by least squares.
+
+    Minimizes mean |W x + c - y|^2 + r |W - prior|^2 with r = ``ridge`` times the mean variance of the inputs.
+
+    Args:
+        inputs: (S, D).
+        targets: (S, O).
+        prior: (O, D) weights to stay close to where the samples do not decide.
+        ridge: relative to the mean variance, above 0 where inputs may be dependent.
+
+    Returns:
+        W (O, D) and c (O,), float64.
+
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> weight, bias = refit(x, 3 * x + 1, torch.zeros(1, 1), ridge=0.0)
+    >>> round(weight.item(), 6), round(bias.item(), 6)
+    (3.0, 1.0)
+    """
+    x, y = inputs.double(), targets.double()
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x / len(x)
+    damp = ridge * float(gram.diagonal().mean()) + 1e-12
+    right = x.T @ (y - x @ prior.double().T) / len(x)
+    change = torch.linalg.solve(gram + damp * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), right).T
+    weight = prior.double() + change
+    return weight, y_mean - weight @ x_mean

@@ -1,0 +1,193 @@
+"""What calibration images tell about a network that is to be narrowed: how its layers are read, how much each output matters."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDEST = 2304  # input columns of a reader beyond which kernel positions are taken for independent
+_ROWS = 8192  # samples kept per layer, more where it is wider
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a dense layer of the full network read and wrote.
+
+    Attributes:
+        covariance: (D, D) of its sampled inputs; (C, C) of its input channels, kernel positions together, where D is beyond `WIDEST`.
+        curvature: (O, O) second moment of the loss's gradient at its outputs, summed over positions, averaged over images.
+        outputs: (S, O) at the sampled positions.
+        index: (S,) which these are.
+    """
+
+    covariance: Tensor
+    curvature: Tensor
+    outputs: Tensor
+    index: Tensor
+
+
+def readable(module: nn.Module) -> bool:
+    """Whether a layer's inputs can be laid out as rows: a plain linear layer, or a dense 2-d conv with plain zero padding."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
+
+
+def sampled(name: str, total: int, width: int) -> Tensor:
+    """Positions at which a layer is sampled, the same in the full and in the narrowed network."""
+    rows = max(_ROWS, 4 * width)
+    if total <= rows:
+        return torch.arange(total)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randperm(total, generator=generator)[:rows].sort().values
+
+
+def input_rows(module: Any, x: Tensor, index: Tensor) -> Tensor:
+    """Inputs of a layer at sampled output positions, (S, D): features of a linear layer, channels times kernel positions of a conv.
+
+    >>> conv = nn.Conv2d(1, 1, 3, padding=1)
+    >>> input_rows(conv, torch.ones(1, 1, 2, 2), torch.tensor([0])).tolist()
+    [[0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]]
+    """
+    index = index.to(x.device)
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1])[index]
+    (ph, pw), (kh, kw), (sh, sw), (dh, dw) = module.padding, module.kernel_size, module.stride, module.dilation
+    windows = F.pad(x, (pw, pw, ph, ph)).unfold(2, (kh - 1) * dh + 1, sh).unfold(3, (kw - 1) * dw + 1, sw)[..., ::dh, ::dw]
+    _, _, height, width, _, _ = windows.shape
+    image, place = index // (height * width), index % (height * width)
+    return windows[image, :, place // width, place % width].flatten(1)
+
+
+def output_rows(module: nn.Module, y: Tensor, index: Tensor) -> Tensor:
+    """Outputs of a layer at sampled positions, (S, O)."""
+    index = index.to(y.device)
+    if isinstance(module, nn.Linear):
+        return y.reshape(-1, y.shape[-1])[index]
+    per_image = y.shape[2] * y.shape[3]
+    return y.flatten(2)[index // per_image, :, index % per_image]
+
+
+def positions(module: nn.Module, y: Tensor) -> int:
+    """Number of output positions of a layer in a batch."""
+    return y.numel() // y.shape[-1 if isinstance(module, nn.Linear) else 1]
+
+
+@contextmanager
+def hooked(hooks: Mapping[str, Callable[..., Any]], model: nn.Module, *, before: bool = False) -> Iterator[None]:
+    """Forward hooks (or pre-hooks) by module name that come off again."""
+    handles = []
+    try:
+        for name, hook in hooks.items():
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0, batch: int = 64) -> dict[str, Reading]:
+    """Run a network in eval mode and read the named layers.
+
+    The curvature is that of the network's own predictions (the true Fisher information: labels are drawn from its outputs), so that a
+    network that fits its images perfectly has one too.
+
+    Args:
+        model: left as it is.
+        names: of layers that are `readable`.
+        images: (N, C, H, W) on the model's device; run as one batch.
+        seed: of the labels drawn.
+        batch: images per backward pass.
+    """
+    outputs: dict[str, Tensor] = {}
+    indices: dict[str, Tensor] = {}
+    covariances: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, y: Tensor) -> None:
+            if name in outputs:
+                return  # called again: the first call stands
+            width = module.weight[0].numel()  # type: ignore[index]
+            index = sampled(name, positions(module, y), width)
+            rows = input_rows(module, args[0], index)
+            if width > WIDEST and isinstance(module, nn.Conv2d):
+                rows = rows.unflatten(1, (module.in_channels, -1)).transpose(1, 2).flatten(0, 1)
+            rows = rows.double() - rows.mean(0).double()
+            covariances[name] = rows.T @ rows / len(rows)
+            outputs[name], indices[name] = output_rows(module, y, index), index
+
+        return hook
+
+    curvatures: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, y: Tensor) -> None:
+            def fold(gradient: Tensor) -> None:
+                rows = gradient.reshape(-1, gradient.shape[-1]) if isinstance(module, nn.Linear) else gradient.transpose(0, 1).flatten(1).T
+                curvatures[name] = curvatures.get(name, 0) + (rows.T @ rows).double() / len(images)
+
+            y.register_hook(fold)
+
+        return hook
+
+    training = model.training
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        model.eval().requires_grad_(False)
+        with torch.no_grad(), hooked({n: keep(n) for n in names}, model):
+            model(images)
+        with torch.enable_grad(), hooked({n: watch(n) for n in names}, model):
+            for part in images.split(batch):
+                logits = model(part.clone().requires_grad_(True))
+                labels = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+                F.cross_entropy(logits, labels, reduction="sum").backward()
+    finally:
+        model.train(training)
+        for parameter, state in wanted:
+            parameter.requires_grad_(state)
+    read = (n for n in names if n in curvatures)
+    return {n: Reading(covariance=covariances[n], curvature=curvatures[n], outputs=outputs[n], index=indices[n]) for n in read}
+
+
+def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
+    """Conv or linear layers whose output goes straight into a batch norm, and that norm.
+
+    >>> norms_behind(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU()), torch.zeros(1, 1, 2, 2))
+    {'0': '1'}
+    """
+    names = {m: n for n, m in model.named_modules()}
+    made: dict[int, tuple[str, Tensor]] = {}
+    found: dict[str, str] = {}
+
+    def note(module: nn.Module, args: Any, y: Tensor) -> None:
+        made[id(y)] = (names[module], y)
+
+    def look(module: nn.Module, args: Any) -> None:
+        name, y = made.get(id(args[0]), ("", None))
+        if y is args[0]:
+            found[name] = names[module]
+
+    layers = {n: note for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    norms = {n: look for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    training = model.training
+    try:
+        with torch.no_grad(), hooked(layers, model), hooked(norms, model, before=True):
+            model.eval()(example)
+    finally:
+        model.train(training)
+    return found

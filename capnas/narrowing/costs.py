@@ -1,0 +1,89 @@
+"""Multiply-accumulates and parameters of a network as a function of the widths of its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from capnas.candidates import count_cost
+from capnas.narrowing.groups import CoupledGroup
+from capnas.recording import CONVS
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NetworkCost:
+    """Cost by module: what it costs now times the shares of its inputs and outputs that stay.
+
+    Attributes:
+        names: L modules that cost anything.
+        macs, params: (L,) of each now, for one image.
+        inputs, outputs: (L, G) share of a module's inputs (outputs) that one unit of each group is.
+        units: (G,) units now.
+    """
+
+    names: tuple[str, ...]
+    macs: Tensor
+    params: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    units: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, groups: Sequence[CoupledGroup], input_shape: tuple[int, ...]) -> NetworkCost:
+        """Count a network, `input_shape` with B = 1."""
+        layers = count_cost(model, input_shape).layers
+        modules = dict(model.named_modules())
+        place = {name: i for i, name in enumerate(layers)}
+        inputs, outputs = (torch.zeros(len(layers), len(groups), dtype=torch.float64) for _ in range(2))
+        for j, group in enumerate(groups):
+            for port in group.ports:
+                name = port.module if port.side != "param" else port.module.rpartition(".")[0]
+                if name not in place:
+                    continue
+                module, b = modules[name], port.positions.shape[1]
+                if port.side == "in":
+                    if getattr(module, "groups", 1) == 1:  # in grouped convs the inputs go with the outputs
+                        inputs[place[name], j] += b / _width(module, "in")
+                elif port.side == "param":
+                    outputs[place[name], j] = 1 / group.units
+                else:
+                    outputs[place[name], j] += b / _width(module, "out")
+                if port.side == "out" and name.endswith(".qkv"):  # the attention's own products shrink with its heads
+                    attention = name.rpartition(".")[0]
+                    if attention in place:
+                        outputs[place[attention], j] = 1 / group.units
+        return cls(
+            names=tuple(layers),
+            macs=torch.tensor([float(c.macs) for c in layers.values()], dtype=torch.float64),
+            params=torch.tensor([float(c.params) for c in layers.values()], dtype=torch.float64),
+            inputs=inputs,
+            outputs=outputs,
+            units=torch.tensor([float(g.units) for g in groups], dtype=torch.float64),
+        )
+
+    def shares(self, units: Tensor) -> Tensor:
+        """Share of each module's cost that stays, (N, L), for units per group (N, G)."""
+        change = units.to(self.units) - self.units
+        return (1 + change @ self.inputs.T) * (1 + change @ self.outputs.T)
+
+    def total_macs(self, units: Tensor) -> Tensor:
+        """MACs of whole networks, (N,), for units per group (N, G)."""
+        return self.shares(units) @ self.macs
+
+    def total_params(self, units: Tensor) -> Tensor:
+        """Parameters likewise; biases are counted as weights, an error of less than one in a hundred."""
+        return self.shares(units) @ self.params
+
+
+def _width(module: nn.Module, side: str) -> int:
+    if isinstance(module, CONVS):
+        return module.in_channels if side == "in" else module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "in" else module.out_features
+    for attribute in ("num_features", "num_channels"):
+        if isinstance(getattr(module, attribute, None), int):
+            return int(getattr(module, attribute))
+    return int(module.normalized_shape[-1])  # type: ignore[index]

@@ -1,0 +1,314 @@
+"""Which channels must go together: coupled groups of a network, their units and where each unit lives.
+
+Torch-Pruning's dependency graph (Fang et al., arXiv 2301.12900) says which channels of which layers share a width. Here its answer is cut
+into *units*, the least that can be removed: one channel of a residual stream and of all that reads or writes it, one whole group of a
+grouped convolution, one head of an attention. All removal is then our own (`capnas.narrowing.applying`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from capnas.errors import CapnasError, MissingDependencyError
+from capnas.projection import head_names
+from capnas.recording import CONVS, MEASURED
+
+Side = Literal["out", "in", "both", "param"]
+Atom = tuple[str, Side, int]
+_RULES = (*CONVS, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+class CannotNarrow(CapnasError):
+    """A network, or a layer of it, whose width cannot be changed; the text says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """Where the units of a group live in one module.
+
+    Attributes:
+        module: qualified name; of a bare parameter its own.
+        side: "out" or "in" of a conv or linear layer, "both" of a norm or depthwise conv, "param" of a bare parameter (its last wide axis).
+        positions: (U, b) channel positions of each of U units, ascending.
+    """
+
+    module: str
+    side: Side
+    positions: Tensor = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoupledGroup:
+    """Layers that share a width.
+
+    Attributes:
+        name: of the first layer that writes the shared channels.
+        units: U, how many parts can be removed one by one.
+        channels: width in channels of the first layer, a multiple of U.
+        ports: all places.
+    """
+
+    name: str
+    units: int
+    channels: int
+    ports: tuple[Port, ...]
+
+    @property
+    def unit_channels(self) -> int:
+        """Channels of one unit."""
+        return self.channels // self.units
+
+    def writers(self) -> list[Port]:
+        """The layers whose outputs are the shared channels."""
+        return [p for p in self.ports if p.side == "out"]
+
+    def readers(self) -> list[Port]:
+        """The dense layers that read them."""
+        return [p for p in self.ports if p.side == "in"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coupling:
+    """The groups of a network in the order in which it runs them, and the layers that keep their width, with the reason."""
+
+    groups: tuple[CoupledGroup, ...]
+    fixed: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> CoupledGroup:
+        return next(g for g in self.groups if g.name == name)
+
+
+def find_groups(model: nn.Module, example: Tensor) -> Coupling:
+    """Find the coupled groups of a network; the model is not changed.
+
+    Args:
+        model: on the example's device.
+        example: (B, C, H, W) an input.
+
+    Raises:
+        MissingDependencyError: Torch-Pruning is not installed.
+        CannotNarrow: nothing in this network can be narrowed; the text says why.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 4, 2))
+    >>> group, = find_groups(net, torch.randn(1, 1, 4, 4)).groups
+    >>> group.name, group.units, [(p.module, p.side, p.positions.shape[1]) for p in group.ports]
+    ('0', 6, [('0', 'out', 1), ('1', 'both', 1), ('4', 'in', 4)])
+    """
+    modules = dict(model.named_modules())
+    order = _order(model, example)
+    heads = head_names(model)
+    fixed: dict[str, str] = {h: "it gives the classes" for h in heads if isinstance(modules[h], MEASURED)}
+    attentions = {n: m for n, m in modules.items() if _is_attention(m)}
+    found: list[list[list[Atom]]] = []
+    for writer, units in _dependency_groups(model, example):
+        reason = _refusal(units, modules, heads, attentions)
+        if reason:
+            for name in {a[0] for u in units for a in u if a[1] == "out"} | {writer}:
+                fixed.setdefault(name, reason)
+        else:
+            found.append(units)
+    found += [_head_units(n, m) for n, m in attentions.items() if _plain_attention(m)]
+    for units in found:
+        for name in {a[0] for u in units for a in u if a[1] == "out"}:
+            fixed.pop(name, None)
+    groups = _merged(found, modules, order)
+    groups.sort(key=lambda g: order.get(g.name, len(order)))
+    if not groups:
+        reasons = "; ".join(sorted(set(fixed.values()))) or "no layer's width is free"
+        raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {reasons}.")
+    return Coupling(groups=tuple(groups), fixed=fixed)
+
+
+def torch_pruning() -> Any:
+    """Torch-Pruning, or the advice to install it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torch_pruning
+    except ImportError as error:
+        raise MissingDependencyError(f"narrowing needs Torch-Pruning ({error}): pip install 'capnas[prune]'.") from error
+    return torch_pruning
+
+
+def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str, list[list[Atom]]]]:
+    """Torch-Pruning's groups as units of atoms, named by their root layer."""
+    tp = torch_pruning()
+    was_training, wanted = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            model.requires_grad_(True)
+            try:
+                graph = tp.DependencyGraph().build_dependency(model, example, verbose=False)
+                groups = list(graph.get_all_groups())
+            except Exception as error:
+                text = " ".join(str(error).split())[:200]
+                raise CannotNarrow(
+                    f"cannot narrow this {type(model).__name__}: Torch-Pruning cannot follow its channels ({type(error).__name__}: {text})."
+                ) from error
+    finally:
+        model.train(was_training)
+        for parameter, state in wanted:
+            parameter.requires_grad_(state)
+    parameters = {id(p): n for n, p in model.named_parameters()}
+    modules = {id(m): n for n, m in model.named_modules()}
+    for group in groups:
+        units: dict[int, list[Atom]] = defaultdict(list)
+        for item in group:
+            target = item.dep.target.module
+            if id(target) in parameters:
+                name, side = parameters[id(target)], "param"
+            elif id(target) in modules:
+                name, side = modules[id(target)], _side(target, item.dep.handler.__name__)
+            else:
+                continue
+            for position, root in zip(item.idxs, item.root_idxs):
+                units[root].append((name, side, position))  # type: ignore[arg-type]
+        yield modules[id(group[0].dep.target.module)], [units[r] for r in sorted(units)]
+
+
+def _side(module: nn.Module, handler: str) -> Side:
+    if isinstance(module, MEASURED):
+        if isinstance(module, CONVS) and module.groups == module.in_channels == module.out_channels > 1:
+            return "both"
+        return "in" if "in_channels" in handler else "out"
+    return "both"
+
+
+def _refusal(
+    units: list[list[Atom]], modules: Mapping[str, nn.Module], heads: set[str], attentions: Mapping[str, nn.Module]
+) -> str | None:
+    """Why a group keeps its width, or None."""
+    places = {(name, side) for name, side, _ in units[0]}
+    if any((f"{n}.qkv", "in") in places for n in attentions):
+        return "it writes the token stream, whose width positions, norms and heads of the whole network share"
+    for name, side in places:
+        module = modules.get(name)
+        if name in heads and side == "out":
+            return "it gives the classes"
+        if any(name in (f"{n}.qkv", f"{n}.proj") for n in attentions):
+            return "an attention is narrowed by whole heads"
+        if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
+            return f"{name} normalizes its channels in {module.num_groups} groups"
+        if isinstance(module, CONVS) and getattr(module, "transposed", False) and module.groups > 1:
+            return f"{name} is a grouped transposed convolution"
+        if module is not None and side == "both" and not isinstance(module, _RULES) and any(True for _ in module.parameters(recurse=False)):
+            return f"{name} is a {type(module).__name__}, which has no rule"
+    return None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "qkv", None), nn.Linear) and isinstance(getattr(module, "proj", None), nn.Linear)
+
+
+def _plain_attention(module: Any) -> bool:
+    """Whether heads can be taken out: timm's plain ``Attention``, heads side by side in q, k and v."""
+    heads, width = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
+    if type(module).__name__ != "Attention" or not isinstance(heads, int) or not isinstance(width, int) or heads < 2:
+        return False
+    plain = isinstance(getattr(module, "norm", nn.Identity()), nn.Identity) and getattr(module, "gate", None) is None
+    return plain and module.qkv.out_features == 3 * heads * width and module.proj.in_features == heads * width
+
+
+def _head_units(name: str, module: Any) -> list[list[Atom]]:
+    width, all_heads = module.head_dim, module.num_heads * module.head_dim
+    units = []
+    for head in range(module.num_heads):
+        inside = range(head * width, (head + 1) * width)
+        atoms: list[Atom] = [(f"{name}.qkv", "out", part * all_heads + i) for part in range(3) for i in inside]
+        units.append(atoms + [(f"{name}.proj", "in", i) for i in inside])
+    return units
+
+
+def _merged(found: list[list[list[Atom]]], modules: Mapping[str, nn.Module], order: Mapping[str, int]) -> list[CoupledGroup]:
+    """Units that share atoms, or sit in one group of a grouped conv, become one; groups that share units become one."""
+    parent: dict[Atom, Atom] = {}
+
+    def root(atom: Atom) -> Atom:
+        path = []
+        while parent.setdefault(atom, atom) != atom:
+            path.append(atom)
+            atom = parent[atom]
+        for step in path:
+            parent[step] = atom
+        return atom
+
+    def join(atoms: Iterable[Atom]) -> None:
+        first, *rest = atoms
+        for other in rest:
+            parent[root(other)] = root(first)
+
+    for units in found:
+        for atoms in units:
+            join(atoms)
+    for name, side, position in list(parent):
+        module = modules.get(name)
+        if isinstance(module, CONVS) and module.groups > 1 and side in ("in", "out"):
+            wide, narrow = module.in_channels // module.groups, module.out_channels // module.groups
+            block = position // (wide if side == "in" else narrow)
+            join([(name, "in", block * wide), (name, "out", block * narrow), (name, side, position)])
+    # groups that share a unit are one group
+    owner: dict[Atom, int] = {}
+    label = list(range(len(found)))
+
+    def top(i: int) -> int:
+        while label[i] != i:
+            i = label[i]
+        return i
+
+    for i, units in enumerate(found):
+        for atoms in units:
+            unit = root(atoms[0])
+            label[top(owner.setdefault(unit, i))] = top(i)
+            owner[unit] = i
+    members: dict[int, dict[Atom, list[Atom]]] = defaultdict(lambda: defaultdict(list))
+    for atom in list(parent):
+        unit = root(atom)
+        if unit in owner:
+            members[top(owner[unit])][unit].append(atom)
+    groups = (_group(list(units.values()), order) for units in members.values())
+    return [g for g in groups if g is not None]
+
+
+def _group(units: list[list[Atom]], order: Mapping[str, int]) -> CoupledGroup | None:
+    places: dict[tuple[str, Side], list[list[int]]] = defaultdict(lambda: [[] for _ in units])
+    for i, atoms in enumerate(units):
+        for name, side, position in atoms:
+            places[name, side][i].append(position)
+    writers = [place for place in places if place[1] == "out"]
+    if not writers or len(units) < 2 or any(len({len(p) for p in positions}) != 1 for positions in places.values()):
+        return None  # units of different sizes: channels that are read in part, such as by a split
+    first = min(writers, key=lambda place: order.get(place[0], len(order)))
+    ranks = sorted(range(len(units)), key=lambda i: min(places[first][i]))
+    ports = tuple(
+        Port(module=name, side=side, positions=torch.tensor([sorted(positions[i]) for i in ranks]))
+        for (name, side), positions in sorted(places.items(), key=lambda item: order.get(item[0][0], len(order)))
+    )
+    return CoupledGroup(name=first[0], units=len(units), channels=len(units) * len(places[first][0]), ports=ports)
+
+
+def _order(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Position of each module in a run of the network."""
+    order: dict[str, int] = {}
+    names = {m: n for n, m in model.named_modules()}
+
+    def note(module: nn.Module, args: Any) -> None:
+        order.setdefault(names[module], len(order))
+
+    handles = [m.register_forward_pre_hook(note) for m in names]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return order

@@ -1,0 +1,210 @@
+"""Layers in two: a conv or linear layer through the eigenspace of its own outputs.
+
+Shenk et al. (arXiv 2006.08679) restrict a layer's outputs to the leading eigenvectors E of their covariance without loss. The projection
+P (y - mu) + mu with P = E E^T is linear, and so is the layer: y = W x + b becomes E (E^T W) x + (P (b - mu) + mu), a layer of k outputs
+followed by a pointwise one, exact for the projected outputs. It saves multiply-accumulates where k is small beside inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from capnas.candidates import count_cost
+from capnas.errors import UsageError
+from capnas.measures.moments import Moments, covariance
+from capnas.measures.saturation import THRESHOLD, intrinsic_dimension
+from capnas.narrowing.calibration import readable
+from capnas.narrowing.groups import CannotNarrow
+from capnas.projection import head_names
+from capnas.recording import Recorder
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRank:
+    """What becomes of one layer.
+
+    Attributes:
+        name: of the layer.
+        width, needed, rank: outputs; intrinsic dimension; directions kept, equal to ``width`` where the layer stays whole.
+        saturation: needed / width.
+        kept: share of the variance of its outputs that the kept directions hold.
+        macs, planned_macs, params, planned_params: of the layer.
+    """
+
+    name: str
+    width: int
+    needed: int
+    rank: int
+    saturation: float
+    kept: float
+    macs: int
+    planned_macs: int
+    params: int
+    planned_params: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlan:
+    """A rank for every layer, like `capnas.narrowing.planning.Plan`; `moments` are those of each layer's outputs."""
+
+    goal: str
+    groups: tuple[LayerRank, ...]
+    fixed: Mapping[str, str]
+    macs: int
+    planned_macs: int
+    params: int
+    planned_params: int
+    moments: Mapping[str, Moments]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        head = {name: getattr(self, name) for name in ("goal", "macs", "planned_macs", "params", "planned_params")}
+        return head | {"groups": [asdict(g) for g in self.groups], "fixed": dict(self.fixed)}
+
+
+def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = None, threshold: float = THRESHOLD) -> RankPlan:
+    """A rank for every dense layer but the head: that of the threshold, or the ranks of one threshold for all that meet a target of MACs.
+
+    One threshold for all is the even choice: every layer then loses the same share of its variance.
+
+    Args:
+        model: trained; not changed.
+        images: (N, C, H, W) on the model's device.
+        target_macs: share to keep, in (0, 1); without, ``threshold`` decides.
+        threshold: share of the variance to keep, in (0, 1].
+
+    Raises:
+        CannotNarrow: no layer can be split.
+        UsageError: the target is out of reach.
+    """
+    modules, heads = dict(model.named_modules()), head_names(model)
+    cost = count_cost(model, (1, *images.shape[1:]))
+    names = [n for n, m in modules.items() if n in cost.layers and readable(m) and n not in heads]
+    training = model.training
+    try:
+        with torch.no_grad(), Recorder(model, reading="modules") as recorder:
+            for part in images.split(256):
+                model.eval()(part)
+    finally:
+        model.train(training)
+    records = recorder.pop("eval")
+    names = [n for n in names if n in records and records[n].finite and records[n].moments.count]
+    if not names:
+        raise CannotNarrow(f"cannot split this {type(model).__name__}: it has no plain dense conv or linear layer beside its head.")
+    spectra = {n: torch.linalg.eigvalsh(covariance(records[n].moments)).flip(0).clamp_min(0) for n in names}
+
+    def ranks(share: float) -> dict[str, int]:
+        return {n: max(1, intrinsic_dimension(spectra[n], share)) for n in names}
+
+    def planned(rank: Mapping[str, int]) -> tuple[dict[str, int], int]:
+        macs = {n: _factored(modules[n], cost.layers[n].macs, rank[n]) for n in names}
+        return macs, cost.macs - sum(cost.layers[n].macs - min(macs[n], cost.layers[n].macs) for n in names)
+
+    goal, share = f"every layer keeps {threshold:g} of its variance", threshold
+    if target_macs is not None:
+        if not 0 < target_macs < 1:
+            raise UsageError(f"the target is the share of MACs to keep, in (0, 1), got {target_macs}.")
+        low, high = 0.0, 1.0
+        if planned(ranks(1e-9))[1] > target_macs * cost.macs:
+            raise UsageError(f"{target_macs:g} of the MACs cannot be reached by splitting layers; remove channels instead.")
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if planned(ranks(max(middle, 1e-9)))[1] <= target_macs * cost.macs else (low, middle)
+        share = max(low, 1e-9)
+        goal = f"{target_macs:g} of the MACs: every layer keeps {share:.4g} of its variance"
+    chosen = ranks(share)
+    macs, total = planned(chosen)
+    rows = []
+    for name in names:
+        layer, values = cost.layers[name], spectra[name]
+        needed, split = max(1, intrinsic_dimension(values, threshold)), macs[name] < layer.macs
+        rank = chosen[name] if split else len(values)
+        params = _parameters(modules[name], rank) if split else layer.params
+        rows.append(
+            LayerRank(
+                name=name,
+                width=len(values),
+                needed=needed,
+                rank=rank,
+                saturation=needed / len(values),
+                kept=float(values[:rank].sum() / values.sum().clamp_min(1e-30)),
+                macs=layer.macs,
+                planned_macs=macs[name] if split else layer.macs,
+                params=layer.params,
+                planned_params=params,
+            )
+        )
+    params = cost.params + sum(r.planned_params - r.params for r in rows)
+    return RankPlan(
+        goal=goal,
+        groups=tuple(rows),
+        fixed=dict.fromkeys(heads, "it gives the classes"),
+        macs=cost.macs,
+        planned_macs=total,
+        params=cost.params,
+        planned_params=params,
+        moments={n: records[n].moments for n in names},
+    )
+
+
+def factorized(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """A copy of the network whose layers are split as planned, in eval mode.
+
+    >>> net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> flat = torch.randn(64, 1) @ torch.randn(1, 6)  # inputs, and so outputs, on a line
+    >>> small = factorized(net, plan_ranks(net, flat))
+    >>> [tuple(layer.weight.shape) for layer in small[0]], torch.allclose(small(flat), net(flat), atol=1e-5)
+    ([(1, 6), (6, 1)], True)
+    """
+    small = copy.deepcopy(model).eval()
+    for row in plan.groups:
+        if row.rank < row.width:
+            parent, _, child = row.name.rpartition(".")
+            setattr(small.get_submodule(parent), child, split_layer(small.get_submodule(row.name), plan.moments[row.name], row.rank))
+    return small
+
+
+def split_layer(layer: nn.Module, moments: Moments, rank: int) -> nn.Sequential:
+    """A dense conv or linear layer as two, through the leading eigenvectors of its outputs' covariance; exact for the projected outputs.
+
+    Args:
+        layer: not changed.
+        moments: of its outputs, (D,).
+        rank: k, at most D.
+    """
+    module = cast(Any, layer)
+    vectors = torch.linalg.eigh(covariance(moments))[1].flip(1)[:, :rank].contiguous().to(module.weight.device)
+    mean = moments.mean.to(module.weight.device)
+    bias = torch.zeros_like(mean) if module.bias is None else module.bias.detach().double()
+    constant = vectors @ (vectors.T @ (bias - mean)) + mean
+    squeezed = (vectors.T @ module.weight.detach().double().flatten(1)).unflatten(1, module.weight.shape[1:])
+    if isinstance(layer, nn.Linear):
+        first: Any = nn.Linear(layer.in_features, rank, bias=False)
+        second: Any = nn.Linear(rank, layer.out_features)
+    else:
+        settings = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+        first = nn.Conv2d(module.in_channels, rank, bias=False, **settings)
+        second = nn.Conv2d(rank, module.out_channels, 1)
+    with torch.no_grad():
+        first.weight.copy_(squeezed)
+        second.weight.copy_(vectors.reshape(second.weight.shape))
+        second.bias.copy_(constant)
+    return nn.Sequential(first, second).to(module.weight)
+
+
+def _factored(module: Any, macs: int, rank: int) -> int:
+    """MACs of the split layer: its first part shrinks with the rank, its second adds rank x outputs per position."""
+    outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    inputs = module.weight[0].numel()
+    return round(macs * rank * (inputs + outputs) / (inputs * outputs))
+
+
+def _parameters(module: Any, rank: int) -> int:
+    outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    return int(rank * (module.weight[0].numel() + outputs) + outputs)

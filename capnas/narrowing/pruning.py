@@ -1,0 +1,229 @@
+"""The whole job of ``capnas prune``: survey, plan, narrow, fine-tune, and a report of what came of it."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from capnas.candidates import count_cost
+from capnas.data import ImageData
+from capnas.devices import resolve_device
+from capnas.errors import CapnasError, UsageError, one_of
+from capnas.measures.saturation import THRESHOLD
+from capnas.narrowing import narrowed
+from capnas.narrowing.lowrank import RankPlan, factorized, plan_ranks
+from capnas.narrowing.planning import Allocation, Plan, plan_widths
+from capnas.narrowing.survey import survey
+from capnas.training import TrainConfig, TrainingResult, evaluate, train
+
+Method = Literal["channels", "lowrank"]
+FINETUNE = TrainConfig(lr=1e-3, warmup_epochs=0.1, record=False)
+_PIXELS = 2**23  # of calibration images in all: bounds the memory of the pass that runs them as one batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """What to do to a network; exactly one of the three goals.
+
+    Args:
+        target_macs: share of the multiply-accumulates to keep, in (0, 1).
+        lossless: share of each layer's variance that its planned width holds, in (0, 1).
+        widths: channels by group.
+        method: "channels" removes whole channels; "lowrank" splits layers in two by their eigenspaces.
+        allocation: of a target, see `capnas.narrowing.planning.plan_widths`.
+        round_to: channels are a multiple of it.
+        images: for calibration, from train; fewer where they are large.
+        finetune_epochs: passes over train after narrowing.
+        train_epochs: passes before it, for a network without trained weights.
+        seed: of sampling and training.
+        device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        UsageError: a value out of its range, or not exactly one goal.
+    """
+
+    target_macs: float | None = None
+    lossless: float | None = None
+    widths: Mapping[str, int] | None = None
+    method: Method = "channels"
+    allocation: Allocation = "loss"
+    round_to: int = 8
+    images: int = 1024
+    finetune_epochs: int = 0
+    train_epochs: int = 0
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done."""
+        if sum(goal is not None for goal in (self.target_macs, self.lossless, self.widths)) != 1:
+            raise UsageError("give exactly one of --target-macs, --lossless and --plan.")
+        if self.method not in ("channels", "lowrank"):
+            raise UsageError(one_of("method", self.method, ("channels", "lowrank")))
+        if self.method == "lowrank" and self.widths is not None:
+            raise UsageError("a plan of widths is for the method channels; lowrank takes --target-macs or --lossless.")
+        if self.lossless is not None and not 0 < self.lossless < 1:
+            raise UsageError(f"lossless is the share of the variance to keep, in (0, 1), got {self.lossless}.")
+        if self.images < 16:
+            raise UsageError(f"calibration needs at least 16 images, got {self.images}.")
+        if min(self.finetune_epochs, self.train_epochs) < 0:
+            raise UsageError("epochs must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pruned:
+    """A narrowed network and what it cost.
+
+    Attributes:
+        model: in eval mode.
+        plan: that it follows.
+        report: plain JSON types: accuracy on validation (before, pruned, finetuned), MACs, params, milliseconds per batch.
+    """
+
+    model: nn.Module
+    plan: Plan | RankPlan
+    report: dict[str, Any]
+
+
+def calibration_images(data: ImageData, count: int, image_size: int, *, seed: int, device: torch.device) -> Tensor:
+    """Images of train without augmentation, as many as `count` and memory allow (N, C, H, W)."""
+    fitting = max(16, _PIXELS // image_size**2)
+    return data.probe(min(count, fitting), seed=seed, device=device, image_size=image_size)[0]
+
+
+def make_plan(model: nn.Module, images: Tensor, config: PruneConfig) -> tuple[Plan | RankPlan, Callable[[], nn.Module]]:
+    """Plan, and the function that carries the plan out on a copy of the network.
+
+    Args:
+        model: trained, on the images' device; not changed.
+        images: (N, C, H, W) for calibration.
+        config: what is wanted.
+
+    Raises:
+        CannotNarrow, MissingDependencyError, UsageError: see `capnas.narrowing.survey.survey` and `capnas.narrowing.planning.plan_widths`.
+    """
+    threshold = config.lossless or THRESHOLD
+    if config.method == "lowrank":
+        ranks = plan_ranks(model, images, target_macs=config.target_macs, threshold=threshold)
+        return ranks, lambda: factorized(model, ranks)
+    found = survey(model, images, threshold=threshold, seed=config.seed)
+    plan = plan_widths(
+        found,
+        target_macs=config.target_macs,
+        lossless=config.lossless is not None,
+        widths=config.widths,
+        round_to=config.round_to,
+        allocation=config.allocation,
+    )
+    return plan, lambda: narrowed(model, found, plan, seed=config.seed)
+
+
+def pretrain(
+    model: nn.Module, data: ImageData, config: PruneConfig, *, image_size: int, say: Callable[[str], None] | None = None
+) -> nn.Module:
+    """Train a fresh network before it is narrowed: widths are planned from what trained layers do.
+
+    Raises:
+        UsageError: ``config.train_epochs`` is 0.
+        CapnasError: the training did not complete.
+    """
+    if not config.train_epochs:
+        raise UsageError("this network has no trained weights, and widths are planned from trained layers: give --train-epochs N.")
+    settings = TrainConfig(epochs=config.train_epochs, seed=config.seed, device=config.device, record=False)
+    _train(model, data, settings, image_size, "training", say)
+    return model
+
+
+def prune(
+    model: nn.Module, data: ImageData, config: PruneConfig, *, image_size: int | None = None, say: Callable[[str], None] | None = None
+) -> Pruned:
+    """Narrow a trained network and report; the network itself is not changed.
+
+    Args:
+        model: a classifier of the data's classes.
+        data: calibration images come from train, accuracies from validation; the test split stays closed.
+        config: what is wanted.
+        image_size: pixels, where not the data's.
+        say: told of each step.
+
+    Raises:
+        CannotNarrow: this network cannot be narrowed; the text says why.
+        UsageError: a goal that cannot be reached.
+        CapnasError: fine-tuning diverged.
+    """
+    tell = say or (lambda text: None)
+    device, size = resolve_device(config.device), image_size or data.image_size
+    full = copy.deepcopy(model).to(device).eval()
+    images = calibration_images(data, config.images, size, seed=config.seed, device=device)
+    tell(f"measuring {type(model).__name__} on {len(images)} images of {data.name}")
+    start = time.perf_counter()
+    plan, carry_out = make_plan(full, images, config)
+    tell(f"plan: {plan.goal}; {plan.planned_macs / plan.macs:.1%} of the MACs, {plan.planned_params / plan.params:.1%} of the parameters")
+    small = carry_out()
+    seconds = time.perf_counter() - start
+    shape = (1, *images.shape[1:])
+    before, after = count_cost(full, shape), count_cost(small, shape)
+    accuracy = {name: evaluate(m, data, "validation", device=config.device, image_size=size)["accuracy"]
+                for name, m in (("before", full), ("pruned", small))}  # fmt: skip
+    tell(f"accuracy on validation: {accuracy['before']:.4f} before, {accuracy['pruned']:.4f} after narrowing, without training")
+    curve: list[dict[str, Any]] = []
+    if config.finetune_epochs:
+        settings = replace(FINETUNE, epochs=config.finetune_epochs, seed=config.seed, device=config.device)
+        result = _train(small, data, settings, size, "fine-tuning", say)
+        accuracy["finetuned"], curve = float(result.accuracy or 0.0), list(result.curve)
+    times = {b: latencies([full, small], images, b) for b in (1, 64)}
+    report = {
+        "data": data.name,
+        "validation_images": data.sizes["validation"],
+        "calibration_images": len(images),
+        "accuracy": accuracy,
+        "macs": {"before": before.macs, "after": after.macs},
+        "params": {"before": before.params, "after": after.params},
+        "latency_ms": {f"batch {b}": {"before": t[0], "after": t[1]} for b, t in times.items()},
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 1),
+        "finetuning": curve,
+    }
+    return Pruned(model=small.eval(), plan=plan, report=report)
+
+
+def latencies(models: list[nn.Module], images: Tensor, batch: int, *, rounds: int = 9) -> list[float]:
+    """Median milliseconds of a forward pass of each model, measured in turns so that all see the same load."""
+    x = images[torch.arange(batch) % len(images)]
+    taken: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for turn in range(rounds + 2):
+            for model, times in zip(models, taken):
+                _wait(x)
+                start = time.perf_counter()
+                model(x)
+                _wait(x)
+                if turn >= 2:  # the first turns allocate
+                    times.append(1e3 * (time.perf_counter() - start))
+    return [round(statistics.median(times), 3) for times in taken]
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def _train(
+    model: nn.Module, data: ImageData, settings: TrainConfig, image_size: int, what: str, say: Callable[[str], None] | None
+) -> TrainingResult:
+    def on_epoch(epoch: int, row: dict[str, Any], profile: Any) -> None:
+        if say is not None:
+            say(f"{what}: epoch {epoch}/{settings.epochs}, loss {row['train_loss']:.4f}, accuracy {row['accuracy']:.4f}")
+
+    result = train(model, data, settings, image_size=image_size, on_epoch=on_epoch)
+    if result.status != "complete":
+        raise CapnasError(f"{what} ended as {result.status}: {result.reason}.")
+    return result

@@ -1,0 +1,140 @@
+"""Everything that is measured of a network before its widths are planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from capnas.capacity import capacity_map
+from capnas.measures.moments import covariance
+from capnas.measures.narrowing import Reader, RemovalPath, removal_path, root
+from capnas.measures.saturation import THRESHOLD, intrinsic_dimension, spectrum
+from capnas.narrowing.applying import narrowable
+from capnas.narrowing.calibration import Reading, norms_behind, read_layers, readable
+from capnas.narrowing.costs import NetworkCost
+from capnas.narrowing.groups import CannotNarrow, CoupledGroup, Coupling
+from capnas.recording import Recorder
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Survey:
+    """What calibration images tell about a network's coupled groups.
+
+    Attributes:
+        coupling: the groups, and the layers whose width is fixed.
+        cost: of the network by widths.
+        readings: of every dense layer, see `capnas.narrowing.calibration.read_layers`.
+        norms: layers straight before a batch norm, and that norm.
+        needed: per group the units that hold `threshold` of the variance of each of its writers' outputs.
+        saturation: per group needed / units, in [0, 1].
+        paths: per group the order in which its units are best removed.
+        utilisation: per group the least capacity utilisation (36) of its writers, NaN where unknown.
+        over_wide: groups of which a writer is flagged by (50).
+        threshold: see ``needed``.
+        images: the calibration images (N, C, H, W).
+    """
+
+    coupling: Coupling
+    cost: NetworkCost
+    readings: Mapping[str, Reading]
+    norms: Mapping[str, str]
+    needed: tuple[float, ...]
+    saturation: tuple[float, ...]
+    paths: tuple[RemovalPath, ...]
+    utilisation: tuple[float, ...]
+    over_wide: tuple[bool, ...]
+    threshold: float
+    images: Tensor
+
+    @property
+    def groups(self) -> tuple[CoupledGroup, ...]:
+        """The groups that can be narrowed, in the order of the network."""
+        return self.coupling.groups
+
+
+def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, seed: int = 0) -> Survey:
+    """Measure a trained network on calibration images; the network is left as it is.
+
+    Args:
+        model: a classifier on the images' device.
+        images: (N, C, H, W), some hundreds to two thousand, run as one batch.
+        threshold: share of the variance in the intrinsic dimension, in (0, 1].
+        seed: of sampling.
+
+    Raises:
+        CannotNarrow: no layer's width can be changed; the text says why.
+        MissingDependencyError: Torch-Pruning is not installed.
+    """
+    coupling = narrowable(model, images[:2])
+    modules = dict(model.named_modules())
+    readings = read_layers(model, [n for n, m in modules.items() if readable(m)], images, seed=seed)
+    fixed, groups, paths = dict(coupling.fixed), [], []
+    for group in coupling.groups:
+        readers = _readers(group, modules, readings)
+        if readers:
+            groups.append(group)
+            paths.append(removal_path(readers))
+        else:
+            fixed[group.name] = "no layer that reads it is a plain dense conv or linear layer that could be refitted"
+    if not groups:
+        raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {'; '.join(sorted(set(fixed.values()))[:3])}.")
+    needed = _needed(model, groups, images, threshold)
+    capacity = capacity_map(model, images[:64], mode="eval", pixels=False)
+    writers = [[p.module for p in g.writers()] for g in groups]
+    used = [[capacity.utilisation[w] for w in names if w in capacity.utilisation] for names in writers]
+    return Survey(
+        coupling=Coupling(groups=tuple(groups), fixed=fixed),
+        cost=NetworkCost.of(model, groups, (1, *images.shape[1:])),
+        readings=readings,
+        norms=norms_behind(model, images[:2]),
+        needed=tuple(needed),
+        saturation=tuple(n / g.units for n, g in zip(needed, groups)),
+        paths=tuple(paths),
+        utilisation=tuple(min(values, default=float("nan")) for values in used),
+        over_wide=tuple(any(w in capacity.over_wide for w in names) for names in writers),
+        threshold=threshold,
+        images=images,
+    )
+
+
+def _readers(group: CoupledGroup, modules: Mapping[str, nn.Module], readings: Mapping[str, Reading]) -> list[Reader]:
+    found = []
+    for port in group.readers():
+        if port.module not in readings:
+            continue
+        reading, weight = readings[port.module], modules[port.module].weight.detach()  # type: ignore[operator]
+        taps = weight[0, 0].numel() if weight.dim() > 2 else 1
+        if len(reading.covariance) == weight.shape[1] * taps:
+            columns = (port.positions[:, :, None] * taps + torch.arange(taps)).flatten(1)
+            reader = Reader(weight=weight.flatten(1), covariance=reading.covariance, columns=columns, curvature=reading.curvature)
+        else:  # kernel positions taken for independent: each is an output of its own
+            weighed = (root(reading.curvature) @ weight.flatten(1).double()).unflatten(1, (weight.shape[1], taps))
+            flat = weighed.transpose(1, 2).flatten(0, 1)
+            reader = Reader(weight=flat, covariance=reading.covariance, columns=port.positions)
+        found.append(reader)
+    return found
+
+
+def _needed(model: nn.Module, groups: list[CoupledGroup], images: Tensor, threshold: float) -> list[float]:
+    """Units that each group's data needs: of several writers the most demanding one's, in their own widths."""
+    training = model.training
+    try:
+        with torch.no_grad(), Recorder(model, reading="modules") as recorder:
+            for part in images.split(256):
+                model.eval()(part)
+    finally:
+        model.train(training)
+    records = recorder.pop("eval")
+    needed = []
+    for group in groups:
+        shares = []
+        for port in group.writers():
+            record = records.get(port.module)
+            if record is not None and record.finite and record.moments.count:
+                found = spectrum(covariance(record.moments))
+                shares.append(intrinsic_dimension(found.eigenvalues, threshold, found.total) / found.width)
+        needed.append(group.units * max(shares, default=1.0))
+    return needed
