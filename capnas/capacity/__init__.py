@@ -139,14 +139,16 @@ def capacity_map(
     batch = len(inputs)
     graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
     reader = MomentReader(graph, batch, seed=seed)
-    statistics = LayerTaps(model, batch, rows=0, batch_statistics=chosen == "train", revive=revive, seed=seed)
-    statistics.watching = False
-    with quiet(model, seed, grad=False), statistics, reader:
-        model(inputs.clone())
+    tapped, coherent = _backward(model, inputs, chosen, projections, rows, revive, seed, reader)
+    if not reader.complete:  # with gradients on, some operations take another path than they did in the trace
+        reader = MomentReader(graph, batch, seed=seed)
+        statistics = LayerTaps(model, batch, rows=0, batch_statistics=chosen == "train", revive=revive, seed=seed)
+        statistics.watching = False
+        with quiet(model, seed, grad=False), statistics, reader:
+            model(inputs.clone())
     reader.moments[-1, 0] = inputs.detach().float().square().mean(0, keepdim=True)
     moments = {port: moment.cpu() for port, moment in reader.moments.items()}
 
-    tapped, coherent = _backward(model, inputs, chosen, projections, rows, revive, seed)
     taps = tapped.taps
     spectra = {name: tap.spectrum() for name, tap in taps.items() if tap.responses}
     ridge = common_ridge(list(spectra.values())) if spectra else 0.0
@@ -177,14 +179,17 @@ def capacity_map(
     )
 
 
-def _backward(model: nn.Module, inputs: Tensor, mode: str, projections: int, rows: int, revive: bool, seed: int) -> tuple[LayerTaps, float]:
-    """Layer factors and the coherent share, from one forward and a few backward passes."""
+def _backward(
+    model: nn.Module, inputs: Tensor, mode: str, projections: int, rows: int, revive: bool, seed: int, reader: MomentReader
+) -> tuple[LayerTaps, float]:
+    """Layer factors, moments and the coherent share, from one forward and a few backward passes."""
     batch = len(inputs)
     taps = LayerTaps(model, batch, rows=rows, batch_statistics=mode == "train", revive=revive, seed=seed)
     with quiet(model, seed, grad=True):
         leaf = inputs.detach().clone().requires_grad_()
-        with taps:
-            out = model(leaf.clone())
+        given = leaf.clone()
+        with taps, reader:
+            out = model(given)
         out = out if isinstance(out, Tensor) else next(o for o in out if isinstance(o, Tensor))
         if not out.requires_grad or not bool(torch.isfinite(out).all()):
             raise UsageError("the model's outputs must be finite and depend on its input; check the weights and the batch.")
