@@ -1,0 +1,204 @@
+"""Real searches, nothing looked up: capnas, accuracy-only TPE and random at equal processor time, winners retrained alike.
+
+    python results/search/real.py --runs FOLDER                        # space resnet on the embedded Fashion-MNIST images
+    python results/search/real.py --runs FOLDER --case cifar10 --cifar ZIP   # space mbconv on a part of CIFAR-10 (JPEG, {train,test}/CLASS)
+    python results/search/real.py --derive-only                        # real.md from raw/real.jsonl and raw/real_retrained.jsonl again
+
+Each search has the same seconds of processor time (all threads; waiting for others does not count) under one limit on MACs, whatever it
+spends them on. What is measured before training is charged to capnas and spared the others. The winner is the trial that the search
+itself would name. Winners are trained from new weights with the same recipe on train and validation and evaluated once on the test
+split. Searches and retrainings are resumed where they stopped; FOLDER keeps the studies.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import zipfile
+from pathlib import Path
+
+import optuna
+import torch
+
+from capnas.candidates import build_candidate, build_model
+from capnas.data import load_data
+from capnas.objective import Objective
+from capnas.objective.claims import sweep
+from capnas.objective.evaluation import Evaluation
+from capnas.scoring import score
+from capnas.search.config import StudyConfig
+from capnas.search.export import write_environment
+from capnas.search.runs import is_settled
+from capnas.search.samplers import make_pruner, make_sampler
+from capnas.search.storages import open_storage
+from capnas.spaces import load_space
+from capnas.training import TrainConfig, retrain
+
+HERE = Path(__file__).resolve().parent
+RAW, RETRAINED = HERE / "raw" / "real.jsonl", HERE / "raw" / "real_retrained.jsonl"
+SEEDS = (0, 1, 2)
+CASES = {
+    "fashion": {"space": "resnet", "data": "fashion-mnist-12k", "max_macs": 4_000_000},
+    "cifar10": {"space": "mbconv", "data": "CIFAR-10, 6,000 + 2,000 images", "max_macs": 4_000_000},
+}
+DEFAULTS = StudyConfig(space="resnet")  # what the product does when nothing is asked for
+METHODS = {
+    "capnas": {"sampler": DEFAULTS.sampler, "values": DEFAULTS.values, "gate": DEFAULTS.gate, "pool": DEFAULTS.pool},
+    "TPE on accuracy": {"sampler": "tpe", "values": ("accuracy",)},
+    "random": {"sampler": "random", "values": ("accuracy",)},
+}
+
+
+def images(case, archive, folder):
+    """The data of a case; of the archive every so many-th image is unpacked, the same for every seed."""
+    if case == "fashion":
+        return load_data("fashion-mnist-12k")
+    target = Path(folder) / "cifar10"
+    if not target.is_dir():
+        with zipfile.ZipFile(archive) as file:
+            for split, count in (("train", 6000), ("test", 2000)):
+                names = sorted(n for n in file.namelist() if n.startswith(split + "/") and n.endswith(".jpg"))
+                for name in names[:: len(names) // count]:
+                    file.extract(name, target.with_suffix(".partial"))
+        target.with_suffix(".partial").rename(target)
+    return load_data(str(target), validation=0.15)
+
+
+def search(case, method, seed, data, given):
+    """One search until its processor time is spent; the finished study."""
+    setting, how = CASES[case], METHODS[method]
+    measured = any(how.get(name) for name in ("gate", "pool")) or how["values"] != ("accuracy",)
+    objective = Objective(
+        setting["space"],
+        data,
+        values=how["values"],
+        gate=how.get("gate"),
+        pool=how.get("pool"),
+        max_macs=setting["max_macs"],
+        seed=seed,
+        device="cpu",
+        train=TrainConfig(epochs=given.epochs, record=measured),
+        probe_images=64 if measured else 2,  # the others need no look at the untrained network
+    )
+    folder = Path(given.runs) / f"{case}-{method.replace(' ', '_')}-{seed}"
+    pruner = make_pruner(DEFAULTS.pruner, epochs=given.epochs)
+    study = optuna.create_study(study_name="real", storage=open_storage(None, folder), directions=objective.directions,
+                                pruner=pruner, load_if_exists=True)  # fmt: skip
+    while (spent := study.user_attrs.get("seconds", 0.0)) < given.budget:
+        start = time.process_time()
+        sweep(study)
+        if objective.selection is not None:
+            objective.selection.queue_next(study)
+        settled = sum(map(is_settled, study.get_trials(deepcopy=False)))
+        study.sampler = make_sampler(how["sampler"], seed=seed, draws=(settled,))
+        study.optimize(objective, n_trials=1)
+        study.set_user_attr("seconds", spent + time.process_time() - start)
+    return study
+
+
+def summary(case, method, seed, study, given):
+    """What a search spent and found."""
+    found = [e for t in study.trials if t.state.is_finished() and (e := Evaluation.of(t)) is not None]
+    outcomes = {status: sum(e.status == status for e in found) for status in sorted({e.status for e in found})}
+    best = Evaluation.of(study.best_trial)
+    return {
+        "case": case, "method": method, "seed": seed, "budget": given.budget, "epochs": given.epochs,
+        "processor_seconds": round(study.user_attrs["seconds"], 1), "outcomes": outcomes,
+        "trained": sum(bool(e.curve) and e.status != "duplicate" for e in found), "params": dict(best.params), "n_params": best.n_params,
+        "macs": best.macs, "accuracy": best.metrics["accuracy"], "values": dict(best.values),
+    }  # fmt: skip
+
+
+def retrained(case, row, seed, data, given):
+    """A winner from new weights, evaluated once on the test split, and the evenness of its profile then."""
+    space, shape = load_space(CASES[case]["space"]), {k: getattr(data, k) for k in ("num_classes", "in_chans", "image_size")}
+    candidate = build_candidate(space, optuna.trial.FixedTrial(row["params"]), **shape)
+    config = TrainConfig(epochs=given.final_epochs, seed=seed, device="cpu")
+    start = time.process_time()
+    result, test = retrain(build_model(space, candidate.params, **shape, seed=seed), data, config)
+    scores = score(result.profile)
+    return {
+        "case": case, "method": row["method"], "seed": row["seed"], "retrained": seed, "epochs": given.final_epochs,
+        "status": result.status,
+        "test_accuracy": test.get("accuracy"), "seconds": round(time.process_time() - start, 1),
+        "evenness": scores["saturation_evenness"], "block_evenness": scores["block_saturation_evenness"],
+    }  # fmt: skip
+
+
+def read(path):
+    """Rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def append(path, row):
+    """One more row."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def run(given):
+    """What is missing, seed after seed, so that every method has as many."""
+    data = images(given.case, given.cifar, given.runs)
+    for seed in range(given.seeds):
+        for method in METHODS:
+            done = [r for r in read(RAW) if (r["case"], r["method"], r["seed"]) == (given.case, method, seed)]
+            if not done:
+                done = [summary(given.case, method, seed, search(given.case, method, seed, data, given), given)]
+                append(RAW, done[0])
+            again = {(r["case"], r["method"], r["seed"], r["retrained"]) for r in read(RETRAINED)}
+            if (given.case, method, seed, 100 + seed) not in again:
+                append(RETRAINED, retrained(given.case, done[0], 100 + seed, data, given))
+            print(given.case, method, seed, "done", flush=True)
+    write_environment(HERE / "environment.json", device="cpu")
+
+
+def derive():
+    """real.md: one row a case and method."""
+    rows, final = read(RAW), read(RETRAINED)
+    head = (
+        "case",
+        "method",
+        "seeds",
+        "trained, measured a search",
+        "winner's MACs",
+        "test accuracy: mean (each seed)",
+        "evenness: layers, blocks",
+    )
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for case in CASES:
+        for method in METHODS:
+            mine = [r for r in rows if (r["case"], r["method"]) == (case, method)]
+            again = [r for r in final if (r["case"], r["method"]) == (case, method) and r["status"] == "complete"]
+            if not mine or not again:
+                continue
+            tests = [r["test_accuracy"] for r in again]
+            measured = statistics.mean(r["outcomes"].get("measured", 0) for r in mine)
+            each = f"{statistics.mean(tests):.4f} ({', '.join(f'{t:.4f}' for t in tests)})"
+            even = ", ".join(f"{statistics.mean(r[name] for r in again):.3f}" for name in ("evenness", "block_evenness"))
+            cells = (case, method, str(len(mine)), f"{statistics.mean(r['trained'] for r in mine):.1f}, {measured:.1f}",
+                     f"{statistics.mean(r['macs'] for r in mine) / 1e6:.2f} M", each, even)  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"{case}: space {CASES[case]['space']}, {CASES[case]['data']}, at most {CASES[case]['max_macs'] / 1e6:g} M MACs; "
+             f"{mine['budget']:g} s of processor time a search, {mine['epochs']} epochs a trial; winners retrained for "
+             f"{again['epochs']} epochs." for case in CASES for mine in [next((r for r in rows if r["case"] == case), None)]
+             for again in [next((r for r in final if r["case"] == case), None)] if mine and again]  # fmt: skip
+    (HERE / "real.md").write_text("\n".join([*lines, "", *notes]) + "\n")
+    print((HERE / "real.md").read_text())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", default="runs/search-real", help="folder for the studies")
+    parser.add_argument("--case", choices=list(CASES), default="fashion")
+    parser.add_argument("--cifar", help="zip archive of CIFAR-10 as JPEG")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds of processor time a search")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--final-epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--derive-only", action="store_true")
+    options = parser.parse_args()
+    if not options.derive_only:
+        torch.set_num_threads(1)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        run(options)
+    derive()

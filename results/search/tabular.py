@@ -1,0 +1,392 @@
+"""Searches of NAS-Bench-201 (CIFAR-10) with looked-up trainings: regret against simulated cost, 100 seeds a method.
+
+    python results/search/tabular.py --data FOLDER --scores FILE      # FOLDER holds nasbench201_cifar10_dev.csv.gz
+    python results/search/tabular.py --derive-only                    # tabular.md and tabular.svg from raw/tabular.jsonl again
+
+A training of 12 epochs is looked up; its accuracy is all that a search sees of a cell. Reported is the 200-epoch test accuracy of the
+cell that the search would name as its best, as regret below the best cell of the table. Every search runs the product's own objects:
+the objective with its gate, pool, constraints and values, and Optuna's samplers and pruner; only training and scores are looked up.
+
+Cost is simulated: 12 epochs take as long as a model of the published training times says (`seconds_of_training`), a score takes as long
+as the scores of FILE took on average. It is shown in units of the table's mean training. Cells of one isomorphism class are one cell;
+drawn again, its result is reused at no cost by every method. A draw outside the table is drawn again. Where FILE scores a part of the
+table, that part is the space, and regret is that below its best cell. The run can be stopped; run again it adds what is missing.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import warnings
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+from capnas.search_spaces import nasbench201
+
+from capnas.objective import Objective
+from capnas.objective.gates import RANKED_BY
+from capnas.search.export import write_environment
+from capnas.search.samplers import make_sampler
+
+HERE = Path(__file__).resolve().parent
+RAW, SPACE = HERE / "raw" / "tabular.jsonl", HERE / "raw" / "tabular_space.json"
+SEEDS, BUDGET, SHORT = 100, 100, 40  # budgets in mean trainings; the short one for the methods of capnas, which settle sooner
+POOLRANDOM = 0
+DRAWS = 600  # of one search, repeated cells and those outside the table included: a sampler may settle on cells it knows
+POOL, SHARE = 200, 10  # candidates measured ahead; percent of all seen that may be trained
+OPERATIONS = nasbench201.OPERATIONS
+KEYS = [f"op_{s}_{t}" for s, t in nasbench201.EDGES]
+
+
+# Seconds of 200 epochs on CIFAR-10, least squares on the times published for all 15,625 cells (R^2 0.993); dead edges run there as well.
+TIME = {"base": 709.8, "none": 0.0, "skip_connect": -37.8, "nor_conv_1x1": 346.5, "nor_conv_3x3": 456.6, "avg_pool_3x3": 166.4}
+
+
+def seconds_of_training(arch):
+    """Seconds of 12 epochs of a cell, see `TIME`."""
+    return (TIME["base"] + sum(TIME[operation] for operation in nasbench201.parameters(arch).values())) * 12 / 200
+
+
+class Table:
+    """Everything that is looked up: one row per isomorphism class, and the class of every cell of the table."""
+
+    def __init__(self, data, scores):
+        cells = pd.read_csv(Path(data) / "nasbench201_cifar10_dev.csv.gz")
+        first = cells.drop_duplicates("unique").set_index("unique")
+        found = pd.DataFrame(scores)
+        found["unique"] = found["arch"].map(cells.set_index("arch")["unique"])
+        found = found.drop_duplicates("unique").set_index("unique")
+        rows = first.join(found[["capacity_score", "seconds"]], how="inner")
+        rows["c10_naswot"] = rows["c10_naswot"].clip(lower=-1e6)
+        rows["training"] = [seconds_of_training(arch) for arch in rows["arch"]]
+        self.rows = rows.rename(columns={"c10_naswot": "naswot", "c10_logsynflow": "synflow"}).to_dict("index")
+        self.unique = {arch: unique for arch, unique in zip(cells["arch"], cells["unique"]) if unique in self.rows}
+        self.best = float(rows["c10_200"].max())
+        self.unit, self.seconds = float(rows["training"].mean()), float(rows["seconds"].mean())
+
+    def cell(self, params):
+        """The class of a cell given by its parameters and its row, or None where the table has no such cell."""
+        unique = self.unique.get(nasbench201.architecture_string(params))
+        return None if unique is None else (unique, self.rows[unique])
+
+    def draw(self, chance):
+        """Parameters of a cell, each string of the table equally likely."""
+        strings = self.__dict__.setdefault("strings", list(self.unique))
+        return nasbench201.parameters(strings[chance.integers(len(strings))])
+
+
+class LookedUp(Objective):
+    """The product's objective with two stages looked up: the score before training and the training itself."""
+
+    def __init__(self, table, *, scored=False, epochs=(12,), **settings):
+        images = (np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2)
+        super().__init__(nasbench201.space, images, device="cpu", **settings)
+        self.table, self.is_scored, self.rungs = table, scored, epochs
+        self.training, self.scored, self.trained, self.best, self.track = 0.0, 0, set(), None, []
+
+    @property
+    def spent(self):
+        """Mean trainings."""
+        return self.training / self.table.unit + self.scored * self.table.seconds / self.table.unit
+
+    def _stages(self, trial, found):
+        for key in KEYS:
+            trial.suggest_categorical(key, OPERATIONS)
+        unique, row = self.table.cell(trial.params)
+        found |= {"hash": unique, "image_size": 32}
+        if (twin := self._twin(trial, found)) is not None:
+            return self._reuse(found, *twin)
+        if self.is_scored:
+            self.scored += 1
+            found["metrics"]["init_" + RANKED_BY] = row["capacity_score"]
+        if self.selection is not None and (place := self.selection.judge(trial, found)) is not None:
+            return "measured", place
+        last = 0
+        for epochs in self.rungs:
+            self.training += row["training"] * (epochs - last) / 12
+            last = epochs
+            found["metrics"]["accuracy"] = row["c10_12" if epochs == 12 else "c10_200"] / 100
+            if len(self.rungs) > 1:
+                trial.report(found["metrics"]["accuracy"], epochs)
+                if epochs < self.rungs[-1] and trial.should_prune():
+                    return "stopped", ""
+        self.trained.add(unique)
+        return "complete", ""
+
+    def named(self, value, row):
+        """Keep the cell with the best value; the track gets the cost so far, trainings and regret whenever it changes."""
+        if self.best is None or value > self.best:
+            self.best = value
+            regret = round(self.table.best - row["c10_200"], 4)
+            self.track.append([round(self.training / self.table.unit, 4), self.scored, len(self.trained), regret])
+
+
+def optuna_search(table, seed, *, sampler, budget=BUDGET, scored=False, warm=None, pruner=None, **settings):
+    """One study on the simulated clock; the loop is that of `capnas.search`, with a draw outside the table drawn again."""
+    objective = LookedUp(table, scored=scored, **settings)
+    study = optuna.create_study(direction="maximize", pruner=pruner or optuna.pruners.NopPruner())
+    if warm is not None:
+        chance = np.random.default_rng([seed, 1])
+        drawn = [table.draw(chance) for _ in range(POOL)]
+        objective.scored += POOL
+        ranked = {table.cell(p)[0]: p for p in sorted(drawn, key=lambda p: table.cell(p)[1][warm])}  # the last of equals stays: the best
+        for params in list(reversed(ranked.values()))[: POOL * SHARE // 100]:
+            study.enqueue_trial(params)
+    asked = 0
+    plain = sampler(seed) if callable(sampler) else None
+    while objective.spent < budget and asked < DRAWS:
+        if objective.selection is not None:
+            objective.selection.queue_next(study)
+        drawn = "random" if objective.scored < POOLRANDOM else sampler
+        study.sampler = plain or make_sampler(drawn, seed=seed, draws=(asked,), trials=BUDGET)
+        asked += 1
+        trial = study.ask()
+        params = {key: trial.suggest_categorical(key, OPERATIONS) for key in KEYS}
+        if (cell := table.cell(params)) is None:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            continue
+        try:
+            value = objective(trial)
+            study.tell(trial, value)
+            if study.get_trials(deepcopy=False)[trial.number].constraints["valid"] < 0:
+                objective.named(value, cell[1])
+        except optuna.TrialPruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    return objective
+
+
+def evolution(table, seed, *, budget=BUDGET, population=20, sample=5):
+    """Regularized evolution (Real et al., 2019): tournament of `sample` among the youngest `population`, one operation changed."""
+    chance, members, seen = np.random.default_rng([seed, 2]), [], {}
+    objective = LookedUp(table, scored=False, values="accuracy")
+    idle = 0
+    while objective.spent < budget and idle < 5000:
+        if len(members) < population:
+            params = table.draw(chance)
+        else:
+            rivals = [members[i] for i in chance.choice(population, sample, replace=False)]
+            parent = max(rivals, key=lambda m: m[0])[1]
+            while True:
+                key = KEYS[chance.integers(6)]
+                params = parent | {key: str(chance.choice([o for o in OPERATIONS if o != parent[key]]))}
+                if table.cell(params) is not None:
+                    break
+                idle += 1
+        unique, row = table.cell(params)
+        idle = idle + 1 if unique in seen else 0
+        if unique not in seen:
+            objective.training += row["training"]
+            objective.trained.add(unique)
+            seen[unique] = row["c10_12"] / 100
+            objective.named(seen[unique], row)
+        members = [*members, (seen[unique], params)][-population:]
+    return objective
+
+
+def plain(sampler, **settings):
+    """A sampler of Optuna as it comes."""
+    return lambda seed: sampler(seed=seed, **settings)
+
+
+CAPNAS = {"sampler": "tpe", "scored": True, "budget": SHORT}
+GATED, COMBINED = {"gate": f"best:{SHARE}%", "pool": POOL}, {"values": "combined", "weights": {"init_" + RANKED_BY: 3e-4}}
+TPE, RANDOM = plain(optuna.samplers.TPESampler), plain(optuna.samplers.RandomSampler)
+METHODS = {
+    "random": {"sampler": RANDOM, "values": "accuracy"},
+    "TPE": {"sampler": TPE, "values": "accuracy"},
+    "NSGA-II": {"sampler": plain(optuna.samplers.NSGAIISampler, population_size=20), "values": "accuracy"},
+    "successive halving": {
+        "sampler": RANDOM,
+        "values": "accuracy",
+        "epochs": (12, 200),
+        "pruner": optuna.pruners.SuccessiveHalvingPruner(min_resource=12, reduction_factor=4),
+    },
+    "regularized evolution": {},
+    "naswot warm start, TPE": {"sampler": TPE, "values": "accuracy", "warm": "naswot"},
+    "synflow warm start, TPE": {"sampler": TPE, "values": "accuracy", "warm": "synflow"},
+    "capnas: gate": CAPNAS | GATED | {"values": "accuracy"},
+    "capnas: combined": CAPNAS | COMBINED,
+    "capnas: gate + combined": CAPNAS | GATED | COMBINED,
+    "capnas: gate, random draws": CAPNAS | GATED | {"values": "accuracy", "sampler": "random"},
+}
+
+
+def runs(table, method, seed):
+    """One search."""
+    if method == "regularized evolution":
+        return evolution(table, seed)
+    return optuna_search(table, seed, **METHODS[method])
+
+
+def work(task):
+    """One search in a process of its own; the table is read once by each process."""
+    data, scores, method, seed = task
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    table = TABLES.setdefault((data, scores), None) or Table(data, read(scores))
+    TABLES[data, scores] = table
+    found = runs(table, method, seed)
+    shown = {"method": method, "seed": seed, "score": score_of(method), "classes": len(table.rows)}
+    return shown | {
+        "training": round(found.training / table.unit, 3),
+        "scored": found.scored,
+        "trained": len(found.trained),
+        "track": found.track,
+    }
+
+
+def score_of(method):
+    """What ranks candidates before training in a method, or None."""
+    if method.startswith("capnas"):
+        return RANKED_BY
+    return METHODS[method].get("warm")
+
+
+def read(path):
+    """Rows of a file of JSON lines."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def search(data, scores, seeds, methods, processes):
+    """Run what is missing, one JSON line a search."""
+    table = Table(data, read(scores))
+    space = {"classes": len(table.rows), "cells": len(table.unique), "best": table.best, "unit_seconds": round(table.unit, 2),
+             "score_seconds": round(table.seconds, 4), "score": RANKED_BY,
+             "blind": round(table.best - float(np.mean([table.rows[u]["c10_200"] for u in table.unique.values()])), 4)}  # fmt: skip
+    SPACE.write_text(json.dumps(space, indent=1) + "\n")
+    done = {(row["method"], row["seed"], row["score"], row["classes"]) for row in read(RAW)}
+    tasks = [(data, scores, method, seed) for seed in range(seeds) for method in methods]
+    tasks = [t for t in tasks if (t[2], t[3], score_of(t[2]), len(table.rows)) not in done]
+    with RAW.open("a") as file, get_context("spawn").Pool(processes) if processes > 1 else contextlib.nullcontext() as pool:
+        for count, row in enumerate(map(work, tasks) if pool is None else pool.imap_unordered(work, tasks), start=1):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            if count % 20 == 0:
+                print(f"{count} of {len(tasks)}", file=sys.stderr, flush=True)
+    write_environment(HERE / "environment.json", workers=processes, device="cpu")
+
+
+def curve(row, space, grid, *, by):
+    """Regret of one search on a grid of costs, or of numbers of trainings; a random cell's before the first result."""
+    regret = np.full(len(grid), space["blind"])
+    for training, scored, trained, value in row["track"]:
+        spent = training + scored * space["score_seconds"] / space["unit_seconds"]
+        regret[grid >= (spent if by == "cost" else trained)] = value
+    return regret
+
+
+def interval(values, seed=0):
+    """Mean of the seeds and its bootstrapped 95 % interval, (3, ...)."""
+    values = np.asarray(values)
+    picks = np.random.default_rng(seed).integers(len(values), size=(2000, len(values)))
+    means = np.stack([values[p].mean(0) for p in picks])
+    return np.stack([values.mean(0), *np.quantile(means, (0.025, 0.975), axis=0)])
+
+
+def derive():
+    """tabular.md and tabular.svg."""
+    space, rows = json.loads(SPACE.read_text()), read(RAW)
+    rows = [r for r in rows if r["classes"] == space["classes"] and r["score"] in (None, "naswot", "synflow", space["score"])]
+    methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
+    grid, counts = np.arange(1, BUDGET + 1), np.arange(1, BUDGET + 1)
+    cost = {m: np.array([curve(r, space, grid, by="cost") for r in rows if r["method"] == m]) for m in methods}
+    number = {m: np.array([curve(r, space, counts, by="trainings") for r in rows if r["method"] == m]) for m in methods}
+    goal = number["TPE"][:, -1].mean()
+    marks = (5, 10, 20, 50, 100)
+    head = [
+        "method",
+        "seeds",
+        *(f"at cost {c}" for c in marks),
+        "at 20 trainings",
+        f"cost to reach {goal:.2f}",
+        f"trainings to reach {goal:.2f}",
+    ]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for m in methods:
+        spread = interval(cost[m])
+        shown = [f"{spread[0, c - 1]:.2f} ({spread[1, c - 1]:.2f}, {spread[2, c - 1]:.2f})" for c in marks]
+        cells = [text if c <= METHODS[m].get("budget", BUDGET) else "" for text, c in zip(shown, marks)]
+        twenty = interval(number[m])[:, 19]
+        firsts = [next((str(i + 1) for i, r in enumerate(c.mean(0)) if r <= goal + 1e-9), "not reached") for c in (cost[m], number[m])]
+        lines.append(
+            f"| {m} | {len(cost[m])} | {' | '.join(cells)} | {twenty[0]:.2f} ({twenty[1]:.2f}, {twenty[2]:.2f}) | {' | '.join(firsts)} |"
+        )
+    notes = [
+        f"Regret in points of 200-epoch test accuracy below the best cell ({space['best']:.2f} %), mean over seeds and "
+        f"bootstrapped 95 % interval. The table: {space['classes']:,} classes ({space['cells']:,} cells) of NAS-Bench-201, CIFAR-10. "
+        f"Cost in mean trainings of 12 epochs ({space['unit_seconds']:.0f} s); a score costs {space['score_seconds']:.2f} s. Ranked "
+        f"before training by {space['score']}. Pool {POOL}, share {SHARE} %.",
+    ]
+    for m in methods:
+        if m.startswith("capnas"):
+            least = min(len(number[m]), len(number["TPE"]))
+            gap = interval(number[m][:least, 19] - number["TPE"][:least, -1])
+            notes.append(f"- {m}, regret at 20 trainings less that of TPE at 100: {gap[0]:+.2f} ({gap[1]:+.2f}, {gap[2]:+.2f}).")
+    (HERE / "tabular.md").write_text("\n".join(lines) + "\n\n" + "\n".join(notes) + "\n")
+    (HERE / "tabular.svg").write_text(figure({m: interval(cost[m]) for m in methods}, grid))
+    print((HERE / "tabular.md").read_text())
+
+
+COLOURS = ("#999999", "#2f6db5", "#7b5ea7", "#b8a13a", "#4f8f5b", "#4bb0c4", "#86bfe0", "#c4532f", "#e0924b", "#8c1c13", "#d98c8c")
+
+
+def figure(spreads, grid):
+    """Mean regret against cost, both on a logarithmic scale, with intervals."""
+    width, height, left, top, right, bottom = 860, 460, 60, 40, 220, 50
+    low, high = 0.1, 6.0
+
+    def x(cost):
+        return left + np.log(cost) / np.log(grid[-1]) * (width - left - right)
+
+    def y(regret):
+        return top + (np.log(high) - np.log(np.clip(regret, low, high))) / (np.log(high) - np.log(low)) * (height - top - bottom)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+             f'<rect width="{width}" height="{height}" fill="white"/>',
+             f'<text x="{left}" y="22" font-size="15">NAS-Bench-201, CIFAR-10: regret of the named cell against cost</text>']  # fmt: skip
+    for tick in (0.1, 0.2, 0.5, 1, 2, 5):
+        parts.append(f'<line x1="{left}" y1="{y(tick):.1f}" x2="{width - right}" y2="{y(tick):.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick}</text>')
+    for tick in (1, 2, 5, 10, 20, 50, 100):
+        parts.append(f'<text x="{x(tick):.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick}</text>')
+    full = grid
+    for row, ((name, spread), colour) in enumerate(zip(spreads.items(), COLOURS)):
+        grid = full[full <= METHODS[name].get("budget", BUDGET)]
+        there = " ".join(f"{x(c):.1f},{y(v):.1f}" for c, v in zip(grid, spread[1]))
+        back = " ".join(f"{x(c):.1f},{y(v):.1f}" for c, v in zip(grid[::-1], spread[2][::-1]))
+        parts.append(f'<polygon points="{there} {back}" fill="{colour}" fill-opacity="0.12"/>')
+        line = " ".join(f"{x(c):.1f},{y(v):.1f}" for c, v in zip(grid, spread[0]))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        at = top + 14 + 20 * row
+        parts.append(
+            f'<line x1="{width - right + 12}" y1="{at - 4}" x2="{width - right + 32}" y2="{at - 4}" stroke="{colour}" stroke-width="3"/>'
+        )
+        parts.append(f'<text x="{width - right + 38}" y="{at}">{name}</text>')
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">cost, mean trainings of 12 epochs</text>')
+    middle = (top + height - bottom) / 2
+    parts.append(
+        f'<text x="16" y="{middle}" transform="rotate(-90 16 {middle})" text-anchor="middle">regret, points of test accuracy</text></svg>'
+    )
+    return "\n".join(parts) + "\n"
+
+
+TABLES = {}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of nasbench201_cifar10_dev.csv.gz")
+    parser.add_argument(
+        "--scores", default=str(HERE.parent / "ranking" / "raw" / "nasbench201.jsonl"), help="JSON lines: arch, the score, seconds"
+    )
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--derive-only", action="store_true")
+    given = parser.parse_args()
+    if not given.derive_only:
+        search(given.data, given.scores, given.seeds, [m for m in METHODS if m in given.methods.split(",")], given.processes)
+    derive()
