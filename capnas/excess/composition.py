@@ -184,7 +184,7 @@ def _step(node: Node) -> Step:
     kind = _kind(node)
     if kind in _WEIGHTED:
         return _weight_step(node, kind)
-    if kind in _SAME:
+    if kind in _SAME or (kind == "cat" and len(node.inputs) == 1):
         return Step()
     if kind.rstrip("_") in _ACTIVATIONS:
         return Step(constant=_ACTIVATIONS[kind.rstrip("_")])

@@ -76,7 +76,7 @@ class Operator:
         there to that of the layer, so that strided and padded layers are not constrained more than asked for. Ours, as is `exact`. Layers
         too wide for that on a CPU (more than about 150 channels on both sides) are rescaled instead, the authors' radial mode.
         """
-        near = project_distance(weight, init, limits.distance)
+        near = weight if distance_to_init(weight, init) <= limits.distance else project_distance(weight, init, limits.distance)
         norm = self.norm(near)
         if norm <= limits.norm and distance_to_init(near, init) <= limits.distance:
             return near

@@ -42,7 +42,7 @@ class Setting:
     Attributes:
         lipschitz: Factor on every layer's norm in the unconstrained run of the same seed.
         distance: Factor on every layer's distance, likewise.
-        verdict: "held", "failed", or "skipped" where a looser setting had failed already.
+        verdict: "held", "failed", or "skipped" where not every seed was trained: a looser setting had failed, or the study goes on.
         train_rise: Training error minus that of the unconstrained run, mean over seeds; None where nothing was trained, as below.
         validation_rise: Likewise of validation.
         decades: Per bound (`BOUNDS`; "lipschitz" is the product of the layers' constants): log10 of the unconstrained network's bound over
