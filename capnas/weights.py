@@ -16,7 +16,7 @@ from capnas.measures.slack import LayerMotion, capacity_slack
 from capnas.recording import CONVS
 
 
-def weight_norms(model: nn.Module, trace: Trace) -> dict[str, OperatorNorm]:
+def weight_norms(model: nn.Module, trace: Trace, *, bounded: bool = False, tolerance: float = 1e-4) -> dict[str, OperatorNorm]:
     """Operator norm of every convolution and linear layer that the forward pass calls, at the input size that it sees.
 
     The convention of Graf et al. (arXiv 2202.08070) is cyclic padding; here each layer keeps the padding it was built with, because
@@ -26,6 +26,8 @@ def weight_norms(model: nn.Module, trace: Trace) -> dict[str, OperatorNorm]:
     Args:
         model: any module; only read.
         trace: of the same model, see `capnas.graph.tracing.trace`.
+        bounded: also find upper bounds of the norms that are iterated; they are infinite without.
+        tolerance: relative error of those, see `capnas.measures.operator_norms.operator_norm`.
 
     Returns:
         Module name to norm, in execution order; a module called at several sizes has its largest norm.
@@ -41,9 +43,9 @@ def weight_norms(model: nn.Module, trace: Trace) -> dict[str, OperatorNorm]:
     for node in trace.nodes:
         module = modules.get(node.module)
         if isinstance(module, nn.Linear) and node.module not in found and any(p.endswith("weight") for p in node.params):
-            found[node.module] = linear_norm(_weight(module).detach())
+            found[node.module] = linear_norm(_weight(module).detach(), tolerance=tolerance)
         elif isinstance(module, CONVS) and node.op.startswith("aten.convolution"):
-            norm = _conv_norm(module, node.input_shapes[0][2:], node.attrs)
+            norm = _conv_norm(module, node.input_shapes[0][2:], node.attrs, bounded, tolerance)
             if node.module not in found or norm.value > found[node.module].value:
                 found[node.module] = norm
     return found
@@ -53,7 +55,7 @@ def _weight(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 
 
-def _conv_norm(module: nn.Module, size: tuple[int, ...], attrs: Mapping[str, Any]) -> OperatorNorm:
+def _conv_norm(module: nn.Module, size: tuple[int, ...], attrs: Mapping[str, Any], bounded: bool, tolerance: float) -> OperatorNorm:
     padding, mode = tuple(attrs["padding"]), "zeros"
     if getattr(module, "padding_mode", "zeros") == "circular":  # torch pads first and convolves the padded map
         padding, mode = tuple(cast(tuple[int, ...], module.padding)), "circular"
@@ -61,7 +63,7 @@ def _conv_norm(module: nn.Module, size: tuple[int, ...], attrs: Mapping[str, Any
     return operator_norm(
         _weight(module).detach(), size, stride=tuple(attrs["stride"]), padding=padding, dilation=tuple(attrs["dilation"]),
         groups=attrs["groups"], padding_mode=mode, transposed=attrs["transposed"],
-        output_padding=tuple(attrs["output_padding"]) if attrs["transposed"] else None,
+        output_padding=tuple(attrs["output_padding"]) if attrs["transposed"] else None, bounded=bounded, tolerance=tolerance,
     )  # fmt: skip
 
 

@@ -48,6 +48,17 @@ class Axis:
         return self.source[self.stride * np.arange(self.outputs)[:, None] + self.dilation * np.arange(self.kernel)[None, :]]
 
     @property
+    def unread(self) -> int:
+        """Cells at the end of the padded input that no window reaches."""
+        return len(self.source) - self.dilation * (self.kernel - 1) - 1 - (self.outputs - 1) * self.stride
+
+    @property
+    def zeros_alike(self) -> bool:
+        """Whether the padding is of zeros and alike on both sides, which torch's own operations take."""
+        alike = len(self.source) == self.size + 2 * self.before
+        return alike and bool((self.source[: self.before] < 0).all()) and bool((self.source[self.before + self.size :] < 0).all())
+
+    @property
     def periodic(self) -> bool:
         """Whether outputs sit at every stride-th cell of a ring, which is when a Fourier transform diagonalises the axis."""
         wraps = np.array_equal(self.source, (np.arange(len(self.source)) - self.before) % self.size)
@@ -100,14 +111,19 @@ class Convolution:
 
     def forward(self, x: Tensor) -> Tensor:
         """A x for x of shape (B, *input_shape): (B, *output_shape)."""
+        stride, dilation = [a.stride for a in self.axes], [a.dilation for a in self.axes]
+        if all(axis.zeros_alike for axis in self.axes):
+            return _CONV[len(self.axes)](x, self.weight, None, stride, [a.before for a in self.axes], dilation, self.groups)
         for dim, axis in enumerate(self.axes, start=2):
             x = _gather(x, axis.source, dim)
-        stride, dilation = [a.stride for a in self.axes], [a.dilation for a in self.axes]
         return _CONV[len(self.axes)](x, self.weight, None, stride, 0, dilation, self.groups)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y for y of shape (B, *output_shape): (B, *input_shape)."""
         stride, dilation = [a.stride for a in self.axes], [a.dilation for a in self.axes]
+        if all(axis.zeros_alike for axis in self.axes):
+            pads, rest = [a.before for a in self.axes], [a.unread for a in self.axes]
+            return _TRANSPOSED[len(self.axes)](y, self.weight, None, stride, pads, rest, self.groups, dilation)
         x = _TRANSPOSED[len(self.axes)](y, self.weight, None, stride, 0, 0, self.groups, dilation)
         for dim, axis in enumerate(self.axes, start=2):
             x = _scatter(x, axis, dim)

@@ -70,6 +70,7 @@ def operator_norm(
     tolerance: float = 1e-4,
     max_steps: int = 400,
     tight: bool = False,
+    bounded: bool = True,
     dtype: torch.dtype | None = None,
 ) -> OperatorNorm:
     """The Lipschitz constant of x -> conv(x) in l2, without bias, for one input size.
@@ -93,6 +94,7 @@ def operator_norm(
         tolerance: Relative error at which "power" stops; from about 1e-6 down needs `dtype=torch.float64`.
         max_steps: Limit of applications of A^T A.
         tight: Pay for the closer upper bound of "power" where there is one (zero padding).
+        bounded: False spares "power" its upper bound, which is then infinite.
         dtype: Precision of "power", float32 or float64; by default that of `weight`, at least float32. The exact methods use float64.
 
     Raises:
@@ -124,7 +126,7 @@ def operator_norm(
     conv = replace(conv, weight=weight.double() / scale)
     if chosen == "power":
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
-        norm = _iterated(replace(conv, weight=conv.weight.to(dtype)), tolerance, max_steps)
+        norm = _iterated(replace(conv, weight=conv.weight.to(dtype)), tolerance, max_steps, bounded)
         upper = min(norm.upper, ring_bound(conv)) if tight and padding_mode == "zeros" else norm.upper
         return replace(norm, value=scale * norm.value, lower=scale * norm.lower, upper=scale * max(norm.value, upper))
     matrices = {
@@ -235,7 +237,7 @@ def _transposed_output(
     return tuple((d - 1) * s - 2 * p + e * (k - 1) + 1 + o for d, s, e, k, o, p in per_side)
 
 
-def _iterated(conv: Convolution, tolerance: float, max_steps: int) -> OperatorNorm:
+def _iterated(conv: Convolution, tolerance: float, max_steps: int, bounded: bool) -> OperatorNorm:
     wide = math.prod(conv.input_shape) > math.prod(conv.output_shape)  # iterate on the smaller side
     shape = conv.output_shape if wide else conv.input_shape
     first, second = (conv.adjoint, conv.forward) if wide else (conv.forward, conv.adjoint)
@@ -249,7 +251,8 @@ def _iterated(conv: Convolution, tolerance: float, max_steps: int) -> OperatorNo
     start = torch.randn(conv.groups, math.prod(shape) // conv.groups, generator=generator, dtype=torch.float64)
     values, _, steps, converged = leading_eigenvalue(apply, start.to(conv.weight), tolerance=2 * tolerance, max_steps=max_steps)
     value = root(values.max())
-    return OperatorNorm(value=value, lower=value, upper=max(value, overlap_bound(conv)), method="power", converged=converged, steps=steps)
+    upper = max(value, overlap_bound(conv)) if bounded else math.inf
+    return OperatorNorm(value=value, lower=value, upper=upper, method="power", converged=converged, steps=steps)
 
 
 def _unfolded_side(blocks: Tensor, rows: tuple[bool, ...]) -> int:
