@@ -1,0 +1,195 @@
+"""table.md and figure.svg from raw/."""
+
+import csv
+import math
+import statistics
+
+import numpy as np
+
+from capnas.measures import evenness
+from capnas.measures.width_resolution import best_within, cross, predicted_grid
+from capnas.report.panels import line_panels
+
+POINTS = 100
+
+
+def write_all(folder, full, tuned, grid):
+    full, tuned = once(full), once(tuned)
+    parts = [cases(full, tuned), sweeps(full), effects(full), mobile(grid)]
+    (folder / "table.md").write_text("\n\n".join(p for p in parts if p) + "\n")
+    if full:
+        (folder / "figure.svg").write_text(figure(full))
+
+
+def once(rows):
+    return list({row["job"]: row for row in rows}.values())
+
+
+def bits(row):
+    """Hit or miss of every test image; the last byte of the stored text is filled up with misses."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(row["hits"]), np.uint8))
+
+
+def paired_error(a, b):
+    """Standard error, in points, of the difference of two accuracies on the same images."""
+    images = round(bits(a).sum() / a["test_accuracy"])
+    gap = bits(a)[:images].astype(float) - bits(b)[:images]
+    return POINTS * float(gap.std()) / math.sqrt(images)
+
+
+def table(head, rows):
+    return "\n".join([f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *(f"| {' | '.join(map(str, r))} |" for r in rows)])
+
+
+def judged(full, tuned):
+    """One dict per recommendation whose sweep is complete."""
+    for t in sorted(tuned, key=lambda t: (t["seed"], t["case"], t["budget"] is not None)):
+        sweep = {r["size"]: r for r in full if r["case"] == t["case"] and r["seed"] == t["seed"]}
+        if {s["size"] for s in t["surveys"]} - set(sweep):
+            continue
+        budget = t["budget"] or max(r["macs"] for r in sweep.values())
+        allowed = [r for r in sweep.values() if r["macs"] <= budget]
+        best, got = max(allowed, key=accuracy), sweep[t["recommendation"]["size"]]
+        yield {
+            "tuned": t,
+            "best": best,
+            "got": got,
+            "regret": accuracy(best) - accuracy(got),
+            "error": paired_error(best, got),
+            "no dearer": max(accuracy(r) for r in allowed if r["macs"] <= got["macs"]) - accuracy(got),
+            "random": accuracy(best) - statistics.mean(map(accuracy, allowed)),
+            "macs": POINTS * t["macs_share"],
+            "cpu": POINTS * t["cpu_seconds"] / sum(r["cpu_seconds"] for r in allowed),
+        }
+
+
+def accuracy(row):
+    return POINTS * row["test_accuracy"]
+
+
+def cases(full, tuned):
+    found = list(judged(full, tuned))
+    if not found:
+        return ""
+    rows = []
+    for f in found:
+        t, got, best = f["tuned"], f["got"], f["best"]
+        row = [
+            t["case"],
+            t["seed"],
+            "all" if t["budget"] is None else f"{t['budget'] / 1e6:.1f}M",
+            f"{got['size']} px",
+            f"{best['size']} px",
+        ]
+        row += [f"{accuracy(got):.1f}", f"{f['regret']:.2f} ± {f['error']:.2f}", f"{f['no dearer']:.2f}", f"{f['random']:.1f}"]
+        row += [f"{got['macs'] / 1e6:.1f}M / {best['macs'] / 1e6:.1f}M"]
+        row += [f"{evenness.tail_length(got['saturations'])} of {len(got['saturations'])}", f"{f['macs']:.0f} %", f"{f['cpu']:.0f} %"]
+        rows.append(row)
+    head = ["case", "seed", "budget", "recommended", "best of the sweep", "its test accuracy", "regret", "regret, no dearer size"]
+    head += ["regret of a random size", "MACs, recommended / best", "tail there", "cost, MACs", "cost, CPU time"]
+    parts = ["## Recommendation against the exhaustive sweep", "", table(head, rows), ""]
+    parts += [summary("all sizes", [f for f in found if f["tuned"]["budget"] is None])]
+    parts += [summary("a budget", [f for f in found if f["tuned"]["budget"] is not None])]
+    parts += [NOTE]
+    return "\n".join(parts)
+
+
+NOTE = """
+Regret: test accuracy of the best size within the budget minus that of the recommended size, both trained in full, in points, with the
+paired standard error of that difference over the test images. "No dearer size": the same against sizes that cost no more than the
+recommended one. The best of a sweep is the best of several noisy numbers, so a perfect choice has a regret above zero on average."""
+
+
+def summary(name, found):
+    if not found:
+        return ""
+    count, mean = len(found), lambda key: statistics.mean(f[key] for f in found)
+    within = sum(f["regret"] <= 0.5 for f in found)
+    close = sum(f["regret"] <= max(0.5, 2 * f["error"]) for f in found)
+    dearer = sum(f["no dearer"] <= 0.5 for f in found)
+    most = {key: f"{max(f[key] for f in found):.0f} %" for key in ("macs", "cpu")}
+    return (
+        f"With {name}: regret at most 0.5 points in {within} of {count}, at most 0.5 points or two standard errors in {close}; "
+        f"against sizes that cost no more than the recommended one at most 0.5 points in {dearer}. "
+        f"Mean regret {mean('regret'):.2f} points, of a random size {mean('random'):.2f}. "
+        f"Cost at most {most['macs']} of the sweep in MACs, {most['cpu']} in CPU time."
+    )
+
+
+def sweeps(full):
+    rows = []
+    for r in sorted(full, key=lambda r: (r["case"], r["seed"], r["size"])):
+        if "effect" not in r:
+            rows.append((r["case"], r["seed"], *profile(r)))
+    return "## The sweep\n\n" + table(("case", "seed", *PROFILE), rows) if rows else ""
+
+
+PROFILE = ("size", "MACs", "test accuracy", "mean saturation", "evenness", "CV", "tail", "past the border", "CPU s")
+
+
+def profile(r):
+    s = r["saturations"]
+    levels = (evenness.mean(s), evenness.evenness(s), evenness.coefficient_of_variation(s))
+    counts = (f"{evenness.tail_length(s)} of {len(s)}", f"{r['unproductive']} of {len(s)}", f"{r['cpu_seconds']:.0f}")
+    return (f"{r['size']} px", f"{r['macs'] / 1e6:.2f}M", f"{accuracy(r):.1f}", *(f"{v:.2f}" for v in levels), *counts)
+
+
+def effects(full):
+    rows = []
+    for r in sorted(full, key=lambda r: (r["network"], r["seed"], "effect" in r, r["size"])):
+        if r["data"] == "cifar" and r["network"] != "short" and (r["size"] in (32, 64)):
+            rows.append((r["network"], r["seed"], r.get("effect", "as it is"), *profile(r)))
+    if not any("effect" in r for r in full):
+        return ""
+    return "## The published effects on CIFAR-10\n\n" + table(("network", "seed", "what", *PROFILE), rows)
+
+
+def mobile(path):
+    if not path.is_file():
+        return ""
+    with path.open() as file:
+        rows = [r for r in csv.DictReader(file) if float(r["width"]) <= 1]  # above 1 there is one resolution only
+    key = lambda r: (float(r["width"]), int(r["resolution"]))  # noqa: E731
+    macs, truth = {key(r): float(r["macs_M"]) for r in rows}, {key(r): float(r["top1"]) / 100 for r in rows}
+    trained = cross(truth)
+    values = predicted_grid({c: truth[c] for c in trained})
+    cost = sum(macs[c] for c in trained) / sum(macs.values())
+    rules = {
+        "ours: cross of the cheapest row and column": values,
+        "the most MACs": macs,
+        "the widest": {c: c[0] + c[1] * 1e-6 for c in macs},
+        "the finest": {c: c[1] + c[0] * 1e-6 for c in macs},
+    }
+    budgets = sorted(macs.values())
+    lines = []
+    for name, score in rules.items():
+        regrets = [POINTS * (truth[best_within(truth, macs, b)] - truth[best_within(score, macs, b)]) for b in budgets]
+        small = sum(r <= 0.5 for r in regrets)
+        lines.append((name, f"{statistics.mean(regrets):.2f}", f"{max(regrets):.1f}", f"{small} of {len(regrets)}"))
+    chosen = []
+    for b in budgets:
+        cells = (best_within(values, macs, b), best_within(truth, macs, b))
+        chosen.append((f"{b:.0f}M", *(f"{w:g} at {r} px, {POINTS * truth[w, r]:.1f}" for w, r in cells)))
+    text = (
+        f"A budget at the MACs of each of the {len(macs)} cells, regret in points of ImageNet top-1. "
+        f"The cross takes {POINTS * cost:.0f} % of the MACs of the whole grid to train."
+    )
+    rules_table = table(("rule", "mean regret", "greatest", "at most 0.5"), lines)
+    return "\n\n".join(["## Width against resolution, MobileNetV2", text, rules_table, table(("budget", "our choice", "best"), chosen)])
+
+
+def figure(full):
+    panels = {}
+    for data in sorted({r["data"] for r in full}):
+        rows = [r for r in full if r["data"] == data and "effect" not in r]
+        networks = list(dict.fromkeys(r["network"] for r in rows))
+        for title, of in (
+            ("test accuracy", lambda r: r["test_accuracy"]),
+            ("mean saturation", lambda r: evenness.mean(r["saturations"])),
+            ("tail (share of layers)", lambda r: evenness.tail_fraction(r["saturations"])),
+        ):
+            panels[f"{data}: {title}"] = {
+                n: [(s, statistics.mean(of(r) for r in rows if r["network"] == n and r["size"] == s))
+                    for s in sorted({r["size"] for r in rows if r["network"] == n})] for n in networks
+            }  # fmt: skip
+    return line_panels(panels, axis="pixels", columns=3)

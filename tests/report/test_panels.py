@@ -1,0 +1,35 @@
+"""Line charts written by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+from xml.etree import ElementTree
+
+from capnas.report.panels import line_panels
+
+
+def test_points_keep_their_order_and_distances_on_a_logarithmic_axis() -> None:
+    text = line_panels({"a & b": {"net": [(16, 0.0), (32, 0.5), (64, 1.0)], "other": [(16, math.nan), (64, 0.25)]}}, axis="pixels")
+    root = ElementTree.fromstring(text)
+    lines = [e for e in root.iter() if e.tag.endswith("polyline")]
+    points = [tuple(map(float, p.split(","))) for p in lines[0].attrib["points"].split()]
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert math.isclose(x1 - x0, x2 - x1, abs_tol=0.11)
+    assert x1 > x0
+    assert math.isclose(y0 - y1, y1 - y2, abs_tol=0.11)
+    assert y2 < y1
+    assert len(lines[1].attrib["points"].split()) == 1
+    assert lines[0].attrib["stroke"] != lines[1].attrib["stroke"]
+    assert "a &amp; b" in text
+    assert "nan" not in text
+
+
+def test_ticks_reach_over_the_greatest_value_and_panels_stand_in_rows() -> None:
+    panels = {str(n): {"x": [(8, 10.0**n * 3)]} for n in range(-2, 2)}
+    text = line_panels(panels, axis="px", columns=3)
+    for top in (0.04, 0.4, 4, 40):
+        assert f">{top:g}</text>" in text
+    heights = {float(y) for y in re.findall(r"y=\"([\d.]+)\" font-weight", text)}
+    assert len(heights) == 2
+    assert ElementTree.fromstring(line_panels({"empty": {"x": []}}, axis="px")) is not None
