@@ -50,6 +50,10 @@ def _saturation(row: LayerProfile) -> float | None:
     return row.saturation
 
 
+def _saturation90(row: LayerProfile) -> float | None:
+    return (row.saturations or {}).get("0.9")
+
+
 def _rank_share(row: LayerProfile) -> float | None:
     return None if row.effective_rank is None else row.effective_rank / row.width
 
@@ -76,9 +80,16 @@ _CAPACITY: tuple[tuple[str, str], ...] = (
 )
 _BASELINES = ("synflow", "naswot", "zico", "snip", "grad_norm")
 
+# Weights of `capacity_score`, rounded from a fit on three published benchmarks, see results/ranking. They hold for every space.
+CAPACITY_WEIGHTS: Mapping[str, float] = MappingProxyType(
+    {"block_saturation_evenness": 6.0, "saturation90_mean": 1.0, "dimension": 0.28, "complexity": 4.5e-5, "shortest_depth": -0.013}
+)
+
 _NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
     ("complexity", "maximize", math.inf, "C of the layer algebra, bits: how finely the network can cut its input (reconstructed)"),
     ("log2_paths", "maximize", math.inf, "log2 of the paths from input to an output unit, the layer algebra's K (reconstructed)"),
+    ("log2_gain", "maximize", math.inf, "log2_paths with an average over n values counted at its gain 1/n instead of n paths (ours)"),
+    ("shortest_depth", "minimize", math.inf, "weight layers on the shortest path: deep without shortcuts, gradients shatter (ours)"),
     ("intrinsic_power", "minimize", math.inf, "log2 of the layer algebra's P: less is more compression on the way (reconstructed)"),
     ("log10_lipschitz", "minimize", math.inf, "log10 of the product of the layers' operator norms"),
     ("synflow", "maximize", math.inf, "baseline: log synaptic flow (Tanaka et al., 2020)"),
@@ -87,6 +98,15 @@ _NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
     ("snip", "maximize", math.inf, "baseline: connection sensitivity (Lee et al., 2019)"),
     ("grad_norm", "maximize", math.inf, "baseline: sum of the layers' gradient norms (Abdelfattah et al., 2021)"),
 )
+
+
+def _dimension(profile: Profile) -> float:
+    k = [row.width * share for row in profile.layers if (share := _saturation90(row)) is not None]
+    return math.log2(1 + sum(k)) if k else math.nan
+
+
+def _capacity_score(profile: Profile) -> float:
+    return sum(weight * SCORES[name].compute(profile) for name, weight in CAPACITY_WEIGHTS.items())
 
 
 def _of_network(profile: Profile, *, name: str) -> float:
@@ -101,6 +121,14 @@ def _table() -> Mapping[str, Score]:
         for reading, prefix, of in (("modules", "", "layers"), ("blocks", "block_", "blocks"))
         for name, direction, high, column, statistic, meaning in _PER_LAYER
     ]  # fmt: skip
+    rows += [
+        Score(name="capacity_score", direction="maximize", low=-math.inf, high=math.inf, compute=_capacity_score,
+              meaning="how well an untrained network will do: an even, high use of width, many dimensions, complexity, shortcuts (ours)"),
+        Score(name="saturation90_mean", direction="maximize", low=0, high=1, meaning="mean over layers of saturation at threshold 0.9",
+              compute=partial(_over, reading="modules", column=_saturation90, statistic=evenness.mean)),
+        Score(name="dimension", direction="maximize", low=0, high=math.inf, compute=_dimension,
+              meaning="log2 of 1 + the dimensions that hold 90 % of the variance, summed over layers"),
+    ]
     rows += [
         Score(name=name, direction="maximize", low=0, high=1, meaning=meaning, compute=partial(_of_network, name=name))
         for name, meaning in _CAPACITY
@@ -123,7 +151,7 @@ def measures_for(names: Iterable[str]) -> tuple[str, ...]:
     """
     wanted = set(names)
     needs = {
-        "structure": ("complexity", "log2_paths", "intrinsic_power"),
+        "structure": ("capacity_score", "complexity", "log2_paths", "log2_gain", "shortest_depth", "intrinsic_power"),
         "norms": ("log10_lipschitz",),
         "capacity": tuple(name for name, _ in _CAPACITY if name != "capacity_slack"),
         "proxies": _BASELINES,

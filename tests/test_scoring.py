@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import torch
+from capnas.search_spaces import nasbench201
 
 from capnas.errors import UsageError
-from capnas.profile import LayerProfile, Profile
-from capnas.scoring import SCORES, score
+from capnas.profile import LayerProfile, Profile, profile_model
+from capnas.scoring import SCORES, measures_for, score
 
 
 def profile(*saturations: float | None, blocks: tuple[float, ...] = ()) -> Profile:
@@ -41,7 +44,7 @@ def test_directions_ranges_and_meanings() -> None:
     read = {f"{prefix}{name}" for prefix in ("", "block_") for name in ("tail_fraction", "rank_mean")}
     for name, spec in SCORES.items():
         assert spec.name == name
-        assert math.isnan(values[name]) == ("saturation" not in name and name not in read)
+        assert math.isnan(values[name]) == (name == "saturation90_mean" or ("saturation" not in name and name not in read))
         assert spec.direction in ("maximize", "minimize")
         assert spec.low <= values[name] <= spec.high or math.isnan(values[name])
         assert len(spec.meaning) > 20
@@ -52,3 +55,37 @@ def test_directions_ranges_and_meanings() -> None:
 def test_unknown_score_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="Did you mean 'saturation_evenness'"):
         score(profile(0.5), ["saturation_eveness"])
+
+
+def untrained(channels: int = 8, cell: str = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|none~1|nor_conv_3x3~2|") -> Profile:
+    operations = {(int(name[3]), int(name[5])): operation for name, operation in nasbench201.parameters(cell).items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nasbench201.CellNet(operations, cells=2, channels=channels)
+        return profile_model(model, torch.randn(16, 3, 16, 16), mode="train", measures=measures_for(["capacity_score"]))
+
+
+def test_capacity_score_is_its_closed_form() -> None:
+    found = untrained()
+    use = np.array([row.saturations["0.99"] for row in found.blocks if row.saturations])
+    even = 1 - np.abs(use[:, None] - use).sum() / (2 * len(use) ** 2 * use.mean())
+    leading = np.array([row.saturations["0.9"] for row in found.layers if row.saturations])
+    dimensions = sum(share * row.width for share, row in zip(leading, found.layers))
+    bits = found.network["complexity"]
+    expected = 6 * even + leading.mean() + 0.28 * math.log2(1 + dimensions) + bits / 1e4 * 0.45 - 0.013 * (1 + 2 + 1)
+    assert score(found, ["capacity_score"])["capacity_score"] == pytest.approx(expected, rel=1e-9)
+    assert found.network["shortest_depth"] == 4  # stem, two reductions by their 1x1 shortcuts, classifier; cells by their skips
+
+
+def test_capacity_score_prefers_width_and_shortcuts_and_a_live_network() -> None:
+    chain = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|none~0|none~1|nor_conv_3x3~2|"
+    dead = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
+    values = [score(p)["capacity_score"] for p in (untrained(16), untrained(8), untrained(8, chain), untrained(8, dead))]
+    assert values == sorted(values, reverse=True)
+
+
+def test_an_average_counts_at_its_gain() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AvgPool2d(2), torch.nn.Conv2d(4, 4, 1))
+    network = profile_model(model, torch.randn(2, 3, 8, 8), measures=("structure",)).network
+    assert network["log2_paths"] == pytest.approx(math.log2(27 * 4 * 4))
+    assert network["log2_gain"] == pytest.approx(math.log2(27 / 4 * 4))

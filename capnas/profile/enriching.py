@@ -44,7 +44,8 @@ def enrich(
     if {"structure", "norms", "capacity"} & set(measures):
         graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
         if "structure" in measures:
-            profile = with_structure(profile, structure(graph), graph.input_shape[2:])
+            averaged = structure(graph, pool_gain="averaging").log2_paths
+            profile = with_structure(profile, structure(graph), graph.input_shape[2:]).with_network(log2_gain=averaged)
         if "norms" in measures:
             profile = with_norms(profile, model, graph)
         if "capacity" in measures:
@@ -72,7 +73,7 @@ def with_structure(profile: Profile, report: StructureReport, image_size: tuple[
     network = {"complexity": report.complexity, "log2_paths": report.log2_paths, "intrinsic_power": report.log2_power}
     fields = report.fields if image_size else []
     return replace(profile, layers=tuple(rows), receptive=_fields(fields, image_size) if fields else profile.receptive).with_network(
-        **network, depth=float(report.depth)
+        **network, depth=float(report.depth), shortest_depth=float(report.shortest)
     )
 
 

@@ -1,0 +1,164 @@
+"""How well training-free scores rank architectures whose trained accuracy is known, with every baseline proxy beside them.
+
+    python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures saturation,structure,proxies] [--seed S]
+    python results/ranking/run.py tables
+
+SPACE: nasbench201, nasbench101, macro, timm. DIR holds the benchmark tables and the CIFAR-10 archive. `measure` appends one JSON line
+per architecture to raw/SPACE.jsonl (or raw/SPACE-seedS.jsonl for other seeds than 0) and goes on where it stopped; `tables` derives
+table.md and summary.json from what is there.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import benchmarks
+import numpy as np
+import torch
+from scipy.stats import kendalltau, rankdata, spearmanr
+
+from capnas.profile import profile_model
+from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
+
+HERE = Path(__file__).resolve().parent
+IMAGES = {"timm": (32, 128)}  # images of the probe batch and their size
+WIDTHS = {"nasbench101": 32}  # channels of the first stage where not the published number: a quarter of 128
+
+
+def measure(space, folder, count, measures, seed):
+    torch.set_num_threads(1)
+    rows = benchmarks.table(space, folder, count)
+    images, size = IMAGES.get(space, (64, 32))
+    x, y = benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, seed, size)
+    path = HERE / "raw" / f"{space}{f'-seed{seed}' if seed else ''}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    known = {json.loads(line)["arch"] for line in path.open()} if path.exists() else set()
+    names = [n for n in SCORES if set(measures_for([n])) <= {"saturation", *measures} and n != "capacity_slack"]
+    with path.open("a") as out:
+        for _, row in rows.iterrows():
+            if row["arch"] in known:
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = benchmarks.build(space, row, WIDTHS.get(space, size if space == "timm" else None))
+            start = time.process_time()
+            try:
+                found = profile_model(model, x, y, mode="train", measures=("saturation", *measures), seed=seed)
+            except Exception as error:
+                print(row["arch"], type(error).__name__, str(error)[:100], flush=True)
+                continue
+            seconds = time.process_time() - start
+            values = {n: None if v != v or abs(v) == float("inf") else v for n, v in score(found, names).items()}
+            keep = {k: row[k] for k in ("accuracy", "short_accuracy", "params", "macs", "gmacs", "flops", "c10_naswot", "c10_logsynflow",
+                                        "unique") if k in row}  # fmt: skip
+            keep = {k: v.item() if hasattr(v, "item") else v for k, v in keep.items()}
+            keep = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in keep.items()}
+            blocks = [[r.saturation, *r.saturations.values(), r.effective_rank and r.effective_rank / r.width] for r in found.blocks]
+            record = {"arch": row["arch"], **keep, "n_params": sum(p.numel() for p in model.parameters()), "seconds": round(seconds, 3),
+                      "scores": values, "blocks": np.round(np.array(blocks, dtype=float), 4).tolist()}  # fmt: skip
+            out.write(json.dumps(record) + "\n")
+            out.flush()
+    environment = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
+    (HERE / "raw" / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+
+
+def costs(record):
+    """Parameters and MACs: published where the table has them."""
+    macs = record.get("macs") or record.get("flops") or (record.get("gmacs") or 0) * 1e9 or record["scores"].get("macs")
+    return float(record.get("params") or record["n_params"]), None if macs is None else float(macs)
+
+
+def columns(records):
+    """Signal name to an array over the records, higher expected better."""
+    found = {}
+    for name in records[0]["scores"]:
+        values = [r["scores"].get(name) for r in records]
+        if sum(v is not None for v in values) >= 0.9 * len(values):
+            sign = 1 if SCORES[name].direction == "maximize" else -1
+            low = min(sign * v for v in values if v is not None)
+            found[name] = np.array([low if v is None else sign * v for v in values])
+    terms = np.array([[r["scores"].get(n) if r["scores"].get(n) is not None else np.nan for n in CAPACITY_WEIGHTS] for r in records])
+    whole = terms @ np.array(list(CAPACITY_WEIGHTS.values()))  # with the weights of today, whatever they were when it was measured
+    found["capacity_score"] = np.where(np.isnan(whole), np.nanmin(whole), whole)
+    found["params"] = np.array([costs(r)[0] for r in records])
+    if all(costs(r)[1] for r in records):
+        found["macs"] = np.array([costs(r)[1] for r in records])
+    for name in ("c10_naswot", "c10_logsynflow", "short_accuracy"):
+        if all(name in r for r in records):
+            values = np.array([np.nan if r[name] is None else r[name] for r in records], dtype=float)
+            found[name.replace("c10_", "published ")] = np.where(np.isnan(values), np.nanmin(values), values)
+    return found
+
+
+def partial(v, accuracy, control):
+    """Spearman correlation of v and accuracy given the control: correlation of the residuals of ranks."""
+    a, b, c = (rankdata(q) - (len(q) + 1) / 2 for q in (v, accuracy, control))
+    a, b = a - c * (a @ c) / (c @ c), b - c * (b @ c) / (c @ c)
+    norm = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm > 1e-9 else float("nan")
+
+
+def interval(v, accuracy, draws=200):
+    rng = np.random.default_rng(0)
+    picks = [rng.integers(0, len(v), len(v)) for _ in range(draws)]
+    low, high = np.nanquantile([spearmanr(v[i], accuracy[i])[0] for i in picks], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def matched(v, accuracy, cost):
+    """Share of pairs within 10 % of cost and with different accuracies that v orders rightly (ties count a half)."""
+    i, j = np.triu_indices(len(v), 1)
+    near = (np.abs(cost[i] - cost[j]) <= 0.1 * np.minimum(cost[i], cost[j])) & (accuracy[i] != accuracy[j])
+    right = np.sign(v[i] - v[j])[near] * np.sign(accuracy[i] - accuracy[j])[near]
+    return float((1 + right).mean() / 2) if near.any() else float("nan")
+
+
+def judge(v, accuracy, params, cost):
+    """All statistics of one signal in one space."""
+    top, best = accuracy >= np.median(accuracy), accuracy >= np.quantile(accuracy, 0.9)
+    return {"spearman": float(spearmanr(v, accuracy)[0]), "interval": interval(v, accuracy), "kendall": float(kendalltau(v, accuracy)[0]),
+            "top_half": float(spearmanr(v[top], accuracy[top])[0]), "top_tenth": float(spearmanr(v[best], accuracy[best])[0]),
+            "given_params": partial(v, accuracy, params), "given_macs": None if cost is None else partial(v, accuracy, cost),
+            "matched_pairs": matched(v, accuracy, params if cost is None else cost)}  # fmt: skip
+
+
+def tables():
+    summary, lines = {}, []
+    for path in sorted((HERE / "raw").glob("*.jsonl")):
+        records = [json.loads(line) for line in path.open()]
+        accuracy = np.array([r["accuracy"] for r in records], dtype=float)
+        found = columns(records)
+        params, macs = found["params"], found.get("macs")
+        rows = {name: judge(v, accuracy, params, macs) for name, v in found.items() if np.ptp(v) > 0}
+        summary[path.stem] = {"architectures": len(records), "seconds": float(np.mean([r["seconds"] for r in records])), "signals": rows}
+        lines += [f"## {path.stem}: {len(records)} architectures, {summary[path.stem]['seconds']:.2f} CPU seconds each", "",
+                  "| signal | Spearman [95 %] | Kendall | top half | top tenth | given params | given MACs | pairs of like cost |",
+                  "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+        for name, row in sorted(rows.items(), key=lambda item: -item[1]["spearman"]):
+            low, high = row["interval"]
+            given = "" if row["given_macs"] is None else f"{row['given_macs']:.3f}"
+            lines.append(f"| {name} | {row['spearman']:.3f} [{low:.3f}, {high:.3f}] | {row['kendall']:.3f} | {row['top_half']:.3f} | "
+                         f"{row['top_tenth']:.3f} | {row['given_params']:.3f} | {given} | {row['matched_pairs']:.3f} |")  # fmt: skip
+        lines.append("")
+    (HERE / "table.md").write_text("\n".join(lines))
+    (HERE / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    run = commands.add_parser("measure")
+    run.add_argument("space", choices=("nasbench201", "nasbench101", "macro", "timm"))
+    run.add_argument("--data", required=True)
+    run.add_argument("--count", type=int)
+    run.add_argument("--measures", default="structure,proxies")
+    run.add_argument("--seed", type=int, default=0)
+    commands.add_parser("tables")
+    given = parser.parse_args()
+    if given.command == "tables":
+        tables()
+    else:
+        measure(given.space, given.data, given.count, tuple(given.measures.split(",")), given.seed)

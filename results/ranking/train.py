@@ -1,0 +1,59 @@
+"""Random draws of a search space trained alike, as a benchmark of our own: one JSON line a draw, resumable.
+
+    python results/ranking/train.py mbconv --data DIR [--draws 100] [--images 6000] [--epochs 4] [--image-size 24]
+
+DIR holds the CIFAR-10 archive of JPEG files. The accuracy is that of the validation split after the last epoch. `run.py measure` then
+scores the same draws before training.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import benchmarks
+import optuna
+import torch
+
+from capnas import Objective, load_data
+from capnas.objective.evaluation import Evaluation
+
+HERE = Path(__file__).resolve().parent
+
+
+def images(folder, count, size):
+    """CIFAR-10 training images as bytes, a fifth of them for validation."""
+    x, y = benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", count, 1, size, raw=True)
+    cut = count * 4 // 5
+    return load_data({"train": (x[:cut], y[:cut]), "val": (x[cut:], y[cut:])})
+
+
+def main(given):
+    torch.set_num_threads(1)
+    path = HERE / "raw" / f"{given.space}-trained.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    done = sum(1 for _ in path.open()) if path.exists() else 0
+    data = images(given.data, given.images, given.image_size)
+    objective = Objective(given.space, data, values=("accuracy",), epochs=given.epochs, seed=0, max_macs=given.max_macs)
+    for number in range(done, given.draws):
+        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=number))
+        start = time.process_time()
+        study.optimize(objective, n_trials=1)
+        found = Evaluation.of(study.trials[0])
+        record = {"arch": f"draw {number}", "params_drawn": found.params, "status": found.status, "reason": found.reason,
+                  "accuracy": found.metrics.get("accuracy"), "short_accuracy": (found.curve[0]["accuracy"] if found.curve else None),
+                  "params": found.n_params, "macs": found.macs, "train_seconds": round(time.process_time() - start, 1),
+                  "epochs": given.epochs, "images": given.images, "image_size": given.image_size}  # fmt: skip
+        with path.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        print(number, found.status, record["accuracy"], record["macs"], record["train_seconds"], flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("space")
+    parser.add_argument("--data", required=True)
+    for name, default in (("draws", 100), ("images", 6000), ("epochs", 4), ("image-size", 24)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--max-macs", type=float, default=6e6)
+    main(parser.parse_args())
