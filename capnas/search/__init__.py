@@ -197,7 +197,9 @@ def _work(
             continue
         settled = sum(map(is_settled, trials))
         draws = (settled, own, ran) if parallel else (settled,)
-        study.sampler = make_sampler(config.sampler, seed=config.seed, draws=draws, trials=config.trials, parallel=parallel)
+        study.sampler = make_sampler(
+            config.sampler, seed=config.seed, draws=draws, trials=config.trials, pool=config.pool or 0, parallel=parallel
+        )
         if objective.selection is not None:
             objective.selection.check(study)
             objective.selection.queue_next(study)

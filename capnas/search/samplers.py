@@ -19,11 +19,12 @@ PRUNERS = ("median", "hyperband", "off")
 
 @dataclass(frozen=True, kw_only=True)
 class _Setting:
-    """What a sampler's maker may need: the study's seed, that of the next draw, trials asked for, whether others work beside."""
+    """What a sampler's maker may need: the study's seed, that of the next draw, trials asked for, pool, whether others work beside."""
 
     seed: int
     draw: int
     trials: int
+    pool: int
     parallel: bool
 
     @property
@@ -33,8 +34,10 @@ class _Setting:
 
 
 _MAKERS: dict[str, Callable[[_Setting], BaseSampler]] = {
-    # a running trial is taken for a bad one only where trials do run side by side
-    "tpe": lambda s: optuna.samplers.TPESampler(multivariate=True, group=True, seed=s.draw, constant_liar=s.parallel),
+    # a running trial is taken for a bad one only where trials do run side by side; a pool is drawn at random, so that it is a sample
+    "tpe": lambda s: optuna.samplers.TPESampler(
+        multivariate=True, group=True, seed=s.draw, constant_liar=s.parallel, n_startup_trials=max(10, s.pool)
+    ),
     "random": lambda s: optuna.samplers.RandomSampler(seed=s.draw),
     "nsga2": lambda s: optuna.samplers.NSGAIISampler(seed=s.draw, population_size=s.population),
     "nsga3": lambda s: optuna.samplers.NSGAIIISampler(seed=s.draw, population_size=s.population),
@@ -61,7 +64,9 @@ def check_sampler(sampler: str, pruner: str, n_values: int) -> None:
         raise UsageError(f"pruner hyperband works with one value, got {n_values}: use median or off.")
 
 
-def make_sampler(name: str, *, seed: int, draws: tuple[int, ...] = (), trials: int = 30, parallel: bool = False) -> BaseSampler:
+def make_sampler(
+    name: str, *, seed: int, draws: tuple[int, ...] = (), trials: int = 30, pool: int = 0, parallel: bool = False
+) -> BaseSampler:
     """A sampler for the next draw of a study.
 
     A fresh sampler before each trial, seeded by how many trials are finished, makes the draws of a study a function of its seed and
@@ -73,6 +78,7 @@ def make_sampler(name: str, *, seed: int, draws: tuple[int, ...] = (), trials: i
         seed: Of the study.
         draws: Numbers that tell this draw from all others.
         trials: Trials asked for; sets the generation size of nsga2 and nsga3.
+        pool: Candidates measured before the first training, which tpe draws at random.
         parallel: Whether other processes run trials of the study.
 
     Raises:
@@ -87,7 +93,7 @@ def make_sampler(name: str, *, seed: int, draws: tuple[int, ...] = (), trials: i
     draw = int(np.random.SeedSequence([seed, *draws]).generate_state(1)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return _MAKERS[name](_Setting(seed=seed, draw=draw, trials=trials, parallel=parallel))
+        return _MAKERS[name](_Setting(seed=seed, draw=draw, trials=trials, pool=pool, parallel=parallel))
 
 
 def make_pruner(name: str, *, epochs: int) -> Any:

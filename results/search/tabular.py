@@ -34,8 +34,7 @@ from capnas.search.samplers import make_sampler
 HERE = Path(__file__).resolve().parent
 RAW, SPACE = HERE / "raw" / "tabular.jsonl", HERE / "raw" / "tabular_space.json"
 SEEDS, BUDGET, SHORT = 100, 100, 40  # budgets in mean trainings; the short one for the methods of capnas, which settle sooner
-POOLRANDOM = 0
-DRAWS = 600  # of one search, repeated cells and those outside the table included: a sampler may settle on cells it knows
+IDLE = 100  # draws in a row that cost nothing after which a search ends: a sampler may settle on cells that it knows
 POOL, SHARE = 200, 10  # candidates measured ahead; percent of all seen that may be trained
 OPERATIONS = nasbench201.OPERATIONS
 KEYS = [f"op_{s}_{t}" for s, t in nasbench201.EDGES]
@@ -56,10 +55,10 @@ class Table:
     def __init__(self, data, scores):
         cells = pd.read_csv(Path(data) / "nasbench201_cifar10_dev.csv.gz")
         first = cells.drop_duplicates("unique").set_index("unique")
-        found = pd.DataFrame(scores)
+        found = pd.DataFrame([{"arch": row["arch"], "seconds": row["seconds"], "score": row["scores"][RANKED_BY]} for row in scores])
         found["unique"] = found["arch"].map(cells.set_index("arch")["unique"])
         found = found.drop_duplicates("unique").set_index("unique")
-        rows = first.join(found[["capacity_score", "seconds"]], how="inner")
+        rows = first.join(found[["score", "seconds"]], how="inner")
         rows["c10_naswot"] = rows["c10_naswot"].clip(lower=-1e6)
         rows["training"] = [seconds_of_training(arch) for arch in rows["arch"]]
         self.rows = rows.rename(columns={"c10_naswot": "naswot", "c10_logsynflow": "synflow"}).to_dict("index")
@@ -101,7 +100,7 @@ class LookedUp(Objective):
             return self._reuse(found, *twin)
         if self.is_scored:
             self.scored += 1
-            found["metrics"]["init_" + RANKED_BY] = row["capacity_score"]
+            found["metrics"]["init_" + RANKED_BY] = row["score"]
         if self.selection is not None and (place := self.selection.judge(trial, found)) is not None:
             return "measured", place
         last = 0
@@ -135,13 +134,12 @@ def optuna_search(table, seed, *, sampler, budget=BUDGET, scored=False, warm=Non
         ranked = {table.cell(p)[0]: p for p in sorted(drawn, key=lambda p: table.cell(p)[1][warm])}  # the last of equals stays: the best
         for params in list(reversed(ranked.values()))[: POOL * SHARE // 100]:
             study.enqueue_trial(params)
-    asked = 0
+    asked = idle = 0
     plain = sampler(seed) if callable(sampler) else None
-    while objective.spent < budget and asked < DRAWS:
+    while (before := objective.spent) < budget and idle < IDLE:
         if objective.selection is not None:
             objective.selection.queue_next(study)
-        drawn = "random" if objective.scored < POOLRANDOM else sampler
-        study.sampler = plain or make_sampler(drawn, seed=seed, draws=(asked,), trials=BUDGET)
+        study.sampler = plain or make_sampler(sampler, seed=seed, draws=(asked,), trials=BUDGET, pool=settings.get("pool", 0))
         asked += 1
         trial = study.ask()
         params = {key: trial.suggest_categorical(key, OPERATIONS) for key in KEYS}
@@ -155,6 +153,7 @@ def optuna_search(table, seed, *, sampler, budget=BUDGET, scored=False, warm=Non
                 objective.named(value, cell[1])
         except optuna.TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        idle = idle + 1 if objective.spent == before else 0
     return objective
 
 
@@ -163,7 +162,7 @@ def evolution(table, seed, *, budget=BUDGET, population=20, sample=5):
     chance, members, seen = np.random.default_rng([seed, 2]), [], {}
     objective = LookedUp(table, scored=False, values="accuracy")
     idle = 0
-    while objective.spent < budget and idle < 5000:
+    while objective.spent < budget and idle < IDLE:
         if len(members) < population:
             params = table.draw(chance)
         else:
@@ -174,7 +173,6 @@ def evolution(table, seed, *, budget=BUDGET, population=20, sample=5):
                 params = parent | {key: str(chance.choice([o for o in OPERATIONS if o != parent[key]]))}
                 if table.cell(params) is not None:
                     break
-                idle += 1
         unique, row = table.cell(params)
         idle = idle + 1 if unique in seen else 0
         if unique not in seen:

@@ -47,3 +47,16 @@ def test_pruners() -> None:
     assert isinstance(make_pruner("off", epochs=3), optuna.pruners.NopPruner)
     assert isinstance(make_pruner("hyperband", epochs=3), optuna.pruners.HyperbandPruner)
     assert make_pruner("median", epochs=12)._n_warmup_steps == 5
+
+
+def test_tpe_draws_a_pool_at_random() -> None:
+    def draw(history: float, pool: int) -> float:
+        study = optuna.create_study(sampler=make_sampler("tpe", seed=1, pool=pool))
+        line = optuna.distributions.FloatDistribution(0, 1)
+        for i in range(12):
+            x = history + 0.01 * i
+            study.add_trial(optuna.trial.create_trial(params={"x": x}, distributions={"x": line}, value=i))
+        return study.ask().suggest_float("x", 0, 1)
+
+    assert draw(0.1, pool=13) == draw(0.8, pool=13)
+    assert draw(0.1, pool=12) != draw(0.8, pool=12)
