@@ -108,10 +108,9 @@ def blocks(stages: Sequence[Stage], layers: Mapping[str, WeightLayer]) -> tuple[
 def _block(stage: Stage, layers: Mapping[str, WeightLayer]) -> Block:
     trained = [b for b in stage.branches if any(step.layer for step in b)]
     fixed = [math.prod(step.constant for step in b) for b in stage.branches if not any(step.layer for step in b)]
+    shortcut = math.fsum(fixed) if stage.join == "add" else math.hypot(*fixed)
     if not trained:  # a map without weights: a factor
-        factor = sum(fixed) if stage.join == "add" else math.hypot(*fixed)
-        return Block(branches=((WeightLayer(norm=factor),),))
-    shortcut = sum(fixed) if stage.join == "add" else math.hypot(*fixed)
+        return Block(branches=((WeightLayer(norm=shortcut),),))
     branches = (tuple(layers[s.layer] if s.layer else WeightLayer(norm=s.constant) for s in b) for b in trained)
     return Block(branches=tuple(branches), shortcut=shortcut, join=stage.join)
 
