@@ -182,8 +182,9 @@ class Objective:
                 model = build_model(self.space, candidate.params, **shape, seed=self.train.seed).to(resolve_device(self.train.device))
                 x, y = data.probe(self.probe_images, seed=self.train.seed, device=resolve_device(self.train.device), image_size=size)
                 found["profile"] = profile_model(
-                    model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, seed=self.train.seed
-                )
+                    model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, initialize=True,
+                    graph=candidate.trace, seed=self.train.seed,
+                )  # fmt: skip
                 scores = score(found["profile"])
                 metrics |= {INIT + name: value for name, value in scores.items()}
             refusals = [text for gate in self.bounds if (text := gate.refusal(scores)) is not None]

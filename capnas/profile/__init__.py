@@ -7,7 +7,18 @@ the model as it was: weights, buffers, mode, gradients, hooks and random state.
 from __future__ import annotations
 
 from capnas.profile.enriching import enrich
-from capnas.profile.reading import profile_model, untouched
+from capnas.profile.reading import at_default_initialization, profile_model, untouched
 from capnas.profile.rows import MEASURES, VERSION, FieldReport, LayerProfile, Profile, skipped_modules
 
-__all__ = ["MEASURES", "VERSION", "FieldReport", "LayerProfile", "Profile", "enrich", "profile_model", "skipped_modules", "untouched"]
+__all__ = [
+    "MEASURES",
+    "VERSION",
+    "FieldReport",
+    "LayerProfile",
+    "Profile",
+    "at_default_initialization",
+    "enrich",
+    "profile_model",
+    "skipped_modules",
+    "untouched",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -10,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
+from capnas.graph.tracing import Trace
 from capnas.measures.saturation import THRESHOLD
 from capnas.profile.enriching import enrich
 from capnas.profile.rows import MEASURES, Profile
 from capnas.recording import Reading, Recorder
+
+_LAYER_SCALE = r"gamma(_\d)?|layer_scale\w*"
 
 
 def profile_model(
@@ -27,6 +32,8 @@ def profile_model(
     blocks: str | None = None,
     mode: Literal["train", "eval"] | None = None,
     values_per_call: int | None = None,
+    initialize: bool = False,
+    graph: Trace | None = None,
     seed: int = 0,
 ) -> Profile:
     """Profile a model on a batch of inputs, leaving the model untouched.
@@ -43,7 +50,10 @@ def profile_model(
         blocks: regular expression naming the units to read as blocks.
         mode: "train" (batch statistics, the reading for networks at initialization) or "eval"; the model's own mode when absent.
         values_per_call: bound on what is read per layer and batch, see `Recorder`; every row when absent.
-        seed: of position sampling and of anything random in the forward pass.
+        initialize: profile a copy at torch's default initialization instead, see `at_default_initialization`. Scores of untrained networks
+            that are to be compared need one initialization; a search measures all its candidates so.
+        graph: the model's trace where it is already at hand.
+        seed: of the initialization, of position sampling and of anything random in the forward pass.
 
     Raises:
         UsageError: unknown measure, reading or block pattern.
@@ -58,6 +68,7 @@ def profile_model(
         if measure not in MEASURES:
             raise UsageError(one_of("measures", measure, MEASURES))
     batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    model = at_default_initialization(model, seed=seed) if initialize else model
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
     with untouched(model, training=chosen == "train", seed=seed), torch.no_grad():
         with Recorder(model, reading=reading, blocks=blocks, values_per_call=values_per_call, seed=seed) as recorder:
@@ -65,7 +76,31 @@ def profile_model(
                 model(batch)
         records = recorder.pop(chosen)
     profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
-    return enrich(profile, model, batches[0], targets, measures=measures, seed=seed)
+    return enrich(profile, model, batches[0], targets, measures=measures, graph=graph, seed=seed)
+
+
+def at_default_initialization(model: nn.Module, *, seed: int = 0) -> nn.Module:
+    """A copy of a model whose layers start as torch starts them, whatever the model's authors chose.
+
+    Every layer is reset by its own ``reset_parameters`` in the order of the modules. Norms that start at zero and layer scales that start
+    small, both of which switch residual branches off, start at one. Other parameters (class tokens, position codes) stay.
+
+    >>> layer = nn.utils.skip_init(nn.Linear, 4, 2)
+    >>> first, second = (at_default_initialization(nn.Sequential(layer), seed=3) for _ in range(2))
+    >>> bool((first[0].weight == second[0].weight).all()), float(first[0].weight.detach().abs().max()) <= 0.5
+    (True, True)
+    """
+    fresh = copy.deepcopy(model)
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in fresh.modules():
+            if callable(getattr(module, "reset_parameters", None)) and not any(module.children()):
+                module.reset_parameters()  # type: ignore[operator]
+            for name, parameter in module.named_parameters(recurse=False):
+                if re.fullmatch(_LAYER_SCALE, name) and parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                    parameter.fill_(1.0)
+    return fresh
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from capnas._timm import timm
 from capnas.capacity import capacity_map
 from capnas.errors import UsageError
 from capnas.measures.excess import distance_to_init
-from capnas.profile import MEASURES, Profile, enrich, profile_model, skipped_modules, untouched
+from capnas.profile import MEASURES, Profile, at_default_initialization, enrich, profile_model, skipped_modules, untouched
 from capnas.weights import InitialWeights
 
 
@@ -226,3 +226,36 @@ def test_distance_from_known_initial_weights_only() -> None:
         model[0].weight += 1
     after = enrich(before, model, x, measures=(), start=start)
     assert [r.distance for r in after.layers] == [pytest.approx(distance_to_init(model[0].weight.detach(), start.weights["0"])), 0.0]
+
+
+def test_default_initialization_forgets_the_authors_own() -> None:
+    model = timm.create_model("resnet18", num_classes=4, in_chans=1)
+    assert float(model.layer1[0].bn2.weight.detach().abs().sum()) == 0  # timm switches residual branches off at the start
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    fresh = at_default_initialization(model, seed=3)
+    assert bool((fresh.layer1[0].bn2.weight == 1).all())
+    assert float(fresh.conv1.weight.detach().abs().max()) <= 1 / 7  # torch: uniform within 1 / sqrt(fan in)
+    assert bool((torch.random.get_rng_state() == state).all())
+    again = at_default_initialization(timm.create_model("resnet18", num_classes=4, in_chans=1), seed=3)
+    assert all(bool((a == b).all()) for a, b in zip(fresh.state_dict().values(), again.state_dict().values()))
+    assert all(bool((before[name] == value).all()) for name, value in model.state_dict().items())
+
+
+def test_default_initialization_switches_layer_scales_on() -> None:
+    model = timm.create_model("convnext_atto", num_classes=4, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    assert float(model.stages[0].blocks[0].gamma.detach().max()) < 1e-3
+    assert bool((at_default_initialization(model).stages[0].blocks[0].gamma == 1).all())
+
+
+def test_profile_at_the_default_initialization_does_not_depend_on_the_weights() -> None:
+    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def saturation(scale: float, **options: bool) -> float | None:
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        with torch.no_grad():
+            model[0].weight[1:] *= scale
+        return profile_model(model, x, mode="train", **options).layers[0].saturation
+
+    assert saturation(1e-6) != saturation(1.0)
+    assert saturation(1e-6, initialize=True) == saturation(1.0, initialize=True)
