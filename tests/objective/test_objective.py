@@ -255,7 +255,7 @@ def broken(error: BaseException | None, after: int = 1) -> Any:
 
 
 def test_divergence_ends_the_trial_with_its_reason_and_the_study_goes_on(data: ImageData) -> None:
-    study = run(objective(data, broken(None)), SMALL, SMALL, LARGE)
+    study = run(objective(data, broken(None, after=0)), SMALL, SMALL, LARGE)
     found = evaluations(study)
     assert [e.status for e in found] == ["diverged"] * 3
     assert found[0].reason == "the loss is nan in epoch 1, update 1"
