@@ -22,6 +22,7 @@ from capnas.graph.tracing import Trace, trace
 from capnas.measures import capacity_scores
 from capnas.measures.decoupling import Decoupling, coherent_share, shattering
 from capnas.measures.layer_capacity import common_ridge, kfac_capacity, over_wide, utilisation
+from capnas.recording import MEASURED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,12 +264,12 @@ def _skipped(model: nn.Module, measured: set[str], biases: set[str | None]) -> d
             continue
         owner = name.rpartition(".")[0]
         kind = type(model.get_submodule(owner)).__name__
-        if parameter.ndim >= 2 and isinstance(model.get_submodule(owner), (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        if parameter.ndim >= 2 and isinstance(model.get_submodule(owner), MEASURED):
             reasons[owner] = f"{kind} is not on the way from the input to the output, or runs inside a fused function"
         elif "norm" in kind.lower():
             reasons.setdefault(owner, f"{kind} rescales the layer before it")
         else:
             reasons.setdefault(
-                owner or "model", f"{kind} holds {name.rpartition('.')[2]}: only linear layers and 1d and 2d convolutions are measured"
+                owner or "model", f"{kind} holds {name.rpartition('.')[2]}: only linear layers and convolutions are measured"
             )
     return reasons

@@ -219,7 +219,7 @@ class LayerTaps(TorchFunctionMode):
                 given["weight"] = torch.ones_like(weight)
             return _batch_norm(func, given) if func is F.batch_norm and self.batch_statistics else func(**given)
         out = func(*args, **kwargs)
-        if self.watching and func in (F.linear, F.conv1d, F.conv2d):
+        if self.watching and (func is F.linear or func in _CONVOLUTIONS):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             name = self.names.get(id(weight))
             if name is not None and isinstance(out, Tensor):
@@ -229,7 +229,7 @@ class LayerTaps(TorchFunctionMode):
 
     def tap(self, name: str, weight: Tensor, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         """Read one call: rows of its input now, its output's gradients at each backward pass."""
-        given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args)) | kwargs
+        given = dict(zip(_CONVOLUTIONS.get(func, _PLAIN), args)) | kwargs
         bias = given.get("bias")
         entry = self.taps.get(name)
         if entry is None:
@@ -243,7 +243,10 @@ class LayerTaps(TorchFunctionMode):
         channel = out.ndim - 1 if func is F.linear else 1
         places = out.numel() // out.shape[channel]
         chosen = torch.randperm(places, generator=self.generator)[: self.rows].to(x.device)
-        rows = x.flatten(0, -2)[chosen] if func is F.linear else _patches(x, weight, given, out.shape, chosen)
+        if func is F.linear:
+            rows = x.flatten(0, -2)[chosen]
+        else:
+            rows = _patches(x, weight, given, out.shape, chosen, transposed=_CONVOLUTIONS[func] is _TRANSPOSED)
         rows = rows.reshape(len(chosen), groups, -1).transpose(0, 1).float()
         if bias is not None:
             rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
@@ -270,6 +273,13 @@ class LayerTaps(TorchFunctionMode):
             out.register_hook(take)
 
 
+_PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_CONVOLUTIONS: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _PLAIN),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED),
+}
+
 _NORMS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
@@ -287,13 +297,22 @@ def _batch_norm(func: Any, given: dict[str, Any]) -> Tensor:
     return func(x, mean, variance, given.get("weight"), given.get("bias"), False, given.get("momentum") or 0.1, given.get("eps", 1e-5))
 
 
-def _patches(x: Tensor, weight: Tensor, given: dict[str, Any], out_shape: Sequence[int], chosen: Tensor) -> Tensor:
-    """The input patches (M, C * k...) that a convolution reads at chosen positions of its flattened output (B, positions)."""
+def _patches(x: Tensor, weight: Tensor, given: dict[str, Any], out_shape: Sequence[int], chosen: Tensor, *, transposed: bool) -> Tensor:
+    """The input patches (M, C * k...) that a convolution reads at chosen positions of its flattened output (B, positions).
+
+    A transposed convolution reads windows of its input with zeros between the cells; its taps come in reverse, which no factor sees.
+    """
     axes = weight.ndim - 2
     stride, dilation = (_tuple(given.get(key, 1), axes) for key in ("stride", "dilation"))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
     padding = given.get("padding", 0)
-    if isinstance(padding, str):
+    if transposed:
+        extra = _tuple(given.get("output_padding", 0), axes)
+        spread = x.new_zeros(*x.shape[:2], *(s * (n - 1) + 1 for s, n in zip(stride, x.shape[2:])))
+        spread[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
+        sides = [(r - 1 - p, r - 1 - p + e) for r, p, e in zip(reach, _tuple(padding, axes), extra)]
+        x, stride = spread, (1,) * axes
+    elif isinstance(padding, str):
         total = [(r - 1) if padding == "same" else 0 for r in reach]
         sides = [(t // 2, t - t // 2) for t in total]
     else:

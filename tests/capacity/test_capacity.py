@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from capnas._timm import timm
 from capnas.capacity import capacity_map
-from capnas.capacity.capture import batch_mean
+from capnas.capacity.capture import LayerTaps, batch_mean
 from capnas.errors import UsageError
 from capnas.measures.capacity_push import inject, push
 from capnas.measures.decoupling import analytic_decoupling
@@ -175,6 +175,47 @@ def test_input_rows_of_a_convolution_are_its_patches(groups: int) -> None:
         float(conv.weight.detach().square().mean().sqrt()),
     )
     assert found.capacity["0"] == pytest.approx(kfac_capacity({"0": spectrum})["0"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (4, 3, 4)),
+     (nn.ConvTranspose1d(2, 3, 4, stride=3, dilation=2), (2, 5)), (nn.Conv3d(2, 4, 3, stride=2, padding=1), (2, 4, 5, 4))],
+    ids=["transposed", "transposed-1d", "3d"],
+)  # fmt: skip
+def test_inputs_of_transposed_and_3d_convolutions_are_their_tangents(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, *shape)
+    taps = LayerTaps(model := nn.Sequential(layer), 5, rows=10**6, batch_statistics=False)
+    with taps:
+        out = model(x.clone())
+    (tap,) = taps.taps.values()
+    groups = getattr(layer, "groups", 1)
+    for group in range(groups):  # one output channel of each group is enough: its tangents are the rows of the factor
+        channel = group * out.shape[1] // groups
+        factor = torch.zeros(())
+        for z in out[:, channel].flatten():
+            (tangent,) = torch.autograd.grad(z, layer.weight, retain_graph=True)
+            row = tangent[:, 0] if isinstance(layer, nn.modules.conv._ConvTransposeNd) else tangent[channel]
+            row = row.reshape(groups, -1)[group] if isinstance(layer, nn.modules.conv._ConvTransposeNd) else row.flatten()
+            row = torch.cat([row, torch.ones(1)])
+            factor = factor + torch.outer(row, row) / 5
+        found = tap.inputs[0][group].T @ tap.inputs[0][group]
+        expected = torch.linalg.eigvalsh(factor)
+        torch.testing.assert_close(torch.linalg.eigvalsh(found), expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
+
+
+def test_capacity_of_transposed_and_3d_convolutions_reaches_the_input() -> None:
+    torch.manual_seed(0)
+    up = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, stride=2), nn.Flatten(), nn.Linear(144, 2))
+    deep = nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(768, 2))
+    for model, layer in ((up, "2"), (deep, "1")):
+        found = capacity_map(model, images())
+        assert found.skipped == {}
+        assert 0 < found.capacity[layer] <= found.n_params[layer]
+        assert found.approximated == {}
+        assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
+        assert float(found.pixels.sum()) > 0.2 * found.total
 
 
 @pytest.mark.parametrize("build", [cnn, SqueezeExcite, Branches, Tokens])
