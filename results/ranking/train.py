@@ -1,6 +1,6 @@
 """Random draws of a search space trained alike, as a benchmark of our own: one JSON line a draw, resumable.
 
-    python results/ranking/train.py mbconv --data DIR [--draws 100] [--images 6000] [--epochs 4] [--image-size 24]
+    python results/ranking/train.py mbconv --data DIR [--draws 100] [--images 5000] [--epochs 4] [--image-size 24]
 
 DIR holds the CIFAR-10 archive of JPEG files. The accuracy is that of the validation split after the last epoch. `run.py measure` then
 scores the same draws before training.
@@ -19,6 +19,7 @@ from capnas import Objective, load_data
 from capnas.objective.evaluation import Evaluation
 
 HERE = Path(__file__).resolve().parent
+VALUES = ("accuracy", "capacity_balance", "depth_evenness", "saturation_evenness", "capacity_slack")
 
 
 def images(folder, count, size):
@@ -34,14 +35,15 @@ def main(given):
     path.parent.mkdir(exist_ok=True)
     done = sum(1 for _ in path.open()) if path.exists() else 0
     data = images(given.data, given.images, given.image_size)
-    objective = Objective(given.space, data, values=("accuracy",), epochs=given.epochs, seed=0, max_macs=given.max_macs)
+    objective = Objective(given.space, data, values=VALUES, epochs=given.epochs, seed=0, max_macs=given.max_macs)
     for number in range(done, given.draws):
-        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=number))
+        study = optuna.create_study(directions=objective.directions, sampler=optuna.samplers.RandomSampler(seed=number))
         start = time.process_time()
         study.optimize(objective, n_trials=1)
         found = Evaluation.of(study.trials[0])
         record = {"arch": f"draw {number}", "params_drawn": found.params, "status": found.status, "reason": found.reason,
                   "accuracy": found.metrics.get("accuracy"), "short_accuracy": (found.curve[0]["accuracy"] if found.curve else None),
+                  "after_training": {n: found.metrics.get(n) for n in VALUES}, "init_capacity_score": found.metrics.get("init_capacity_score"),
                   "params": found.n_params, "macs": found.macs, "train_seconds": round(time.process_time() - start, 1),
                   "epochs": given.epochs, "images": given.images, "image_size": given.image_size}  # fmt: skip
         with path.open("a") as out:
@@ -53,7 +55,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("space")
     parser.add_argument("--data", required=True)
-    for name, default in (("draws", 100), ("images", 6000), ("epochs", 4), ("image-size", 24)):
+    for name, default in (("draws", 100), ("images", 5000), ("epochs", 4), ("image-size", 24)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--max-macs", type=float, default=6e6)
+    parser.add_argument("--max-macs", type=float, default=3e6)
     main(parser.parse_args())
