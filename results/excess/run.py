@@ -95,7 +95,8 @@ def write_table():
         f"{recipe['epochs']} epochs of SGD (lr {recipe['lr']}, batch {recipe['batch_size']}, "
         f"projection every {recipe['project_every']} steps), "
         f"{len(first['seeds'])} seeds, factors {', '.join(format(f, 'g') for f in FACTORS)} on norms and on distances. "
-        "Error is the share of images, mean over seeds; 'alone' is the mean (lowest to highest) over seeds judged one by one.", "",
+        "Error is the share of images, mean over seeds; 'alone' is the mean (lowest to highest) over seeds judged one by one. "
+        "Settings tighter than one that failed are not trained; 'skipped' are these and those that are not finished in raw/.", "",
     ]  # fmt: skip
     for hold, text in (("validation", "the validation error"), ("train", "the training error")):
         for tolerance in (TOLERANCE, 2 * TOLERANCE):

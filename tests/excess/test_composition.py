@@ -34,6 +34,10 @@ def stages_of(model: nn.Module, shape: tuple[int, ...] = (1, 4, 6, 6)) -> tuple[
     return composition(trace(model, shape))
 
 
+def behind(model: nn.Module, y: Tensor) -> Tensor:
+    return model.b(F.relu(model.a(y))) + y
+
+
 def layer(name: str) -> Step:
     return Step(layer=name)
 
@@ -43,6 +47,7 @@ def layer(name: str) -> Step:
     [
         (lambda m, x: m.b(F.relu(m.a(x))), (Stage(branches=((layer("a"),),)), Stage(branches=((layer("b"),),)))),
         (lambda m, x: F.relu(x + m.b(F.relu(m.a(x)))), (Stage(branches=((), (layer("a"), layer("b")))),)),
+        (lambda m, x: behind(m, F.relu(m.c(x))), (Stage(branches=((layer("c"),),)), Stage(branches=((layer("a"), layer("b")), ())))),
         (lambda m, x: m.a(x).add_(m.b(x)).relu_(), (Stage(branches=((layer("a"),), (layer("b"),))),)),
         (lambda m, x: (m.a(x) + m.b(x)) + (x + m.c(x)), (Stage(branches=((layer("a"),), (layer("b"),), (), (layer("c"),))),)),
         (lambda m, x: torch.cat([m.a(x), x, 0.5 * m.b(x)], 1),
@@ -51,7 +56,7 @@ def layer(name: str) -> Step:
          (Stage(branches=((layer("a"),),)), Stage(branches=((Step(constant=1.129),),)), Stage(branches=((Step(constant=2.0),),)),
           Stage(branches=((layer("b"),),)))),
     ],
-    ids=["plain", "identity shortcut", "trained branches in place", "a sum of sums", "concatenation", "constants"],
+    ids=["plain", "identity shortcut", "behind a layer", "trained branches in place", "a sum of sums", "concatenation", "constants"],
 )  # fmt: skip
 def test_structure_of_small_networks(forward: Callable[..., Tensor], expected: tuple[Stage, ...]) -> None:
     found = stages_of(Called(forward))
