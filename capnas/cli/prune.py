@@ -67,7 +67,8 @@ def prune(
         found = open_target(target, data=data, image_size=image_size)
         model = found.build(seed)
         if not found.trained:
-            say(f"{found.name} has no trained weights; it is trained first for {train_epochs} epochs on {found.data.name}")
+            if train_epochs:
+                say(f"{found.name} has no trained weights; it is trained first, {train_epochs} epochs on {found.data.name}")
             model = pretrain(model, found.data, config, image_size=found.image_size, say=say)
         if dry_run:
             from capnas.devices import resolve_device
@@ -77,6 +78,8 @@ def prune(
             chosen, _ = make_plan(model.to(where), images, config)
             document: dict[str, Any] = {"target": found.name, "plan": chosen.to_dict()}
         else:
+            if config.widths is not None and not finetune_epochs:
+                say("groups that the plan widens start as copies of their most needed channels; --finetune-epochs N trains them apart")
             result = prune_model(model, found.data, config, image_size=found.image_size, say=say)
             document = {"target": found.name, "plan": result.plan.to_dict(), "report": result.report, "out": str(out)}
             extra = {"target": found.name, "data": data_record(found.data), "trained": True, "report": result.report}

@@ -82,7 +82,7 @@ def removal_path(readers: Sequence[Reader], *, ridge: float = 1e-3, steps: int =
     losses = [0.0]
     at_once = -(-n_units // steps)
     while len(order) < n_units - 1:
-        scores = torch.stack([s.scores() for s in states]).sum(0)
+        scores = torch.stack([s.scores() for s in states]).sum(0).cpu()
         scores[~alive] = float("inf")
         going = scores.topk(min(at_once, n_units - 1 - len(order)), largest=False).indices
         spent = sum(s.remove(going) for s in states)
@@ -161,12 +161,43 @@ def refit(inputs: Tensor, targets: Tensor, prior: Tensor, *, ridge: float = 1e-3
     >>> round(weight.item(), 6), round(bias.item(), 6)
     (3.0, 1.0)
     """
-    x, y = inputs.double(), targets.double()
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y = x - x_mean, y - y_mean
-    gram = x.T @ x / len(x)
-    damp = ridge * float(gram.diagonal().mean()) + 1e-12
-    right = x.T @ (y - x @ prior.double().T) / len(x)
-    change = torch.linalg.solve(gram + damp * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), right).T
+    x_mean, y_mean = inputs.double().mean(0), targets.double().mean(0)
+    x, y = inputs - x_mean.to(inputs), targets - y_mean.to(targets)
+    cov, cross = gram(x) / len(x), gram(x, y) / len(x)
+    damp = ridge * float(cov.diagonal().mean()) + 1e-12
+    right = cross - cov @ prior.double().T
+    change = torch.linalg.solve(cov + damp * torch.eye(len(cov), dtype=cov.dtype, device=cov.device), right).T
     weight = prior.double() + change
     return weight, y_mean - weight @ x_mean
+
+
+def mixture(second: Tensor, kept: Tensor, *, ridge: float = 1e-3) -> Tensor:
+    """What each channel is of the kept ones, by least squares: M (C, K) with x ~ M x_kept.
+
+    Args:
+        second: (C, C) second moments about zero.
+        kept: (K,) channels.
+        ridge: relative to the mean second moment.
+
+    >>> mixture(torch.ones(2, 2), torch.tensor([0]), ridge=0.0).tolist()
+    [[1.0], [1.0]]
+    """
+    a = second.double()
+    inner = a[kept][:, kept]
+    damp = ridge * float(a.diagonal().mean())
+    found = torch.linalg.solve(inner + damp * torch.eye(len(inner), dtype=a.dtype, device=a.device), a[kept]).T
+    found[kept] = torch.eye(len(kept), dtype=a.dtype, device=a.device)
+    return found
+
+
+def gram(x: Tensor, y: Tensor | None = None, *, chunk: int = 4096) -> Tensor:
+    """x^T y (or x^T x) in float64 for rows (S, D) and (S, O), without a float64 copy of all rows.
+
+    >>> gram(torch.tensor([[1.0, 2.0]])).tolist()
+    [[1.0, 2.0], [2.0, 4.0]]
+    """
+    parts = zip(x.split(chunk), (x if y is None else y).split(chunk))
+    total = torch.zeros(x.shape[1], (x if y is None else y).shape[1], dtype=torch.float64, device=x.device)
+    for left, right in parts:
+        total += left.double().T @ right.double()
+    return total

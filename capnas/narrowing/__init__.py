@@ -10,14 +10,17 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from capnas.errors import UsageError
+from capnas.measures.narrowing import mixture
 from capnas.narrowing.applying import Keep, change_widths, kept_channels
+from capnas.narrowing.calibration import REFITTED
 from capnas.narrowing.correcting import correct
 from capnas.narrowing.groups import CannotNarrow, CoupledGroup
 from capnas.narrowing.planning import Plan, plan_widths, read_widths
 from capnas.narrowing.survey import Survey, survey
+from capnas.profile import untouched
 
 __all__ = ["CannotNarrow", "CoupledGroup", "Plan", "Survey", "chosen_units", "narrowed", "plan_widths", "read_widths", "survey"]
 
@@ -57,13 +60,45 @@ def narrowed(model: nn.Module, found: Survey, plan: Plan, *, refit: bool = True,
     """
     keep = chosen_units(found, plan)
     small = copy.deepcopy(model).eval()
+    fitted = {n: r for n, r in found.readings.items() if _columns(model, n) <= REFITTED}
+    if refit:
+        for name in found.readings.keys() - fitted.keys():
+            _mix(small, found, keep, name)
     change_widths(small, found.groups, keep)
     if plan.grows:
         _tell_apart(small, plan, seed)
     if refit:
-        outputs = {n: kept_channels(found.groups, keep, n, "out", r.outputs.shape[1]) for n, r in found.readings.items()}
-        correct(small, found.readings, outputs, found.norms, found.images)
+        outputs = {n: kept_channels(found.groups, keep, n, "out", r.outputs.shape[1]) for n, r in fitted.items()}
+        correct(small, fitted, outputs, found.norms, found.images)
+    _name_features(model, small, found.images[:1])
     return small
+
+
+def _columns(model: nn.Module, name: str) -> int:
+    return int(model.get_submodule(name).weight[0].numel())  # type: ignore[index]
+
+
+def _mix(model: nn.Module, found: Survey, keep: Keep, name: str) -> None:
+    """A conv too wide to be refitted reads what is gone as a mixture of the channels that stay, the same at all kernel positions."""
+    layer = model.get_submodule(name)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    kept = kept_channels(found.groups, keep, name, "in", weight.shape[1]).unique().to(weight.device)
+    share = mixture(found.readings[name].covariance, kept)
+    with torch.no_grad():
+        mixed = torch.einsum("oc...,ck->ok...", weight.double(), share)
+        weight[:, kept] = mixed.to(weight)
+
+
+def _name_features(model: nn.Module, small: nn.Module, example: Tensor) -> None:
+    """Timm's ``num_features`` is the width of ``forward_features``; it goes stale where a head has layers of its own behind it."""
+    for attribute in ("forward_features", "num_features"):
+        if not hasattr(model, attribute):
+            return
+    with torch.no_grad(), untouched(model, training=False):
+        before, after = (tuple(m.forward_features(example).shape) for m in (model, small))  # type: ignore[operator]
+    axes = [i for i, size in enumerate(before) if size == model.num_features]
+    if len(axes) == 1 and len(after) == len(before):
+        small.num_features = after[axes[0]]
 
 
 def _tell_apart(model: nn.Module, plan: Plan, seed: int) -> None:

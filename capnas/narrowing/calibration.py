@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capnas.measures.narrowing import gram
+
 WIDEST = 2304  # input columns of a reader beyond which kernel positions are taken for independent
+REFITTED = 4608  # input columns beyond which a reader is not refitted in full
 _ROWS = 8192  # samples kept per layer, more where it is wider
+_VALUES = 2**27  # numbers in the sampled inputs of one layer at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,8 @@ class Reading:
     """What a dense layer of the full network read and wrote.
 
     Attributes:
-        covariance: (D, D) of its sampled inputs; (C, C) of its input channels, kernel positions together, where D is beyond `WIDEST`.
+        covariance: (D, D) of its sampled inputs; where D is beyond `WIDEST`, (C, C) second moments of its input channels about zero,
+            kernel positions together.
         curvature: (O, O) second moment of the loss's gradient at its outputs, summed over positions, averaged over images.
         outputs: (S, O) at the sampled positions.
         index: (S,) which these are.
@@ -35,8 +40,8 @@ class Reading:
 
 def readable(module: nn.Module) -> bool:
     """Whether a layer's inputs can be laid out as rows: a plain linear layer, or a dense 2-d conv with plain zero padding."""
-    if type(module).forward is nn.Linear.forward:
-        return True
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward and module.in_features <= REFITTED
     return (
         isinstance(module, nn.Conv2d)
         and type(module).forward is nn.Conv2d.forward
@@ -48,7 +53,7 @@ def readable(module: nn.Module) -> bool:
 
 def sampled(name: str, total: int, width: int) -> Tensor:
     """Positions at which a layer is sampled, the same in the full and in the narrowed network."""
-    rows = max(_ROWS, 4 * width)
+    rows = min(max(_ROWS, 4 * width), _VALUES // width)
     if total <= rows:
         return torch.arange(total)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -100,7 +105,7 @@ def hooked(hooks: Mapping[str, Callable[..., Any]], model: nn.Module, *, before:
             handle.remove()
 
 
-def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0, batch: int = 64) -> dict[str, Reading]:
+def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0, batch: int | None = None) -> dict[str, Reading]:
     """Run a network in eval mode and read the named layers.
 
     The curvature is that of the network's own predictions (the true Fisher information: labels are drawn from its outputs), so that a
@@ -111,8 +116,9 @@ def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed:
         names: of layers that are `readable`.
         images: (N, C, H, W) on the model's device; run as one batch.
         seed: of the labels drawn.
-        batch: images per backward pass.
+        batch: images per backward pass; by their size when absent.
     """
+    batch = batch or max(4, min(64, 2**19 // images[0, 0].numel()))
     outputs: dict[str, Tensor] = {}
     indices: dict[str, Tensor] = {}
     covariances: dict[str, Tensor] = {}
@@ -126,8 +132,9 @@ def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed:
             rows = input_rows(module, args[0], index)
             if width > WIDEST and isinstance(module, nn.Conv2d):
                 rows = rows.unflatten(1, (module.in_channels, -1)).transpose(1, 2).flatten(0, 1)
-            rows = rows.double() - rows.mean(0).double()
-            covariances[name] = rows.T @ rows / len(rows)
+            else:
+                rows = rows - rows.mean(0)
+            covariances[name] = gram(rows) / len(rows)
             outputs[name], indices[name] = output_rows(module, y, index), index
 
         return hook

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas.capacity import capacity_map
+from capnas.errors import UsageError
 from capnas.measures.moments import covariance
 from capnas.measures.narrowing import Reader, RemovalPath, removal_path, root
 from capnas.measures.saturation import THRESHOLD, intrinsic_dimension, spectrum
@@ -82,9 +83,13 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
     if not groups:
         raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {'; '.join(sorted(set(fixed.values()))[:3])}.")
     needed = _needed(model, groups, images, threshold)
-    capacity = capacity_map(model, images[:64], mode="eval", pixels=False)
+    try:
+        capacity = capacity_map(model, images[:64], mode="eval", pixels=False)
+        utilisation, wide = capacity.utilisation, capacity.over_wide
+    except UsageError:  # second evidence only: a network that it cannot read is narrowed without it
+        utilisation, wide = {}, ()
     writers = [[p.module for p in g.writers()] for g in groups]
-    used = [[capacity.utilisation[w] for w in names if w in capacity.utilisation] for names in writers]
+    used = [[utilisation[w] for w in names if w in utilisation] for names in writers]
     return Survey(
         coupling=Coupling(groups=tuple(groups), fixed=fixed),
         cost=NetworkCost.of(model, groups, (1, *images.shape[1:])),
@@ -94,7 +99,7 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
         saturation=tuple(n / g.units for n, g in zip(needed, groups)),
         paths=tuple(paths),
         utilisation=tuple(min(values, default=float("nan")) for values in used),
-        over_wide=tuple(any(w in capacity.over_wide for w in names) for names in writers),
+        over_wide=tuple(any(w in wide for w in names) for names in writers),
         threshold=threshold,
         images=images,
     )

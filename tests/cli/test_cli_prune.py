@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_space import FILE, write_images
+
+import capnas
+from capnas.cli import main
+from capnas.saved import build_recipe, save_model
+
+RECIPE = {"space": FILE, "params": {"width": 8, "depth": 2, "kind": "plain"}, "num_classes": 3, "in_chans": 1, "image_size": 8}
+SHORT = ["--round-to", "1", "--calibration", "48", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("prune")
+    options = {"source": str(write_images(root / "images")), "options": {"image_size": 8, "in_chans": 1}}
+    return save_model(build_recipe(RECIPE), root / "model", RECIPE, extra={"data": options})
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as done:
+        main([str(w) for w in words])
+    out, err = capsys.readouterr()
+    return int(done.value.code or 0), out, err
+
+
+def test_plan_edit_prune_and_load(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    code, out, err = call(capsys, "prune", saved, "--target-macs", "0.6", "--dry-run", "--json", *SHORT)
+    assert code == 0, err
+    document = json.loads(out)
+    plan = document["plan"]
+    assert plan["planned_macs"] <= 0.6 * plan["macs"]
+    assert {"name", "width", "needed", "planned", "saturation", "expected", "macs", "params"} <= set(plan["groups"][0])
+    plan["widths"]["0"] = 10  # wider than it is
+    plan["widths"]["2"] = 4
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    code, out, err = call(capsys, "prune", saved, "--plan", tmp_path / "plan.json", "--out", tmp_path / "small", *SHORT)
+    assert code == 0, err
+    assert "accuracy on validation" in out
+    assert "saved:" in err
+    model = capnas.load_model(tmp_path / "small")
+    assert (model[0].out_channels, model[2].out_channels) == (10, 4)
+    assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
+    manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
+    assert manifest["extra"]["report"]["accuracy"]["before"] >= 0
+    code, out, err = call(capsys, "prune", saved, "--target-macs", "0.6", "--out", tmp_path / "small", *SHORT)
+    assert code == 2
+    assert "force to write over it" in err
+    again = ["prune", tmp_path / "small", "--lossless", "0.9", "--method", "lowrank", "--out", tmp_path / "small", "--force", *SHORT]
+    code, out, err = call(capsys, *again)
+    assert code == 0, err
+
+
+def test_the_plan_is_shown_as_a_table(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+    code, out, err = call(capsys, "prune", saved, "--target-macs", "0.6", "--dry-run", *SHORT)
+    assert code == 0, err
+    assert "0.6 of the MACs, by least loss per MAC saved" in out
+    assert "6 keeps its width: it gives the classes" in err
+
+
+def test_errors_of_use(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+    for words, reason in (
+        (["prune", saved, "--target-macs", "0.5"], "give --out DIR"),
+        (["prune", saved, "--dry-run"], "exactly one of --target-macs, --lossless and --plan"),
+        (["prune", saved, "--target-macs", "0.5", "--lossless", "0.9", "--dry-run"], "exactly one of"),
+        (["prune", saved, "--plan", saved / "none.json", "--dry-run"], "cannot be read"),
+    ):
+        code, _, err = call(capsys, *words)
+        assert code == 2
+        assert reason in err

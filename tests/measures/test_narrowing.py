@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from capnas.measures.narrowing import Reader, refit, removal_path, root
+
+
+def correlated(d: int, seed: int) -> Tensor:
+    x = torch.randn(200, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = x @ torch.randn(d, d, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    return x.T @ x / len(x)
+
+
+def reader(units: int, b: int, outputs: int, seed: int) -> Reader:
+    generator = torch.Generator().manual_seed(seed)
+    d = units * b + 1  # one column belongs to no unit
+    gradient = torch.randn(50, outputs, generator=generator, dtype=torch.float64)
+    return Reader(
+        weight=torch.randn(outputs, d, generator=generator, dtype=torch.float64),
+        covariance=correlated(d, seed),
+        columns=torch.randperm(d - 1, generator=generator).reshape(units, b),
+        curvature=gradient.T @ gradient / 50,
+    )
+
+
+def best_loss(r: Reader, gone: list[int], ridge: float) -> float:
+    """1/2 tr(G dW A dW^T) at the best weights of the columns that stay, from the normal equations of those columns alone."""
+    a = r.covariance.numpy() + (ridge * float(r.covariance.diagonal().mean()) + 1e-12) * np.eye(len(r.covariance))
+    w, g = r.weight.numpy(), r.curvature.numpy()
+    lost = np.zeros(len(a), bool)
+    lost[r.columns[gone].flatten().numpy()] = True
+    new = np.zeros_like(w)
+    new[:, ~lost] = np.linalg.solve(a[np.ix_(~lost, ~lost)], a[~lost] @ w.T).T
+    return 0.5 * float(np.trace(g @ (new - w) @ a @ (new - w).T))
+
+
+@pytest.mark.parametrize("steps", [128, 3])
+def test_losses_are_those_of_the_least_squares_fit_without_the_units(steps: int) -> None:
+    readers = [reader(6, 2, 4, 1), reader(6, 1, 3, 2)]
+    path = removal_path(readers, ridge=1e-3, steps=steps)
+    assert sorted(path.order) == list(range(6))
+    for n in range(1, 6) if steps > 6 else (2, 4, 5):
+        expected = sum(best_loss(r, list(path.order[:n]), 1e-3) for r in readers)
+        assert float(path.losses[n]) == pytest.approx(expected, rel=1e-6)
+    assert bool((path.losses.diff() >= 0).all())
+
+
+def test_each_unit_that_goes_is_the_cheapest_of_those_left() -> None:
+    readers = [reader(5, 2, 4, 3)]
+    path = removal_path(readers)
+    for n in range(4):
+        gone = list(path.order[:n])
+        costs = {u: best_loss(readers[0], [*gone, u], 1e-3) for u in range(5) if u not in gone}
+        assert min(costs, key=costs.__getitem__) == path.order[n]
+
+
+def test_a_unit_that_others_span_costs_nothing_and_one_that_nobody_reads_neither() -> None:
+    rows = torch.randn(400, 4, dtype=torch.float64)
+    rows[:, 3] = rows[:, 0] - 2 * rows[:, 1]
+    weight = torch.tensor([[1.0, 2.0, 0.0, 3.0]], dtype=torch.float64)
+    path = removal_path([Reader(weight=weight, covariance=rows.T @ rows / 400, columns=torch.arange(4)[:, None])], ridge=1e-9)
+    assert path.order[0] == 2
+    assert float(path.losses[2]) < 1e-6
+    assert float(path.losses[3]) > 0.1
+    assert path.kept(1) == [path.order[-1]]
+    assert path.kept(4) == [0, 1, 2, 3]
+
+
+def test_readers_must_agree_on_their_units() -> None:
+    with pytest.raises(ValueError, match=r"agree on their units, got \[6, 5\]"):
+        removal_path([reader(6, 2, 4, 1), reader(5, 1, 3, 2)])
+    with pytest.raises(ValueError, match="must be given"):
+        removal_path([])
+
+
+def test_root_squares_to_the_matrix() -> None:
+    matrix = correlated(5, 0)
+    torch.testing.assert_close(root(matrix) @ root(matrix), matrix)
+
+
+def test_refit_is_least_squares_with_an_intercept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=generator) + 3, torch.randn(60, 2, generator=generator)
+    weight, bias = refit(x, y, torch.zeros(2, 4), ridge=0.0)
+    design = np.hstack([x.double().numpy(), np.ones((60, 1))])
+    expected = np.linalg.lstsq(design, y.double().numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(np.hstack([weight.numpy(), bias.numpy()[:, None]]), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_refit_keeps_the_old_weights_where_samples_do_not_decide() -> None:
+    prior = torch.tensor([[2.0, 5.0, -1.0]])
+    x = torch.zeros(10, 3)
+    x[:, 0] = torch.arange(10.0)
+    weight, bias = refit(x, 4 * x[:, :1], prior)
+    torch.testing.assert_close(weight[0, 1:], prior[0, 1:].double())
+    assert float(weight[0, 0]) == pytest.approx(4, abs=0.01)
+    same, _ = refit(torch.ones(10, 3), torch.ones(10, 1), prior)
+    torch.testing.assert_close(same, prior.double())
+    stiff, _ = refit(x, 4 * x[:, :1], prior, ridge=1e9)
+    torch.testing.assert_close(stiff, prior.double(), rtol=1e-4, atol=1e-4)
+    assert bool(torch.isfinite(bias).all())

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import small_cnn
+from torch import nn
+
+from capnas.errors import UsageError
+from capnas.narrowing import chosen_units, narrowed
+from capnas.narrowing.calibration import input_rows, norms_behind, output_rows, read_layers, readable
+from capnas.narrowing.planning import plan_widths, read_widths
+from capnas.narrowing.survey import Survey, survey
+
+
+def redundant(width: int = 6) -> nn.Sequential:
+    """A network whose hidden channels 3 to 5 are mixtures of 0 to 2 before a linear activation: half of them suffice."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(2, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.Conv2d(width, 4, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        net[0].weight[3:] = torch.einsum("ij,jchw->ichw", torch.randn(3, 3), net[0].weight[:3])
+    net.train()(torch.randn(64, 2, 8, 8))
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[nn.Module, Survey]:
+    net = redundant()
+    return net, survey(net, torch.randn(48, 2, 8, 8))
+
+
+def test_a_conv_is_read_as_its_own_matrix_product() -> None:
+    for conv in (nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.Conv2d(3, 5, (1, 3), dilation=(1, 2), padding=(0, 1)), nn.Conv2d(3, 5, 1)):
+        x = torch.randn(2, 3, 9, 8)
+        y = conv(x)
+        index = torch.tensor([0, 3, y[0, 0].numel() + 1, 2 * y[0, 0].numel() - 1])
+        rows = input_rows(conv, x, index) @ conv.weight.flatten(1).T + conv.bias
+        torch.testing.assert_close(rows, output_rows(conv, y, index))
+    linear, tokens = nn.Linear(3, 2), torch.randn(2, 4, 3)
+    index = torch.tensor([1, 7])
+    torch.testing.assert_close(linear(input_rows(linear, tokens, index)), output_rows(linear, linear(tokens), index))
+
+
+def test_what_can_be_read() -> None:
+    assert readable(nn.Linear(2, 2))
+    assert readable(nn.Conv2d(2, 2, 3, dilation=2))
+    assert not readable(nn.Conv2d(2, 2, 3, groups=2))
+    assert not readable(nn.Conv2d(2, 2, 3, padding="same"))
+    assert not readable(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
+
+
+def test_reading_leaves_the_model_alone_and_gives_the_curvature_of_the_loss() -> None:
+    net = redundant()
+    net[0].weight.requires_grad_(False)
+    state = {n: t.clone() for n, t in net.state_dict().items()}
+    images = torch.randn(32, 2, 8, 8)
+    read_layers(net.train(), ["2", "6"], images)
+    assert net.training
+    assert not net[0].weight.requires_grad
+    assert all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(t, state[n]) for n, t in net.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    # at the logits the expected curvature of cross-entropy is diag(p) - p p^T
+    p = net.eval()(images).softmax(1).double()
+    expected = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
+    draws = torch.stack([read_layers(net, ["6"], images, seed=s)["6"].curvature for s in range(40)]).mean(0)
+    torch.testing.assert_close(draws, expected.detach(), atol=0.03, rtol=0)
+
+
+def test_mixtures_go_for_nothing_once_the_readers_are_refitted(measured: tuple[nn.Module, Survey]) -> None:
+    net, found = measured
+    group = found.groups[0]
+    assert (group.name, group.units) == ("0", 6)
+    assert round(found.needed[0]) <= 3
+    plan = plan_widths(found, widths={"0": 3}, round_to=1)
+    assert plan.groups[0].loss < 0.01 * float(found.paths[0].losses[-1])
+    x = torch.randn(40, 2, 8, 8)
+    small, sliced = narrowed(net, found, plan), narrowed(net, found, plan, refit=False)
+    assert small[0].out_channels == small[1].num_features == small[2].in_channels == 3
+    wrong = (sliced(x) - net(x)).norm() / net(x).norm()
+    assert (small(x) - net(x)).norm() / net(x).norm() < 0.1 * wrong
+
+
+def test_nothing_removed_nothing_changed(measured: tuple[nn.Module, Survey]) -> None:
+    net, found = measured
+    plan = plan_widths(found, widths={})
+    assert plan.planned_macs == plan.macs
+    assert all(g.planned == g.width for g in plan.groups)
+    small, x = narrowed(net, found, plan), found.images
+    torch.testing.assert_close(small(x), net(x), rtol=0.2, atol=0.05)
+
+
+def test_wider_plans_double_the_most_needed_units(measured: tuple[nn.Module, Survey]) -> None:
+    net, found = measured
+    plan = plan_widths(found, widths={"0": 8})
+    assert plan.grows
+    keep = chosen_units(found, plan)["0"]
+    assert len(keep) == 8
+    assert sorted(set(keep)) == list(range(6))
+    wide, x = narrowed(net, found, plan), found.images
+    assert wide[0].out_channels == 8
+    assert (wide(x) - net(x)).norm() / net(x).norm() < 0.2
+    first, second = (i for i, u in enumerate(keep) if u == next(u for u in keep if keep.count(u) > 1))
+    assert not torch.equal(wide[0].weight[first], wide[0].weight[second])
+
+
+def test_goals_and_their_errors(measured: tuple[nn.Module, Survey], tmp_path) -> None:
+    _, found = measured
+    plan = plan_widths(found, target_macs=0.7, round_to=1)
+    assert plan.planned_macs <= 0.7 * plan.macs
+    lossless = plan_widths(found, lossless=True, round_to=1)
+    assert all(g.planned >= g.needed for g in lossless.groups)
+    path = tmp_path / "plan.json"
+    path.write_text('{"plan": {"widths": {"0": 4}}}')
+    assert plan_widths(found, widths=read_widths(path)).widths["0"] == 4
+    for text, reason in (("[", "is not JSON"), ('{"widths": {"0": -1}}', "must hold"), ("{}", "must hold")):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=reason):
+            read_widths(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_widths(tmp_path / "none.json")
+    with pytest.raises(UsageError, match="exactly one goal"):
+        plan_widths(found, target_macs=0.5, lossless=True)
+    with pytest.raises(UsageError, match=r"share of MACs to keep, in \(0, 1\), got 1.5"):
+        plan_widths(found, target_macs=1.5)
+    with pytest.raises(UsageError, match=r"0.001 of the MACs cannot be reached"):
+        plan_widths(found, target_macs=0.001)
+    with pytest.raises(UsageError, match="a group of the plan must be one of 0, 2; got '7'"):
+        plan_widths(found, widths={"7": 2})
+    with pytest.raises(UsageError, match="allocation must be one of loss, saturation"):
+        plan_widths(found, target_macs=0.5, allocation="best")  # type: ignore[arg-type]
+
+
+def test_residual_streams_are_narrowed_as_one() -> None:
+    net = small_cnn(width=8, depth=2).eval()
+    found = survey(net, torch.randn(24, 3, 12, 12))
+    stream = found.groups[0]
+    assert {p.module for p in stream.writers()} == {"0", "1.conv", "2.conv"}
+    plan = plan_widths(found, target_macs=0.5, round_to=1)
+    small = narrowed(net, found, plan)
+    assert small[0].out_channels == small[2].conv.in_channels == small[2].conv.out_channels == plan.widths["0"] < 8
+    assert small(found.images).shape == (24, 3)
+
+
+def test_norms_behind_their_layers() -> None:
+    assert norms_behind(redundant(), torch.randn(2, 2, 8, 8)) == {"0": "1"}
+    between = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.BatchNorm2d(2))
+    assert norms_behind(copy.deepcopy(between), torch.randn(2, 1, 2, 2)) == {}

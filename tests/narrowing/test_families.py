@@ -1,0 +1,157 @@
+"""Every family that can be narrowed, at small sizes: groups, costs, correction, export, save and load; and what cannot, with its reason."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from torch import nn
+
+from capnas.candidates import count_cost
+from capnas.narrowing import narrowed, plan_widths, survey
+from capnas.narrowing.applying import change_widths, narrowable
+from capnas.narrowing.costs import NetworkCost
+from capnas.narrowing.groups import CannotNarrow
+from capnas.saved import build_recipe, load_model, save_model
+from capnas.spaces import load_space
+
+SIZES: dict[str, dict[str, Any]] = {
+    "resnet18": {"channels": [8, 16, 24, 32]},
+    "resnet50": {"channels": [8, 8, 16, 16], "layers": [1, 1, 2, 1]},
+    "mobilenetv3_small_100": {},
+    "regnety_002": {"depth": 6, "w0": 16, "wa": 30.0},
+    "convnext_atto": {"depths": [1, 1, 2, 1], "dims": [16, 24, 32, 40]},
+    "densenet121": {"growth_rate": 8, "block_config": [2, 2, 3, 2]},
+    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
+}
+
+
+def recipe(name: str) -> dict[str, Any]:
+    return {"timm": name, "args": {"num_classes": 5, "in_chans": 3, **SIZES.get(name, {})}, "image_size": 32}
+
+
+def halve(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, float]:
+    """Every group at half of its units, and the MACs that were expected of it."""
+    found = narrowable(model, x)
+    cost = NetworkCost.of(model, found.groups, (1, *x.shape[1:]))
+    small = copy.deepcopy(model).eval()
+    keep = {g.name: list(range(0, g.units, 2)) for g in found.groups}
+    change_widths(small, found.groups, keep)
+    units = torch.tensor([[float(len(keep[g.name])) for g in found.groups]], dtype=torch.float64)
+    assert float(cost.total_macs(cost.units[None])) == pytest.approx(count_cost(model, (1, *x.shape[1:])).macs)
+    return small, float(cost.total_macs(units))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_timm_families(name: str, tmp_path: Path) -> None:
+    model, x = build_recipe(recipe(name)).eval(), torch.randn(2, 3, 32, 32)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    small, macs = halve(model, x)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert count_cost(small, (1, 3, 32, 32)).macs == pytest.approx(macs)
+    assert macs < 0.7 * count_cost(model, (1, 3, 32, 32)).macs
+    again = load_model(save_model(small, tmp_path / "m", recipe(name)))
+    assert torch.equal(again(x), small(x))
+    assert getattr(again, "head_hidden_size", again.num_features) == again.get_classifier().in_features
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vgg11_bn", "efficientnet_b0"])
+def test_families_that_come_in_one_size(name: str) -> None:
+    model, x = build_recipe(recipe(name)).eval(), torch.randn(16, 3, 32, 32)
+    found = survey(model, x)
+    plan = plan_widths(found, target_macs=0.5)
+    small = narrowed(model, found, plan)
+    assert count_cost(small, (1, 3, 32, 32)).macs == plan.planned_macs <= 0.5 * plan.macs
+    assert bool(torch.isfinite(small(x)).all())
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg", "mbconv", "convnext", "regnet", "byobnet", "nasbench201"])
+def test_architectures_of_our_spaces(name: str, tmp_path: Path) -> None:
+    space, made = load_space(name), 0
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
+    while made < 1:
+        trial = study.ask()
+        try:
+            model = space(trial, num_classes=5, in_chans=1, image_size=28).eval()
+        except optuna.TrialPruned:
+            continue
+        made += 1
+        x = torch.randn(2, 1, 28, 28)
+        small, macs = halve(model, x)
+        assert count_cost(small, (1, 1, 28, 28)).macs == pytest.approx(macs)
+        shape = {"num_classes": 5, "in_chans": 1, "image_size": 28}
+        saved = save_model(small, tmp_path / f"{made}", {"space": name, "params": dict(trial.params), **shape})
+        assert torch.equal(load_model(saved)(x), small(x))
+
+
+def test_grouped_convs_lose_whole_groups_and_attentions_whole_heads() -> None:
+    grouped = narrowable(build_recipe(recipe("regnety_002")).eval(), torch.randn(2, 3, 32, 32))
+    inner = next(g for g in grouped.groups if any(p.module == "s1.b1.conv2.conv" for p in g.ports))
+    assert inner.unit_channels == 8
+    assert {p.side for p in inner.ports if p.module == "s1.b1.conv2.conv"} == {"in", "out"}
+    model = build_recipe(recipe("vit_tiny_patch16_224")).eval()
+    tokens = narrowable(model, torch.randn(2, 3, 32, 32))
+    heads = tokens["blocks.0.attn.qkv"]
+    assert (heads.units, heads.channels) == (3, 144)
+    change_widths(model, tokens.groups, {"blocks.0.attn.qkv": [0, 2]})
+    assert (model.blocks[0].attn.num_heads, model.blocks[0].attn.attn_dim) == (2, 32)
+    assert any("token stream" in reason for reason in tokens.fixed.values())
+
+
+def test_removing_channels_that_do_nothing_changes_nothing() -> None:
+    for name in ("resnet18", "mobilenetv3_small_100", "densenet121"):
+        model, x = build_recipe(recipe(name)).eval(), torch.randn(2, 3, 32, 32)
+        found = narrowable(model, x)
+        modules = dict(model.named_modules())
+        with torch.no_grad():
+            for group in found.groups:  # nobody listens to every second unit
+                for port in group.readers():
+                    weight = modules[port.module].weight
+                    weight[:, port.positions[1::2].flatten()] = 0
+        expected = model(x)
+        change_widths(model, found.groups, {g.name: range(0, g.units, 2) for g in found.groups})
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_doubled_units_change_nothing() -> None:
+    for name in ("resnet18", "regnety_002", "densenet121", "vit_tiny_patch16_224"):
+        model, x = build_recipe(recipe(name)).eval(), torch.randn(2, 3, 32, 32)
+        expected, found = model(x), narrowable(model, x)
+        change_widths(model, found.groups, {g.name: sorted([*range(g.units), 0, 0, g.units - 1]) for g in found.groups})
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_narrowed_network_can_be_exported() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    small, _ = halve(build_recipe(recipe("resnet18")).eval(), x)
+    torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), small(x), rtol=1e-4, atol=1e-5)
+
+
+class Split(nn.Module):
+    """Half of the channels go one way, half another, and meet again in the wrong order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x).mean((2, 3))
+        return self.head(y.reshape(-1, 2, 2).transpose(1, 2).reshape(-1, 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "cannot narrow this Sequential: it gives the classes"),
+        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(128, 2)), "1 normalizes its channels in 2 groups"),
+        (Split(), "cannot narrow this Split"),
+    ],
+)
+def test_what_cannot_be_narrowed_says_why(model: nn.Module, reason: str) -> None:
+    with pytest.raises(CannotNarrow, match=reason):
+        narrowable(model.eval(), torch.randn(2, 3, 4, 4))

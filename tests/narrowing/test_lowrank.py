@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from capnas.candidates import count_cost
+from capnas.errors import UsageError
+from capnas.measures.moments import covariance, moments_of
+from capnas.measures.saturation import lossless_projection
+from capnas.narrowing.groups import CannotNarrow
+from capnas.narrowing.lowrank import factorized, plan_ranks, split_layer
+from capnas.saved import build_recipe, load_model, save_model
+
+RECIPE = {"timm": "resnet10t", "args": {"num_classes": 3, "in_chans": 1, "channels": [8, 12, 16, 24]}, "image_size": 32}
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 7), nn.Conv2d(5, 7, 3, stride=2, padding=1, bias=False), nn.Conv2d(5, 7, 1)])
+def test_a_split_layer_is_its_projected_outputs_exactly(layer: nn.Module) -> None:
+    x = torch.randn(30, 5) if isinstance(layer, nn.Linear) else torch.randn(4, 5, 6, 6) + 2
+    y = layer(x).detach()
+    rows = y if y.dim() == 2 else y.movedim(1, -1).flatten(0, 2)
+    moments = moments_of(rows)
+    values = torch.linalg.eigvalsh(covariance(moments)).flip(0)
+    share = float((values.cumsum(0) / values.sum())[1:3].mean())  # between two and three directions
+    projection = lossless_projection(moments, share)
+    assert projection.basis.shape[1] == 3
+    expected = projection(rows)
+    got = split_layer(layer, moments, 3)(x)
+    got = got if got.dim() == 2 else got.movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_meet_the_target_and_the_model_comes_back(tmp_path: Path) -> None:
+    model, x = build_recipe(RECIPE).eval(), torch.randn(8, 1, 32, 32)
+    plan = plan_ranks(model, x, target_macs=0.6)
+    small = factorized(model, plan)
+    assert count_cost(small, (1, 1, 32, 32)).macs == pytest.approx(plan.planned_macs, rel=1e-3)
+    assert plan.planned_macs <= 0.6 * plan.macs
+    assert sum(p.numel() for p in small.parameters()) == plan.planned_params
+    kept = [g.kept for g in plan.groups if g.rank < g.width]
+    assert kept
+    assert max(kept) < 1
+    again = load_model(save_model(small, tmp_path / "m", RECIPE))
+    assert torch.equal(again(x), small(x))
+
+
+def test_what_saves_nothing_stays_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
+    plan = plan_ranks(model, torch.randn(8, 1, 2, 2))
+    assert [(g.name, g.rank) for g in plan.groups] == [("0", 4)]  # one input: the second part would cost more than it saves
+    assert factorized(model, plan)[0].weight.shape == (4, 1, 1, 1)
+
+
+def test_errors() -> None:
+    with pytest.raises(CannotNarrow, match="no plain dense conv or linear layer beside its head"):
+        plan_ranks(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.randn(4, 1, 2, 2))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    with pytest.raises(UsageError, match=r"0.01 of the MACs cannot be reached by splitting"):
+        plan_ranks(model, torch.randn(9, 8), target_macs=0.01)
+    with pytest.raises(UsageError, match=r"in \(0, 1\), got 2"):
+        plan_ranks(model, torch.randn(9, 8), target_macs=2)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from tiny_space import FILE, images
+
+from capnas.data import Augment, ImageData, load_data
+from capnas.errors import MissingDependencyError, UsageError
+from capnas.narrowing import pruning
+from capnas.narrowing.pruning import PruneConfig, calibration_images, pretrain, prune
+from capnas.saved import build_recipe
+from capnas.training import evaluate
+
+RECIPE = {"space": FILE, "params": {"width": 8, "depth": 3, "kind": "plain"}, "num_classes": 3, "in_chans": 1, "image_size": 8}
+SHORT: dict[str, Any] = {"device": "cpu", "round_to": 1, "images": 64}
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_data(images(360), validation=0.2, test=0.2, augment=Augment(flip=False, shift=0))
+
+
+@pytest.fixture(scope="module")
+def trained(data: ImageData) -> torch.nn.Module:
+    return pretrain(build_recipe(RECIPE), data, PruneConfig(target_macs=0.5, train_epochs=25, **SHORT), image_size=8)
+
+
+def test_half_the_macs_keep_the_accuracy_and_the_network_is_left_alone(trained: torch.nn.Module, data: ImageData) -> None:
+    before = {n: t.clone() for n, t in trained.state_dict().items()}
+    accuracy = evaluate(trained, data, "validation")["accuracy"]
+    assert accuracy > 0.8
+    said: list[str] = []
+    result = prune(trained, data, PruneConfig(target_macs=0.5, finetune_epochs=1, **SHORT), say=said.append)
+    assert all(torch.equal(t, before[n]) for n, t in trained.state_dict().items())
+    report = result.report
+    assert report["macs"]["after"] <= 0.5 * report["macs"]["before"]
+    assert report["macs"]["after"] == result.plan.planned_macs
+    assert report["accuracy"]["before"] == pytest.approx(accuracy)
+    assert report["accuracy"]["pruned"] > accuracy - 0.1
+    assert set(report["accuracy"]) == {"before", "pruned", "finetuned"}
+    assert all(t["after"] > 0 for t in report["latency_ms"].values())
+    assert list(report["latency_ms"]) == ["batch 1", "batch 64"]
+    assert any("without training" in line for line in said)
+
+
+def test_low_rank_and_lossless(trained: torch.nn.Module, data: ImageData) -> None:
+    split = prune(trained, data, PruneConfig(target_macs=0.7, method="lowrank", **SHORT))
+    assert split.report["macs"]["after"] <= 0.7 * split.report["macs"]["before"]
+    exact = prune(trained, data, PruneConfig(lossless=0.99, **SHORT))
+    assert exact.report["accuracy"]["pruned"] > exact.report["accuracy"]["before"] - 0.1
+
+
+def test_large_images_are_fewer(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(calibration_images(data, 50, 8, seed=0, device=torch.device("cpu"))) == 50
+    monkeypatch.setattr(pruning, "_PIXELS", 23 * 8 * 8)
+    assert len(calibration_images(data, 50, 8, seed=0, device=torch.device("cpu"))) == 23
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "exactly one of --target-macs, --lossless and --plan"),
+        ({"target_macs": 0.5, "lossless": 0.9}, "exactly one of"),
+        ({"target_macs": 0.5, "method": "magic"}, "method must be one of channels, lowrank"),
+        ({"widths": {"0": 1}, "method": "lowrank"}, "a plan of widths is for the method channels"),
+        ({"lossless": 1.5}, r"in \(0, 1\), got 1.5"),
+        ({"target_macs": 0.5, "images": 2}, "at least 16 images, got 2"),
+        ({"target_macs": 0.5, "finetune_epochs": -1}, "must not be negative"),
+    ],
+)
+def test_what_cannot_be_asked_for(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        PruneConfig(**options)
+
+
+def test_fresh_weights_are_trained_first(data: ImageData) -> None:
+    with pytest.raises(UsageError, match=r"no trained weights.*give --train-epochs N"):
+        pretrain(build_recipe(RECIPE), data, PruneConfig(target_macs=0.5), image_size=8)
+
+
+def test_without_torch_pruning_the_extra_is_named(trained: torch.nn.Module, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'capnas\[prune\]'"):
+        prune(trained, data, PruneConfig(target_macs=0.5, **SHORT))
