@@ -109,7 +109,8 @@ def write_table():
     open_ends = [f"{name} ({len(left)} settings)" for name, study in studies.items() if (left := unfinished(study))]
     if open_ends:
         ends = ", ".join(open_ends)
-        lines += [f"**Not finished: {ends}. Their excess at a tolerance of {TOLERANCE:g} is a lower bound.** The command goes on there.", ""]
+        lines += [f"**Not finished: {ends}. Their excess at a tolerance of {TOLERANCE:g} is a lower bound.** The command goes on."]
+        lines.append("")
     for hold, text in (("validation", "the validation error"), ("train", "the training error")):
         for tolerance in (TOLERANCE, 2 * TOLERANCE):
             head = ("network", "task", "train error", "validation error", "log10 club", "tightest held: norms / distances x",
