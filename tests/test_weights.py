@@ -58,3 +58,14 @@ def test_motion_of_a_training_leaves_the_weights_where_they_are() -> None:
     assert motion["2"].distance == pytest.approx(2 * motion["2"].radius, rel=1e-5)
     assert motion["0"].distance == pytest.approx(distance_to_init(3 * start.weights["0"], start.weights["0"]))
     assert 0 < start.slack(model, graph) < 0.5
+
+
+def test_upper_bounds_of_iterated_norms_are_paid_for_on_request() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1))
+    graph = trace(model, (1, 16, 14, 14))
+    plain, bounded = weight_norms(model, graph)["0"], weight_norms(model, graph, bounded=True)["0"]
+    assert plain.method == bounded.method == "power"
+    assert plain.value == bounded.value
+    assert plain.upper == float("inf")
+    assert bounded.value < bounded.upper < 3 * bounded.value

@@ -51,10 +51,7 @@ def spectrum(cov: Tensor) -> Spectrum:
         return Spectrum(eigenvalues=cov.new_zeros(0), width=width, total=float("nan"), finite=False)
     total = float(cov.diagonal().clamp_min(0).sum())
     if width > EXACT_EIGENVALUES:
-        generator = torch.Generator(device=cov.device).manual_seed(0)
-        basis = torch.randn(width, EXACT_EIGENVALUES, dtype=cov.dtype, device=cov.device, generator=generator)
-        for _ in range(2):
-            basis = torch.linalg.qr(cov @ basis)[0]
+        basis = _leading_subspace(cov)
         cov = basis.T @ cov @ basis
     values = torch.linalg.eigvalsh((cov + cov.T) / 2).flip(0).clamp_min(0)
     return Spectrum(eigenvalues=values, width=width, total=total)
@@ -198,9 +195,13 @@ def lossless_projection(moments: Moments, threshold: float = THRESHOLD) -> Proje
     [[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]]
     """
     cov = covariance(moments)
+    total = float(cov.diagonal().clamp_min(0).sum())
+    subspace = _leading_subspace(cov) if len(cov) > EXACT_EIGENVALUES else None
+    cov = cov if subspace is None else subspace.T @ cov @ subspace
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
+    vectors = vectors if subspace is None else subspace @ vectors
     values = values.flip(0).clamp_min(0)
-    k = intrinsic_dimension(values, threshold)
+    k = intrinsic_dimension(values, threshold, total if subspace is not None else None)
     return Projection(basis=vectors.flip(1)[:, :k].contiguous(), mean=moments.mean)
 
 
@@ -213,6 +214,15 @@ def random_projection(moments: Moments, k: int, seed: int = 0) -> Projection:
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(moments.width, k, dtype=torch.float64, generator=generator)
     return Projection(basis=torch.linalg.qr(directions)[0].to(moments.mean.device), mean=moments.mean)
+
+
+def _leading_subspace(cov: Tensor) -> Tensor:
+    """Orthonormal columns (D, `EXACT_EIGENVALUES`) that hold nearly all of the leading eigenvectors (Halko et al., arXiv 0909.4061)."""
+    generator = torch.Generator(device=cov.device).manual_seed(0)
+    basis = torch.randn(len(cov), EXACT_EIGENVALUES, dtype=cov.dtype, device=cov.device, generator=generator)
+    for _ in range(2):
+        basis = torch.linalg.qr(cov @ basis)[0]
+    return basis
 
 
 def _square(cov: Tensor) -> int:

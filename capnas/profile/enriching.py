@@ -27,6 +27,7 @@ def enrich(
     measures: Sequence[str],
     graph: Trace | None = None,
     start: InitialWeights | None = None,
+    pixels: bool = True,
     seed: int = 0,
 ) -> Profile:
     """A profile with further measures of the same model in the same state.
@@ -39,6 +40,7 @@ def enrich(
         measures: any of `MEASURES`.
         graph: the model's trace where it is already at hand, see `capnas.graph.tracing.trace`.
         start: the weights before training, for the distance of each layer.
+        pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
         seed: of anything random.
     """
     if {"structure", "norms", "capacity"} & set(measures):
@@ -49,7 +51,7 @@ def enrich(
         if "norms" in measures:
             profile = with_norms(profile, model, graph)
         if "capacity" in measures:
-            profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, seed=seed, graph=graph))
+            profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, pixels=pixels, seed=seed, graph=graph))
     if "proxies" in measures:
         proxies = baseline_proxies(model, inputs, targets)
         profile = profile.with_network(**{name: proxies[name].value for name in PROXIES})

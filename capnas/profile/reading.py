@@ -34,6 +34,7 @@ def profile_model(
     values_per_call: int | None = None,
     initialize: bool = False,
     graph: Trace | None = None,
+    pixels: bool = True,
     seed: int = 0,
 ) -> Profile:
     """Profile a model on a batch of inputs, leaving the model untouched.
@@ -53,6 +54,7 @@ def profile_model(
         initialize: profile a copy at torch's default initialization instead, see `at_default_initialization`. Scores of untrained networks
             that are to be compared need one initialization; a search measures all its candidates so.
         graph: the model's trace where it is already at hand.
+        pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
         seed: of the initialization, of position sampling and of anything random in the forward pass.
 
     Raises:
@@ -76,7 +78,7 @@ def profile_model(
                 model(batch)
         records = recorder.pop(chosen)
     profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
-    return enrich(profile, model, batches[0], targets, measures=measures, graph=graph, seed=seed)
+    return enrich(profile, model, batches[0], targets, measures=measures, graph=graph, pixels=pixels, seed=seed)
 
 
 def at_default_initialization(model: nn.Module, *, seed: int = 0) -> nn.Module:

@@ -86,6 +86,20 @@ def test_wide_covariance_is_not_decomposed_in_full(monkeypatch: pytest.MonkeyPat
     assert s.saturation_of(spec) == exact
 
 
+def test_wide_projection_is_not_decomposed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    full = torch.linalg.eigh
+    monkeypatch.setattr("capnas.measures.saturation.EXACT_EIGENVALUES", 12)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: (sizes.append(len(m)), full(m))[1])
+    rows = torch.randn(400, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2.0 ** -torch.arange(40)
+    projection = s.lossless_projection(moments_of(rows + 3), 0.99)
+    assert sizes == [12]
+    values = full((rows - rows.mean(0)).T @ (rows - rows.mean(0)) / 400)[0].flip(0)
+    assert projection.basis.shape == (40, s.intrinsic_dimension(values, 0.99))
+    lost = (projection(rows + 3) - rows - 3).square().sum() / (rows - rows.mean(0)).square().sum()
+    assert lost < 0.01
+
+
 def test_bad_arguments_say_what_came() -> None:
     with pytest.raises(ValueError, match=r"threshold must be in \(0, 1\], got 1.5"):
         s.saturation(torch.eye(2), 1.5)

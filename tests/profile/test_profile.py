@@ -259,3 +259,10 @@ def test_profile_at_the_default_initialization_does_not_depend_on_the_weights() 
 
     assert saturation(1e-6) != saturation(1.0)
     assert saturation(1e-6, initialize=True) == saturation(1.0, initialize=True)
+
+
+def test_the_sweep_to_the_pixels_can_be_left_out() -> None:
+    model, x = small_resnet(), noise(8, 3, 32, 32)
+    full, short = (profile_model(model, x, measures=("capacity",), mode="train", pixels=pixels) for pixels in (True, False))
+    assert short.network["coverage"] != short.network["coverage"]  # not a number
+    assert {k: v for k, v in short.network.items() if k != "coverage"} == {k: v for k, v in full.network.items() if k != "coverage"}
