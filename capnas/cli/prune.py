@@ -68,7 +68,8 @@ def prune(
         model = found.build(seed)
         if not found.trained:
             if train_epochs:
-                say(f"{found.name} has no trained weights; it is trained first, {train_epochs} epochs on {found.data.name}")
+                passes = f"{train_epochs} epoch{'s' * (train_epochs > 1)}"
+                say(f"{found.name} has no trained weights; it is trained first, {passes} on {found.data.name}")
             model = pretrain(model, found.data, config, image_size=found.image_size, say=say)
         if dry_run:
             from capnas.devices import resolve_device

@@ -73,3 +73,21 @@ def test_errors_of_use(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
         code, _, err = call(capsys, *words)
         assert code == 2
         assert reason in err
+
+
+def test_a_trial_of_a_run_is_trained_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data = write_images(tmp_path / "images")
+    search = ["search", FILE, "--data", data, "--trials", "2", "--epochs", "1", "--out", tmp_path / "run", "--train", "batch_size=16",
+              "--pruner", "off", "--device", "cpu", "--data-option", "image_size=8", "--data-option", "in_chans=1"]  # fmt: skip
+    code, _, err = call(capsys, *search)
+    assert code == 0, err
+    code, _, err = call(capsys, "prune", f"{tmp_path / 'run'}:best", "--target-macs", "0.7", "--dry-run", *SHORT)
+    assert code == 2
+    assert "give --train-epochs N" in err
+    winner = ["prune", f"{tmp_path / 'run'}:best", "--target-macs", "0.7", "--train-epochs", "1", "--json", *SHORT]
+    code, out, err = call(capsys, *winner, "--out", tmp_path / "small")
+    assert code == 0, err
+    assert "it is trained first, 1 epoch on" in err
+    assert json.loads(out)["report"]["macs"]["after"] > 0
+    again = capnas.load_model(tmp_path / "small")
+    assert again(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
