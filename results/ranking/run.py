@@ -1,10 +1,10 @@
 """How well training-free scores rank architectures whose trained accuracy is known, with every baseline proxy beside them.
 
-    python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures saturation,structure,proxies] [--seed S]
+    python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures structure,proxies] [--seed S] [--label NAME]
     python results/ranking/run.py tables
 
 SPACE: nasbench201, nasbench101, macro, timm. DIR holds the benchmark tables and the CIFAR-10 archive. `measure` appends one JSON line
-per architecture to raw/SPACE.jsonl (or raw/SPACE-seedS.jsonl for other seeds than 0) and goes on where it stopped; `tables` derives
+per architecture to raw/SPACE.jsonl (with the seed and the label in its name where given) and goes on where it stopped; `tables` derives
 table.md and summary.json from what is there.
 """
 
@@ -27,12 +27,12 @@ IMAGES = {"timm": (32, 128)}  # images of the probe batch and their size
 WIDTHS = {"nasbench101": 32}  # channels of the first stage where not the published number: a quarter of 128
 
 
-def measure(space, folder, count, measures, seed):
+def measure(space, folder, count, measures, seed, label):
     torch.set_num_threads(1)
     rows = benchmarks.table(space, folder, count)
     images, size = IMAGES.get(space, (64, 32))
     x, y = benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, seed, size)
-    path = HERE / "raw" / f"{space}{f'-seed{seed}' if seed else ''}.jsonl"
+    path = HERE / "raw" / f"{'-'.join([space, *([f'seed{seed}'] if seed else []), *([label] if label else [])])}.jsonl"
     path.parent.mkdir(exist_ok=True)
     known = {json.loads(line)["arch"] for line in path.open()} if path.exists() else set()
     names = [n for n in SCORES if set(measures_for([n])) <= {"saturation", *measures} and n != "capacity_slack"]
@@ -155,10 +155,11 @@ if __name__ == "__main__":
     run.add_argument("--data", required=True)
     run.add_argument("--count", type=int)
     run.add_argument("--measures", default="structure,proxies")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=int, default=0, help="of weights and images")
+    run.add_argument("--label", help="of the file, for a smaller draw with more measures")
     commands.add_parser("tables")
     given = parser.parse_args()
     if given.command == "tables":
         tables()
     else:
-        measure(given.space, given.data, given.count, tuple(given.measures.split(",")), given.seed)
+        measure(given.space, given.data, given.count, tuple(given.measures.split(",")), given.seed, given.label)

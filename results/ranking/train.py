@@ -43,7 +43,8 @@ def main(given):
         found = Evaluation.of(study.trials[0])
         record = {"arch": f"draw {number}", "params_drawn": found.params, "status": found.status, "reason": found.reason,
                   "accuracy": found.metrics.get("accuracy"), "short_accuracy": (found.curve[0]["accuracy"] if found.curve else None),
-                  "after_training": {n: found.metrics.get(n) for n in VALUES}, "init_capacity_score": found.metrics.get("init_capacity_score"),
+                  "after_training": {n: found.metrics.get(n) for n in VALUES},
+                  "init_capacity_score": found.metrics.get("init_capacity_score"),
                   "params": found.n_params, "macs": found.macs, "train_seconds": round(time.process_time() - start, 1),
                   "epochs": given.epochs, "images": given.images, "image_size": given.image_size}  # fmt: skip
         with path.open("a") as out:
