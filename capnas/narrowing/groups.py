@@ -22,6 +22,7 @@ from capnas.recording import CONVS, MEASURED
 
 Side = Literal["out", "in", "both", "param"]
 Atom = tuple[str, Side, int]
+_CLASSES = "it gives the classes"
 _RULES = (*CONVS, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -104,7 +105,7 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
     modules = dict(model.named_modules())
     order = _order(model, example)
     heads = head_names(model)
-    fixed: dict[str, str] = {h: "it gives the classes" for h in heads if isinstance(modules[h], MEASURED)}
+    fixed: dict[str, str] = {h: _CLASSES for h in heads if isinstance(modules[h], MEASURED)}
     attentions = {n: m for n, m in modules.items() if _is_attention(m)}
     found: list[list[list[Atom]]] = []
     for writer, units in _dependency_groups(model, example):
@@ -121,9 +122,14 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
     groups = _merged(found, modules, order)
     groups.sort(key=lambda g: order.get(g.name, len(order)))
     if not groups:
-        reasons = "; ".join(sorted(set(fixed.values()))) or "no layer's width is free"
-        raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {reasons}.")
+        raise cannot_narrow(model, fixed)
     return Coupling(groups=tuple(groups), fixed=fixed)
+
+
+def cannot_narrow(model: nn.Module, fixed: Mapping[str, str]) -> CannotNarrow:
+    """The error of a network of which every layer is fixed, with at most three of the reasons."""
+    reasons = sorted(set(fixed.values()) - {_CLASSES})[:3] or [f"its only layer has a fixed width, {_CLASSES}"]
+    return CannotNarrow(f"cannot narrow this {type(model).__name__}: {'; '.join(reasons)}.")
 
 
 def torch_pruning() -> Any:
@@ -192,9 +198,11 @@ def _refusal(
     for name, side in places:
         module = modules.get(name)
         if name in heads and side == "out":
-            return "it gives the classes"
+            return _CLASSES
         if any(name in (f"{n}.qkv", f"{n}.proj") for n in attentions):
             return "an attention is narrowed by whole heads"
+        if isinstance(module, MEASURED) and {n for n, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
+            return f"{name} is a {type(module).__name__}, whose further parameters have no rule"
         if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
             return f"{name} normalizes its channels in {module.num_groups} groups"
         if isinstance(module, CONVS) and getattr(module, "transposed", False) and module.groups > 1:

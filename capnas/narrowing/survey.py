@@ -16,7 +16,7 @@ from capnas.measures.saturation import THRESHOLD, intrinsic_dimension, spectrum
 from capnas.narrowing.applying import narrowable
 from capnas.narrowing.calibration import Reading, norms_behind, read_layers, readable
 from capnas.narrowing.costs import NetworkCost
-from capnas.narrowing.groups import CannotNarrow, CoupledGroup, Coupling
+from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow
 from capnas.recording import Recorder
 
 
@@ -81,7 +81,7 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
         else:
             fixed[group.name] = "no layer that reads it is a plain dense conv or linear layer that could be refitted"
     if not groups:
-        raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {'; '.join(sorted(set(fixed.values()))[:3])}.")
+        raise cannot_narrow(model, fixed)
     needed = _needed(model, groups, images, threshold)
     try:
         capacity = capacity_map(model, images[:64], mode="eval", pixels=False)

@@ -144,12 +144,24 @@ class Split(nn.Module):
         return self.head(y.reshape(-1, 2, 2).transpose(1, 2).reshape(-1, 4))
 
 
+class Reversed(nn.Module):
+    """Reads its channels in reverse: it runs without one of them, but reads the wrong ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x).relu().mean((2, 3)).flip(1))
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "cannot narrow this Sequential: it gives the classes"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "cannot narrow this Sequential: its only layer has a fixed width, it gives the classes"),
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(128, 2)), "1 normalizes its channels in 2 groups"),
         (Split(), "cannot narrow this Split"),
+        (Reversed(), "doubled channels change what is computed"),
     ],
 )
 def test_what_cannot_be_narrowed_says_why(model: nn.Module, reason: str) -> None:
