@@ -158,7 +158,7 @@ class Reversed(nn.Module):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "cannot narrow this Sequential: its only layer has a fixed width, it gives the classes"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "this Sequential: its only layer has a fixed width, it gives the classes"),
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(128, 2)), "1 normalizes its channels in 2 groups"),
         (Split(), "cannot narrow this Split"),
         (Reversed(), "doubled channels change what is computed"),
