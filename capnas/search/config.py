@@ -11,7 +11,7 @@ from typing import Any
 
 from capnas.errors import StudyError, UsageError, one_of
 from capnas.objective.pool import check_pool
-from capnas.objective.targets import check_values, check_weights, direction_of
+from capnas.objective.targets import SUMS, check_values, check_weights, direction_of
 from capnas.scoring import Direction
 from capnas.search.samplers import PRUNERS, SAMPLERS, check_sampler
 from capnas.search.storages import hide_password
@@ -95,7 +95,9 @@ class StudyConfig:
             if getattr(self, name) not in known:
                 raise UsageError(one_of(name, getattr(self, name), known))
         check_sampler(self.sampler, self.pruner, len(self.values))
-        check_weights(self.weights)
+        weights = check_weights(self.weights, self.values)
+        if self.weights is None and set(SUMS) & set(self.values):  # stored with the study: later defaults leave it alone
+            object.__setattr__(self, "weights", weights)
         check_pool(self.gate, self.pool)
         self.training()
 

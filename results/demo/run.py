@@ -19,7 +19,8 @@ from capnas.search.config import StudyConfig
 from capnas.search.trials import read_retrained, rebuild, retrain_trial
 
 HERE = Path(__file__).resolve().parent
-CONFIG = {"space": "resnet", "data": "fashion-mnist-12k", "study": "demo", "trials": 30, "epochs": 3, "values": ("combined",), "seed": 0}
+CONFIG = {"space": "resnet", "data": "fashion-mnist-12k", "study": "demo", "trials": 30, "epochs": 3, "values": ("combined",),
+          "weights": {"saturation_evenness": 0.05}, "seed": 0}  # fmt: skip
 EPOCHS, SEEDS = 10, (0, 1)
 
 

@@ -18,7 +18,6 @@ from torch import nn
 from capnas._timm import import_timm
 
 
-
 def cifar(path, count, seed, size=32, raw=False):
     """`count` CIFAR-10 training images from the archive of JPEG files, (count, 3, size, size), with their classes.
 

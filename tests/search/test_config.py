@@ -87,3 +87,8 @@ def test_refuses(change: dict[str, Any], text: str) -> None:
 def test_refuses_texts(text: str, message: str) -> None:
     with pytest.raises(StudyError, match=message):
         StudyConfig.from_toml(text)
+
+
+def test_the_weights_of_a_sum_are_stored_with_the_study() -> None:
+    assert StudyConfig(space="resnet").to_dict()["weights"] == {"init_capacity_score": 0.2}
+    assert "weights" not in StudyConfig(space="resnet", values=("accuracy",)).to_dict()
