@@ -103,7 +103,9 @@ class _Elimination:
         damp = ridge * float(cov.diagonal().mean()) + 1e-12
         self.inverse = torch.linalg.inv((cov + cov.T) / 2 + damp * torch.eye(len(cov), dtype=cov.dtype, device=cov.device))
         weight = reader.weight.double()
-        self.weight = weight if reader.curvature is None else root(reader.curvature) @ weight
+        weight = weight if reader.curvature is None else root(reader.curvature) @ weight
+        # losses depend on W^T W alone, so that more outputs than inputs can be turned into as many as inputs
+        self.weight = root(weight.T @ weight) if len(weight) > weight.shape[1] else weight
         self.columns = reader.columns.to(cov.device)
 
     def scores(self) -> Tensor:

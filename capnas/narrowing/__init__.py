@@ -85,8 +85,7 @@ def _mix(model: nn.Module, found: Survey, keep: Keep, name: str) -> None:
     kept = kept_channels(found.groups, keep, name, "in", weight.shape[1]).unique().to(weight.device)
     share = mixture(found.readings[name].covariance, kept)
     with torch.no_grad():
-        mixed = torch.einsum("oc...,ck->ok...", weight.double(), share)
-        weight[:, kept] = mixed.to(weight)
+        weight[:, kept] = torch.einsum("oc...,ck->ok...", weight, share.to(weight))
 
 
 def _name_features(model: nn.Module, small: nn.Module, example: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -116,9 +117,8 @@ def _readers(group: CoupledGroup, modules: Mapping[str, nn.Module], readings: Ma
             columns = (port.positions[:, :, None] * taps + torch.arange(taps)).flatten(1)
             reader = Reader(weight=weight.flatten(1), covariance=reading.covariance, columns=columns, curvature=reading.curvature)
         else:  # kernel positions taken for independent: each is an output of its own
-            weighed = (root(reading.curvature) @ weight.flatten(1).double()).unflatten(1, (weight.shape[1], taps))
-            flat = weighed.transpose(1, 2).flatten(0, 1)
-            reader = Reader(weight=flat, covariance=reading.covariance, columns=port.positions)
+            products = sum(w.double().T @ reading.curvature @ w.double() for w in weight.flatten(2).unbind(2))
+            reader = Reader(weight=root(cast(Tensor, products)), covariance=reading.covariance, columns=port.positions)
         found.append(reader)
     return found
 

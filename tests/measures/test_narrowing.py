@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capnas.measures.narrowing import Reader, refit, removal_path, root
+from capnas.measures.narrowing import Reader, gram, mixture, refit, removal_path, root
 
 
 def correlated(d: int, seed: int) -> Tensor:
@@ -39,7 +39,7 @@ def best_loss(r: Reader, gone: list[int], ridge: float) -> float:
 
 @pytest.mark.parametrize("steps", [128, 3])
 def test_losses_are_those_of_the_least_squares_fit_without_the_units(steps: int) -> None:
-    readers = [reader(6, 2, 4, 1), reader(6, 1, 3, 2)]
+    readers = [reader(6, 2, 4, 1), reader(6, 1, 30, 2)]
     path = removal_path(readers, ridge=1e-3, steps=steps)
     assert sorted(path.order) == list(range(6))
     for n in range(1, 6) if steps > 6 else (2, 4, 5):
@@ -74,6 +74,14 @@ def test_readers_must_agree_on_their_units() -> None:
         removal_path([reader(6, 2, 4, 1), reader(5, 1, 3, 2)])
     with pytest.raises(ValueError, match="must be given"):
         removal_path([])
+
+
+def test_mixture_is_the_least_squares_fit_of_each_channel_on_the_kept_ones() -> None:
+    x = torch.randn(50, 5, dtype=torch.float64) + 1
+    kept = torch.tensor([0, 3])
+    expected = np.linalg.lstsq(x[:, kept].numpy(), x.numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(mixture(x.T @ x / 50, kept, ridge=0.0).numpy(), expected, atol=1e-9)
+    torch.testing.assert_close(gram(x, chunk=7), x.T @ x)
 
 
 def test_root_squares_to_the_matrix() -> None:

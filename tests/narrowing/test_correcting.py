@@ -85,6 +85,22 @@ def test_mixtures_go_for_nothing_once_the_readers_are_refitted(measured: tuple[n
     assert (small(x) - net(x)).norm() / net(x).norm() < 0.1 * wrong
 
 
+def test_layers_too_wide_to_be_refitted_read_mixtures(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, images = redundant(), torch.randn(48, 2, 8, 8)
+    monkeypatch.setattr("capnas.narrowing.calibration.WIDEST", 20)
+    monkeypatch.setattr("capnas.narrowing.REFITTED", 20)
+    with torch.no_grad():
+        net[1].bias.zero_()
+        net[1].running_mean.zero_()  # mixtures without a constant
+    found = survey(net, images)
+    assert found.readings["2"].covariance.shape == (6, 6)
+    plan = plan_widths(found, widths={"0": 3})
+    x = torch.randn(40, 2, 8, 8)
+    small, sliced = narrowed(net, found, plan), narrowed(net, found, plan, refit=False)
+    wrong = (sliced(x) - net(x)).norm()
+    assert (small(x) - net(x)).norm() < 0.5 * wrong
+
+
 def test_nothing_removed_nothing_changed(measured: tuple[nn.Module, Survey]) -> None:
     net, found = measured
     plan = plan_widths(found, widths={})
