@@ -223,7 +223,7 @@ def skipped_modules(model: nn.Module, measured: set[str]) -> dict[str, str]:
 
 def _row(model: nn.Module, record: LayerRecord, threshold: float) -> LayerProfile:
     module = model.get_submodule(record.name)
-    spec = spectrum(covariance(record.moments)) if record.finite else Spectrum(
+    spec = spectrum(covariance(record.moments), record.moments.count) if record.finite else Spectrum(
         eigenvalues=torch.zeros(0), width=record.moments.width, total=float("nan"), finite=False)  # fmt: skip
     rank = effective_rank(covariance(record.moments)) if record.finite else float("nan")
     return LayerProfile(
