@@ -204,7 +204,7 @@ def tune_resolution(
     macs = {size: int(row.macs or 0) for size, row in rows.items()}
     sweep = epochs * sum(s.macs for s in surveys if s.macs is not None and (budget is None or s.macs <= budget))
     left = share * sweep
-    counts = _rungs(list(macs.values()), left=left, epochs=epochs, share=share)
+    counts = rule.halving(len(macs))
     base = config or TrainConfig()
     models: dict[int, nn.Module] = {}
     runs: list[SizeRun] = []
@@ -214,7 +214,12 @@ def tune_resolution(
         if rung > 1:
             running = rule.survivors(readings, count, pay)
             models = {size: models[size] for size in running}
-        length = rule.rung_epochs([macs[s] for s in running], left=left, rungs=len(counts) - rung + 1, most=epochs - done)
+        length = rule.rung_epochs([macs[s] for s in running], left=left, last=rung == len(counts), most=epochs - done)
+        if length < 1 and rung == 1:
+            least = math.ceil(sum(macs.values()) * epochs / left)
+            raise UsageError(
+                f"a share of {share:g} of {epochs} epochs does not pay for one epoch of every size: give at least {least} epochs."
+            )
         if length < 1 or (rung > 1 and len(running) < 2):
             break
         for size in running:
@@ -266,16 +271,6 @@ def _advice(build: Build, row: SizeSurvey, in_chans: int, reading: SizeReading) 
     names = row.looking if len(row.looking) == len(reading.saturations) else ()
     model = build(row.size)
     return advise(model, _graph(model, in_chans, row.size), row.size, idle=names[-reading.tail :] if names else row.unproductive)
-
-
-def _rungs(macs: Sequence[int], *, left: float, epochs: int, share: float) -> tuple[int, ...]:
-    """As many rungs of the halving as leave an epoch for the first."""
-    full = rule.halving(len(macs))
-    for count in range(len(full), 0, -1):
-        if rule.rung_epochs(macs, left=left, rungs=count, most=epochs) >= 1:
-            return full[:count]
-    least = math.ceil(sum(macs) * epochs / left)
-    raise UsageError(f"a share of {share:g} of {epochs} epochs does not pay for one epoch of every size: give at least {least} epochs.")
 
 
 def _run(row: SizeSurvey, macs: int, rung: int, length: int, total: int, result: TrainingResult) -> SizeRun:

@@ -154,12 +154,14 @@ def test_halving_keeps_the_sizes_of_most_worth_of_the_last_rung() -> None:
 
 def test_epochs_spend_what_is_left_and_never_more() -> None:
     macs = [1, 2, 4, 8, 16]
-    left, spent = 0.3 * 20 * sum(macs), 0
-    for rungs, kept in ((3, macs), (2, macs[2:]), (1, macs[3:])):
-        epochs = rung_epochs(kept, left=left, rungs=rungs, most=20)
-        assert epochs == int(left / rungs / sum(kept) + 1e-9)
+    left = 0.3 * 20 * sum(macs)
+    spent = []
+    for last, kept in ((False, macs), (False, macs[2:]), (True, macs[3:])):
+        epochs = rung_epochs(kept, left=left, last=last, most=20)
+        spent.append(epochs)
         left -= epochs * sum(kept)
-        spent += epochs * sum(kept)
+    assert spent == [4, 1, 1]
     assert 0 <= left < sum(macs[3:])
-    assert rung_epochs([8], left=7.0, rungs=1, most=3) == 0
-    assert rung_epochs([1], left=7.0, rungs=1, most=3) == 3
+    assert rung_epochs([8], left=7.0, last=True, most=3) == 0
+    assert rung_epochs([8], left=8.0, last=False, most=3) == 1  # two thirds pay for none
+    assert rung_epochs([1], left=7.0, last=False, most=3) == 3
