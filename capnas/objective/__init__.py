@@ -119,8 +119,10 @@ class Objective:
         gates = parse_gate(gate)
         self.bounds = [g for g in gates if isinstance(g, Bound)]
         needed = wanted(self.names, self.weights)
+        early = {n.removeprefix(INIT) for n in needed if n.startswith(INIT)} | {g.name for g in gates}
+        self._pixels = {"before": "coverage" in early, "after": "coverage" in needed}
         self.measures = {
-            "before": measures_for({n.removeprefix(INIT) for n in needed if n.startswith(INIT)} | {g.name for g in gates}),
+            "before": measures_for(early),
             "after": measures_for(needed),
         }
         self._slack = "capacity_slack" in needed
@@ -183,7 +185,7 @@ class Objective:
                 x, y = data.probe(self.probe_images, seed=self.train.seed, device=resolve_device(self.train.device), image_size=size)
                 found["profile"] = profile_model(
                     model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, initialize=True,
-                    graph=candidate.trace, seed=self.train.seed,
+                    graph=candidate.trace, pixels=self._pixels["before"], seed=self.train.seed,
                 )  # fmt: skip
                 scores = score(found["profile"])
                 metrics |= {INIT + name: value for name, value in scores.items()}
@@ -207,7 +209,10 @@ class Objective:
         if (profile := result.profile) is not None:
             if result.status == "complete" and (self.measures["after"] != ("saturation",) or start is not None):
                 with _timed(found, "capacity"):
-                    profile = enrich(profile, model, x, y, measures=self.measures["after"], graph=candidate.trace, seed=self.train.seed)
+                    profile = enrich(
+                        profile, model, x, y, measures=self.measures["after"], graph=candidate.trace, start=start,
+                        pixels=self._pixels["after"], seed=self.train.seed,
+                    )  # fmt: skip
                     if start is not None:
                         profile = profile.with_network(capacity_slack=start.slack(model, candidate.trace))
             found["profile"] = profile
