@@ -26,7 +26,6 @@ from capnas.objective import Objective
 from capnas.objective.claims import sweep
 from capnas.objective.evaluation import Evaluation
 from capnas.scoring import score
-from capnas.search.config import StudyConfig
 from capnas.search.export import write_environment
 from capnas.search.runs import is_settled
 from capnas.search.samplers import make_pruner, make_sampler
@@ -41,9 +40,8 @@ CASES = {
     "fashion": {"space": "resnet", "data": "fashion-mnist-12k", "max_macs": 4_000_000},
     "cifar10": {"space": "mbconv", "data": "CIFAR-10, 6,000 + 2,000 images", "max_macs": 4_000_000},
 }
-DEFAULTS = StudyConfig(space="resnet")  # what the product does when nothing is asked for
-METHODS = {
-    "capnas": {"sampler": DEFAULTS.sampler, "values": DEFAULTS.values, "gate": DEFAULTS.gate, "pool": DEFAULTS.pool},
+METHODS = {  # capnas: the released value and sampler, a pool that a short search can pay for
+    "capnas": {"sampler": "tpe", "values": ("combined",), "gate": "best:20%", "pool": 30},
     "TPE on accuracy": {"sampler": "tpe", "values": ("accuracy",)},
     "random": {"sampler": "random", "values": ("accuracy",)},
 }
@@ -81,7 +79,7 @@ def search(case, method, seed, data, given):
         probe_images=64 if measured else 2,  # the others need no look at the untrained network
     )
     folder = Path(given.runs) / f"{case}-{method.replace(' ', '_')}-{seed}"
-    pruner = make_pruner(DEFAULTS.pruner, epochs=given.epochs)
+    pruner = make_pruner("median", epochs=given.epochs)
     study = optuna.create_study(study_name="real", storage=open_storage(None, folder), directions=objective.directions,
                                 pruner=pruner, load_if_exists=True)  # fmt: skip
     while (spent := study.user_attrs.get("seconds", 0.0)) < given.budget:
@@ -90,7 +88,7 @@ def search(case, method, seed, data, given):
         if objective.selection is not None:
             objective.selection.queue_next(study)
         settled = sum(map(is_settled, study.get_trials(deepcopy=False)))
-        study.sampler = make_sampler(how["sampler"], seed=seed, draws=(settled,))
+        study.sampler = make_sampler(how["sampler"], seed=seed, draws=(settled,), pool=how.get("pool", 0))
         study.optimize(objective, n_trials=1)
         study.set_user_attr("seconds", spent + time.process_time() - start)
     return study
@@ -191,9 +189,9 @@ if __name__ == "__main__":
     parser.add_argument("--runs", default="runs/search-real", help="folder for the studies")
     parser.add_argument("--case", choices=list(CASES), default="fashion")
     parser.add_argument("--cifar", help="zip archive of CIFAR-10 as JPEG")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds of processor time a search")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--final-epochs", type=int, default=10)
+    parser.add_argument("--budget", type=float, default=150.0, help="seconds of processor time a search")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--final-epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--derive-only", action="store_true")
     options = parser.parse_args()

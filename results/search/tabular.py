@@ -9,8 +9,9 @@ the objective with its gate, pool, constraints and values, and Optuna's samplers
 
 Cost is simulated: 12 epochs take as long as a model of the published training times says (`seconds_of_training`), a score takes as long
 as the scores of FILE took on average. It is shown in units of the table's mean training. Cells of one isomorphism class are one cell;
-drawn again, its result is reused at no cost by every method. A draw outside the table is drawn again. Where FILE scores a part of the
-table, that part is the space, and regret is that below its best cell. The run can be stopped; run again it adds what is missing.
+drawn again, its result is reused at no cost by every method. Where FILE scores a part of the table, that part is the space: regret is
+that below its best cell, and what a sampler draws outside it is drawn again (for TPE see `InTable`; evolution mutates on until it is
+inside). The run can be stopped; run again it adds what is missing.
 """
 
 import argparse
@@ -33,8 +34,8 @@ from capnas.search.samplers import make_sampler
 
 HERE = Path(__file__).resolve().parent
 RAW, SPACE = HERE / "raw" / "tabular.jsonl", HERE / "raw" / "tabular_space.json"
-SEEDS, BUDGET, SHORT = 100, 100, 40  # budgets in mean trainings; the short one for the methods of capnas, which settle sooner
-IDLE = 100  # draws in a row that cost nothing after which a search ends: a sampler may settle on cells that it knows
+SEEDS, BUDGET, SHORT = 100, 100, 30  # budgets in mean trainings; the short one where a score leads: such searches settle sooner
+IDLE = 200  # draws in a row that cost nothing after which a search ends: a sampler may settle on cells that it knows
 POOL, SHARE = 200, 10  # candidates measured ahead; percent of all seen that may be trained
 OPERATIONS = nasbench201.OPERATIONS
 KEYS = [f"op_{s}_{t}" for s, t in nasbench201.EDGES]
@@ -123,29 +124,53 @@ class LookedUp(Objective):
             self.track.append([round(self.training / self.table.unit, 4), self.scored, len(self.trained), regret])
 
 
+class InTable(optuna.samplers.TPESampler):
+    """TPE on the cells of a table: of its candidates the first 24 that the table has compete, as many as TPE always lets compete.
+
+    Drawing again until a draw is in the table gives the same and takes many times as long where the table is a small part of the space.
+    """
+
+    def _compute_acquisition_func(self, samples, below, above):
+        values = super()._compute_acquisition_func(samples, below, above)
+        drawn = zip(*(samples[key].astype(int) for key in KEYS))
+        there = np.array([self.table.cell({key: OPERATIONS[i] for key, i in zip(KEYS, row)}) is not None for row in drawn])
+        return np.where(there & (there.cumsum() <= 24), values, -np.inf)
+
+
+def inside(sampler, table):
+    """A sampler of Optuna that draws from the table; others than TPE draw again outside this function."""
+    if type(sampler) is optuna.samplers.TPESampler:
+        sampler.__class__, sampler.table = InTable, table
+        sampler._n_ei_candidates = round(24 * len(OPERATIONS) ** len(KEYS) / len(table.unique))
+    return sampler
+
+
 def optuna_search(table, seed, *, sampler, budget=BUDGET, scored=False, warm=None, pruner=None, **settings):
-    """One study on the simulated clock; the loop is that of `capnas.search`, with a draw outside the table drawn again."""
+    """One study on the simulated clock. Random draws (all of the random search, start-up trials, a pool) are cells of the table."""
     objective = LookedUp(table, scored=scored, **settings)
-    study = optuna.create_study(direction="maximize", pruner=pruner or optuna.pruners.NopPruner())
+    chance, pool = np.random.default_rng([seed, 1]), settings.get("pool", 0)
+    chosen = inside(sampler(seed) if callable(sampler) else make_sampler(sampler, seed=seed, trials=BUDGET, pool=pool), table)
+    study = optuna.create_study(direction="maximize", sampler=chosen, pruner=pruner or optuna.pruners.NopPruner())
+    startup = 10**9 if isinstance(chosen, optuna.samplers.RandomSampler) else max(10, pool)
     if warm is not None:
-        chance = np.random.default_rng([seed, 1])
         drawn = [table.draw(chance) for _ in range(POOL)]
         objective.scored += POOL
         ranked = {table.cell(p)[0]: p for p in sorted(drawn, key=lambda p: table.cell(p)[1][warm])}  # the last of equals stays: the best
         for params in list(reversed(ranked.values()))[: POOL * SHARE // 100]:
             study.enqueue_trial(params)
-    asked = idle = 0
-    plain = sampler(seed) if callable(sampler) else None
+        startup = 0
+    idle = settled = 0
     while (before := objective.spent) < budget and idle < IDLE:
-        if objective.selection is not None:
-            objective.selection.queue_next(study)
-        study.sampler = plain or make_sampler(sampler, seed=seed, draws=(asked,), trials=BUDGET, pool=settings.get("pool", 0))
-        asked += 1
+        if settled < startup:
+            study.enqueue_trial(table.draw(chance))
         trial = study.ask()
         params = {key: trial.suggest_categorical(key, OPERATIONS) for key in KEYS}
         if (cell := table.cell(params)) is None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            if isinstance(chosen, InTable):
+                study.enqueue_trial(table.draw(chance))  # none of its candidates is in the table
             continue
+        settled += 1
         try:
             value = objective(trial)
             study.tell(trial, value)
@@ -167,10 +192,10 @@ def evolution(table, seed, *, budget=BUDGET, population=20, sample=5):
             params = table.draw(chance)
         else:
             rivals = [members[i] for i in chance.choice(population, sample, replace=False)]
-            parent = max(rivals, key=lambda m: m[0])[1]
-            while True:
+            params = max(rivals, key=lambda m: m[0])[1]
+            while True:  # on through cells that the table does not have
                 key = KEYS[chance.integers(6)]
-                params = parent | {key: str(chance.choice([o for o in OPERATIONS if o != parent[key]]))}
+                params = params | {key: str(chance.choice([o for o in OPERATIONS if o != params[key]]))}
                 if table.cell(params) is not None:
                     break
         unique, row = table.cell(params)
@@ -190,7 +215,7 @@ def plain(sampler, **settings):
 
 
 CAPNAS = {"sampler": "tpe", "scored": True, "budget": SHORT}
-GATED, COMBINED = {"gate": f"best:{SHARE}%", "pool": POOL}, {"values": "combined", "weights": {"init_" + RANKED_BY: 3e-4}}
+GATED, COMBINED = {"gate": f"best:{SHARE}%", "pool": POOL}, {"values": "combined"}
 TPE, RANDOM = plain(optuna.samplers.TPESampler), plain(optuna.samplers.RandomSampler)
 METHODS = {
     "random": {"sampler": RANDOM, "values": "accuracy"},
@@ -203,12 +228,11 @@ METHODS = {
         "pruner": optuna.pruners.SuccessiveHalvingPruner(min_resource=12, reduction_factor=4),
     },
     "regularized evolution": {},
-    "naswot warm start, TPE": {"sampler": TPE, "values": "accuracy", "warm": "naswot"},
-    "synflow warm start, TPE": {"sampler": TPE, "values": "accuracy", "warm": "synflow"},
+    "TPE started by naswot": {"sampler": TPE, "values": "accuracy", "warm": "naswot", "budget": SHORT},
+    "TPE started by synflow": {"sampler": TPE, "values": "accuracy", "warm": "synflow", "budget": SHORT},
     "capnas: gate": CAPNAS | GATED | {"values": "accuracy"},
     "capnas: combined": CAPNAS | COMBINED,
     "capnas: gate + combined": CAPNAS | GATED | COMBINED,
-    "capnas: gate, random draws": CAPNAS | GATED | {"values": "accuracy", "sampler": "random"},
 }
 
 
