@@ -7,7 +7,8 @@ choosing one. **The rule here is ours**, three sentences:
 1. *Pay*: every doubling of the multiply-accumulates (MACs) has to bring ``pay`` of accuracy (0.0025, a quarter of a point). The size of
    the greatest ``accuracy - pay * log2(MACs)`` is where it stops doing so.
 2. *Even*: if that size leaves a low-saturation tail of more than an eighth of the layers and a larger one does not, and the larger one's
-   worth by the first sentence is at most ``slack`` (0.005) less, the smallest such size is chosen.
+   worth by the first sentence is at most ``slack`` (0.005, or one standard error of the accuracy where that is more: less cannot be told
+   from the accuracies) less, the smallest such size is chosen.
 3. Accuracies of short trainings are noisy and grow with the epochs, so they are fitted first: one level for each length of training plus
    one curve that is concave in log2(MACs), by weighted least squares.
 """
@@ -242,7 +243,7 @@ def recommend(
         budget: most MACs of one image.
         pay: accuracy that a doubling of MACs has to bring.
         slack: worth that evenness may cost.
-        images: how many images the accuracies come from, for a word on noise.
+        images: how many images the accuracies come from, for their standard error.
 
     Raises:
         UsageError: no size is within the budget.
@@ -260,8 +261,9 @@ def recommend(
     final = {r.size: r for r in sorted(allowed, key=lambda r: r.size) if r.epochs == last}
     best = max(final, key=lambda size: values[size])
     chosen = best
+    error = math.sqrt(max(final[best].accuracy * (1 - final[best].accuracy), 0.0) / images) if images else 0.0
     if not final[best].even:
-        chosen = next((s for s in final if s > best and final[s].even and values[s] >= values[best] - slack), best)
+        chosen = next((s for s in final if s > best and final[s].even and values[s] >= values[best] - max(slack, error)), best)
     reasons = _steps(final, fitted, values, chosen, best, pay)
     row = final[chosen]
     if row.saturations:
@@ -270,7 +272,6 @@ def recommend(
     if budget is not None and (over := sorted({r.size for r in readings if r.macs > budget})):
         reasons.append(f"over the budget of {budget:,} MACs: {', '.join(map(str, over))} px")
     if images:
-        error = math.sqrt(max(row.accuracy * (1 - row.accuracy), 0.0) / images)
         reasons.append(f"an accuracy from {images:,} images has a standard error of {100 * error:.1f} points")
     return Recommendation(size=chosen, even=row.even, fitted=fitted, worth=values, reasons=tuple(reasons))
 

@@ -127,6 +127,8 @@ def test_a_tail_moves_the_choice_to_a_larger_size_that_costs_little_worth() -> N
     far = recommend(rows, pay=0.01)  # two doublings take two points, more than evenness may cost
     assert (far.size, far.even) == (32, False)
     assert any("a tail remains: 2 of 8" in text for text in far.reasons)
+    assert recommend(rows, pay=0.01, images=500).size == 64  # 500 images cannot tell two points
+    assert recommend(rows, pay=0.01, images=5000).size == 32
     nowhere = recommend([reading(32, 0.6, saturations=TAILED), reading(64, 0.6, saturations=TAILED)], pay=0.001)
     assert nowhere.size == 32
 
