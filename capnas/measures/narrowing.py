@@ -111,6 +111,9 @@ class _Elimination:
     def scores(self) -> Tensor:
         """(U,) what removing each unit would cost; meaningless for units that are gone."""
         cols = self.columns
+        if cols.shape[1] == 1:
+            single = cols[:, 0]
+            return 0.5 * self.weight[:, single].square().sum(0) / self.inverse[single, single]
         blocks = self.inverse[cols[:, :, None], cols[:, None, :]]  # (U, b, b)
         weights = self.weight[:, cols].permute(1, 2, 0)  # (U, b, O)
         return 0.5 * (weights * _solve(blocks, weights)).sum((1, 2))
