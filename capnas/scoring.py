@@ -80,9 +80,9 @@ _CAPACITY: tuple[tuple[str, str], ...] = (
 )
 _BASELINES = ("synflow", "naswot", "zico", "snip", "grad_norm")
 
-# Weights of `capacity_score`, rounded from a fit on three published benchmarks, see results/ranking. They hold for every space.
+# Weights of `capacity_score`, rounded from fits on published benchmarks, see results/ranking. They hold for every space.
 CAPACITY_WEIGHTS: Mapping[str, float] = MappingProxyType(
-    {"block_saturation_evenness": 6.0, "saturation90_mean": 1.0, "dimension": 0.28, "complexity": 4.5e-5, "shortest_depth": -0.013}
+    {"block_saturation_evenness": 6.0, "saturation90_mean": 1.5, "dimension": 0.4, "log2_gain": 0.0005, "shortest_depth": -0.017}
 )
 
 _NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
@@ -106,7 +106,9 @@ def _dimension(profile: Profile) -> float:
 
 
 def _capacity_score(profile: Profile) -> float:
-    return sum(weight * SCORES[name].compute(profile) for name, weight in CAPACITY_WEIGHTS.items())
+    terms = {name: SCORES[name].compute(profile) for name in CAPACITY_WEIGHTS}
+    # a network without a path from input to output has no gain, and no score of minus infinity
+    return sum(weight * (0.0 if terms[name] < 0 else terms[name]) for name, weight in CAPACITY_WEIGHTS.items())
 
 
 def _of_network(profile: Profile, *, name: str) -> float:
@@ -123,7 +125,7 @@ def _table() -> Mapping[str, Score]:
     ]  # fmt: skip
     rows += [
         Score(name="capacity_score", direction="maximize", low=-math.inf, high=math.inf, compute=_capacity_score,
-              meaning="how well an untrained network will do: an even, high use of width, many dimensions, complexity, shortcuts (ours)"),
+              meaning="how well an untrained network will do: even and high use of width, dimensions, paths, shortcuts (ours)"),
         Score(name="saturation90_mean", direction="maximize", low=0, high=1, meaning="mean over layers of saturation at threshold 0.9",
               compute=partial(_over, reading="modules", column=_saturation90, statistic=evenness.mean)),
         Score(name="dimension", direction="maximize", low=0, high=math.inf, compute=_dimension,

@@ -71,8 +71,8 @@ def test_capacity_score_is_its_closed_form() -> None:
     even = 1 - np.abs(use[:, None] - use).sum() / (2 * len(use) ** 2 * use.mean())
     leading = np.array([row.saturations["0.9"] for row in found.layers if row.saturations])
     dimensions = sum(share * row.width for share, row in zip(leading, found.layers))
-    bits = found.network["complexity"]
-    expected = 6 * even + leading.mean() + 0.28 * math.log2(1 + dimensions) + bits / 1e4 * 0.45 - 0.013 * (1 + 2 + 1)
+    paths = found.network["log2_gain"]
+    expected = 6 * even + 1.5 * leading.mean() + 0.4 * math.log2(1 + dimensions) + paths / 2000 - 0.017 * (1 + 2 + 1)
     assert score(found, ["capacity_score"])["capacity_score"] == pytest.approx(expected, rel=1e-9)
     assert found.network["shortest_depth"] == 4  # stem, two reductions by their 1x1 shortcuts, classifier; cells by their skips
 
@@ -82,6 +82,7 @@ def test_capacity_score_prefers_width_and_shortcuts_and_a_live_network() -> None
     dead = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
     values = [score(p)["capacity_score"] for p in (untrained(16), untrained(8), untrained(8, chain), untrained(8, dead))]
     assert values == sorted(values, reverse=True)
+    assert math.isfinite(values[-1])
 
 
 def test_an_average_counts_at_its_gain() -> None:

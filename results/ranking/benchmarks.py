@@ -16,6 +16,8 @@ from capnas.search_spaces import nasbench201
 from torch import nn
 
 from capnas._timm import import_timm
+from capnas.candidates import build_model
+from capnas.spaces import load_space
 
 
 def cifar(path, count, seed, size=32, raw=False):
@@ -59,8 +61,11 @@ def table(space, folder, count=None, seed=0):
         rows = pd.read_csv(folder / "timm_imagenet_dev.csv")
         rows = rows[rows["in_timm"]].rename(columns={"arch": "network", "model": "arch", "top1": "accuracy", "params_M": "params"})
         rows["params"] *= 1e6
+    elif space == "mbconv":
+        rows = pd.read_json(Path(__file__).parent / "raw" / "mbconv-trained.jsonl", lines=True)
+        rows = rows[rows["status"] == "complete"]
     else:
-        raise ValueError(f"space is one of nasbench201, nasbench101, macro, timm; got {space!r}.")
+        raise ValueError(f"space is one of nasbench201, nasbench101, macro, timm, mbconv; got {space!r}.")
     if count is not None and count < len(rows):
         rows = rows.sample(count, random_state=seed)
     return rows.reset_index(drop=True)
@@ -75,6 +80,8 @@ def build(space, row, width=None):
         return Bench101(row["n"], row["adj"], row["ops"], width or 64)
     if space == "macro":
         return Macro(row["arch"], width or 32)
+    if space == "mbconv":
+        return build_model(load_space("mbconv"), row["params_drawn"], num_classes=10, in_chans=3, image_size=int(row["image_size"]), seed=0)
     timm = import_timm()
     fixed = {} if not getattr(timm.get_pretrained_cfg(row["network"]), "fixed_input_size", False) else {"img_size": width or 224}
     return timm.create_model(row["network"], num_classes=1000, **fixed)

@@ -26,7 +26,7 @@ class Ranking:
 
     def __init__(self, records):
         accuracy = np.array([r["accuracy"] for r in records])
-        self.terms = np.array([[r["scores"][t] for t in TERMS] for r in records])
+        self.terms = np.array([[max(0.0, r["scores"][t] or 0.0) for t in TERMS] for r in records])
         self.groups = [np.arange(len(accuracy)), np.flatnonzero(accuracy >= np.median(accuracy))]
         self.ranks = [self._unit(accuracy[g]) for g in self.groups]
 

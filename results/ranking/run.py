@@ -1,11 +1,11 @@
 """How well training-free scores rank architectures whose trained accuracy is known, with every baseline proxy beside them.
 
-    python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures structure,proxies] [--seed S] [--label NAME]
+    python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures structure,proxies] [--seed S] [--label L]
     python results/ranking/run.py tables
 
-SPACE: nasbench201, nasbench101, macro, timm. DIR holds the benchmark tables and the CIFAR-10 archive. `measure` appends one JSON line
-per architecture to raw/SPACE.jsonl (with the seed and the label in its name where given) and goes on where it stopped; `tables` derives
-table.md and summary.json from what is there.
+SPACE: nasbench201, nasbench101, macro, timm, mbconv (draws of train.py). DIR holds the tables and the CIFAR-10 archive. `measure` appends
+one JSON line per architecture to raw/SPACE.jsonl (with the seed and the label in its name where given) and goes on where it stopped;
+`tables` derives table.md and summary.json from what is there.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from capnas.profile import profile_model
 from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
 
 HERE = Path(__file__).resolve().parent
-IMAGES = {"timm": (32, 128)}  # images of the probe batch and their size
-WIDTHS = {"nasbench101": 32}  # channels of the first stage where not the published number: a quarter of 128
+IMAGES = {"timm": (32, 128), "mbconv": (64, 24)}  # images of the probe batch and their size
+WIDTHS = {"nasbench101": 64}  # channels of the first stage where not the published number: half of 128 (raw/nasbench101-quarter: 32)
 
 
 def measure(space, folder, count, measures, seed, label):
@@ -79,9 +79,8 @@ def columns(records):
             sign = 1 if SCORES[name].direction == "maximize" else -1
             low = min(sign * v for v in values if v is not None)
             found[name] = np.array([low if v is None else sign * v for v in values])
-    terms = np.array([[r["scores"].get(n) if r["scores"].get(n) is not None else np.nan for n in CAPACITY_WEIGHTS] for r in records])
-    whole = terms @ np.array(list(CAPACITY_WEIGHTS.values()))  # with the weights of today, whatever they were when it was measured
-    found["capacity_score"] = np.where(np.isnan(whole), np.nanmin(whole), whole)
+    terms = np.array([[max(0.0, r["scores"].get(n) or 0.0) for n in CAPACITY_WEIGHTS] for r in records])
+    found["capacity_score"] = terms @ np.array(list(CAPACITY_WEIGHTS.values()))  # today's weights
     found["params"] = np.array([costs(r)[0] for r in records])
     if all(costs(r)[1] for r in records):
         found["macs"] = np.array([costs(r)[1] for r in records])
@@ -125,15 +124,15 @@ def judge(v, accuracy, params, cost):
 
 
 def tables():
-    summary, lines = {}, []
-    for path in sorted((HERE / "raw").glob("*.jsonl")):
+    summary, lines = {"weights": dict(CAPACITY_WEIGHTS), "spaces": {}}, []
+    for path in sorted(p for p in (HERE / "raw").glob("*.jsonl") if not p.stem.endswith("-trained")):
         records = [json.loads(line) for line in path.open()]
         accuracy = np.array([r["accuracy"] for r in records], dtype=float)
         found = columns(records)
         params, macs = found["params"], found.get("macs")
         rows = {name: judge(v, accuracy, params, macs) for name, v in found.items() if np.ptp(v) > 0}
-        summary[path.stem] = {"architectures": len(records), "seconds": float(np.mean([r["seconds"] for r in records])), "signals": rows}
-        lines += [f"## {path.stem}: {len(records)} architectures, {summary[path.stem]['seconds']:.2f} CPU seconds each", "",
+        summary["spaces"][path.stem] = {"architectures": len(records), "seconds": float(np.mean([r["seconds"] for r in records])), "signals": rows}
+        lines += [f"## {path.stem}: {len(records)} architectures, {summary['spaces'][path.stem]['seconds']:.2f} CPU seconds each", "",
                   "| signal | Spearman [95 %] | Kendall | top half | top tenth | given params | given MACs | pairs of like cost |",
                   "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
         for name, row in sorted(rows.items(), key=lambda item: -item[1]["spearman"]):
@@ -151,7 +150,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
     run = commands.add_parser("measure")
-    run.add_argument("space", choices=("nasbench201", "nasbench101", "macro", "timm"))
+    run.add_argument("space", choices=("nasbench201", "nasbench101", "macro", "timm", "mbconv"))
     run.add_argument("--data", required=True)
     run.add_argument("--count", type=int)
     run.add_argument("--measures", default="structure,proxies")

@@ -1,0 +1,46 @@
+"""What the product does by default is what the committed studies support."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capnas.objective.gates import RANKED_BY
+from capnas.objective.targets import WEIGHTS
+from capnas.scoring import CAPACITY_WEIGHTS
+
+RANKING = Path(__file__).resolve().parent.parent / "results" / "ranking"
+SPACES = ("nasbench201", "nasbench101", "macro")
+COSTS, BASELINES = ("params", "macs"), ("synflow", "naswot", "zico", "snip", "grad_norm", "published naswot", "published logsynflow")
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict[str, Any]:
+    return json.loads((RANKING / "summary.json").read_text())
+
+
+def test_the_tables_are_of_the_weights_that_are_shipped(summary: dict[str, Any]) -> None:
+    assert summary["weights"] == dict(CAPACITY_WEIGHTS)
+    assert json.loads((RANKING / "fit.json").read_text())[0]["weights"] == dict(CAPACITY_WEIGHTS)
+
+
+def test_the_score_is_never_below_the_costs_nor_a_baseline_on_the_searched_spaces(summary: dict[str, Any]) -> None:
+    for name, space in summary["spaces"].items():
+        if name.split("-")[0] in SPACES:
+            signals = {signal: row["spearman"] for signal, row in space["signals"].items()}
+            rivals = {signal: value for signal, value in signals.items() if signal in (*COSTS, *BASELINES)}
+            assert signals["capacity_score"] > max(rivals.values()), name
+
+
+def test_every_term_of_the_score_is_a_signal_of_its_own_or_helps_the_others(summary: dict[str, Any]) -> None:
+    mean = {t: statistics.mean(summary["spaces"][s]["signals"][t]["spearman"] for s in SPACES) for t in (*CAPACITY_WEIGHTS, "capacity_score")}
+    assert mean["capacity_score"] == max(mean.values())
+
+
+def test_the_defaults_are_the_score() -> None:
+    assert set(WEIGHTS) == {"init_capacity_score"}
+    assert RANKED_BY == "capacity_score"
