@@ -131,8 +131,9 @@ def tables():
         found = columns(records)
         params, macs = found["params"], found.get("macs")
         rows = {name: judge(v, accuracy, params, macs) for name, v in found.items() if np.ptp(v) > 0}
-        summary["spaces"][path.stem] = {"architectures": len(records), "seconds": float(np.mean([r["seconds"] for r in records])), "signals": rows}
-        lines += [f"## {path.stem}: {len(records)} architectures, {summary['spaces'][path.stem]['seconds']:.2f} CPU seconds each", "",
+        seconds = float(np.mean([r["seconds"] for r in records]))
+        summary["spaces"][path.stem] = {"architectures": len(records), "seconds": seconds, "signals": rows}
+        lines += [f"## {path.stem}: {len(records)} architectures, {seconds:.2f} CPU seconds each", "",
                   "| signal | Spearman [95 %] | Kendall | top half | top tenth | given params | given MACs | pairs of like cost |",
                   "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
         for name, row in sorted(rows.items(), key=lambda item: -item[1]["spearman"]):
