@@ -16,7 +16,7 @@ from capnas.data import ImageData
 from capnas.devices import resolve_device
 from capnas.errors import StudyError, UsageError, one_of
 from capnas.graph.tracing import Trace, trace
-from capnas.profile import MEASURES, LayerProfile, Profile, enrich, profile_model
+from capnas.profile import MEASURES, LayerProfile, Profile, at_default_initialization, enrich, profile_model
 from capnas.projection import ProjectionResult, project_model
 from capnas.recording import Reading
 from capnas.scoring import score
@@ -154,6 +154,8 @@ def inspect_target(
     profile, state = found.profile, found.state
     if profile is None:
         using: Literal["train", "eval"] = mode or ("eval" if found.trained else "train")
+        if not found.trained:  # as a search measures its candidates
+            model, state = at_default_initialization(model, seed=seed), f"{state} at torch's default initialization"
         profile = profile_model(model, x, y, threshold=threshold, reading=reading, mode=using, seed=seed)
         state = f"{state}, {len(x)} images of {found.data.name}"
     profile = enrich(profile, model, x, y, measures=chosen, graph=graph, seed=seed, start=found.start)
