@@ -6,13 +6,14 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
-from capnas.graph.tracing import Trace
+from capnas.graph.tracing import Trace, trace
 from capnas.measures.saturation import THRESHOLD
 from capnas.profile.enriching import enrich
 from capnas.profile.rows import MEASURES, Profile
@@ -26,7 +27,7 @@ def profile_model(
     inputs: Tensor | Iterable[Tensor],
     targets: Tensor | None = None,
     *,
-    measures: Sequence[str] = ("saturation",),
+    measures: Sequence[str] | None = None,
     threshold: float = THRESHOLD,
     reading: Reading = "both",
     blocks: str | None = None,
@@ -43,9 +44,10 @@ def profile_model(
         model: any module that maps the inputs to outputs.
         inputs: one batch (B, C, H, W) on the model's device, or an iterable of batches.
         targets: (B,) classes, for measures that need a loss.
-        measures: any of `MEASURES`. "saturation" is always read; "structure" adds the layer algebra and receptive fields from the traced
-            graph, "norms" operator norms, "capacity" capacity allocation (a few backward passes), "proxies" the published baselines
-            synflow, naswot, zico, snip, grad_norm, params and macs.
+        measures: any of `MEASURES`; "saturation" and, where the model can be traced, "structure" when absent. "saturation" is always
+            read; "structure" adds the layer algebra and receptive fields from the traced graph, "norms" operator norms, "capacity"
+            capacity allocation (a few backward passes), "proxies" the published baselines synflow, naswot, zico, snip, grad_norm, params
+            and macs.
         threshold: share of the variance that the intrinsic dimension explains.
         reading: "modules", "blocks" or "both".
         blocks: regular expression naming the units to read as blocks.
@@ -66,10 +68,17 @@ def profile_model(
     >>> [(row.name, row.k, row.width) for row in profile.layers]
     [('0', 4, 4), ('3', 2, 2)]
     """
-    for measure in measures:
+    for measure in measures or ():
         if measure not in MEASURES:
             raise UsageError(one_of("measures", measure, MEASURES))
     batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    untraced = {}
+    if measures is None:
+        measures = ("saturation", "structure")
+        try:
+            graph = graph or trace(model, (1, *batches[0].shape[1:]), dtype=batches[0].dtype)
+        except Exception as error:  # whatever a model's own code raises; saturation does not need the graph
+            measures, untraced = ("saturation",), {"structure": f"the model cannot be traced: {type(error).__name__}: {error}"}
     model = at_default_initialization(model, seed=seed) if initialize else model
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
     with untouched(model, training=chosen == "train", seed=seed), torch.no_grad():
@@ -78,6 +87,7 @@ def profile_model(
                 model(batch)
         records = recorder.pop(chosen)
     profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
+    profile = replace(profile, skipped={**profile.skipped, **untraced})
     return enrich(profile, model, batches[0], targets, measures=measures, graph=graph, pixels=pixels, seed=seed)
 
 

@@ -13,6 +13,7 @@ from capnas.capacity import capacity_map
 from capnas.errors import UsageError
 from capnas.measures.excess import distance_to_init
 from capnas.profile import MEASURES, Profile, at_default_initialization, enrich, profile_model, skipped_modules, untouched
+from capnas.scoring import score
 from capnas.weights import InitialWeights
 
 
@@ -152,7 +153,7 @@ def test_structure_norms_and_proxies_in_one_call() -> None:
 
 
 def test_unmeasured_columns_stay_empty() -> None:
-    profile = profile_model(small_resnet(), noise(2, 3, 32, 32))
+    profile = profile_model(small_resnet(), noise(2, 3, 32, 32), measures=("saturation",))
     assert profile.layers[0].norm is None
     assert profile.layers[0].complexity is None
     assert profile.network == {}
@@ -266,3 +267,18 @@ def test_the_sweep_to_the_pixels_can_be_left_out() -> None:
     full, short = (profile_model(model, x, measures=("capacity",), mode="train", pixels=pixels) for pixels in (True, False))
     assert short.network["coverage"] != short.network["coverage"]  # not a number
     assert {k: v for k, v in short.network.items() if k != "coverage"} == {k: v for k, v in full.network.items() if k != "coverage"}
+
+
+def test_a_profile_has_what_the_capacity_score_needs_unless_the_model_cannot_be_traced() -> None:
+    class Moody(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if float(x.abs().sum()) > 0 else x
+
+    layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
+    assert math.isfinite(score(profile_model(nn.Sequential(*layers), noise(16, 1, 8, 8)))["capacity_score"])
+    found = profile_model(Moody(*layers), noise(16, 1, 8, 8))
+    assert "cannot be traced" in found.skipped["structure"]
+    assert math.isnan(score(found)["capacity_score"])
+    assert found.layers[0].saturation is not None
+    with pytest.raises(Exception, match=r".*"):
+        profile_model(Moody(*layers), noise(16, 1, 8, 8), measures=("structure",))
