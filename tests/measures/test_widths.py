@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,6 +25,7 @@ def cost_of(units: list[int]) -> float:
     return float(chain(torch.tensor([units], dtype=torch.float64)))
 
 
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(4, 24), st.floats(0.05, 1.0)), min_size=1, max_size=5), st.floats(0.2, 0.95))
 def test_both_ways_meet_the_target_with_allowed_widths_or_give_the_least(sizes: list[tuple[int, float]], share: float) -> None:
     groups = [group(now, share_needed * now) for now, share_needed in sizes]
