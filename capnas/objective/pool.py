@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -61,6 +61,7 @@ class Selection:
     pool: int
     costs: tuple[str, ...]
     settings: str
+    _ended: dict[int, tuple[FrozenTrial, Measured | None]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def judge(self, trial: Any, found: dict[str, Any]) -> str | None:
         """Why this candidate is not trained now, or None; its place becomes ``found["standing"]``.
@@ -130,11 +131,19 @@ class Selection:
     def _seen(self, study: optuna.Study) -> Iterator[tuple[FrozenTrial, Measured]]:
         """Every trial whose candidate took a place among the others, in order; one that is being ended has its result already."""
         for trial in study.get_trials(deepcopy=False):
-            stored = trial.user_attrs.get(ATTRIBUTE)
-            if not isinstance(stored, dict) or stored.get("version") != VERSION or stored["settings"] != self.settings:
-                continue
-            if stored["status"] not in ("gated", "interrupted") and f"init_{self.gate.name}" in stored["metrics"]:
-                yield trial, self._measured(stored)
+            known = self._ended.get(trial.number)
+            measured = known[1] if known is not None and known[0] is trial else self._place(trial)
+            if trial.state.is_finished():
+                self._ended[trial.number] = (trial, measured)  # most storages hand out the same object again
+            if measured is not None:
+                yield trial, measured
+
+    def _place(self, trial: FrozenTrial) -> Measured | None:
+        stored = trial.user_attrs.get(ATTRIBUTE)
+        if not isinstance(stored, dict) or stored.get("version") != VERSION or stored["settings"] != self.settings:
+            return None
+        known = stored["status"] not in ("gated", "interrupted") and f"init_{self.gate.name}" in stored["metrics"]
+        return self._measured(stored) if known else None
 
     def _measured(self, found: Mapping[str, Any]) -> Measured:
         score = self.gate.oriented(found["metrics"][f"init_{self.gate.name}"])

@@ -34,9 +34,9 @@ from capnas.search.samplers import make_sampler
 
 HERE = Path(__file__).resolve().parent
 RAW, SPACE = HERE / "raw" / "tabular.jsonl", HERE / "raw" / "tabular_space.json"
-SEEDS, BUDGET, SHORT = 100, 100, 30  # budgets in mean trainings; the short one where a score leads: such searches settle sooner
+SEEDS, BUDGET, SHORT = 100, 100, 25  # budgets in mean trainings; the short one where a score leads: such searches settle sooner
 IDLE = 200  # draws in a row that cost nothing after which a search ends: a sampler may settle on cells that it knows
-POOL, SHARE = 200, 10  # candidates measured ahead; percent of all seen that may be trained
+POOL, SHARE = 400, 5  # candidates measured ahead; percent of all seen that may be trained
 OPERATIONS = nasbench201.OPERATIONS
 KEYS = [f"op_{s}_{t}" for s, t in nasbench201.EDGES]
 
