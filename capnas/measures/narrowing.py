@@ -103,9 +103,9 @@ class _Elimination:
         damp = ridge * float(cov.diagonal().mean()) + 1e-12
         self.inverse = torch.linalg.inv((cov + cov.T) / 2 + damp * torch.eye(len(cov), dtype=cov.dtype, device=cov.device))
         weight = reader.weight.double()
-        weight = weight if reader.curvature is None else root(reader.curvature) @ weight
+        weight = weight if reader.curvature is None else factor(reader.curvature) @ weight
         # losses depend on W^T W alone, so that more outputs than inputs can be turned into as many as inputs
-        self.weight = root(weight.T @ weight) if len(weight) > weight.shape[1] else weight
+        self.weight = factor(weight.T @ weight) if len(weight) > weight.shape[1] else weight
         self.columns = reader.columns.to(cov.device)
 
     def scores(self) -> Tensor:
@@ -135,6 +135,18 @@ class _Elimination:
 
 def _solve(blocks: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve(blocks, right)
+
+
+def factor(matrix: Tensor) -> Tensor:
+    """Some S with S^T S equal to a positive semi-definite matrix: Cholesky's where it exists, else the symmetric root, which costs more.
+
+    >>> factor(torch.diag(torch.tensor([4.0, 1.0]))).round(decimals=6).tolist()
+    [[2.0, 0.0], [0.0, 1.0]]
+    """
+    even = (matrix + matrix.T).double() / 2
+    lifted = even + 1e-10 * float(even.diagonal().mean()) * torch.eye(len(even), dtype=even.dtype, device=even.device)
+    lower, info = torch.linalg.cholesky_ex(lifted)
+    return root(even) if int(info) else lower.T.contiguous()
 
 
 def root(matrix: Tensor) -> Tensor:

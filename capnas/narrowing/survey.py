@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from capnas.capacity import capacity_map
 from capnas.errors import UsageError
 from capnas.measures.moments import covariance
-from capnas.measures.narrowing import Reader, RemovalPath, removal_path, root
+from capnas.measures.narrowing import Reader, RemovalPath, factor, removal_path
 from capnas.measures.saturation import THRESHOLD, intrinsic_dimension, spectrum
 from capnas.narrowing.applying import narrowable
 from capnas.narrowing.calibration import Reading, norms_behind, read_layers, readable
@@ -118,7 +118,7 @@ def _readers(group: CoupledGroup, modules: Mapping[str, nn.Module], readings: Ma
             reader = Reader(weight=weight.flatten(1), covariance=reading.covariance, columns=columns, curvature=reading.curvature)
         else:  # kernel positions taken for independent: each is an output of its own
             products = sum(w.double().T @ reading.curvature @ w.double() for w in weight.flatten(2).unbind(2))
-            reader = Reader(weight=root(cast(Tensor, products)), covariance=reading.covariance, columns=port.positions)
+            reader = Reader(weight=factor(cast(Tensor, products)), covariance=reading.covariance, columns=port.positions)
         found.append(reader)
     return found
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capnas.measures.narrowing import Reader, gram, mixture, refit, removal_path, root
+from capnas.measures.narrowing import Reader, factor, gram, mixture, refit, removal_path, root
 
 
 def correlated(d: int, seed: int) -> Tensor:
@@ -87,6 +87,10 @@ def test_mixture_is_the_least_squares_fit_of_each_channel_on_the_kept_ones() -> 
 def test_root_squares_to_the_matrix() -> None:
     matrix = correlated(5, 0)
     torch.testing.assert_close(root(matrix) @ root(matrix), matrix)
+    torch.testing.assert_close(factor(matrix).T @ factor(matrix), matrix)
+    flat = torch.outer(torch.arange(4.0), torch.arange(4.0)).double()  # rank 1
+    torch.testing.assert_close(factor(flat).T @ factor(flat), flat, atol=1e-6, rtol=1e-6)
+    assert float(factor(torch.zeros(3, 3)).abs().max()) == 0
 
 
 def test_refit_is_least_squares_with_an_intercept() -> None:
