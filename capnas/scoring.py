@@ -82,7 +82,7 @@ _BASELINES = ("synflow", "naswot", "zico", "snip", "grad_norm")
 
 # Weights of `capacity_score`, rounded from fits on published benchmarks, see results/ranking. They hold for every space.
 CAPACITY_WEIGHTS: Mapping[str, float] = MappingProxyType(
-    {"block_saturation_evenness": 6.0, "saturation90_mean": 1.5, "dimension": 0.4, "log2_gain": 0.0005, "shortest_depth": -0.017}
+    {"block_saturation_evenness": 6.0, "saturation90_mean": 2.0, "dimension": 0.5, "shortest_depth": -0.02}
 )
 
 _NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
@@ -106,9 +106,7 @@ def _dimension(profile: Profile) -> float:
 
 
 def _capacity_score(profile: Profile) -> float:
-    terms = {name: SCORES[name].compute(profile) for name in CAPACITY_WEIGHTS}
-    # a network without a path from input to output has no gain, and no score of minus infinity
-    return sum(weight * (0.0 if terms[name] < 0 else terms[name]) for name, weight in CAPACITY_WEIGHTS.items())
+    return sum(weight * SCORES[name].compute(profile) for name, weight in CAPACITY_WEIGHTS.items())
 
 
 def _of_network(profile: Profile, *, name: str) -> float:
@@ -125,7 +123,7 @@ def _table() -> Mapping[str, Score]:
     ]  # fmt: skip
     rows += [
         Score(name="capacity_score", direction="maximize", low=-math.inf, high=math.inf, compute=_capacity_score,
-              meaning="how well an untrained network will do: even and high use of width, dimensions, paths, shortcuts (ours)"),
+              meaning="how well an untrained network will do: even and high use of its width, many dimensions, shortcuts (ours)"),
         Score(name="saturation90_mean", direction="maximize", low=0, high=1, meaning="mean over layers of saturation at threshold 0.9",
               compute=partial(_over, reading="modules", column=_saturation90, statistic=evenness.mean)),
         Score(name="dimension", direction="maximize", low=0, high=math.inf, compute=_dimension,

@@ -71,8 +71,7 @@ def test_capacity_score_is_its_closed_form() -> None:
     even = 1 - np.abs(use[:, None] - use).sum() / (2 * len(use) ** 2 * use.mean())
     leading = np.array([row.saturations["0.9"] for row in found.layers if row.saturations])
     dimensions = sum(share * row.width for share, row in zip(leading, found.layers))
-    paths = found.network["log2_gain"]
-    expected = 6 * even + 1.5 * leading.mean() + 0.4 * math.log2(1 + dimensions) + paths / 2000 - 0.017 * (1 + 2 + 1)
+    expected = 6 * even + 2 * leading.mean() + 0.5 * math.log2(1 + dimensions) - 0.02 * (1 + 2 + 1)
     assert score(found, ["capacity_score"])["capacity_score"] == pytest.approx(expected, rel=1e-9)
     assert found.network["shortest_depth"] == 4  # stem, two reductions by their 1x1 shortcuts, classifier; cells by their skips
 

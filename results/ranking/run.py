@@ -79,7 +79,7 @@ def columns(records):
             sign = 1 if SCORES[name].direction == "maximize" else -1
             low = min(sign * v for v in values if v is not None)
             found[name] = np.array([low if v is None else sign * v for v in values])
-    terms = np.array([[max(0.0, r["scores"].get(n) or 0.0) for n in CAPACITY_WEIGHTS] for r in records])
+    terms = np.array([[r["scores"].get(n) or 0.0 for n in CAPACITY_WEIGHTS] for r in records])
     found["capacity_score"] = terms @ np.array(list(CAPACITY_WEIGHTS.values()))  # today's weights
     found["params"] = np.array([costs(r)[0] for r in records])
     if all(costs(r)[1] for r in records):
