@@ -17,7 +17,7 @@ from capnas.errors import UsageError, one_of
 from capnas.scoring import SCORES
 
 UNTRAINED = tuple(name for name in SCORES if name != "capacity_slack")  # which is a score of a training
-RANKED_BY = "capacity_score" if "capacity_score" in SCORES else "log2_paths"  # of ``best:10%``, where no score is named
+RANKED_BY = "capacity_score"  # of ``best:10%``, where no score is named
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _BOUND = r"\s*(\w+)\s*(>=|<=|>|<)\s*(\S+)\s*"
 _BEST = r"\s*(?:(\w+)\s*:\s*)?best\s*[:=]\s*([^%\s]+)\s*(%?)\s*"
