@@ -300,8 +300,8 @@ def derive():
                     text.append(f"| {method} | " + " | ".join(cells) + " |")
                 if not epochs:
                     if ratio == 0.5:
-                        again = {m: [max((x.get("renewed") or 0 for x in rows_of(at, model=m, seed=s)), default=0) for s in seeds[m]]
-                                 for m in models}  # fmt: skip
+                        again = {m: [max((x.get("renewed") or 0 for x in rows_of(at, model=m, seed=s)), default=0) or None
+                                     for s in seeds[m]] for m in models}  # fmt: skip
                         text.append("| best rival, batch norms measured again | " + " | ".join(cell(again[m]) for m in models) + " |")
                     bare = {m: [found[m, s, "capnas loss"] for s in seeds[m] if (m, s, "capnas loss") in found] for m in models}
                     cells = [cell([line["without_refit"] for line in bare[m]]) for m in models]
