@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -23,6 +24,19 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"REFERENCE FOLDER ABSENT: {folder.name}/ is not beside the checkout (set CAPNAS_SHARED to its path)")
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command of the command line in this process: words to exit status, stdout and stderr."""
+    from capnas.cli import main
+
+    def call(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as done:
+            main([str(w) for w in words])
+        return int(done.value.code or 0), *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(autouse=True)

@@ -22,17 +22,6 @@ Run = Callable[..., tuple[int, str, str]]
 TINY = ["--train", "batch_size=16", "--pruner", "off", "--device", "cpu", "--data-option", "image_size=8", "--data-option", "augment=false"]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as done:
-            main([str(w) for w in words])
-        out, err = capsys.readouterr()
-        return int(done.value.code or 0), out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 grey images of three classes as a folder of class folders."""

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capnas.measures.narrowing import gram
+from capnas.profile import untouched
+from capnas.recording import LayerRecord, Recorder
 
 WIDEST = 2304  # input columns of a reader beyond which kernel positions are taken for independent
 REFITTED = 4608  # input columns beyond which a reader is not refitted in full
@@ -151,20 +153,18 @@ def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed:
 
         return hook
 
-    training = model.training
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
     try:
-        model.eval().requires_grad_(False)
-        with torch.no_grad(), hooked({n: keep(n) for n in names}, model):
+        model.requires_grad_(False)
+        with untouched(model, training=False), torch.no_grad(), hooked({n: keep(n) for n in names}, model):
             model(images)
-        with torch.enable_grad(), hooked({n: watch(n) for n in names}, model):
+        with untouched(model, training=False), torch.enable_grad(), hooked({n: watch(n) for n in names}, model):
             for part in images.split(batch):
                 logits = model(part.clone().requires_grad_(True))
                 labels = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
                 F.cross_entropy(logits, labels, reduction="sum").backward()
     finally:
-        model.train(training)
         for parameter, state in wanted:
             parameter.requires_grad_(state)
     read = (n for n in names if n in curvatures)
@@ -191,10 +191,14 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
 
     layers = {n: note for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     norms = {n: look for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    training = model.training
-    try:
-        with torch.no_grad(), hooked(layers, model), hooked(norms, model, before=True):
-            model.eval()(example)
-    finally:
-        model.train(training)
+    with untouched(model, training=False), torch.no_grad(), hooked(layers, model), hooked(norms, model, before=True):
+        model(example)
     return found
+
+
+def output_moments(model: nn.Module, images: Tensor) -> dict[str, LayerRecord]:
+    """What each conv and linear layer puts out over the images, in eval mode; layers with broken outputs or none are left out."""
+    with untouched(model, training=False), torch.no_grad(), Recorder(model, reading="modules") as recorder:
+        for part in images.split(256):
+            model(part)
+    return {name: record for name, record in recorder.pop("eval").items() if record.finite and record.moments.count}

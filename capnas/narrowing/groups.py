@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from capnas.errors import CapnasError, MissingDependencyError
+from capnas.narrowing.calibration import hooked
+from capnas.profile import untouched
 from capnas.projection import head_names
 from capnas.recording import CONVS, MEASURED
 
@@ -310,13 +312,6 @@ def _order(model: nn.Module, example: Tensor) -> dict[str, int]:
     def note(module: nn.Module, args: Any) -> None:
         order.setdefault(names[module], len(order))
 
-    handles = [m.register_forward_pre_hook(note) for m in names]
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    with untouched(model, training=False), torch.no_grad(), hooked(dict.fromkeys(names.values(), note), model, before=True):
+        model(example)
     return order

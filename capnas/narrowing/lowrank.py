@@ -19,10 +19,9 @@ from capnas.candidates import count_cost
 from capnas.errors import UsageError
 from capnas.measures.moments import Moments, covariance
 from capnas.measures.saturation import THRESHOLD, intrinsic_dimension
-from capnas.narrowing.calibration import readable
+from capnas.narrowing.calibration import output_moments, readable
 from capnas.narrowing.groups import CannotNarrow
 from capnas.projection import head_names
-from capnas.recording import Recorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +85,8 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
     modules, heads = dict(model.named_modules()), head_names(model)
     cost = count_cost(model, (1, *images.shape[1:]))
     names = [n for n, m in modules.items() if n in cost.layers and readable(m) and n not in heads]
-    training = model.training
-    try:
-        with torch.no_grad(), Recorder(model, reading="modules") as recorder:
-            for part in images.split(256):
-                model.eval()(part)
-    finally:
-        model.train(training)
-    records = recorder.pop("eval")
-    names = [n for n in names if n in records and records[n].finite and records[n].moments.count]
+    records = output_moments(model, images)
+    names = [n for n in names if n in records]
     if not names:
         raise CannotNarrow(f"cannot split this {type(model).__name__}: it has no plain dense conv or linear layer beside its head.")
     spectra = {n: torch.linalg.eigvalsh(covariance(records[n].moments)).flip(0).clamp_min(0) for n in names}

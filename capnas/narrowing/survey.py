@@ -15,10 +15,9 @@ from capnas.measures.moments import covariance
 from capnas.measures.narrowing import Reader, RemovalPath, factor, removal_path
 from capnas.measures.saturation import THRESHOLD, intrinsic_dimension, spectrum
 from capnas.narrowing.applying import narrowable
-from capnas.narrowing.calibration import Reading, norms_behind, read_layers, readable
+from capnas.narrowing.calibration import Reading, norms_behind, output_moments, read_layers, readable
 from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow
-from capnas.recording import Recorder
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,21 +124,13 @@ def _readers(group: CoupledGroup, modules: Mapping[str, nn.Module], readings: Ma
 
 def _needed(model: nn.Module, groups: list[CoupledGroup], images: Tensor, threshold: float) -> list[float]:
     """Units that each group's data needs: of several writers the most demanding one's, in their own widths."""
-    training = model.training
-    try:
-        with torch.no_grad(), Recorder(model, reading="modules") as recorder:
-            for part in images.split(256):
-                model.eval()(part)
-    finally:
-        model.train(training)
-    records = recorder.pop("eval")
+    records = output_moments(model, images)
     needed = []
     for group in groups:
         shares = []
         for port in group.writers():
-            record = records.get(port.module)
-            if record is not None and record.finite and record.moments.count:
-                found = spectrum(covariance(record.moments))
+            if port.module in records:
+                found = spectrum(covariance(records[port.module].moments))
                 shares.append(intrinsic_dimension(found.eigenvalues, threshold, found.total) / found.width)
         needed.append(group.units * max(shares, default=1.0))
     return needed

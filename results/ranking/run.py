@@ -17,8 +17,9 @@ from pathlib import Path
 import benchmarks
 import numpy as np
 import torch
-from scipy.stats import kendalltau, rankdata, spearmanr
+from scipy.stats import kendalltau, spearmanr
 
+from capnas.measures.ranking import partial_spearman
 from capnas.profile import profile_model
 from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
 
@@ -91,14 +92,6 @@ def columns(records):
     return found
 
 
-def partial(v, accuracy, control):
-    """Spearman correlation of v and accuracy given the control: correlation of the residuals of ranks."""
-    a, b, c = (rankdata(q) - (len(q) + 1) / 2 for q in (v, accuracy, control))
-    a, b = a - c * (a @ c) / (c @ c), b - c * (b @ c) / (c @ c)
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 1e-9 else float("nan")
-
-
 def interval(v, accuracy, draws=200):
     rng = np.random.default_rng(0)
     picks = [rng.integers(0, len(v), len(v)) for _ in range(draws)]
@@ -119,7 +112,8 @@ def judge(v, accuracy, params, cost):
     top, best = accuracy >= np.median(accuracy), accuracy >= np.quantile(accuracy, 0.9)
     return {"spearman": float(spearmanr(v, accuracy)[0]), "interval": interval(v, accuracy), "kendall": float(kendalltau(v, accuracy)[0]),
             "top_half": float(spearmanr(v[top], accuracy[top])[0]), "top_tenth": float(spearmanr(v[best], accuracy[best])[0]),
-            "given_params": partial(v, accuracy, params), "given_macs": None if cost is None else partial(v, accuracy, cost),
+            "given_params": partial_spearman(v, accuracy, [params]),
+            "given_macs": None if cost is None else partial_spearman(v, accuracy, [cost]),
             "matched_pairs": matched(v, accuracy, params if cost is None else cost)}  # fmt: skip
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from tiny_space import write_images
 
-from capnas.cli import main
-
 Run = Callable[..., tuple[int, str, str]]
 NET = """
 from torch import nn
@@ -30,17 +28,6 @@ def gated(num_classes, in_chans, image_size):
 
 broken = 3
 """
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as done:
-            main([str(w) for w in words])
-        out, err = capsys.readouterr()
-        return int(done.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from tiny_space import FILE, write_images
 
 import capnas
-from capnas.cli import main
 from capnas.saved import build_recipe, save_model
 
+Run = Callable[..., tuple[int, str, str]]
 RECIPE = {"space": FILE, "params": {"width": 8, "depth": 2, "kind": "plain"}, "num_classes": 3, "in_chans": 1, "image_size": 8}
 SHORT = ["--round-to", "1", "--calibration", "48", "--device", "cpu"]
 
@@ -22,15 +23,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(build_recipe(RECIPE), root / "model", RECIPE, extra={"data": options})
 
 
-def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as done:
-        main([str(w) for w in words])
-    out, err = capsys.readouterr()
-    return int(done.value.code or 0), out, err
-
-
-def test_plan_edit_prune_and_load(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
-    code, out, err = call(capsys, "prune", saved, "--target-macs", "0.6", "--dry-run", "--json", *SHORT)
+def test_plan_edit_prune_and_load(run: Run, saved: Path, tmp_path: Path) -> None:
+    code, out, err = run("prune", saved, "--target-macs", "0.6", "--dry-run", "--json", *SHORT)
     assert code == 0, err
     document = json.loads(out)
     plan = document["plan"]
@@ -39,7 +33,7 @@ def test_plan_edit_prune_and_load(capsys: pytest.CaptureFixture[str], saved: Pat
     plan["widths"]["0"] = 10  # wider than it is
     plan["widths"]["2"] = 4
     (tmp_path / "plan.json").write_text(json.dumps(document))
-    code, out, err = call(capsys, "prune", saved, "--plan", tmp_path / "plan.json", "--out", tmp_path / "small", *SHORT)
+    code, out, err = run("prune", saved, "--plan", tmp_path / "plan.json", "--out", tmp_path / "small", *SHORT)
     assert code == 0, err
     assert "accuracy on validation" in out
     assert "saved:" in err
@@ -48,44 +42,44 @@ def test_plan_edit_prune_and_load(capsys: pytest.CaptureFixture[str], saved: Pat
     assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
     manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
     assert manifest["extra"]["report"]["accuracy"]["before"] >= 0
-    code, out, err = call(capsys, "prune", saved, "--target-macs", "0.6", "--out", tmp_path / "small", *SHORT)
+    code, out, err = run("prune", saved, "--target-macs", "0.6", "--out", tmp_path / "small", *SHORT)
     assert code == 2
     assert "force to write over it" in err
     again = ["prune", tmp_path / "small", "--lossless", "0.9", "--method", "lowrank", "--out", tmp_path / "small", "--force", *SHORT]
-    code, out, err = call(capsys, *again)
+    code, out, err = run(*again)
     assert code == 0, err
 
 
-def test_the_plan_is_shown_as_a_table(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
-    code, out, err = call(capsys, "prune", saved, "--target-macs", "0.6", "--dry-run", *SHORT)
+def test_the_plan_is_shown_as_a_table(run: Run, saved: Path) -> None:
+    code, out, err = run("prune", saved, "--target-macs", "0.6", "--dry-run", *SHORT)
     assert code == 0, err
     assert "0.6 of the MACs, by least loss per MAC saved" in out
     assert "6 keeps its width: it gives the classes" in err
 
 
-def test_errors_of_use(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+def test_errors_of_use(run: Run, saved: Path) -> None:
     for words, reason in (
         (["prune", saved, "--target-macs", "0.5"], "give --out DIR"),
         (["prune", saved, "--dry-run"], "exactly one of --target-macs, --lossless and --plan"),
         (["prune", saved, "--target-macs", "0.5", "--lossless", "0.9", "--dry-run"], "exactly one of"),
         (["prune", saved, "--plan", saved / "none.json", "--dry-run"], "cannot be read"),
     ):
-        code, _, err = call(capsys, *words)
+        code, _, err = run(*words)
         assert code == 2
         assert reason in err
 
 
-def test_a_trial_of_a_run_is_trained_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_trial_of_a_run_is_trained_first(run: Run, tmp_path: Path) -> None:
     data = write_images(tmp_path / "images")
     search = ["search", FILE, "--data", data, "--trials", "2", "--epochs", "1", "--out", tmp_path / "run", "--train", "batch_size=16",
               "--pruner", "off", "--device", "cpu", "--data-option", "image_size=8", "--data-option", "in_chans=1"]  # fmt: skip
-    code, _, err = call(capsys, *search)
+    code, _, err = run(*search)
     assert code == 0, err
-    code, _, err = call(capsys, "prune", f"{tmp_path / 'run'}:best", "--target-macs", "0.7", "--dry-run", *SHORT)
+    code, _, err = run("prune", f"{tmp_path / 'run'}:best", "--target-macs", "0.7", "--dry-run", *SHORT)
     assert code == 2
     assert "give --train-epochs N" in err
     winner = ["prune", f"{tmp_path / 'run'}:best", "--target-macs", "0.7", "--train-epochs", "1", "--json", *SHORT]
-    code, out, err = call(capsys, *winner, "--out", tmp_path / "small")
+    code, out, err = run(*winner, "--out", tmp_path / "small")
     assert code == 0, err
     assert "it is trained first, 1 epoch on" in err
     assert json.loads(out)["report"]["macs"]["after"] > 0

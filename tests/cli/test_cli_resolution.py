@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,11 @@ import pytest
 from PIL import Image
 from tiny_space import FILE, images
 
-from capnas.cli import main
 from capnas.search import StudyConfig, run_study
 
+Run = Callable[..., tuple[int, str, str]]
 MODEL = "mobilenetv3_small_050"
 TINY = ["--epochs", "4", "--device", "cpu", "--train", "batch_size=32", "--data-option", "augment=false", "--data-option", "in_chans=1"]
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as done:
-        main(["resolution", *(str(w) for w in words)])
-    return int(done.value.code or 0), *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
@@ -32,26 +27,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_dry_run_needs_no_training(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_needs_no_training(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("capnas.resolution.train", None)
-    code, out, _ = call(capsys, "resnet18", "--candidates", "16,28", "--dry-run", "--json", "--data", folder)
+    code, out, _ = run("resolution", "resnet18", "--candidates", "16,28", "--dry-run", "--json", "--data", folder)
     assert code == 0
     found: dict[str, Any] = json.loads(out)
     assert [(s["size"], len(s["unproductive"]), bool(s["refusal"])) for s in found["surveys"]] == [(16, 16, True), (28, 7, False)]
     assert [a["kind"] for a in found["advice"]["28"]] == ["cut", "stride", "size"]
     assert found["advice"]["28"][0]["layers"] == ["layer3.1", "layer4.0", "layer4.1"]
-    code, out, _ = call(capsys, MODEL, "--candidates", "12", "--dry-run", "--data", folder)
+    code, out, _ = run("resolution", MODEL, "--candidates", "12", "--dry-run", "--data", folder)
     assert "at 12 px:\n  cut" in out
 
 
-def test_a_trial_of_a_search_is_tuned_and_written(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+def test_a_trial_of_a_search_is_tuned_and_written(run: Run, folder: Path, tmp_path: Path) -> None:
     study = StudyConfig(
         space=FILE, data=str(folder), trials=1, epochs=1, out=str(tmp_path / "run"), study="tiny", device="cpu", sampler="random",
         train={"batch_size": 32}, data_options={"image_size": 12, "in_chans": 1},
     )  # fmt: skip
     run_study(study)
     out = tmp_path / "tuned"
-    code, text, err = call(capsys, f"{study.folder}:best", "--candidates", "8,12", *TINY, "--out", out)
+    code, text, err = run("resolution", f"{study.folder}:best", "--candidates", "8,12", *TINY, "--out", out)
     assert code == 0
     assert err.count("rung 1") == 2
     document = json.loads((out / "resolution.json").read_text())
@@ -59,12 +54,12 @@ def test_a_trial_of_a_search_is_tuned_and_written(capsys: pytest.CaptureFixture[
     assert f"recommended: {chosen} px" in text
     assert document["macs_share"] <= 0.3
     assert (out / "resolution.svg").read_text().startswith("<svg")
-    code, _, err = call(capsys, f"{study.folder}:best", "--candidates", "8,12", *TINY, "--out", out)
+    code, _, err = run("resolution", f"{study.folder}:best", "--candidates", "8,12", *TINY, "--out", out)
     assert (code, "--force overwrites them" in err) == (2, True)
 
 
-def test_own_candidates_and_a_budget(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    code, out, _ = call(capsys, MODEL, "--data", folder, *TINY, "--budget", "580k", "--json")
+def test_own_candidates_and_a_budget(run: Run, folder: Path) -> None:
+    code, out, _ = run("resolution", MODEL, "--data", folder, *TINY, "--budget", "580k", "--json")
     assert code == 0
     found = json.loads(out)
     assert [s["size"] for s in found["surveys"]] == [8, 12, 16, 24]
@@ -82,8 +77,8 @@ def test_own_candidates_and_a_budget(capsys: pytest.CaptureFixture[str], folder:
         (("resnet_18",), "there is no timm model"),
     ],
 )
-def test_errors_of_use(capsys: pytest.CaptureFixture[str], folder: Path, words: tuple[str, ...], message: str) -> None:
-    code, _, err = call(capsys, *words, "--data", folder)
+def test_errors_of_use(run: Run, folder: Path, words: tuple[str, ...], message: str) -> None:
+    code, _, err = run("resolution", *words, "--data", folder)
     assert code == 2
     assert message in err
     assert err.count("\n") <= 2
