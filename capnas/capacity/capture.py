@@ -20,27 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten
 
 from capnas.graph.tracing import Node, Trace, caches_kept
+from capnas.measures.activation_codes import all_finite
 from capnas.measures.decoupling import Decoupling, gate_decoupling, output_decoupling
 from capnas.measures.layer_capacity import kfac_spectrum
 
-ACTIVATIONS = frozenset(
-    (
-        "relu",
-        "leaky_relu",
-        "elu",
-        "celu",
-        "selu",
-        "gelu",
-        "silu",
-        "mish",
-        "hardswish",
-        "hardtanh",
-        "hardsigmoid",
-        "sigmoid",
-        "tanh",
-        "softplus",
-    )
-)
+ACTIVATIONS = frozenset((
+    "relu", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardtanh", "hardsigmoid", "sigmoid", "tanh",
+    "softplus",
+))  # fmt: skip
 _ROWS, _PLACES = 4096, 16  # rows for the output decoupling, positions for the gate decoupling
 
 
@@ -70,22 +57,29 @@ def quiet(model: nn.Module, seed: int, *, grad: bool) -> Iterator[None]:
             module.training = training
 
 
-def batch_mean(values: Tensor, shape: Sequence[int], batch: int) -> Tensor | None:
-    """Mean over the batch of values whose shape for one sample is known, also where the batch is the outer part of an axis.
+def mean_square(values: Tensor, shape: Sequence[int], batch: int) -> Tensor | None:
+    """Mean over the batch of the squares of values whose shape for one sample is known; the batch may be the outer part of any axis.
 
     None when no axis, or more than one, can hold the batch.
 
-    >>> batch_mean(torch.arange(6.0).view(6, 1), (2, 1), 3).flatten().tolist()
-    [2.0, 3.0]
+    >>> mean_square(torch.arange(4.0).view(4, 1), (2, 1), 2).flatten().tolist()
+    [2.0, 5.0]
     """
     if tuple(values.shape) == tuple(shape):
-        return values
+        return values.detach().float().square()
     if values.ndim != len(shape):
         return None
     axes = [axis for axis, (full, one) in enumerate(zip(values.shape, shape)) if full != one]
     if len(axes) != 1 or values.shape[axes[0]] != batch * shape[axes[0]]:
         return None
-    return values.unflatten(axes[0], (batch, shape[axes[0]])).mean(axes[0])
+    return _mean_square(values.detach().unflatten(axes[0], (batch, shape[axes[0]])).unbind(axes[0]))
+
+
+def _mean_square(samples: Sequence[Tensor]) -> Tensor:
+    total = samples[0].float().square()
+    for sample in samples[1:]:  # one by one: no further map of the whole batch, and the sum stays in the cache
+        total.addcmul_(sample, sample)
+    return total.div_(len(samples))
 
 
 class MomentReader(TorchDispatchMode):
@@ -121,7 +115,7 @@ class MomentReader(TorchDispatchMode):
         self.place += 1
         for port, (tensor, shape) in enumerate(zip([t for t in tree_flatten(out)[0] if isinstance(t, Tensor)], node.shapes)):
             if tensor.is_floating_point():
-                moment = batch_mean(tensor.detach().float().square(), shape, self.batch)
+                moment = mean_square(tensor, shape, self.batch)
                 if moment is not None:
                     self.moments[node.index, port] = moment
             elif base_name(node).startswith("max_pool"):
@@ -133,7 +127,7 @@ class MomentReader(TorchDispatchMode):
         z = args[0].detach()
         channel = self.channel_axis(node, z.ndim)
         flat = z.movedim(channel, -1).reshape(len(z), -1, z.shape[channel]).float()  # (B, Q, D)
-        if flat.shape[0] < 2 or flat.shape[2] < 2 or not bool(torch.isfinite(flat).all()):
+        if flat.shape[0] < 2 or flat.shape[2] < 2 or not all_finite(flat):
             return
         places = flat.shape[1]
         rows = flat.flatten(0, 1)
@@ -244,10 +238,10 @@ class LayerTaps(TorchFunctionMode):
         places = out.numel() // out.shape[channel]
         chosen = torch.randperm(places, generator=self.generator)[: self.rows].to(x.device)
         if func is F.linear:
-            rows = x.flatten(0, -2)[chosen]
+            rows = x.flatten(0, -2)[chosen].unsqueeze(1)
         else:
             rows = _patches(x, weight, given, out.shape, chosen, transposed=_CONVOLUTIONS[func] is _TRANSPOSED)
-        rows = rows.reshape(len(chosen), groups, -1).transpose(0, 1).float()
+        rows = rows.unflatten(-1, (groups, -1)).movedim(-2, 0).flatten(2).float()  # (G, M, taps * C / G)
         if bias is not None:
             rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
         self.last_input = given["input"]
@@ -263,11 +257,11 @@ class LayerTaps(TorchFunctionMode):
             part = flat.movedim(channel, -1)[_unravel(picked, [n for axis, n in enumerate(flat.shape) if axis != channel])]
             part = part.reshape(len(part), groups, -1).transpose(0, 1)  # (G, rows, b)
             entry.responses.append(part / math.sqrt(part.shape[1]))
-            flat = flat.square().reshape(self.batch, -1).mean(0)
+            square = _mean_square(flat.unflatten(0, (self.batch, -1)).unbind()).flatten()
             if call < len(entry.maps):
-                entry.maps[call] += flat
+                entry.maps[call] += square
             else:
-                entry.maps += [torch.zeros_like(flat) for _ in range(call - len(entry.maps))] + [flat]
+                entry.maps += [torch.zeros_like(square) for _ in range(call - len(entry.maps))] + [square]
 
         if out.requires_grad and out.shape[0] % self.batch == 0:
             out.register_hook(take)
@@ -291,14 +285,12 @@ def _batch_norm(func: Any, given: dict[str, Any]) -> Tensor:
     """Batch statistics as constants: nothing is stored, and no gradient runs through them."""
     x = given["input"]
     with _disable_current_modes(), torch.no_grad():
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        variance, mean = torch.var_mean(x.detach().float(), axes, correction=0)
-        mean, variance = mean.to(x.dtype), variance.to(x.dtype)
+        mean, variance = (moment.to(x.dtype) for moment in torch.batch_norm_update_stats(x.detach().float(), None, None, 0.0))
     return func(x, mean, variance, given.get("weight"), given.get("bias"), False, given.get("momentum") or 0.1, given.get("eps", 1e-5))
 
 
 def _patches(x: Tensor, weight: Tensor, given: dict[str, Any], out_shape: Sequence[int], chosen: Tensor, *, transposed: bool) -> Tensor:
-    """The input patches (M, C * k...) that a convolution reads at chosen positions of its flattened output (B, positions).
+    """The input patches (M, taps, C) that a convolution reads at chosen positions of its flattened output (B, positions).
 
     A transposed convolution reads windows of its input with zeros between the cells; its taps come in reverse, which no factor sees.
     """
@@ -321,9 +313,8 @@ def _patches(x: Tensor, weight: Tensor, given: dict[str, Any], out_shape: Sequen
     for axis in range(axes):
         view = view.unfold(2 + axis, reach[axis], stride[axis])  # taps go to the end, in order
     picks: list[Any] = [slice(None)] * (2 + axes) + [slice(None, None, d) for d in dilation]
-    view = view[tuple(picks)]
-    channels_last = view.movedim(1, 1 + axes)  # (B, *positions, C, *taps)
-    return channels_last[_unravel(chosen, [out_shape[0], *out_shape[2:]])].flatten(1)
+    view = view[tuple(picks)].movedim(1, -1)  # (B, *positions, *taps, C): whole runs where channels are stored last
+    return view[_unravel(chosen, [out_shape[0], *out_shape[2:]])].flatten(1, -2)
 
 
 def _gram(parts: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from capnas._timm import timm
 from capnas.capacity import capacity_map
-from capnas.capacity.capture import LayerTaps, batch_mean
+from capnas.capacity.capture import LayerTaps, mean_square
 from capnas.errors import UsageError
 from capnas.measures.capacity_push import inject, push
 from capnas.measures.decoupling import analytic_decoupling
@@ -426,10 +426,11 @@ def test_operation_without_a_rule_is_approximated_and_listed() -> None:
 
 def test_batch_is_found_where_axes_were_merged() -> None:
     windows = torch.arange(24.0).view(6, 4)  # 3 samples of 2 windows
-    torch.testing.assert_close(batch_mean(windows, (2, 4), 3), windows.view(3, 2, 4).mean(0))
-    assert batch_mean(windows, (6, 4), 3) is windows
-    assert batch_mean(windows, (4, 4), 3) is None
-    assert batch_mean(windows, (2, 4, 1), 3) is None
+    torch.testing.assert_close(mean_square(windows, (2, 4), 3), windows.view(3, 2, 4).square().mean(0))
+    torch.testing.assert_close(mean_square(windows.T, (4, 2), 3), windows.T.reshape(4, 3, 2).square().mean(1))
+    assert torch.equal(mean_square(windows, (6, 4), 3), windows.square())
+    assert mean_square(windows, (4, 4), 3) is None
+    assert mean_square(windows, (2, 4, 1), 3) is None
 
 
 FAST = {"mobilenetv3_small_100", "convnextv2_atto", "vit_tiny_patch16_224", "ghostnet_100"}
