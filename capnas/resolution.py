@@ -1,13 +1,20 @@
 """Tuning the input resolution of a network: what each size means for its layers, short runs, a choice with reasons and advice.
 
-First, without training: which layers are past the border at each size, and the cost. Then successive halving (Jamieson and Talwalkar 2016,
-arXiv 1502.07943): every size is trained for a short while with the same weights, images, order and settings, the sizes of least worth are
-dropped, the others go on. The cost is bounded in advance by a share of what training every size to the end would take, counted in
-multiply-accumulates; what dropped sizes save lengthens the runs of the others. The rule of the choice is in `capnas.measures.resolution`.
+First, without training: which layers are past the border at each size, and the cost. Then one training for all sizes: the same weights see
+the images at one size after the other (`capnas.mixed_sizes`), for two thirds of what may be spent. A pass costs the mean over the sizes and
+not their sum, so that these weights are nearly as mature as a full training makes them, where as many passes at each size alone would
+be over after a tenth of it, while large images are still behind. From there each size goes on alone, by successive halving (Jamieson and
+Talwalkar 2016, arXiv 1502.07943): all are trained for a short while with the same images, order and settings and a learning rate that
+falls to its end, the sizes of least worth are dropped, the others go on for what is left. Sharing first and branching then is ours.
+
+Networks whose parameters depend on the size (position embeddings, heads after flattening) cannot share: there successive halving starts
+from each size's own weights and has all of the spend, and the result says so. The cost is bounded in advance by a share of what training
+every size to the end would take, counted in multiply-accumulates. The rule of the choice is in `capnas.measures.resolution`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -20,9 +27,10 @@ from capnas.data import ImageData
 from capnas.errors import UsageError
 from capnas.graph.structure import structure
 from capnas.graph.tracing import Trace, trace
-from capnas.measures import evenness, receptive
+from capnas.measures import evenness, halving, receptive
 from capnas.measures import resolution as rule
-from capnas.measures.resolution import PAY, Recommendation, SizeReading
+from capnas.measures.resolution import Recommendation, SizeReading
+from capnas.mixed_sizes import SharedRun, train_together
 from capnas.profile import Profile
 from capnas.repair import Advice, advise
 from capnas.training import TrainConfig, TrainingResult, train
@@ -78,7 +86,8 @@ class Tuning:
 
     Attributes:
         surveys: every candidate, ascending.
-        runs: every short training, in order.
+        shared: the training that all sizes start from.
+        runs: every short training of a size alone, in order.
         recommendation: the choice, with reasons.
         advice: what to change where layers of the chosen size remain idle.
         epochs: length of a full training, of which the cost is a share.
@@ -87,6 +96,7 @@ class Tuning:
     """
 
     surveys: tuple[SizeSurvey, ...]
+    shared: SharedRun
     runs: tuple[SizeRun, ...]
     recommendation: Recommendation
     advice: tuple[Advice, ...]
@@ -106,8 +116,8 @@ class Tuning:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         found = dataclasses.asdict(self)
-        for key in ("fitted", "worth"):
-            found["recommendation"][key] = {str(size): value for size, value in found["recommendation"][key].items()}
+        for part, key in (("recommendation", "fitted"), ("recommendation", "worth"), ("shared", "seen")):
+            found[part][key] = {str(size): value for size, value in found[part][key].items()}
         return found
 
 
@@ -169,9 +179,10 @@ def tune_resolution(
     epochs: int = 10,
     share: float = SHARE,
     budget: int | None = None,
-    pay: float = PAY,
+    pay: float | None = None,
     config: TrainConfig | None = None,
     on_run: Callable[[SizeRun], None] | None = None,
+    on_pass: Callable[[int, int], None] | None = None,
 ) -> Tuning:
     """Find the smallest size at which inference is spread evenly over the layers and accuracy has stopped paying for MACs.
 
@@ -180,11 +191,12 @@ def tune_resolution(
         data: images, loaded at the largest candidate, so that none is resized twice. Accuracies are those of the validation split.
         candidates: pixels.
         epochs: length of a full training, of which the cost is a share.
-        share: most that all short runs together may cost, as a share of training every size for `epochs`.
+        share: most that all of it together may cost, as a share of training every size for `epochs`.
         budget: most multiply-accumulates of one image.
-        pay: accuracy that a doubling of MACs has to bring, see `capnas.measures.resolution`.
+        pay: accuracy that a doubling of MACs has to bring; `capnas.measures.resolution.price` where it is None.
         config: all other settings of the training; its seed is that of every size, its epochs are ignored.
         on_run: told of each short run.
+        on_pass: told of each pass of the shared training: its number, and of how many.
 
     Raises:
         UsageError: as `survey_resolutions`; a share that does not pay for one epoch of every size; no size could be trained.
@@ -204,8 +216,14 @@ def tune_resolution(
     macs = {size: int(row.macs or 0) for size, row in rows.items()}
     sweep = epochs * sum(s.macs for s in surveys if s.macs is not None and (budget is None or s.macs <= budget))
     left = share * sweep
-    counts = rule.halving(len(macs))
-    base = config or TrainConfig()
+    counts = halving.halving(len(macs))
+    base, pay = config or TrainConfig(), rule.price(pay, budget)
+    networks = {size: build(size) for size in rows}
+    passes = halving.shared_passes(list(macs.values()), left=left, most=epochs)
+    shared = train_together(networks, data, base, passes=passes, on_pass=on_pass)
+    left -= sum(seen * macs[size] for size, seen in shared.seen.items())
+    if shared.reason:
+        networks = {size: build(size) for size in rows}
     models: dict[int, nn.Module] = {}
     runs: list[SizeRun] = []
     done, running = 0, tuple(rows)
@@ -214,7 +232,7 @@ def tune_resolution(
         if rung > 1:
             running = rule.survivors(readings, count, pay)
             models = {size: models[size] for size in running}
-        length = rule.rung_epochs([macs[s] for s in running], left=left, last=rung == len(counts), most=epochs - done)
+        length = halving.rung_epochs([macs[s] for s in running], left=left, last=rung == len(counts), most=epochs - done)
         if length < 1 and rung == 1:
             least = math.ceil(sum(macs.values()) * epochs / left)
             raise UsageError(
@@ -224,7 +242,7 @@ def tune_resolution(
             break
         for size in running:
             if size not in models:
-                models[size] = build(size)
+                models[size] = copy.deepcopy(networks[size])  # it leaves what the others share
             settings = dataclasses.replace(base, epochs=length, seed=base.seed + rung - 1, record=True)
             result = train(models[size], data, settings, image_size=size)
             runs.append(_run(rows[size], macs[size], rung, length, done + length, result))
@@ -239,12 +257,13 @@ def tune_resolution(
     choice = rule.recommend(readings, budget=budget, pay=pay, images=data.sizes["validation"])
     return Tuning(
         surveys=surveys,
+        shared=shared,
         runs=tuple(runs),
         recommendation=choice,
         advice=_advice(build, rows[choice.size], data.in_chans, next(r for r in reversed(readings) if r.size == choice.size)),
         epochs=epochs,
         macs_share=(share * sweep - left) / sweep,
-        seconds_share=_seconds_share(runs, surveys, epochs),
+        seconds_share=_seconds_share(shared, runs, surveys, epochs),
     )
 
 
@@ -277,7 +296,8 @@ def _run(row: SizeSurvey, macs: int, rung: int, length: int, total: int, result:
     reading = None
     if result.status == "complete" and result.accuracy is not None:
         values = _saturations(result.profile, row.looking)
-        reading = SizeReading(size=row.size, macs=macs, accuracy=result.accuracy, epochs=total, saturations=values)
+        loss = result.curve[-1]["val_loss"]
+        reading = SizeReading(size=row.size, macs=macs, accuracy=result.accuracy, loss=loss, epochs=total, saturations=values)
     return SizeRun(
         size=row.size, rung=rung, epochs=length, reading=reading, seconds=result.seconds, status=result.status, reason=result.reason
     )
@@ -293,8 +313,8 @@ def _saturations(profile: Profile | None, looking: Sequence[str]) -> tuple[float
     return tuple(evenness.present(list(found.values())[:-1]))
 
 
-def _seconds_share(runs: Sequence[SizeRun], surveys: Sequence[SizeSurvey], epochs: int) -> float | None:
+def _seconds_share(shared: SharedRun, runs: Sequence[SizeRun], surveys: Sequence[SizeSurvey], epochs: int) -> float | None:
     per_epoch = {r.size: r.seconds / r.epochs for r in runs}
     if any(s.macs is not None and not s.refusal and s.size not in per_epoch for s in surveys) or not per_epoch:
         return None
-    return sum(r.seconds for r in runs) / (epochs * sum(per_epoch.values()))
+    return (shared.seconds + sum(r.seconds for r in runs)) / (epochs * sum(per_epoch.values()))

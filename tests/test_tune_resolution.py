@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -62,22 +63,28 @@ def test_a_size_at_which_the_network_cannot_run_is_named() -> None:
 
 def test_tuning_stays_within_its_share_and_tells_every_run(data: ImageData) -> None:
     told: list[SizeRun] = []
+    passes: list[tuple[int, int]] = []
     sizes, before = (6, 8, 12, 16), torch.get_rng_state()
-    found = tune_resolution(net, data, sizes, epochs=8, config=CONFIG, on_run=told.append)
+    found = tune_resolution(net, data, sizes, epochs=20, config=CONFIG, on_run=told.append, on_pass=lambda *n: passes.append(n))
     assert torch.equal(torch.get_rng_state(), before)
     assert tuple(told) == found.runs
     assert [r.size for r in found.runs if r.rung == 1] == list(sizes)
     assert len({r.size for r in found.runs if r.rung == 2}) == 2
     macs = {s.size: s.macs for s in found.surveys}
-    spent = sum(r.epochs * macs[r.size] for r in found.runs)
-    assert found.macs_share == pytest.approx(spent / (8 * sum(macs.values())))
-    assert 0.15 < found.macs_share <= 0.3
+    alone = sum(r.epochs * macs[r.size] for r in found.runs)
+    together = sum(seen * macs[size] for size, seen in found.shared.seen.items())
+    assert together > alone / 2
+    assert (found.shared.passes, found.shared.reason) == (16, "")
+    assert passes == [(n, 16) for n in range(1, 17)]
+    assert found.macs_share == pytest.approx((alone + together) / (20 * sum(macs.values())))
+    assert 0.2 < found.macs_share <= 0.3
     assert 0 < found.seconds_share < 1
     chosen = found.recommendation.size
     assert chosen in {r.size for r in found.runs if r.rung == 2}
     assert {r.epochs for r in found.readings if r.size == chosen} == {1, 1 + next(r.epochs for r in found.runs if r.rung == 2)}
+    assert all(r.loss is not None for r in found.readings)
     assert len(found.last(chosen).saturations) == 3
-    assert chosen > 6  # the stripes of the third class lie below what 6 px keep apart
+    assert chosen == 6  # every size learns these stripes, and the cheapest will do
     json.dumps(found.to_dict(), allow_nan=False)
 
 
@@ -89,6 +96,30 @@ def test_the_same_seed_gives_the_same_tuning_and_a_budget_is_kept(data: ImageDat
     assert runs[0].macs_share <= 0.3
 
 
+def test_each_size_goes_on_from_the_shared_weights_by_itself(data: ImageData) -> None:
+    made: list[nn.Module] = []
+
+    def build(size: int) -> nn.Module:
+        made.append(net(size))
+        return made[-1]
+
+    settings = dataclasses.replace(CONFIG, lr=1e-9)  # nothing is learned after the shared training, nor in it
+    found = tune_resolution(build, data, (8, 12), epochs=10, config=settings)
+    small, large = made[-2:]
+    assert found.shared.passes == 4
+    assert small[0].weight is large[0].weight
+    assert torch.allclose(small[0].weight, net(8)[0].weight, atol=1e-5)
+    learned = tune_resolution(build, data, (8, 12), epochs=10, config=CONFIG)
+    alone = tune_resolution(
+        lambda size: nn.Sequential(net(size), nn.Linear(3, 3) if size == 8 else nn.Identity()), data, (8, 12), epochs=10
+    )
+    assert min(r.accuracy for r in learned.readings) > 0.5
+    assert alone.shared.reason.startswith("the sizes cannot share weights: 1.weight is (3, 3) at 8 px and absent at 12 px")
+    assert (alone.shared.passes, {r.epochs for r in alone.runs}) == (0, {3})
+    assert alone.macs_share == pytest.approx(0.3)
+    assert alone.seconds_share is not None
+
+
 def test_a_training_that_fails_drops_its_size(data: ImageData) -> None:
     def broken(size: int) -> nn.Module:
         model = net(size)
@@ -96,7 +127,8 @@ def test_a_training_that_fails_drops_its_size(data: ImageData) -> None:
             nn.init.constant_(model[0].weight, float("nan"))
         return model
 
-    found = tune_resolution(broken, data, (8, 12), epochs=4, config=CONFIG)
+    found = tune_resolution(broken, data, (8, 12), epochs=10, config=CONFIG)
+    assert found.shared.reason.startswith("the training of shared weights ended: diverged")
     assert {r.status for r in found.runs if r.size == 8} == {"diverged"}
     assert found.recommendation.size == 12
     with pytest.raises(UsageError, match="no size could be trained: diverged"):

@@ -24,7 +24,9 @@ def resolution(
     budget: Annotated[str | None, typer.Option(metavar="MACS", help="Most multiply-accumulates of one image: 20M.")] = None,
     epochs: Annotated[int, typer.Option(help="Of a full training of one size, of which the cost is a share.")] = 10,
     share: Annotated[float, typer.Option(help="Most that all short runs cost, of training every size in full.")] = 0.3,
-    pay: Annotated[float, typer.Option(help="Points of accuracy that a doubling of MACs has to bring.")] = 0.25,
+    pay: Annotated[
+        float | None, typer.Option(help="Points of accuracy that a doubling of MACs has to bring; without, 0.25, and 0 within a --budget.")
+    ] = None,
     trained: Annotated[bool, typer.Option("--trained", help="Start every size from a saved model's trained weights.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Borders, cost and advice only; nothing is trained.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help=f"Write {DOCUMENT} and {FIGURE}.")] = None,
@@ -65,9 +67,9 @@ def resolution(
         else:
             say(f"tuning the resolution of {found.name} on {found.data.name}: {', '.join(map(str, sizes))} px")
             config = TrainConfig(seed=seed, device=device, **pairs(train or [], "--train"))
-            tuning = tune_resolution(
-                build, found.data, sizes, epochs=epochs, share=share, budget=limit, pay=pay / 100, config=config, on_run=_tell
-            )
+            asked = None if pay is None else pay / 100
+            settings: dict[str, Any] = {"epochs": epochs, "share": share, "budget": limit, "pay": asked, "config": config}
+            tuning = tune_resolution(build, found.data, sizes, **settings, on_run=_tell, on_pass=_tell_pass)
             document = {"name": found.name, "data": found.data.name, **tuning.to_dict()}
     if out is not None:
         _write(out, document, None if dry_run else tuning)
@@ -81,6 +83,10 @@ def resolution(
         _show_tuning(tuning)
         if out is not None:
             say(f"written: {out / DOCUMENT}, {out / FIGURE}")
+
+
+def _tell_pass(number: int, of: int) -> None:
+    say(f"all sizes in turn, one set of weights: pass {number} of {of}")
 
 
 def _tell(run: SizeRun) -> None:
@@ -116,8 +122,12 @@ def _show_tuning(tuning: Tuning) -> None:
         rows.append([f"{survey.size} px", short(survey.macs), _border(survey)[0], str(row.epochs), short(row.accuracy), *values, mark])
     columns = ["size", "MACs", "past the border", "epochs", "accuracy", "mean saturation", "evenness", "tail", ""]
     show_table(columns, rows, left=1)
+    shared = tuning.shared
+    weights = f"one set of weights, {shared.passes} passes at all sizes in turn, then each size alone"
+    if shared.reason:
+        weights = f"each size from its own weights: {shared.reason}"
     cost = f"cost: {100 * tuning.macs_share:.0f} % of training every size for {tuning.epochs} epochs"
-    typer.echo("\n".join([f"recommended: {chosen.size} px", *(f"  {reason}" for reason in chosen.reasons), cost]))
+    typer.echo("\n".join([f"recommended: {chosen.size} px", *(f"  {reason}" for reason in chosen.reasons), weights, cost]))
     if tuning.advice:
         typer.echo("\n".join(["a tail remains; instead of another size:", *(f"  {a.text}" for a in tuning.advice)]))
 

@@ -2,15 +2,18 @@
 
 Borders and tails are the papers' (Richter et al., ICMLA 2021, arXiv 2106.12307; Shenk et al., arXiv 2006.08679, see
 `capnas.measures.receptive` and `capnas.measures.evenness`). The papers describe what a fitting resolution looks like and give no rule for
-choosing one. **The rule here is ours**, three sentences:
+choosing one. **The rule here is ours**, four sentences:
 
-1. *Pay*: every doubling of the multiply-accumulates (MACs) has to bring ``pay`` of accuracy (0.0025, a quarter of a point). The size of
-   the greatest ``accuracy - pay * log2(MACs)`` is where it stops doing so.
+1. *Pay*: every doubling of the multiply-accumulates (MACs) has to bring ``pay`` of accuracy. The size of the greatest
+   ``accuracy - pay * log2(MACs)`` is where it stops doing so. Without a budget that is 0.0025, a quarter of a point; a budget says what
+   is affordable, and MACs within it cost nothing more (see `price`).
 2. *Even*: if that size leaves a low-saturation tail of more than an eighth of the layers and a larger one does not, and the larger one's
    worth by the first sentence is at most ``slack`` (0.005, or one standard error of the accuracy where that is more: less cannot be told
    from the accuracies) less, the smallest such size is chosen.
-3. Accuracies of short trainings are noisy and grow with the epochs, so they are fitted first: one level for each length of training plus
-   one curve that is concave in log2(MACs), by weighted least squares.
+3. An accuracy only tells how many images were right, the cross-entropy on the same images also how nearly the others were: it separates
+   sizes with less noise. So each accuracy is replaced by the one that the cross-entropy predicts, on the line through all sizes.
+4. These grow with the epochs, so they are fitted: one level for each length of training plus one curve that is concave in log2(MACs), by
+   weighted least squares.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ class SizeReading:
         size: pixels.
         macs: multiply-accumulates of one image.
         accuracy: on held-out images, in [0, 1].
-        epochs: passes over the data so far; sizes compare at equal epochs only.
+        epochs: passes over the data at this size alone so far; sizes compare at equal epochs only.
+        loss: mean cross-entropy on the same images, in nats; None where it is not known.
         saturations: (L,) of the layers that look around, in the order of execution, in [0, 1].
 
     >>> reading = SizeReading(size=32, macs=10**6, accuracy=0.6, epochs=2, saturations=(0.5, 0.6, 0.4, 0.1))
@@ -53,6 +57,7 @@ class SizeReading:
     macs: int
     accuracy: float
     epochs: int
+    loss: float | None = None
     saturations: tuple[float, ...] = ()
 
     @property
@@ -143,8 +148,31 @@ def unusable(layers: Sequence[LayerField], size: int, *, limit: float = UNUSABLE
     return f"{len(past)} of {count} layers see nothing new at {size} px, from {past[0]} on; the network needs {needed} px"
 
 
+def steadied(readings: Sequence[SizeReading]) -> tuple[float, ...]:
+    """Accuracies as their cross-entropies predict them: on the least squares line through the readings of the same epochs.
+
+    The line never rises with the loss: where accuracy and cross-entropy tell the opposite all sizes get the mean. Readings are left
+    as they are where the loss of one of the same epochs is not known.
+
+    >>> values = ((16, 0.4, 2.0), (32, 0.7, 1.5), (64, 0.6, 1.0))
+    >>> [round(a, 6) for a in steadied([SizeReading(size=s, macs=s * s, accuracy=a, loss=c, epochs=1) for s, a, c in values])]
+    [0.466667, 0.566667, 0.666667]
+    """
+    found = np.array([r.accuracy for r in readings])
+    for epochs in {r.epochs for r in readings}:
+        rung = [i for i, r in enumerate(readings) if r.epochs == epochs]
+        losses = [r.loss for r in readings if r.epochs == epochs and r.loss is not None]
+        if len(losses) < len(rung):
+            continue
+        above, centre = np.array(losses) - np.mean(losses), found[rung].mean()
+        spread = float(above @ above)
+        slope = min(0.0, float(above @ found[rung]) / spread) if spread > 0 else 0.0
+        found[rung] = centre + slope * above
+    return tuple(float(a) for a in found)
+
+
 def fitted_accuracy(readings: Sequence[SizeReading]) -> dict[int, float]:
-    """Accuracies without most of their noise: a level for each number of epochs plus one curve, concave in log2(MACs).
+    """Accuracies without most of their noise: `steadied`, then a level for each number of epochs plus one curve, concave in log2(MACs).
 
     Weighted least squares (weights are the epochs: longer trainings say more), with the concavity as a constraint (non-negative hinges).
 
@@ -166,13 +194,22 @@ def fitted_accuracy(readings: Sequence[SizeReading]) -> dict[int, float]:
     at = {size: math.log2(macs[size] / macs[sizes[0]]) for size in sizes}
     curve = {s: [at[s], -at[s], *(-max(0.0, at[s] - at[knot]) for knot in sizes[1:-1])] for s in sizes}
     rows, targets = [], []
-    for r in readings:
+    for r, accuracy in zip(readings, steadied(readings)):
         weight = math.sqrt(r.epochs)
         rows.append([weight * v for v in [*(float(r.epochs == e) for e in lengths), *curve[r.size]]])
-        targets.append(weight * r.accuracy)
+        targets.append(weight * accuracy)
     found, _ = nnls(np.array(rows), np.array(targets))
     level, shape = found[len(lengths) - 1], found[len(lengths) :]
     return {s: float(level + np.dot(shape, curve[s])) for s in sizes}
+
+
+def price(pay: float | None, budget: int | None) -> float:
+    """What a doubling of MACs has to bring: `pay` where it is given, else nothing within a budget and `PAY` without one.
+
+    >>> price(None, None), price(None, 10**6), price(0.01, 10**6)
+    (0.0025, 0.0, 0.01)
+    """
+    return pay if pay is not None else PAY if budget is None else 0.0
 
 
 def worth(readings: Sequence[SizeReading], pay: float = PAY) -> dict[int, float]:
@@ -202,46 +239,15 @@ def survivors(readings: Sequence[SizeReading], keep: int, pay: float = PAY) -> t
     return tuple(sorted(sorted(running, key=lambda size: values[size], reverse=True)[:keep]))
 
 
-def halving(count: int) -> tuple[int, ...]:
-    """How many of `count` sizes each rung trains.
-
-    >>> halving(6), halving(4), halving(2), halving(1)
-    ((6, 3, 2), (4, 2), (2,), (1,))
-    """
-    rungs = [count]
-    while rungs[-1] > 2:
-        rungs.append((rungs[-1] + 1) // 2)
-    return tuple(rungs)
-
-
-def rung_epochs(macs: Sequence[int], *, left: float, last: bool, most: int) -> int:
-    """Epochs of the next rung: two thirds of what is left, all of it in the last rung or where two thirds pay for no epoch.
-
-    Halving in its textbook form spends alike in every rung. Here the dearest sizes take most of the cost, and to drop them after a very
-    short look saves most and errs most, so the first look gets the most.
-
-    Args:
-        macs: of the sizes still running, multiply-accumulates of one image.
-        left: what may still be spent, MACs times epochs.
-        last: whether no rung follows.
-        most: bound on the answer.
-
-    >>> [rung_epochs([1, 2, 3], left=left, last=last, most=9) for left, last in ((36.0, False), (36.0, True), (8.0, False), (5.0, False))]
-    [4, 6, 1, 0]
-    """
-    every = left / sum(macs) + 1e-9
-    return max(0, min(most, int(every if last else every * 2 / 3) or int(every)))
-
-
 def recommend(
-    readings: Sequence[SizeReading], *, budget: int | None = None, pay: float = PAY, slack: float = SLACK, images: int | None = None
+    readings: Sequence[SizeReading], *, budget: int | None = None, pay: float | None = None, slack: float = SLACK, images: int | None = None
 ) -> Recommendation:
     """The smallest size at which inference is spread evenly and accuracy has stopped paying for MACs; the rule is in the module's text.
 
     Args:
         readings: of every size and every number of epochs; the choice is among those of the most epochs.
         budget: most MACs of one image.
-        pay: accuracy that a doubling of MACs has to bring.
+        pay: accuracy that a doubling of MACs has to bring; None is `price`.
         slack: worth that evenness may cost.
         images: how many images the accuracies come from, for their standard error.
 
@@ -256,6 +262,7 @@ def recommend(
     if not allowed:
         least = min((r.macs for r in readings), default=None)
         raise UsageError(f"no size is within {budget:,} MACs" + (f"; the cheapest takes {least:,}." if least else "."))
+    pay = price(pay, budget)
     values, fitted = worth(allowed, pay), fitted_accuracy(allowed)
     last = max(r.epochs for r in allowed)
     final = {r.size: r for r in sorted(allowed, key=lambda r: r.size) if r.epochs == last}

@@ -1,6 +1,6 @@
 """Does `capnas resolution` find the right image size? An exhaustive sweep against its recommendation, and the published effects.
 
-    python results/resolution/run.py                    # everything that is not in raw/ yet; about 45 minutes of one core
+    python results/resolution/run.py                    # everything that is not in raw/ yet; about half an hour of one core a seed
     python results/resolution/run.py --only cifar       # jobs whose name starts so
     python results/resolution/run.py --table-only       # table.md and figure.svg from raw/ again
 
@@ -35,7 +35,7 @@ RAW = HERE / "raw"
 SHARED = Path(os.environ.get("CAPNAS_SHARED", HERE.parents[2] / "shared"))
 EPOCHS, BATCH = 10, 32
 SIZES = {"cifar": (16, 24, 32, 48, 64), "clothing": (32, 48, 72, 112, 160)}
-BUDGET_AT = {"cifar": 32, "clothing": 72}  # the second recommendation may spend what this size costs
+BUDGETS_AT = {"cifar": (64, 32), "clothing": (160, 72)}  # a recommendation may spend what one of these sizes costs
 WIDTHS = {
     "cifar": {"short": 16, "vgg16": 8, "resnet18": 16},
     "clothing": {"short": 8, "vgg10": 8, "resnet18": 8},
@@ -109,8 +109,8 @@ def jobs(seed):
             case = {"case": f"{name} {real}", "data": name, "network": real}
             for size in SIZES[name]:
                 yield f"{name} {real} {size} seed {seed}", "full", case, (size, {}, None)
-            for limit in (None, BUDGET_AT[name]):
-                yield f"{name} {real} tuned {limit or 'free'} seed {seed}", "tuned", case, limit
+            for limit in BUDGETS_AT[name]:
+                yield f"{name} {real} tuned {limit} seed {seed}", "tuned", case, limit
     for network, changes, canvas in (("resnet18", {"early": False}, None), ("resnet18", {}, 64), ("vgg16", {}, 64)):
         kind = "canvas" if canvas else "no early downsampling"
         case = {"case": f"effect {network} {kind}", "data": "cifar", "network": network, "effect": kind}
@@ -133,8 +133,7 @@ def run(only, seeds):
                 size, changes, _ = what
                 full(job, data, build(name, network, size, seed, **changes), size, seed)
             else:
-                report = None if what is None else structure(trace(build(name, network, what, seed), (1, 3, what, what)))
-                tune(job, data, name, network, seed, None if report is None else report.macs)
+                tune(job, data, name, network, seed, structure(trace(build(name, network, what, seed), (1, 3, what, what))).macs)
             print(time.strftime("%H:%M:%S"), job_name, flush=True)
 
 

@@ -19,13 +19,14 @@ INTRO = """# Which image size?
 
 Scale: small. Narrow networks (networks.py), ten epochs of batch 32, AdamW; CIFAR-10: 2,000 training, 500 validation and 3,000 test
 images of the 60,000; clothing photographs: 1,600, 500 and 1,681. The short runs see the validation images, the sweep is judged on
-the test images. Receptive fields of the last convolution: short 43 px, vgg10 181 px, vgg16 196 px, resnet18 139 to 435 px."""
+the test images. A budget is what one image costs at one of the sizes: the dearest (all sizes are affordable) or the middle one.
+Receptive fields of the last convolution: short 43 px, vgg10 181 px, vgg16 196 px, resnet18 139 to 435 px."""
 
 
 def missing(full, tuned):
     """What the script has not come to yet."""
     wanted = {f"{d} {n}" for d, names in NETWORKS.items() for n in names}
-    there = {f["tuned"]["case"] for f in judged(full, tuned) if f["tuned"]["budget"] is None}
+    there = {f["tuned"]["case"] for f in judged(full, tuned)}
     return f"Not complete yet: {', '.join(sorted(wanted - there))}; `run.py` again goes on." if wanted - there else ""
 
 
@@ -62,15 +63,16 @@ def table(head, rows):
 
 def judged(full, tuned):
     """One dict per recommendation whose sweep is complete."""
-    for t in sorted(tuned, key=lambda t: (t["seed"], t["case"], t["budget"] is not None)):
+    for t in sorted(tuned, key=lambda t: (t["seed"], t["case"], -t["budget"])):
         sweep = {r["size"]: r for r in full if r["case"] == t["case"] and r["seed"] == t["seed"]}
         if {s["size"] for s in t["surveys"]} - set(sweep):
             continue
-        budget = t["budget"] or max(r["macs"] for r in sweep.values())
-        allowed = [r for r in sweep.values() if r["macs"] <= budget]
-        best, got = max(allowed, key=accuracy), sweep[again(t)]
+        allowed = [r for r in sweep.values() if r["macs"] <= t["budget"]]
+        best, got = max(allowed, key=accuracy), sweep[again(t, budget=t["budget"])]
         yield {
             "tuned": t,
+            "all": len(allowed) == len(sweep),
+            "priced": sweep[again(t)],
             "best": best,
             "got": got,
             "regret": accuracy(best) - accuracy(got),
@@ -82,10 +84,10 @@ def judged(full, tuned):
         }
 
 
-def again(t):
-    """The recommendation from the stored short runs, so that it is always that of the rule as it stands."""
+def again(t, budget=None):
+    """The recommendation from the stored short runs, so that it is always that of the rule as it stands; with the price where no budget."""
     readings = [SizeReading(**{**r["reading"], "saturations": tuple(r["reading"]["saturations"])}) for r in t["runs"] if r["reading"]]
-    return recommend(readings, budget=t["budget"], images=VALIDATION).size
+    return recommend(readings, budget=budget, images=VALIDATION).size
 
 
 def accuracy(row):
@@ -102,7 +104,7 @@ def cases(full, tuned):
         row = [
             t["case"],
             t["seed"],
-            "all" if t["budget"] is None else f"{t['budget'] / 1e6:.1f}M",
+            f"{t['budget'] / 1e6:.1f}M" + (" (all sizes)" if f["all"] else ""),
             f"{got['size']} px",
             f"{best['size']} px",
         ]
@@ -113,9 +115,9 @@ def cases(full, tuned):
     head = ["case", "seed", "budget", "recommended", "best of the sweep", "its test accuracy", "regret", "regret, no dearer size"]
     head += ["regret of a random size", "MACs, recommended / best", "tail there", "cost, MACs", "cost, CPU time"]
     parts = ["## Recommendation against the exhaustive sweep", "", table(head, rows), ""]
-    parts += [summary("all sizes", [f for f in found if f["tuned"]["budget"] is None])]
-    parts += [summary("a budget", [f for f in found if f["tuned"]["budget"] is not None])]
-    parts += [NOTE]
+    parts += [summary("With all sizes affordable", [f for f in found if f["all"]])]
+    parts += [summary("With the smaller budget", [f for f in found if not f["all"]])]
+    parts += [NOTE, priced([f for f in found if f["all"]])]
     return "\n".join(parts)
 
 
@@ -134,11 +136,24 @@ def summary(name, found):
     dearer = sum(f["no dearer"] <= 0.5 for f in found)
     most = {key: f"{max(f[key] for f in found):.0f} %" for key in ("macs", "cpu")}
     return (
-        f"With {name}: regret at most 0.5 points in {within} of {count}, at most 0.5 points or two standard errors in {close}; "
+        f"{name}: regret at most 0.5 points in {within} of {count}, at most 0.5 points or two standard errors in {close}; "
         f"against sizes that cost no more than the recommended one at most 0.5 points in {dearer}. "
         f"Mean regret {mean('regret'):.2f} points, of a random size {mean('random'):.2f}. "
         f"Cost at most {most['macs']} of the sweep in MACs, {most['cpu']} in CPU time."
     )
+
+
+def priced(found):
+    """What is recommended where no budget is given, from the same short runs."""
+    if not found:
+        return ""
+    rows = []
+    for f in found:
+        got, best = f["priced"], f["best"]
+        regret = f"{accuracy(best) - accuracy(got):.2f} ± {paired_error(best, got):.2f}"
+        rows.append((f["tuned"]["case"], f["tuned"]["seed"], f"{got['size']} px", regret, f"{POINTS * got['macs'] / best['macs']:.0f} %"))
+    text = "The same short runs with each doubling of MACs priced at a quarter of a point; the best size is the best of all."
+    return f"\n## Without a budget\n\n{text}\n\n" + table(("case", "seed", "recommended", "regret", "MACs, of the best size's"), rows)
 
 
 def sweeps(full):

@@ -46,9 +46,11 @@ def test_a_trial_of_a_search_is_tuned_and_written(run: Run, folder: Path, tmp_pa
     )  # fmt: skip
     run_study(study)
     out = tmp_path / "tuned"
-    code, text, err = run("resolution", f"{study.folder}:best", "--candidates", "8,12", *TINY, "--out", out)
+    code, text, err = run("resolution", f"{study.folder}:best", "--candidates", "8,12", *TINY, "--epochs", "10", "--out", out)
     assert code == 0
     assert err.count("rung 1") == 2
+    assert "one set of weights: pass 1 of 4" in err
+    assert "one set of weights, 4 passes at all sizes in turn, then each size alone" in text
     document = json.loads((out / "resolution.json").read_text())
     chosen = document["recommendation"]["size"]
     assert f"recommended: {chosen} px" in text
@@ -65,6 +67,7 @@ def test_own_candidates_and_a_budget(run: Run, folder: Path) -> None:
     assert [s["size"] for s in found["surveys"]] == [8, 12, 16, 24]
     assert all("over the budget of 580,000" in s["refusal"] for s in found["surveys"][1:])
     assert {r["size"] for r in found["runs"]} == {8}
+    assert found["shared"] == {"passes": 0, "seen": {}, "seconds": 0.0, "reason": "there is one size only"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from capnas.measures.receptive import Field, LayerField, border_layers, whole, w
 from capnas.measures.resolution import (
     SizeReading,
     fitted_accuracy,
-    halving,
     looking_layers,
+    price,
     recommend,
-    rung_epochs,
     smallest_productive,
+    steadied,
     survivors,
     unproductive_share,
     unusable,
@@ -111,6 +112,46 @@ def test_worth_takes_the_price_off_each_doubling() -> None:
         fitted_accuracy([])
 
 
+def test_within_a_budget_macs_cost_nothing_more() -> None:
+    rows = [reading(16, 0.5), reading(32, 0.6), reading(64, 0.601)]
+    assert recommend(rows).size == 32
+    assert recommend(rows, budget=10**8).size == 64
+    assert recommend(rows, budget=10**8, pay=0.0025).size == 32
+    assert recommend(rows, pay=0.0).size == 64
+    assert (price(None, None), price(None, 1), price(0.5, 1)) == (0.0025, 0.0, 0.5)
+
+
+def test_steadied_accuracies_lie_on_the_line_over_the_loss_of_the_same_epochs() -> None:
+    chance = np.random.default_rng(1)
+    sizes = (16, 24, 32, 48)
+    losses = {e: chance.uniform(1, 3, 4) for e in (1, 3)}
+    noise = {e: (-0.1 if e == 1 else 0.1) * losses[e] + chance.normal(0, 0.02, 4) for e in (1, 3)}
+    rows = [
+        SizeReading(size=s, macs=s, accuracy=float(0.5 + noise[e][i]), loss=float(losses[e][i]), epochs=e)
+        for e in (1, 3)
+        for i, s in enumerate(sizes)
+    ]
+    found = np.array(steadied(rows))
+    for epochs in (1, 3):
+        mine = [i for i, r in enumerate(rows) if r.epochs == epochs]
+        x, y = np.array([rows[i].loss for i in mine]), np.array([rows[i].accuracy for i in mine])
+        slope, level = np.polyfit(x, y, 1)
+        np.testing.assert_allclose(found[mine], slope * x + level if slope < 0 else y.mean())
+    assert len(set(found[:4])) == 4
+    assert len(set(found[4:])) == 1  # accuracy that rises with the loss tells nothing
+
+
+def test_the_loss_decides_where_accuracies_are_noise() -> None:
+    rows = [replace(reading(s, a), loss=x) for s, a, x in ((16, 0.40, 2.0), (32, 0.48, 1.6), (64, 0.47, 1.5))]
+    assert recommend(rows, pay=0.0).size == 64
+    assert recommend([replace(r, loss=None) for r in rows], pay=0.0).size == 32
+    partly = [*rows[:2], replace(rows[2], loss=None)]
+    assert steadied(partly) == tuple(r.accuracy for r in partly)
+    same = [replace(r, loss=1.0) for r in rows]
+    assert steadied(same) == pytest.approx([0.45] * 3)
+    assert recommend(same).size == 16
+
+
 def test_a_larger_size_is_chosen_exactly_while_it_pays() -> None:
     for gain in (0.0, 0.004, 0.006, 0.05):
         rows = [reading(16, 0.5), reading(32, 0.6), reading(64, 0.6 + gain)]
@@ -129,6 +170,7 @@ def test_a_tail_moves_the_choice_to_a_larger_size_that_costs_little_worth() -> N
     assert any("a tail remains: 2 of 8" in text for text in far.reasons)
     assert recommend(rows, pay=0.01, images=500).size == 64  # 500 images cannot tell two points
     assert recommend(rows, pay=0.01, images=5000).size == 32
+    assert recommend(rows, budget=10**8).size == 64  # worth the same, and no tail
     nowhere = recommend([reading(32, 0.6, saturations=TAILED), reading(64, 0.6, saturations=TAILED)], pay=0.001)
     assert nowhere.size == 32
 
@@ -150,20 +192,3 @@ def test_halving_keeps_the_sizes_of_most_worth_of_the_last_rung() -> None:
     assert survivors(rows, 3) == (32, 48, 64)
     assert survivors(rows, 3, pay=0.05) == (24, 32, 48)
     assert survivors([*rows, reading(32, 0.62, 2), reading(64, 0.66, 2)], 5) == (32, 64)
-    assert halving(5) == (5, 3, 2)
-    assert halving(9) == (9, 5, 3, 2)
-
-
-def test_epochs_spend_what_is_left_and_never_more() -> None:
-    macs = [1, 2, 4, 8, 16]
-    left = 0.3 * 20 * sum(macs)
-    spent = []
-    for last, kept in ((False, macs), (False, macs[2:]), (True, macs[3:])):
-        epochs = rung_epochs(kept, left=left, last=last, most=20)
-        spent.append(epochs)
-        left -= epochs * sum(kept)
-    assert spent == [4, 1, 1]
-    assert 0 <= left < sum(macs[3:])
-    assert rung_epochs([8], left=7.0, last=True, most=3) == 0
-    assert rung_epochs([8], left=8.0, last=False, most=3) == 1  # two thirds pay for none
-    assert rung_epochs([1], left=7.0, last=False, most=3) == 3

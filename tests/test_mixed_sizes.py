@@ -1,0 +1,128 @@
+"""One set of weights at several image sizes: what is shared, which images come at which size, what cannot share."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from tiny_space import images
+from torch import nn
+
+from capnas.data import ImageData, load_data
+from capnas.errors import UsageError
+from capnas.mixed_sizes import MixedSizes, SharedSizes, difference, train_together
+from capnas.training import TrainConfig, evaluate
+
+CONFIG = TrainConfig(batch_size=16, lr=1e-2, device="cpu")
+
+
+def net(size: int = 0, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d((4, 1)), nn.Flatten(), nn.Linear(24, 3)
+        )
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_data(images(size=16), validation=0.2, test=0.2)
+
+
+def test_parameters_are_shared_and_statistics_are_not() -> None:
+    networks = {size: net(seed=size) for size in (8, 16)}
+    before = copy.deepcopy(networks[8].state_dict())
+    shared = SharedSizes(networks)
+    assert len(list(shared.parameters())) == 6
+    for name, parameter in networks[16].named_parameters():
+        assert parameter is networks[8].get_parameter(name)
+        assert torch.equal(parameter, before[name])
+    shared(torch.randn(4, 1, 16, 16)).sum().backward()
+    assert networks[8][0].weight.grad is not None
+    assert (int(networks[8][1].num_batches_tracked), int(networks[16][1].num_batches_tracked)) == (0, 1)
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(shared.eval()(x), networks[8](x))
+
+
+def test_a_copy_leaves_what_the_others_share() -> None:
+    networks = {size: net() for size in (8, 16)}
+    SharedSizes(networks)
+    alone = copy.deepcopy(networks[16])
+    with torch.no_grad():
+        alone[0].weight.zero_()
+    assert networks[16][0].weight.any()
+    assert networks[16][0].weight is networks[8][0].weight
+
+
+def test_a_parameter_that_a_network_uses_twice_stays_one() -> None:
+    def twice() -> nn.Module:
+        first = nn.Conv2d(1, 1, 3)
+        return nn.Sequential(first, first)
+
+    networks = {size: twice() for size in (8, 16)}
+    assert len(list(SharedSizes(networks).parameters())) == 2
+    assert networks[16][1].weight is networks[8][0].weight
+
+
+def test_networks_that_cannot_share_say_which_parameter() -> None:
+    assert difference({8: net(), 16: net()}) == ""
+    more = nn.Sequential(*net(), nn.Linear(3, 3))
+    assert difference({8: net(), 16: more}) == "6.weight is absent at 8 px and (3, 3) at 16 px"
+    with pytest.raises(UsageError, match=r"cannot share weights: 6\.weight is absent at 8 px"):
+        SharedSizes({8: net(), 16: more})
+    with pytest.raises(UsageError, match="one network at least"):
+        difference({})
+
+
+def test_sizes_take_turns(data: ImageData) -> None:
+    mixed = MixedSizes.of(data, (8, 12, 16))
+    seen: Counter[int] = Counter()
+    for epoch in range(3):
+        sizes = [x.shape[-1] for x, _ in mixed.batches("train", 16, epoch=epoch)]
+        assert tuple(sizes) == mixed.order("train", 16, epoch)
+        assert len(sizes) == mixed.steps("train", 16) == data.sizes["train"] // 16
+        seen.update(sizes)
+    assert max(seen.values()) - min(seen.values()) <= 1  # round and round across the passes
+
+
+def test_no_image_comes_twice_in_a_pass() -> None:
+    x = np.repeat(np.arange(0, 240, dtype=np.uint8), 16 * 16).reshape(240, 16, 16)  # each image has its own grey
+    plain = load_data((x, np.arange(240) % 3), validation=0.2, test=0.2, augment=False)
+    mixed = MixedSizes.of(plain, (8, 12, 16))
+    greys, other = (torch.cat([x[:, 0, 0, 0] for x, _ in mixed.batches("train", 16, epoch=epoch)]) for epoch in (0, 1))
+    assert len(greys.unique()) == len(greys) == 16 * mixed.steps("train", 16)
+    assert not torch.equal(greys, other)
+
+
+def test_validation_is_that_of_the_data(data: ImageData) -> None:
+    mixed = MixedSizes.of(data, (8, 16))
+    ours, theirs = (torch.cat([x for x, _ in d.batches("validation", 16, image_size=12)]) for d in (mixed, data))
+    assert torch.equal(ours, theirs)
+
+
+def test_training_together_teaches_all_sizes_and_tells_what_it_took(data: ImageData) -> None:
+    networks, told = {size: net() for size in (8, 16)}, []
+    before = torch.get_rng_state()
+    run = train_together(networks, data, CONFIG, passes=8, on_pass=lambda *numbers: told.append(numbers))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert told == [(n, 8) for n in range(1, 9)]
+    assert (run.passes, run.reason) == (8, "")
+    assert sum(run.seen.values()) == pytest.approx(8)
+    assert run.seen[8] == pytest.approx(run.seen[16], abs=1 / 9)
+    accuracies = [evaluate(networks[size], data, "validation", image_size=size, device="cpu")["accuracy"] for size in (8, 16)]
+    assert min(accuracies) > 0.6  # chance is a third
+    assert networks[8][0].weight is networks[16][0].weight
+
+
+def test_training_together_says_why_it_did_not(data: ImageData) -> None:
+    assert train_together({8: net()}, data, CONFIG, passes=3).reason == "there is one size only"
+    pair = {size: net() for size in (8, 16)}
+    assert train_together(pair, data, CONFIG, passes=0).reason == "the cost allowed leaves no pass for it"
+    assert pair[8][0].weight is not pair[16][0].weight
+    nn.init.constant_(pair[8][0].weight, float("nan"))
+    failed = train_together(pair, data, CONFIG, passes=3)
+    assert (failed.passes, dict(failed.seen)) == (0, {})
+    assert failed.reason.startswith("the training of shared weights ended: diverged, the loss is nan")
