@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
-from capnas.measures.moments import Moments, from_shifted_sums
+from capnas.measures.moments import Moments, Sums
 
 Reading = Literal["modules", "blocks", "both"]
 Mode = Literal["train", "eval"]
@@ -41,46 +41,36 @@ class LayerRecord:
         name: qualified module name.
         kind: class name of the module.
         reading: "modules" or "blocks".
-        moments: moments of the rows used, width D.
-        rows_seen: rows (samples times positions) of the passes that were read, of which `moments.count` were used.
+        width: D, the number of features.
+        rows: rows used.
+        rows_seen: rows (samples times positions) of the passes that were read.
         calls: forward calls read.
         finite: False when an output held NaN or infinite values.
+        mean: (D,) float64, of the rows used.
+        spread: (D, D) float64, their scatter around the mean; (D, S), the centred rows themselves, where S is below a third of D.
     """
 
     name: str
     kind: str
     reading: Literal["modules", "blocks"]
-    moments: Moments
+    width: int
+    rows: int
     rows_seen: int
     calls: int
     finite: bool
+    mean: Tensor
+    spread: Tensor
 
-
-class _Sums:
-    """Shifted sums of one layer in one mode: float32 products, float64 totals."""
-
-    def __init__(self, width: int) -> None:
-        self.width, self.count, self.seen, self.calls = width, 0, 0, 0
-        self.shift: Tensor | None = None
-        self.total: Tensor | None = None
-        self.products: Tensor | None = None
-
-    def add(self, rows: Tensor, seen: int) -> None:
-        """Fold in rows (D, S), a fresh copy that may be overwritten."""
-        self.seen, self.calls, self.count = self.seen + seen, self.calls + 1, self.count + rows.shape[1]
-        if self.shift is None:
-            self.shift = rows.mean(1, keepdim=True)
-            double = torch.float64 if rows.device.type != "mps" else torch.float32
-            self.total = torch.zeros(self.width, dtype=double, device=rows.device)
-            self.products = torch.zeros(self.width, self.width, dtype=double, device=rows.device)
-        rows.sub_(self.shift)
-        self.total += rows.sum(1)  # type: ignore[operator]
-        self.products += rows @ rows.T  # type: ignore[operator]
-
+    @property
     def moments(self) -> Moments:
-        if self.shift is None or self.total is None or self.products is None:
-            return Moments.empty(self.width)
-        return from_shifted_sums(self.count, self.shift[:, 0], self.total, self.products)
+        """Moments of the rows used."""
+        scatter = self.spread if self.spread.shape[1] == self.width else self.spread @ self.spread.T
+        return Moments(count=self.rows, mean=self.mean, scatter=scatter)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance (D, D); where few rows were used, their Gram matrix over S, (S, S): its positive eigenvalues are the same."""
+        return (self.spread if self.spread.shape[1] == self.width else self.spread.T @ self.spread) / max(self.rows, 1)
 
 
 class Recorder:
@@ -128,7 +118,7 @@ class Recorder:
         self._light: set[str] = set()
         self._random = random.Random(seed)
         self._handles: list[Any] = []
-        self._sums: dict[tuple[str, str, str], _Sums] = {}
+        self._sums: dict[tuple[str, str, str], Sums] = {}
         modules = dict(model.named_modules())
         self.layers = [n for n, m in modules.items() if isinstance(m, MEASURED)] if reading != "blocks" else []
         self.blocks = list(find_blocks(model, blocks)) if reading != "modules" else []
@@ -169,13 +159,16 @@ class Recorder:
             self._passes += model.training
             self._reads = not model.training or self._passes % self.train_interval == 0
 
-    def _record(self, sums: _Sums, reading: str, name: str) -> LayerRecord:
-        moments = sums.moments()
-        finite = bool(torch.isfinite(moments.scatter).all()) and bool(torch.isfinite(moments.mean).all())
-        if finite and float(moments.scatter.diagonal().sum()) <= _FLOAT32_NOISE * moments.count * float((moments.mean**2).sum()):
-            moments = Moments(count=moments.count, mean=moments.mean, scatter=torch.zeros_like(moments.scatter))
-        return LayerRecord(name=name, kind=type(self._modules[name]).__name__, reading=reading, moments=moments,  # type: ignore[arg-type]
-                           rows_seen=sums.seen, calls=sums.calls, finite=finite)  # fmt: skip
+    def _record(self, sums: Sums, reading: str, name: str) -> LayerRecord:
+        mean, spread = sums.mean_and_spread()
+        few = spread.shape[1] < sums.width
+        variation = float(torch.linalg.vector_norm(spread).square() if few else spread.diagonal().sum())  # finite where every entry is
+        level = sums.count * float(mean.square().sum())
+        if variation <= _FLOAT32_NOISE * level < math.inf:
+            spread = torch.zeros_like(spread)
+        return LayerRecord(name=name, kind=type(self._modules[name]).__name__, reading=reading, width=sums.width,  # type: ignore[arg-type]
+                           rows=sums.count, rows_seen=sums.seen, calls=sums.calls, finite=math.isfinite(variation + level),
+                           mean=mean, spread=spread)  # fmt: skip
 
     def _hook(self, name: str, reading: str) -> Any:
         is_conv = isinstance(self._modules[name], CONVS)
@@ -198,7 +191,7 @@ class Recorder:
                 width = tensor.shape[axis]
                 sums = self._sums.get(key)
                 if sums is None or sums.width != width:
-                    sums = self._sums[key] = _Sums(width)
+                    sums = self._sums[key] = Sums(width)
                     if width < _NARROW or tensor.numel() <= width * width:
                         self._light.add(name)
                 budget = None if self.values_per_call is None else max(self.values_per_call // width, 3 * width)

@@ -54,8 +54,13 @@ def test_every_batch_counts_and_the_split_does_not_matter() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "interval", "width", "read"),
-    [("train", 2, 64, [0, 2, 4]), ("train", 3, 64, [0, 3]), ("train", 2, 63, range(5)), ("train", 2, 90, range(5)),
-     ("eval", 2, 64, range(5))],
+    [
+        ("train", 2, 64, [0, 2, 4]),
+        ("train", 3, 64, [0, 3]),
+        ("train", 2, 63, range(5)),
+        ("train", 2, 90, range(5)),
+        ("eval", 2, 64, range(5)),
+    ],
 )
 def test_training_reads_wide_layers_every_nth_pass(mode: str, interval: int, width: int, read: Sequence[int]) -> None:
     model, batches = nn.Sequential(nn.Linear(6, width)), noise(450, 6).split(90)
@@ -303,3 +308,25 @@ def test_reference_three_batches(shared: Path) -> None:
             moments = seen[layer].moments
             assert moments.count == expected["rows_all"]
             assert round(saturation(covariance(moments)) * moments.width) == expected["textbook_all"]
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+def test_few_rows_are_decomposed_on_their_own_side(decay: float) -> None:
+    model = nn.Linear(20, 300, bias=False)
+    x = torch.randn(60, 20, generator=torch.Generator().manual_seed(0)) * decay ** torch.arange(20) + 5
+    with torch.no_grad(), Recorder(model, reading="modules", values_per_call=None) as recorder:
+        for few in x.split(20):
+            model(few)
+        record = recorder.pop("train")[""]
+        every = torch.cat([model(few) for few in x.split(20)]).double()
+        assert recorder.pop("train")[""].covariance.shape == (60, 60)
+        for few in x.repeat(2, 1).split(20):
+            model(few)
+        many = recorder.pop("train")[""]
+    assert record.covariance.shape == (60, 60)
+    assert many.covariance.shape == (300, 300)  # folded once they were no longer few
+    exact = torch.linalg.eigvalsh(torch.cov(every.T, correction=0))
+    for found in (record.covariance, many.covariance, covariance(record.moments)):
+        kept = torch.linalg.eigvalsh(found)[-20:]
+        torch.testing.assert_close(kept, exact[-20:], rtol=1e-5, atol=1e-6 * float(exact[-1]))
+    torch.testing.assert_close(record.moments.mean, every.mean(0), rtol=1e-5, atol=1e-5)

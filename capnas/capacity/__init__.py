@@ -187,9 +187,7 @@ def _backward(
     batch = len(inputs)
     taps = LayerTaps(model, batch, rows=rows, batch_statistics=mode == "train", revive=revive, seed=seed)
     with quiet(model, seed, grad=True):
-        # channels last: convolutions and their gradients run faster, and rows are drawn in whole runs
-        layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
-        leaf = inputs.detach().clone(memory_format=layout).requires_grad_()
+        leaf = inputs.detach().clone().requires_grad_()
         given = leaf.clone()
         with taps, reader:
             out = model(given)

@@ -77,8 +77,56 @@ def from_shifted_sums(count: int, shift: Tensor, total: Tensor, products: Tensor
     [[2.0]]
     """
     offset = total.double() / max(count, 1)
-    scatter = products.double() - torch.outer(offset, offset) * count
+    scatter = torch.addr(products.double(), offset, offset, alpha=-count)
     return Moments(count=count, mean=shift.double() + offset, scatter=scatter)
+
+
+class Sums:
+    """Shifted sums of batches of rows (D, S), updated in place: float32 products, float64 totals.
+
+    Rows that are fewer than a third of the features are kept as they are, since samples are then the cheaper side.
+
+    >>> sums = Sums(6)
+    >>> sums.add(torch.arange(6.0)[:, None], seen=1)
+    >>> sums.add(torch.ones(6, 1), seen=1)
+    >>> mean, spread = sums.mean_and_spread()
+    >>> spread.shape, (spread @ spread.T).trace().item()
+    (torch.Size([6, 2]), 15.5)
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width, self.count, self.seen, self.calls = width, 0, 0, 0
+        self.kept: list[Tensor] = []
+        self.shift: Tensor | None = None
+        self.total: Tensor | None = None
+        self.products: Tensor | None = None
+
+    def add(self, rows: Tensor, seen: int) -> None:
+        """Take in rows (D, S), a fresh copy that may be overwritten."""
+        self.seen, self.calls, self.count = self.seen + seen, self.calls + 1, self.count + rows.shape[1]
+        if self.shift is None:
+            self.shift = rows.mean(1, keepdim=True)
+        self.kept.append(rows.sub_(self.shift))
+        if 3 * self.count > self.width:
+            self.fold()
+
+    def fold(self) -> None:
+        """Add the kept rows to the sums."""
+        for rows in self.kept:
+            double = torch.float64 if rows.device.type != "mps" else torch.float32
+            total, products = rows.sum(1), rows @ rows.T
+            self.total = total.to(double) if self.total is None else self.total.add_(total)
+            self.products = products.to(double) if self.products is None else self.products.add_(products)
+        self.kept.clear()
+
+    def mean_and_spread(self) -> tuple[Tensor, Tensor]:
+        """Mean (D,) of all rows, and (D, D) their scatter around it, or (D, S) the centred rows where they are few; all in float64."""
+        if self.kept:
+            rows, shift = torch.cat(self.kept, 1).double(), self.shift.double()  # type: ignore[union-attr]
+            offset = rows.mean(1, keepdim=True)
+            return (shift + offset)[:, 0], rows - offset
+        moments = from_shifted_sums(self.count, self.shift[:, 0], self.total, self.products)  # type: ignore[index, arg-type]
+        return moments.mean, moments.scatter
 
 
 def update(moments: Moments, samples: Tensor) -> Moments:

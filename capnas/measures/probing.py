@@ -102,7 +102,8 @@ def weight_gradients(
         weight.requires_grad_(True)
     with torch.enable_grad():
         with forward or contextlib.nullcontext():
-            output = first_tensor(model(inputs))
+            # never channels last, where oneDNN overruns a buffer for weights of strided 1x1 convolutions (uxlfoundation/oneDNN#6035)
+            output = first_tensor(model(inputs.contiguous()))
         if targets is None:
             targets = torch.randint(output.shape[1], (len(inputs),), generator=torch.Generator().manual_seed(seed)).to(output.device)
         value = (loss or nn.functional.cross_entropy)(output, targets)

@@ -8,7 +8,9 @@ gives them, the default follows the definition. Effective rank and Simpson index
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,12 +37,17 @@ class Spectrum:
     total: float
     finite: bool = True
 
+    @cached_property
+    def shares(self) -> list[float]:
+        """Share of the variance in the first k eigenvalues, for each k; empty without variance."""
+        return _shares(self.eigenvalues, self.total)
 
-def spectrum(cov: Tensor, rank: int | None = None) -> Spectrum:
+
+def spectrum(cov: Tensor) -> Spectrum:
     """Spectrum of a covariance matrix (D, D); never raises on NaN or infinite entries.
 
-    Where fewer than a third as many rows as features were seen, ``rank`` says so, and what they span is decomposed instead: the samples
-    are then the cheaper side. Above 2,048 features the leading eigenvalues come from a randomized range finder of 2,048 directions
+    Where there are fewer samples than features, the Gram matrix of the centred samples over their number is the cheaper side: it has the
+    same positive eigenvalues. Above 2,048 features the leading eigenvalues come from a randomized range finder of 2,048 directions
     (Halko et al., arXiv 0909.4061), so that no double-precision eigendecomposition is larger than that; the trace stays exact.
 
     >>> spectrum(torch.diag(torch.tensor([1.0, 3.0]))).eigenvalues.tolist()
@@ -51,11 +58,10 @@ def spectrum(cov: Tensor, rank: int | None = None) -> Spectrum:
     if not bool(torch.isfinite(cov).all()):
         return Spectrum(eigenvalues=cov.new_zeros(0), width=width, total=float("nan"), finite=False)
     total = float(cov.diagonal().clamp_min(0).sum())
-    size = min(width if rank is None else rank + _OVERSAMPLED, EXACT_EIGENVALUES)
-    if width > EXACT_EIGENVALUES or 3 * size < width:
-        basis = _leading_subspace(cov, size)
+    if width > EXACT_EIGENVALUES:
+        basis = _leading_subspace(cov, EXACT_EIGENVALUES)
         cov = basis.T @ cov @ basis
-    values = torch.linalg.eigvalsh((cov + cov.T) / 2).flip(0).clamp_min(0)
+    values = torch.linalg.eigvalsh(cov).flip(0).clamp_min(0)  # of the lower triangle
     return Spectrum(eigenvalues=values, width=width, total=total)
 
 
@@ -78,16 +84,19 @@ def intrinsic_dimension(eigenvalues: Tensor, threshold: float = THRESHOLD, total
     >>> intrinsic_dimension(torch.zeros(4))
     0
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold must be in (0, 1], got {threshold}.")
-    values = eigenvalues.double()
-    total = float(values.sum()) if total is None else total
-    if len(values) == 0 or not total > _DEAD:
-        return 0
-    return min(int((values.cumsum(0) / total < threshold).sum()) + 1, len(values))
+    _check(threshold)
+    return _reach(_shares(eigenvalues.double(), float(eigenvalues.double().sum()) if total is None else total), threshold)
 
 
 _DEAD = 1e-30  # variance below which a layer counts as constant
+
+
+def _shares(eigenvalues: Tensor, total: float) -> list[float]:
+    return (eigenvalues.cumsum(0) / total).tolist() if total > _DEAD else []
+
+
+def _reach(shares: list[float], threshold: float) -> int:
+    return min(bisect_left(shares, threshold) + 1, len(shares))
 
 
 def saturation(cov: Tensor, threshold: float = THRESHOLD, *, legacy: bool = False) -> float:
@@ -122,7 +131,8 @@ def saturation_of(spec: Spectrum, threshold: float = THRESHOLD, *, legacy: bool 
     """
     if not spec.finite:
         return float("nan")
-    k = intrinsic_dimension(spec.eigenvalues, threshold, spec.total)
+    _check(threshold)
+    k = _reach(spec.shares, threshold)
     return max(k - 1, 0) / spec.width if legacy else k / spec.width
 
 
@@ -134,7 +144,7 @@ def threshold_margin(spec: Spectrum, threshold: float = THRESHOLD) -> float:
     """
     if not spec.finite or not spec.total > _DEAD:
         return float("nan")
-    return float((spec.eigenvalues.cumsum(0) / spec.total - threshold).abs().min())
+    return min(abs(share - threshold) for share in spec.shares)
 
 
 def effective_rank(cov: Tensor) -> float:
@@ -146,8 +156,8 @@ def effective_rank(cov: Tensor) -> float:
     (4.0, 1.0)
     """
     _square(cov)
-    cov = cov.double()
-    squared, trace = float((cov * cov).sum()), float(cov.diagonal().sum())
+    flat = cov.double().flatten()
+    squared, trace = float(flat @ flat), float(cov.diagonal().sum())
     if trace != trace or squared != squared:
         return float("nan")
     return trace * trace / squared if trace > _DEAD else 0.0
@@ -218,9 +228,6 @@ def random_projection(moments: Moments, k: int, seed: int = 0) -> Projection:
     return Projection(basis=torch.linalg.qr(directions)[0].to(moments.mean.device), mean=moments.mean)
 
 
-_OVERSAMPLED = 16  # directions beyond the rank, which keep a random subspace well conditioned
-
-
 def _leading_subspace(cov: Tensor, size: int) -> Tensor:
     """Orthonormal columns (D, size) that hold nearly all of the leading eigenvectors (Halko et al., arXiv 0909.4061)."""
     generator = torch.Generator(device=cov.device).manual_seed(0)
@@ -228,6 +235,11 @@ def _leading_subspace(cov: Tensor, size: int) -> Tensor:
     for _ in range(2):
         basis = torch.linalg.qr(cov @ basis)[0]
     return basis
+
+
+def _check(threshold: float) -> None:
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be in (0, 1], got {threshold}.")
 
 
 def _square(cov: Tensor) -> int:

@@ -53,8 +53,10 @@ def enrich(
         if "capacity" in measures:
             profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, pixels=pixels, seed=seed, graph=graph))
     if "proxies" in measures:
-        proxies = baseline_proxies(model, inputs, targets)
-        profile = profile.with_network(**{name: proxies[name].value for name in PROXIES})
+        names = [name for name in PROXIES if name != "macs" or graph is None]
+        profile = profile.with_network(**{n: found.value for n, found in baseline_proxies(model, inputs, targets, names=names).items()})
+        if graph is not None:
+            profile = profile.with_network(macs=sum(node.flops for node in graph.nodes) / 2 / graph.input_shape[0])
     return profile if start is None else with_distances(profile, start.distances(model))
 
 

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from capnas.errors import UsageError
-from capnas.measures.moments import covariance
-from capnas.measures.saturation import THRESHOLD, Spectrum, effective_rank, intrinsic_dimension, saturation_of, spectrum, threshold_margin
+from capnas.measures.saturation import THRESHOLD, effective_rank, intrinsic_dimension, saturation_of, spectrum, threshold_margin
 from capnas.recording import MEASURED, LayerRecord
 
 VERSION = 1
@@ -223,17 +221,16 @@ def skipped_modules(model: nn.Module, measured: set[str]) -> dict[str, str]:
 
 def _row(model: nn.Module, record: LayerRecord, threshold: float) -> LayerProfile:
     module = model.get_submodule(record.name)
-    spec = spectrum(covariance(record.moments), record.moments.count) if record.finite else Spectrum(
-        eigenvalues=torch.zeros(0), width=record.moments.width, total=float("nan"), finite=False)  # fmt: skip
-    rank = effective_rank(covariance(record.moments)) if record.finite else float("nan")
+    cov = record.covariance
+    spec, rank = replace(spectrum(cov), width=record.width), effective_rank(cov)
     return LayerProfile(
-        name=record.name, kind=record.kind, reading=record.reading, width=spec.width, rows=record.moments.count, rows_seen=record.rows_seen,
+        name=record.name, kind=record.kind, reading=record.reading, width=spec.width, rows=record.rows, rows_seen=record.rows_seen,
         params=sum(p.numel() for p in module.parameters(recurse=record.reading == "blocks")),
         k=intrinsic_dimension(spec.eigenvalues, threshold, spec.total) if spec.finite else None,
         saturation=saturation_of(spec, threshold),
         saturations={str(t): saturation_of(spec, t) for t in THRESHOLDS},
         effective_rank=rank, simpson=1 / rank if rank > 0 else rank, margin=threshold_margin(spec, threshold),
-        few_rows=record.moments.count < FEW_ROWS * spec.width, finite=record.finite,
+        few_rows=record.rows < FEW_ROWS * spec.width, finite=record.finite,
     )  # fmt: skip
 
 

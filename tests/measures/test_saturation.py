@@ -86,21 +86,6 @@ def test_wide_covariance_is_not_decomposed_in_full(monkeypatch: pytest.MonkeyPat
     assert s.saturation_of(spec) == exact
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.7])
-def test_few_rows_are_decomposed_on_their_own_side(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * decay ** torch.arange(20)[:, None] + 5
-    cov = covariance(moments_of(rows))
-    exact = torch.linalg.eigvalsh(cov).flip(0)[:19]
-    sizes: list[int] = []
-    full = torch.linalg.eigvalsh
-    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda m: (sizes.append(len(m)), full(m))[1])
-    found = s.spectrum(cov, rank=20)
-    assert sizes == [36]
-    torch.testing.assert_close(found.eigenvalues[:19], exact, rtol=1e-6, atol=1e-9 * float(exact[0]))
-    for threshold in (0.9, 0.99, 0.999):
-        assert s.intrinsic_dimension(found.eigenvalues, threshold, found.total) == s.intrinsic_dimension(exact, threshold, found.total)
-
-
 def test_wide_projection_is_not_decomposed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     full = torch.linalg.eigh

@@ -12,6 +12,7 @@ from capnas._timm import timm
 from capnas.capacity import capacity_map
 from capnas.errors import UsageError
 from capnas.measures.excess import distance_to_init
+from capnas.measures.proxies import macs
 from capnas.profile import MEASURES, Profile, at_default_initialization, enrich, profile_model, skipped_modules, untouched
 from capnas.scoring import score
 from capnas.weights import InitialWeights
@@ -211,7 +212,7 @@ def test_decoupling_belongs_to_the_layer_before_the_activation() -> None:
     torch.manual_seed(0)
     model, x = Block(), noise(16, 3, 8, 8)
     rows = {r.name: r for r in profile_model(model, x, measures=("capacity",), mode="train").layers}
-    by_activation = capacity_map(model, x, mode="train").decoupling["act"]
+    by_activation = capacity_map(model, x.to(memory_format=torch.channels_last), mode="train").decoupling["act"]
     assert rows["conv"].decoupling == pytest.approx(0.267, abs=0.05)  # of a rectifier on normal values
     assert (rows["last"].decoupling, rows["last"].gate_decoupling) == (by_activation.out, by_activation.gate)
     assert (rows["shortcut"].decoupling, rows["head"].decoupling) == (None, None)
@@ -282,3 +283,18 @@ def test_a_profile_has_what_the_capacity_score_needs_unless_the_model_cannot_be_
     assert found.layers[0].saturation is not None
     with pytest.raises(Exception, match=r".*"):
         profile_model(Moody(*layers), noise(16, 1, 8, 8), measures=("structure",))
+
+
+def test_profiles_models_that_view_their_maps() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.conv(x).view(len(x), -1))  # a view that no channels-last map allows
+
+    x = noise(12, 3, 8, 8)
+    profile = profile_model(Views(), x, torch.arange(12) % 2, measures=MEASURES, mode="train")
+    assert profile.measures == MEASURES
+    assert profile.network["macs"] == macs(Views(), x).value == 4 * 27 * 64 + 512
