@@ -59,11 +59,12 @@ def test_a_copy_leaves_what_the_others_share() -> None:
 
 def test_a_parameter_that_a_network_uses_twice_stays_one() -> None:
     def twice() -> nn.Module:
-        first = nn.Conv2d(1, 1, 3)
-        return nn.Sequential(first, first)
+        first, second = nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)
+        second.weight = first.weight
+        return nn.Sequential(first, second)
 
     networks = {size: twice() for size in (8, 16)}
-    assert len(list(SharedSizes(networks).parameters())) == 2
+    assert len(list(SharedSizes(networks).parameters())) == 3
     assert networks[16][1].weight is networks[8][0].weight
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from capnas.candidates import count_cost
 from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
+from capnas.mixed_sizes import train_together
 from capnas.resolution import SizeRun, advise_resolution, ladder, survey_resolutions, tune_resolution
 from capnas.training import TrainConfig
 
@@ -93,6 +93,7 @@ def test_the_same_seed_gives_the_same_tuning_and_a_budget_is_kept(data: ImageDat
     assert [r.reading for r in runs[0].runs] == [r.reading for r in runs[1].runs]
     assert {r.size for r in runs[0].runs} == {6, 8}
     assert "over the budget" in runs[0].surveys[-1].refusal
+    assert runs[0].recommendation.worth == runs[0].recommendation.fitted  # MACs within a budget cost nothing more
     assert runs[0].macs_share <= 0.3
 
 
@@ -103,21 +104,26 @@ def test_each_size_goes_on_from_the_shared_weights_by_itself(data: ImageData) ->
         made.append(net(size))
         return made[-1]
 
-    settings = dataclasses.replace(CONFIG, lr=1e-9)  # nothing is learned after the shared training, nor in it
-    found = tune_resolution(build, data, (8, 12), epochs=10, config=settings)
+    found = tune_resolution(build, data, (8, 12), epochs=10, config=CONFIG)
     small, large = made[-2:]
-    assert found.shared.passes == 4
+    together = {size: net(size) for size in (8, 12)}
+    assert found.shared.passes == train_together(together, data, CONFIG, passes=4).passes == 4
     assert small[0].weight is large[0].weight
-    assert torch.allclose(small[0].weight, net(8)[0].weight, atol=1e-5)
-    learned = tune_resolution(build, data, (8, 12), epochs=10, config=CONFIG)
-    alone = tune_resolution(
-        lambda size: nn.Sequential(net(size), nn.Linear(3, 3) if size == 8 else nn.Identity()), data, (8, 12), epochs=10
-    )
-    assert min(r.accuracy for r in learned.readings) > 0.5
-    assert alone.shared.reason.startswith("the sizes cannot share weights: 1.weight is (3, 3) at 8 px and absent at 12 px")
-    assert (alone.shared.passes, {r.epochs for r in alone.runs}) == (0, {3})
-    assert alone.macs_share == pytest.approx(0.3)
-    assert alone.seconds_share is not None
+    assert torch.equal(small[0].weight, together[8][0].weight)  # the runs alone trained copies
+    assert not torch.equal(small[0].weight, net(8)[0].weight)
+    per_epoch = {r.size: r.seconds / r.epochs for r in found.runs}
+    spent = found.shared.seconds + sum(r.seconds for r in found.runs)
+    assert found.seconds_share == pytest.approx(spent / (10 * sum(per_epoch.values())))
+
+
+def test_sizes_that_cannot_share_weights_start_from_their_own(data: ImageData) -> None:
+    def uneven(size: int) -> nn.Module:
+        return nn.Sequential(net(size), nn.Linear(3, 3) if size == 8 else nn.Identity())
+
+    found = tune_resolution(uneven, data, (8, 12), epochs=10, config=CONFIG)
+    assert found.shared.reason == "the sizes cannot share weights: 1.weight is (3, 3) at 8 px and absent at 12 px"
+    assert (found.shared.passes, {r.epochs for r in found.runs}) == (0, {3})
+    assert found.macs_share == pytest.approx(0.3)
 
 
 def test_a_training_that_fails_drops_its_size(data: ImageData) -> None:

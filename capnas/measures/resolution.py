@@ -10,8 +10,9 @@ choosing one. **The rule here is ours**, four sentences:
 2. *Even*: if that size leaves a low-saturation tail of more than an eighth of the layers and a larger one does not, and the larger one's
    worth by the first sentence is at most ``slack`` (0.005, or one standard error of the accuracy where that is more: less cannot be told
    from the accuracies) less, the smallest such size is chosen.
-3. An accuracy only tells how many images were right, the cross-entropy on the same images also how nearly the others were: it separates
-   sizes with less noise. So each accuracy is replaced by the one that the cross-entropy predicts, on the line through all sizes.
+3. An accuracy only tells how many images were right, the cross-entropy on the same images also how nearly the others were. So each
+   accuracy is replaced by the one that the cross-entropy predicts, on the line through all sizes. On 500 images of CIFAR-10 a difference
+   between two sizes then had a standard error of 0.3 to 0.7 points over the images, where that of the accuracies was 1.4 to 2.3.
 4. These grow with the epochs, so they are fitted: one level for each length of training plus one curve that is concave in log2(MACs), by
    weighted least squares.
 """
@@ -289,7 +290,7 @@ def _steps(
     """Why neither the next smaller nor the next larger size."""
     sizes = list(final)
     at = sizes.index(chosen)
-    price = f"{100 * pay:g} points a doubling are asked"
+    asked = f"{100 * pay:g} points a doubling are asked" if pay else "MACs are not priced"
     reasons = []
     for other in sizes[max(0, at - 1) : at + 2]:
         if other == chosen:
@@ -297,7 +298,7 @@ def _steps(
         low, high = sorted((chosen, other))
         gain = 100 * (fitted[high] - fitted[low])
         doublings = math.log2(final[high].macs / final[low].macs)
-        step = f"from {low} to {high} px accuracy changes by {gain:+.1f} points for {doublings:.1f} doublings of MACs ({price})"
+        step = f"from {low} to {high} px accuracy changes by {gain:+.1f} points for {doublings:.1f} doublings of MACs ({asked})"
         if other > chosen:
             reasons.append(f"{step}: it has stopped paying" if values[other] <= values[chosen] else f"{step}: a larger size would pay")
         elif values[other] <= values[chosen]:

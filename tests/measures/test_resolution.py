@@ -115,7 +115,9 @@ def test_worth_takes_the_price_off_each_doubling() -> None:
 def test_within_a_budget_macs_cost_nothing_more() -> None:
     rows = [reading(16, 0.5), reading(32, 0.6), reading(64, 0.601)]
     assert recommend(rows).size == 32
-    assert recommend(rows, budget=10**8).size == 64
+    free = recommend(rows, budget=10**8)
+    assert free.size == 64
+    assert "for 2.0 doublings of MACs (MACs are not priced): it pays" in free.reasons[0]
     assert recommend(rows, budget=10**8, pay=0.0025).size == 32
     assert recommend(rows, pay=0.0).size == 64
     assert (price(None, None), price(None, 1), price(0.5, 1)) == (0.0025, 0.0, 0.5)
