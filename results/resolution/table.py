@@ -140,9 +140,11 @@ def summary(name, found):
     swept = sum(f["sweep"] <= 0.5 for f in found)
     close = sum(f["regret"] <= max(0.5, 2 * f["error"]) for f in found)
     dearer = sum(f["no dearer"] <= 0.5 for f in found)
+    lone = sum(len({r["size"] for r in f["tuned"]["runs"]}) == 1 for f in found)
+    left = f" (in {lone} of these the border rule left one size, and nothing was compared)" if lone else ""
     most = {key: f"{max(f[key] for f in found):.0f} %" for key in ("macs", "cpu")}
     return (
-        f"{name}: regret at most 0.5 points in {within} of {count}, at most 0.5 points or two standard errors in {close}; "
+        f"{name}: regret at most 0.5 points in {within} of {count}{left}, at most 0.5 points or two standard errors in {close}; "
         f"against sizes that cost no more than the recommended one at most 0.5 points in {dearer}. "
         f"The whole sweep, choosing by the validation accuracy at its end: at most 0.5 points in {swept}. "
         f"Mean regret {mean('regret'):.2f} points, of the sweep's own choice {mean('sweep'):.2f}, of a random size {mean('random'):.2f}. "
