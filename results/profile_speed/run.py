@@ -9,6 +9,8 @@ takes beside the forward and backward pass that it needs. Rounds alternate betwe
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -66,6 +68,7 @@ def keep(row):
 def full(threads):
     torch.set_num_threads(threads)
     model, x, y = build("resnet18", {}, 64, 64)
+    as_profiled = x.to(memory_format=torch.channels_last)  # the layout in which `profile_model` hands images on
     base = profile_model(model, x[:4], y[:4], measures=MEASURES, mode="train")
     for _ in range(FULL_ROUNDS):
         keep({"part": "full", "threads": threads, "what": "forward and backward"} | timed(lambda: forward_backward(model, x, y)))
@@ -73,7 +76,7 @@ def full(threads):
             row = timed(lambda measures=measures: profile_model(model, x, y, measures=measures, mode="train"))
             keep({"part": "full", "threads": threads, "what": "all" if len(measures) > 1 else measures[0]} | row)
         for measure in MEASURES[1:]:
-            row = timed(lambda measure=measure: enrich(base, model, x, y, measures=(measure,)))
+            row = timed(lambda measure=measure: enrich(base, model, as_profiled, y, measures=(measure,)))
             keep({"part": "full", "threads": threads, "what": measure} | row)
 
 
@@ -105,6 +108,8 @@ def peak(what):
     torch.set_num_threads(1)
     model, x, y = build("resnet18", {}, 64, 64)
     profile_model(model, x[:2, :, :32, :32], y[:2], measures=MEASURES, mode="train")  # libraries and caches
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the warm-up freed goes back, or the peak would hide in it
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the warm-up is forgotten
     before = high_water()
     if what == "forward and backward":
