@@ -83,14 +83,12 @@ class Candidate:
 
 def cost_of(model: nn.Module, graph: Trace) -> Cost:
     """The cost of a model that has been traced already; see `count_cost`."""
-    flops: Counter[str] = Counter()
-    for node in graph.nodes:
-        flops[node.module] += node.flops
+    macs = Counter(graph.macs)
     own = Counter({name: 0 for name, _ in model.named_modules()})
     for name, parameter in model.named_parameters():
         own[name.rpartition(".")[0]] += parameter.numel()
-    layers = {n: LayerCost(params=own[n], macs=flops[n] // 2) for n in own if own[n] or flops[n]}
-    return Cost(params=own.total(), macs=flops.total() // 2, layers=layers)
+    layers = {n: LayerCost(params=own[n], macs=macs[n]) for n in own if own[n] or macs[n]}
+    return Cost(params=own.total(), macs=macs.total(), layers=layers)
 
 
 def count_cost(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:

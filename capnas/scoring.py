@@ -109,6 +109,11 @@ def _capacity_score(profile: Profile) -> float:
     return sum(weight * SCORES[name].compute(profile) for name, weight in CAPACITY_WEIGHTS.items())
 
 
+def _log2_of_network(profile: Profile, *, name: str) -> float:
+    value = profile.network.get(name)
+    return math.log2(value) if value else math.nan
+
+
 def _of_network(profile: Profile, *, name: str) -> float:
     value = profile.network.get(name)
     return math.nan if value is None else value
@@ -137,6 +142,11 @@ def _table() -> Mapping[str, Score]:
         Score(name=name, direction=direction, low=-math.inf, high=high, meaning=meaning, compute=partial(_of_network, name=name))
         for name, direction, high, meaning in _NETWORK
     ]
+    rows += [
+        Score(name=f"log2_{name}", direction="maximize", low=0, high=math.inf, meaning=f"baseline: log2 of {meaning}, the size alone",
+              compute=partial(_log2_of_network, name=name))
+        for name, meaning in (("params", "the parameters"), ("macs", "the multiply-accumulates of one image"))
+    ]  # fmt: skip
     return MappingProxyType({row.name: row for row in rows})
 
 
@@ -151,7 +161,8 @@ def measures_for(names: Iterable[str]) -> tuple[str, ...]:
     """
     wanted = set(names)
     needs = {
-        "structure": ("capacity_score", "complexity", "log2_paths", "log2_gain", "shortest_depth", "intrinsic_power"),
+        "structure": ("capacity_score", "complexity", "log2_paths", "log2_gain", "shortest_depth", "intrinsic_power", "log2_params",
+                      "log2_macs"),
         "norms": ("log10_lipschitz",),
         "capacity": tuple(name for name, _ in _CAPACITY if name != "capacity_slack"),
         "proxies": _BASELINES,

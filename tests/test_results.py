@@ -48,6 +48,13 @@ def test_every_term_of_the_score_is_a_signal_of_its_own_or_helps_the_others(summ
     assert mean["capacity_score"] == max(mean.values())
 
 
+def test_the_sum_ranks_better_than_the_short_training_in_it_on_the_benchmarks(summary: dict[str, Any]) -> None:
+    for name in ("nasbench201", "nasbench101"):
+        signals = summary["spaces"][name]["signals"]
+        for statistic in ("spearman", "top_half"):
+            assert signals["combined"][statistic] > signals["short_accuracy"][statistic], name
+
+
 def test_the_defaults_are_the_score() -> None:
-    assert set(WEIGHTS) == {"init_capacity_score"}
+    assert set(WEIGHTS) == {"init_capacity_score", "init_log2_macs"}
     assert RANKED_BY == "capacity_score"

@@ -89,3 +89,11 @@ def test_an_average_counts_at_its_gain() -> None:
     network = profile_model(model, torch.randn(2, 3, 8, 8), measures=("structure",)).network
     assert network["log2_paths"] == pytest.approx(math.log2(27 * 4 * 4))
     assert network["log2_gain"] == pytest.approx(math.log2(27 / 4 * 4))
+
+
+def test_size_counts_in_doublings() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 2))
+    found = profile_model(model, torch.randn(5, 3, 8, 8), measures=("structure",))
+    values = score(found, ["log2_macs", "log2_params"])
+    assert values["log2_macs"] == pytest.approx(math.log2(36 * 4 * 27 + 2 * 4 * 36))
+    assert values["log2_params"] == pytest.approx(math.log2(4 * 27 + 2 * 4 * 36 + 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +95,18 @@ class Trace:
     input_shape: tuple[int, ...]
     modules: tuple[str, ...]
     training_only: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of the whole batch by module name; ``""`` holds what no module but the model itself did."""
+        flops: Counter[str] = Counter()
+        for node in self.nodes:
+            flops[node.module] += node.flops
+        return {name: count // 2 for name, count in flops.items()}
+
+    def macs_inside(self, name: str) -> int:
+        """Those of a module and of everything in it."""
+        return sum(count for inner, count in self.macs.items() if inner == name or inner.startswith(name + "."))
 
     def live(self) -> frozenset[int]:
         """Indexes of the nodes that the output depends on; the others are dead code."""

@@ -48,6 +48,7 @@ def enrich(
         if "structure" in measures:
             averaged = structure(graph, pool_gain="averaging").log2_paths
             profile = with_structure(profile, structure(graph), graph.input_shape[2:]).with_network(log2_gain=averaged)
+            profile = with_macs(profile, graph).with_network(params=float(sum(p.numel() for p in model.parameters())))
         if "norms" in measures:
             profile = with_norms(profile, model, graph)
         if "capacity" in measures:
@@ -56,7 +57,7 @@ def enrich(
         names = [name for name in PROXIES if name != "macs" or graph is None]
         profile = profile.with_network(**{n: found.value for n, found in baseline_proxies(model, inputs, targets, names=names).items()})
         if graph is not None:
-            profile = profile.with_network(macs=sum(node.flops for node in graph.nodes) / 2 / graph.input_shape[0])
+            profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
     return profile if start is None else with_distances(profile, start.distances(model))
 
 
@@ -79,6 +80,16 @@ def with_structure(profile: Profile, report: StructureReport, image_size: tuple[
     return replace(profile, layers=tuple(rows), receptive=_fields(fields, image_size) if fields else profile.receptive).with_network(
         **network, depth=float(report.depth), shortest_depth=float(report.shortest)
     )
+
+
+def with_macs(profile: Profile, graph: Trace) -> Profile:
+    """The profile with the multiply-accumulates of each layer and of everything inside each block, for one image."""
+    images, macs = graph.input_shape[0], graph.macs
+    return replace(
+        profile,
+        layers=tuple(replace(row, macs=macs.get(row.name, 0) // images) for row in profile.layers),
+        blocks=tuple(replace(row, macs=graph.macs_inside(row.name) // images) for row in profile.blocks),
+    ).with_network(macs=sum(macs.values()) / images)
 
 
 def _fields(fields: Sequence[LayerField], image_size: tuple[int, ...]) -> FieldReport:

@@ -33,6 +33,7 @@ class LayerProfile:
         reading: "modules" or "blocks".
         width: features D of the output.
         params: parameters of the module itself (of everything inside, for a block).
+        macs: multiply-accumulates for one image, of the same (measure "structure").
         rows: rows used; `rows_seen` passed, positions times samples.
         k: intrinsic dimension at the profile's threshold.
         saturation: k / width, in [0, 1]; NaN when not finite.
@@ -61,6 +62,7 @@ class LayerProfile:
     params: int
     rows: int
     rows_seen: int
+    macs: int | None = None
     k: int | None = None
     saturation: float | None = None
     saturations: Mapping[str, float] | None = None
@@ -126,8 +128,9 @@ class Profile:
         mode: "train" or "eval", the model's mode while it was read.
         threshold: share of the variance that k explains.
         rows: how rows are formed, always "channelwise": every position of every sample.
-        network: numbers of the whole network by name: ``complexity``, ``log2_paths`` and ``intrinsic_power`` (log2 P) of the layer
-            algebra after Badias & Banerjee (reconstructed), ``log10_lipschitz`` (sum of log10 operator norms), capacity scores, baselines.
+        network: numbers of the whole network by name: ``params`` and ``macs`` (of one image), ``complexity``, ``log2_paths`` and
+            ``intrinsic_power`` (log2 P) of the layer algebra after Badias & Banerjee (reconstructed), ``log10_lipschitz`` (sum of log10
+            operator norms), capacity scores, baselines.
         receptive: critical and border layers and feasible image sizes (measure "structure"); None where it was not measured.
     """
 

@@ -61,6 +61,7 @@ def table(space, folder, count=None, seed=0):
         rows = pd.read_csv(folder / "timm_imagenet_dev.csv")
         rows = rows[rows["in_timm"]].rename(columns={"arch": "network", "model": "arch", "top1": "accuracy", "params_M": "params"})
         rows["params"] *= 1e6
+        rows = rows.sort_values("gmacs", kind="stable")  # cheapest first
     elif space == "mbconv":
         rows = pd.read_json(Path(__file__).parent / "raw" / "mbconv-trained.jsonl", lines=True)
         rows = rows[rows["status"] == "complete"]

@@ -20,6 +20,7 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 
 from capnas.measures.ranking import partial_spearman
+from capnas.objective.targets import WEIGHTS
 from capnas.profile import profile_model
 from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
 
@@ -57,8 +58,9 @@ def measure(space, folder, count, measures, seed, label):
             keep = {k: v.item() if hasattr(v, "item") else v for k, v in keep.items()}
             keep = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in keep.items()}
             blocks = [[r.saturation, *r.saturations.values(), r.effective_rank and r.effective_rank / r.width] for r in found.blocks]
-            record = {"arch": row["arch"], **keep, "n_params": sum(p.numel() for p in model.parameters()), "seconds": round(seconds, 3),
-                      "scores": values, "blocks": np.round(np.array(blocks, dtype=float), 4).tolist()}  # fmt: skip
+            record = {"arch": row["arch"], **keep, "n_params": int(found.network["params"]), "n_macs": int(found.network["macs"]),
+                      "seconds": round(seconds, 3), "scores": values,
+                      "blocks": np.round(np.array(blocks, dtype=float), 4).tolist()}  # fmt: skip
             out.write(json.dumps(record) + "\n")
             out.flush()
     environment = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
@@ -66,8 +68,8 @@ def measure(space, folder, count, measures, seed, label):
 
 
 def costs(record):
-    """Parameters and MACs: published where the table has them."""
-    macs = record.get("macs") or record.get("flops") or (record.get("gmacs") or 0) * 1e9 or record["scores"].get("macs")
+    """Parameters and MACs: published where the table has them, else those of the network that was measured."""
+    macs = record.get("macs") or record.get("flops") or (record.get("gmacs") or 0) * 1e9 or record.get("n_macs")
     return float(record.get("params") or record["n_params"]), None if macs is None else float(macs)
 
 
@@ -85,6 +87,10 @@ def columns(records):
     found["params"] = np.array([costs(r)[0] for r in records])
     if all(costs(r)[1] for r in records):
         found["macs"] = np.array([costs(r)[1] for r in records])
+    if all(r.get("short_accuracy") is not None for r in records) and "macs" in found:
+        short = np.array([r["short_accuracy"] for r in records])
+        parts = {"init_capacity_score": found["capacity_score"], "init_log2_macs": np.log2(found["macs"])}
+        found["combined"] = short / (100 if short.max() > 1 else 1) + sum(weight * parts[name] for name, weight in WEIGHTS.items())
     for name in ("c10_naswot", "c10_logsynflow", "short_accuracy"):
         if all(name in r for r in records):
             values = np.array([np.nan if r[name] is None else r[name] for r in records], dtype=float)

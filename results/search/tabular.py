@@ -29,6 +29,7 @@ from capnas.search_spaces import nasbench201
 
 from capnas.objective import Objective
 from capnas.objective.gates import RANKED_BY
+from capnas.objective.targets import WEIGHTS
 from capnas.search.export import write_environment
 from capnas.search.samplers import make_sampler
 
@@ -56,10 +57,11 @@ class Table:
     def __init__(self, data, scores):
         cells = pd.read_csv(Path(data) / "nasbench201_cifar10_dev.csv.gz")
         first = cells.drop_duplicates("unique").set_index("unique")
-        found = pd.DataFrame([{"arch": row["arch"], "seconds": row["seconds"], "score": row["scores"][RANKED_BY]} for row in scores])
+        found = pd.DataFrame([{"arch": row["arch"], "seconds": row["seconds"], "score": row["scores"][RANKED_BY],
+                               "log2_macs": np.log2(row["n_macs"])} for row in scores])  # fmt: skip
         found["unique"] = found["arch"].map(cells.set_index("arch")["unique"])
         found = found.drop_duplicates("unique").set_index("unique")
-        rows = first.join(found[["score", "seconds"]], how="inner")
+        rows = first.join(found[["score", "seconds", "log2_macs"]], how="inner")
         rows["c10_naswot"] = rows["c10_naswot"].clip(lower=-1e6)
         rows["training"] = [seconds_of_training(arch) for arch in rows["arch"]]
         self.rows = rows.rename(columns={"c10_naswot": "naswot", "c10_logsynflow": "synflow"}).to_dict("index")
@@ -101,7 +103,7 @@ class LookedUp(Objective):
             return self._reuse(found, *twin)
         if self.is_scored:
             self.scored += 1
-            found["metrics"]["init_" + RANKED_BY] = row["score"]
+            found["metrics"] |= {"init_" + RANKED_BY: row["score"], "init_log2_macs": row["log2_macs"]}
         if self.selection is not None and (place := self.selection.judge(trial, found)) is not None:
             return "measured", place
         last = 0
@@ -293,27 +295,29 @@ def search(data, scores, seeds, methods, processes):
 
 
 def pools(table, repeats=1000):
-    """Mean regret of a share at random draws, without any sampler: pool, trainings, weight of the score in the value -> points.
+    """Mean regret of a share at random draws, without any sampler: pool, trainings, what names the winner -> points.
 
-    The value is accuracy plus weight times score, as in ``combined``; ``pool`` None trains what is drawn.
+    Accuracy or ``combined`` names the winner; ``pool`` None trains what is drawn.
     """
     unique = np.array(list(table.unique.values()))
     names = list(table.rows)
     place = {name: i for i, name in enumerate(names)}
     cells = np.array([place[u] for u in unique])
-    score, short, final = (np.array([table.rows[n][key] for n in names]) for key in ("score", "c10_12", "c10_200"))
+    score, size, short, final = (np.array([table.rows[n][key] for n in names]) for key in ("score", "log2_macs", "c10_12", "c10_200"))
+    values = {"accuracy": short / 100}
+    values["combined"] = values["accuracy"] + WEIGHTS["init_capacity_score"] * score + WEIGHTS["init_log2_macs"] * size
     chance, rows = np.random.default_rng(0), []
     plans = [(None, t) for t in (5, 10, 20, 50, 100)] + [(n, t) for n in (50, 100, 200, 400) for t in (5, 10, 20)]
     for pool, trainings in plans:
-        regrets = {0.0: [], 0.2: []}
+        regrets = {name: [] for name in values}
         for _ in range(repeats):
             drawn = np.array(list(dict.fromkeys(chance.permutation(cells)[: 4 * (pool or trainings)].tolist())))[: pool or trainings]
             trained = drawn if pool is None else drawn[np.argsort(-score[drawn])][:trainings]
-            for weight, found in regrets.items():
-                found.append(table.best - final[trained[np.argmax(short[trained] / 100 + weight * score[trained])]])
-        for weight, found in regrets.items():
+            for name, found in regrets.items():
+                found.append(table.best - final[trained[np.argmax(values[name][trained])]])
+        for name, found in regrets.items():
             mean, low, high = interval(np.array(found)[:, None])[:, 0]
-            rows.append({"pool": pool, "trainings": trainings, "weight": weight, "regret": mean, "low": low, "high": high})
+            rows.append({"pool": pool, "trainings": trainings, "named_by": name, "regret": mean, "low": low, "high": high})
     (HERE / "raw" / "pools.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
@@ -321,7 +325,7 @@ def pool_lines():
     """`pools` as a table."""
     rows = json.loads((HERE / "raw" / "pools.json").read_text())
     lines = ["", "The same table at random draws alone, 1,000 repeats: the best of the pool by the score are trained.", "",
-             "| pool | trainings | named by accuracy | named by accuracy + 0.2 score |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
+             "| pool | trainings | named by accuracy | named by combined |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
     for plain, summed in zip(rows[::2], rows[1::2]):
         texts = [f"{r['regret']:.2f} ({r['low']:.2f}, {r['high']:.2f})" for r in (plain, summed)]
         lines.append(f"| {plain['pool'] or 'none'} | {plain['trainings']} | {' | '.join(texts)} |")

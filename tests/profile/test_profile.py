@@ -141,6 +141,10 @@ def test_structure_norms_and_proxies_in_one_call() -> None:
     assert stem.receptive_field == ((7.0, 7.0), (7.0, 7.0))
     assert stem.complexity == pytest.approx(64.0, abs=0.01)
     assert stem.log2_fan_in == pytest.approx(torch.tensor(147.0).log2().item())
+    assert stem.macs == stem.params * 16 * 16
+    assert profile.network["macs"] == sum(row.macs or 0 for row in profile.layers)
+    inside = [row.macs or 0 for row in profile.layers if row.name.startswith(profile.blocks[0].name + ".")]
+    assert profile.blocks[0].macs == sum(inside) > 0
     explicit = torch.linalg.matrix_norm(model.fc.weight.detach().double(), 2)
     assert profile.layers[-1].norm == pytest.approx(float(explicit), rel=1e-4)
     assert profile.network["params"] == sum(p.numel() for p in model.parameters())
