@@ -115,12 +115,13 @@ def _show_tuning(tuning: Tuning) -> None:
         row = tuning.last(survey.size)
         mark = "chosen" if survey.size == chosen.size else survey.refusal
         if row is None:
-            rows.append([f"{survey.size} px", short(survey.macs), _border(survey)[0], *["-"] * 5, mark])
+            rows.append([f"{survey.size} px", short(survey.macs), _border(survey)[0], *["-"] * 6, mark])
             continue
         tail = f"{row.tail} of {len(row.saturations)}"
         values = (short(mean(row.saturations)), short(evenness(row.saturations)), tail)
-        rows.append([f"{survey.size} px", short(survey.macs), _border(survey)[0], str(row.epochs), short(row.accuracy), *values, mark])
-    columns = ["size", "MACs", "past the border", "epochs", "accuracy", "mean saturation", "evenness", "tail", ""]
+        accuracies = (short(row.accuracy), short(chosen.fitted.get(survey.size)))
+        rows.append([f"{survey.size} px", short(survey.macs), _border(survey)[0], str(row.epochs), *accuracies, *values, mark])
+    columns = ["size", "MACs", "past the border", "epochs", "accuracy", "fitted", "mean saturation", "evenness", "tail", ""]
     show_table(columns, rows, left=1)
     shared = tuning.shared
     weights = f"one set of weights, {shared.passes} passes at all sizes in turn, then each size alone"
