@@ -105,7 +105,7 @@ def test_combined_value_is_accuracy_plus_weighted_scores(data: ImageData) -> Non
     study = run(o, LARGE)
     m = evaluations(study)[0].metrics
     assert study.best_value == pytest.approx(m["accuracy"] + 0.5 * m["saturation_evenness"] - 0.25 * m["tail_fraction"])
-    assert objective(data, values="combined").weights == {"init_capacity_score": 0.05, "init_log2_macs": 0.03}
+    assert objective(data, values="combined").weights == {"init_capacity_score": 0.02, "init_log2_macs": 0.04}
 
 
 def test_over_budget_is_pruned_with_its_violation_before_any_weight_exists(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:

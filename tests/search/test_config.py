@@ -90,5 +90,5 @@ def test_refuses_texts(text: str, message: str) -> None:
 
 
 def test_the_weights_of_a_sum_are_stored_with_the_study() -> None:
-    assert StudyConfig(space="resnet").to_dict()["weights"] == {"init_capacity_score": 0.05, "init_log2_macs": 0.03}
+    assert StudyConfig(space="resnet").to_dict()["weights"] == {"init_capacity_score": 0.02, "init_log2_macs": 0.04}
     assert "weights" not in StudyConfig(space="resnet", values=("accuracy",)).to_dict()

@@ -1,0 +1,52 @@
+"""Where the weights of `combined` come from: how accuracy after a short training, with the score and the MACs added, ranks final accuracy.
+
+    python results/ranking/combine.py
+
+Every pair of weights on raw/ of the spaces whose short trainings are known: 12 of 200 epochs on NAS-Bench-201, 12 of 108 on NAS-Bench-101,
+1 of 4 on `mbconv`. Writes combined.md and combined.json.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from run import columns, costs
+from scipy.stats import spearmanr
+
+from capnas.objective.targets import WEIGHTS
+
+HERE = Path(__file__).resolve().parent
+SPACES = ("nasbench201", "nasbench101", "mbconv")
+SCORE, MACS = (0.0, 0.02, 0.05, 0.1, 0.2), (0.0, 0.02, 0.04, 0.06)
+
+
+def read(space):
+    """Final accuracy, short accuracy as a share, capacity score and log2 MACs."""
+    records = [json.loads(line) for line in (HERE / "raw" / f"{space}.jsonl").open()]
+    short = np.array([r["short_accuracy"] for r in records])
+    final = np.array([r["accuracy"] for r in records])
+    return final, short / (100 if short.max() > 1 else 1), columns(records)["capacity_score"], np.log2([costs(r)[1] for r in records])
+
+
+def ranked(value, final):
+    """Spearman over all and over the better half."""
+    top = final >= np.median(final)
+    return [float(spearmanr(value[i], final[i])[0]) for i in (slice(None), top)]
+
+
+if __name__ == "__main__":
+    data = {space: read(space) for space in SPACES}
+    rows = []
+    for score, macs in product(SCORE, MACS):
+        reached = {s: ranked(short + score * value + macs * size, final) for s, (final, short, value, size) in data.items()}
+        rows.append({"score": score, "macs": macs, "reached": reached, "mean": float(np.mean(list(reached.values())))})
+    lines = [f"| weight of the score | weight of log2 MACs | {' | '.join(f'{s}: all, better half' for s in SPACES)} | mean |",
+             "| ---: | ---: |" + " --- |" * len(SPACES) + " ---: |"]  # fmt: skip
+    for row in sorted(rows, key=lambda row: -row["mean"]):
+        shipped = " (shipped)" if {"init_capacity_score": row["score"], "init_log2_macs": row["macs"]} == WEIGHTS else ""
+        cells = [f"{a:.3f}, {b:.3f}" for a, b in row["reached"].values()]
+        lines.append(f"| {row['score']:g} | {row['macs']:g}{shipped} | {' | '.join(cells)} | {row['mean']:.3f} |")
+    (HERE / "combined.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (HERE / "combined.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
