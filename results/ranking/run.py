@@ -1,6 +1,7 @@
 """How well training-free scores rank architectures whose trained accuracy is known, with every baseline proxy beside them.
 
     python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures structure,proxies] [--seed S] [--label L]
+                                                     [--images N] [--size PIXELS] [--mode train|eval]
     python results/ranking/run.py tables
 
 SPACE: nasbench201, nasbench101, macro, timm, mbconv (draws of train.py). DIR holds the tables and the CIFAR-10 archive. `measure` appends
@@ -29,10 +30,10 @@ IMAGES = {"timm": (32, 128), "mbconv": (64, 24)}  # images of the probe batch an
 WIDTHS = {"nasbench101": 64}  # channels of the first stage where not the published number: half of 128 (raw/nasbench101-quarter: 32)
 
 
-def measure(space, folder, count, measures, seed, label):
+def measure(space, folder, count, measures, seed, label, images=None, size=None, mode="train"):
     torch.set_num_threads(1)
     rows = benchmarks.table(space, folder, count)
-    images, size = IMAGES.get(space, (64, 32))
+    images, size = (given or usual for given, usual in zip((images, size), IMAGES.get(space, (64, 32))))
     x, y = benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, seed, size)
     path = HERE / "raw" / f"{'-'.join([space, *([f'seed{seed}'] if seed else []), *([label] if label else [])])}.jsonl"
     path.parent.mkdir(exist_ok=True)
@@ -47,7 +48,7 @@ def measure(space, folder, count, measures, seed, label):
                 model = benchmarks.build(space, row, WIDTHS.get(space, size if space == "timm" else None))
             start = time.process_time()
             try:
-                found = profile_model(model, x, y, mode="train", measures=("saturation", *measures), seed=seed)
+                found = profile_model(model, x, y, mode=mode, measures=("saturation", *measures), seed=seed)
             except Exception as error:
                 print(row["arch"], type(error).__name__, str(error)[:100], flush=True)
                 continue
@@ -125,7 +126,8 @@ def judge(v, accuracy, params, cost):
 
 def tables():
     summary, lines = {"weights": dict(CAPACITY_WEIGHTS), "spaces": {}}, []
-    for path in sorted(p for p in (HERE / "raw").glob("*.jsonl") if not p.stem.endswith("-trained")):
+    varied = "nasbench201-"  # other settings on a part of the cells, see sensitivity.py
+    for path in sorted(p for p in (HERE / "raw").glob("*.jsonl") if not p.stem.endswith("-trained") and not p.stem.startswith(varied)):
         records = [json.loads(line) for line in path.open()]
         accuracy = np.array([r["accuracy"] for r in records], dtype=float)
         found = columns(records)
@@ -156,10 +158,14 @@ if __name__ == "__main__":
     run.add_argument("--count", type=int)
     run.add_argument("--measures", default="structure,proxies")
     run.add_argument("--seed", type=int, default=0, help="of weights and images")
-    run.add_argument("--label", help="of the file, for a smaller draw with more measures")
+    run.add_argument("--label", help="of the file, for a smaller draw with more measures or other settings")
+    run.add_argument("--images", type=int, help="of the probe batch")
+    run.add_argument("--size", type=int, help="their side in pixels")
+    run.add_argument("--mode", default="train", choices=("train", "eval"), help="state of the norms while measuring")
     commands.add_parser("tables")
     given = parser.parse_args()
     if given.command == "tables":
         tables()
     else:
-        measure(given.space, given.data, given.count, tuple(given.measures.split(",")), given.seed, given.label)
+        measure(given.space, given.data, given.count, tuple(given.measures.split(",")), given.seed, given.label, given.images, given.size,
+                given.mode)  # fmt: skip

@@ -1,0 +1,56 @@
+"""How much `capacity_score` depends on what it is measured with: weights and images, batch, resolution, mode, threshold.
+
+    python results/ranking/sensitivity.py     # sensitivity.md from raw/
+
+Raw: `run.py measure nasbench201 --count 150 --measures structure` with --seed, --images, --size, --mode and a --label each; all have the
+same cells. The thresholds and readings are those that every row of the ranking study holds.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from run import columns
+from scipy.stats import spearmanr
+
+from capnas.measures.evenness import evenness
+
+HERE = Path(__file__).resolve().parent
+BLOCKS = ("0.99", "0.9", "0.95", None, "0.999", "effective rank")  # columns of the stored blocks; the fourth repeats the first
+
+
+def read(name):
+    return {r["arch"]: r for r in map(json.loads, (HERE / "raw" / f"{name}.jsonl").open())}
+
+
+def ranked(values, accuracy):
+    top = accuracy >= np.median(accuracy)
+    return f"{spearmanr(values, accuracy)[0]:.3f} | {spearmanr(values[top], accuracy[top])[0]:.3f}"
+
+
+if __name__ == "__main__":
+    full = read("nasbench201")
+    lines = ["| NAS-Bench-201, measured with | cells | Spearman | better half | with the usual measurement | CPU seconds each |",
+             "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    names = sorted(p.stem for p in (HERE / "raw").glob("nasbench201-*.jsonl"))
+    for name in ("nasbench201", *names):
+        rows = read(name)
+        cells = [arch for arch in read(names[0]) if arch in rows and arch in full] if names else list(full)
+        accuracy = np.array([full[a]["accuracy"] for a in cells])
+        usual, values = (columns([found[a] for a in cells])["capacity_score"] for found in (full, rows))
+        seconds = np.mean([rows[a]["seconds"] for a in cells])
+        said = name.removeprefix("nasbench201").lstrip("-") or "usual: seed 0, 64 images of 32 px, train mode"
+        lines.append(f"| {said} | {len(cells)} | {ranked(values, accuracy)} | {spearmanr(values, usual)[0]:.3f} | {seconds:.2f} |")
+    lines += ["", "Block outputs, all rows of each space: mean and evenness by threshold.", "",
+              "| space | threshold | mean: Spearman | better half | evenness: Spearman | better half |",
+              "| --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for space in ("nasbench201", "nasbench101", "macro", "timm", "mbconv"):
+        rows = list(read(space).values())
+        accuracy = np.array([r["accuracy"] for r in rows], dtype=float)
+        blocks = [np.nan_to_num(np.array(r["blocks"], dtype=float)) for r in rows]
+        for column, threshold in enumerate(BLOCKS):
+            if threshold is not None:
+                mean, even = (np.array([f(b[:, column].tolist()) for b in blocks]) for f in (np.mean, evenness))
+                lines.append(f"| {space} | {threshold} | {ranked(mean, accuracy)} | {ranked(np.nan_to_num(even), accuracy)} |")
+    (HERE / "sensitivity.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
