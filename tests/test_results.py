@@ -29,7 +29,7 @@ def test_the_tables_are_of_the_weights_that_are_shipped(summary: dict[str, Any])
     assert {term: weight for term, weight in fitted[0]["weights"].items() if weight} == dict(CAPACITY_WEIGHTS)
 
 
-def test_the_score_is_never_below_the_costs_on_the_searched_spaces(summary: dict[str, Any]) -> None:
+def test_the_score_is_never_below_the_costs_where_all_networks_are_of_like_size(summary: dict[str, Any]) -> None:
     for name in SPACES:
         signals = {signal: row["spearman"] for signal, row in summary["spaces"][name]["signals"].items()}
         assert signals["capacity_score"] > max(signals[cost] for cost in COSTS if cost in signals), name
@@ -53,6 +53,14 @@ def test_the_sum_ranks_better_than_the_short_training_in_it_on_the_benchmarks(su
         signals = summary["spaces"][name]["signals"]
         for statistic in ("spearman", "top_half"):
             assert signals["combined"][statistic] > signals["short_accuracy"][statistic], name
+
+
+def test_the_weights_of_the_sum_are_among_the_best_pairs() -> None:
+    pairs = json.loads((RANKING / "combined.json").read_text())
+    mean = {(row["score"], row["macs"]): row["mean"] for row in pairs}
+    shipped = mean[WEIGHTS["init_capacity_score"], WEIGHTS["init_log2_macs"]]
+    assert shipped > max(mean.values()) - 0.01
+    assert shipped > mean[0.0, 0.0] + 0.1
 
 
 def test_the_defaults_are_the_score() -> None:
