@@ -128,7 +128,7 @@ def _table() -> Mapping[str, Score]:
     ]  # fmt: skip
     rows += [
         Score(name="capacity_score", direction="maximize", low=-math.inf, high=math.inf, compute=_capacity_score,
-              meaning="how well an untrained network will do: even and high use of its width, many dimensions, shortcuts (ours)"),
+              meaning="rank of an untrained network among those of its size: even and high use of width, dimensions, shortcuts (ours)"),
         Score(name="saturation90_mean", direction="maximize", low=0, high=1, meaning="mean over layers of saturation at threshold 0.9",
               compute=partial(_over, reading="modules", column=_saturation90, statistic=evenness.mean)),
         Score(name="dimension", direction="maximize", low=0, high=math.inf, compute=_dimension,
