@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 INPUT = -1  # the producer index that stands for the model input
@@ -96,7 +97,7 @@ class Trace:
     modules: tuple[str, ...]
     training_only: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates of the whole batch by module name; ``""`` holds what no module but the model itself did."""
         flops: Counter[str] = Counter()
