@@ -45,6 +45,7 @@ class LayerRecord:
         rows: rows used.
         rows_seen: rows (samples times positions) of the passes that were read.
         calls: forward calls read.
+        positions: rows that one image gives in one call (height times width of a map, tokens of a sequence, 1 of a vector).
         finite: False when an output held NaN or infinite values.
         mean: (D,) float64, of the rows used.
         spread: (D, D) float64, their scatter around the mean; (D, S), the centred rows themselves, where S is below a third of D.
@@ -57,6 +58,7 @@ class LayerRecord:
     rows: int
     rows_seen: int
     calls: int
+    positions: int
     finite: bool
     mean: Tensor
     spread: Tensor
@@ -115,7 +117,9 @@ class Recorder:
         self.train_interval = train_interval
         self._passes = -1  # a model that is run by its parts only never counts, and every pass is read
         self._reads = True
+        self._images: int | None = None  # of the running pass
         self._light: set[str] = set()
+        self._positions: dict[tuple[str, str, str], int] = {}
         self._random = random.Random(seed)
         self._handles: list[Any] = []
         self._sums: dict[tuple[str, str, str], Sums] = {}
@@ -151,15 +155,17 @@ class Recorder:
         if mode not in ("train", "eval"):
             raise UsageError(one_of("mode", mode, ("train", "eval")))
         keys = [k for k in self._sums if k[0] == mode]
-        return {("block:" if reading == "blocks" else "") + name: self._record(self._sums.pop((m, reading, name)), reading, name)
-                for m, reading, name in keys}  # fmt: skip
+        return {("block:" if reading == "blocks" else "") + name: self._record((m, reading, name)) for m, reading, name in keys}
 
     def _count(self, model: nn.Module, args: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # not the second run of a checkpointed forward
             self._passes += model.training
             self._reads = not model.training or self._passes % self.train_interval == 0
+            first = _first_tensor(args)
+            self._images = first.shape[0] if first is not None and first.dim() else None
 
-    def _record(self, sums: Sums, reading: str, name: str) -> LayerRecord:
+    def _record(self, key: tuple[str, str, str]) -> LayerRecord:
+        (_, reading, name), sums = key, self._sums.pop(key)
         mean, spread = sums.mean_and_spread()
         few = spread.shape[1] < sums.width
         variation = float(torch.linalg.vector_norm(spread).square() if few else spread.diagonal().sum())  # finite where every entry is
@@ -167,8 +173,8 @@ class Recorder:
         if variation <= _FLOAT32_NOISE * level < math.inf:
             spread = torch.zeros_like(spread)
         return LayerRecord(name=name, kind=type(self._modules[name]).__name__, reading=reading, width=sums.width,  # type: ignore[arg-type]
-                           rows=sums.count, rows_seen=sums.seen, calls=sums.calls, finite=math.isfinite(variation + level),
-                           mean=mean, spread=spread)  # fmt: skip
+                           rows=sums.count, rows_seen=sums.seen, calls=sums.calls, positions=self._positions.pop(key),
+                           finite=math.isfinite(variation + level), mean=mean, spread=spread)  # fmt: skip
 
     def _hook(self, name: str, reading: str) -> Any:
         is_conv = isinstance(self._modules[name], CONVS)
@@ -194,6 +200,7 @@ class Recorder:
                     sums = self._sums[key] = Sums(width)
                     if width < _NARROW or tensor.numel() <= width * width:
                         self._light.add(name)
+                self._positions[key] = max(1, tensor.numel() // width // (self._images or tensor.shape[0]))
                 budget = None if self.values_per_call is None else max(self.values_per_call // width, 3 * width)
                 sums.add(_rows(tensor, axis, budget, self._random), tensor.numel() // width)
 

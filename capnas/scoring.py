@@ -82,7 +82,7 @@ _BASELINES = ("synflow", "naswot", "zico", "snip", "grad_norm")
 
 # Weights of `capacity_score`, rounded from fits on published benchmarks, see results/ranking. They hold for every space.
 CAPACITY_WEIGHTS: Mapping[str, float] = MappingProxyType(
-    {"block_saturation_evenness": 6.0, "saturation90_mean": 2.0, "dimension": 0.5, "shortest_depth": -0.02}
+    {"block_saturation_evenness": 6.0, "saturation90_mean": 2.0, "dimension": 0.5, "shortest_depth": -0.02, "log2_activations": 1.0}
 )
 
 _NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
@@ -103,6 +103,11 @@ _NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
 def _dimension(profile: Profile) -> float:
     k = [row.width * share for row in profile.layers if (share := _saturation90(row)) is not None]
     return math.log2(1 + sum(k)) if k else math.nan
+
+
+def _activations(profile: Profile) -> float:
+    values = [row.width * row.positions for row in profile.blocks if row.positions is not None]
+    return math.log2(sum(values)) if values else math.nan
 
 
 def _capacity_score(profile: Profile) -> float:
@@ -127,13 +132,17 @@ def _table() -> Mapping[str, Score]:
         for name, direction, high, column, statistic, meaning in _PER_LAYER
     ]  # fmt: skip
     rows += [
-        Score(name="capacity_score", direction="maximize", low=-math.inf, high=math.inf, compute=_capacity_score,
-              meaning="rank of an untrained network among those of its size: even and high use of width, dimensions, shortcuts (ours)"),
-        Score(name="saturation90_mean", direction="maximize", low=0, high=1, meaning="mean over layers of saturation at threshold 0.9",
-              compute=partial(_over, reading="modules", column=_saturation90, statistic=evenness.mean)),
-        Score(name="dimension", direction="maximize", low=0, high=math.inf, compute=_dimension,
-              meaning="log2 of 1 + the dimensions that hold 90 % of the variance, summed over layers"),
-    ]
+        Score(name=name, direction="maximize", low=low, high=high, meaning=meaning, compute=compute)
+        for name, low, high, compute, meaning in (
+            ("capacity_score", -math.inf, math.inf, _capacity_score,
+             "rank of an untrained network: even and high use of width, dimensions, shortcuts, room between the blocks (ours)"),
+            ("saturation90_mean", 0, 1, partial(_over, reading="modules", column=_saturation90, statistic=evenness.mean),
+             "mean over layers of saturation at threshold 0.9"),
+            ("dimension", 0, math.inf, _dimension, "log2 of 1 + the dimensions that hold 90 % of the variance, summed over layers"),
+            ("log2_activations", 0, math.inf, _activations,
+             "log2 of the numbers that the blocks hand on for one image, positions times width: the room they share (ours)"),
+        )
+    ]  # fmt: skip
     rows += [
         Score(name=name, direction="maximize", low=0, high=1, meaning=meaning, compute=partial(_of_network, name=name))
         for name, meaning in _CAPACITY
@@ -161,8 +170,16 @@ def measures_for(names: Iterable[str]) -> tuple[str, ...]:
     """
     wanted = set(names)
     needs = {
-        "structure": ("capacity_score", "complexity", "log2_paths", "log2_gain", "shortest_depth", "intrinsic_power", "log2_params",
-                      "log2_macs"),
+        "structure": (
+            "capacity_score",
+            "complexity",
+            "log2_paths",
+            "log2_gain",
+            "shortest_depth",
+            "intrinsic_power",
+            "log2_params",
+            "log2_macs",
+        ),
         "norms": ("log10_lipschitz",),
         "capacity": tuple(name for name, _ in _CAPACITY if name != "capacity_slack"),
         "proxies": _BASELINES,

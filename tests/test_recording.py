@@ -44,6 +44,21 @@ def test_rows_are_positions_before_norm_and_activation() -> None:
     np.testing.assert_allclose(covariance(seen.moments).numpy(), np.cov(rows_of(model[0](x)).T, bias=True), rtol=1e-4, atol=1e-6)
 
 
+def test_positions_are_those_of_one_image_whatever_is_folded_into_the_batch_axis() -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.inner, self.head = nn.Conv2d(2, 5, 3), nn.Linear(5, 7), nn.Linear(7, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            maps = self.conv(x)
+            windows = maps.permute(0, 2, 3, 1).reshape(-1, 4, 5)  # as windowed attention does
+            return self.head(self.inner(windows).reshape(len(x), -1, 7).mean(1))
+
+    seen = record(Windows(), noise(6, 2, 8, 8), noise(3, 2, 8, 8), reading="modules", values_per_call=64)
+    assert {name: found.positions for name, found in seen.items()} == {"conv": 36, "inner": 36, "head": 1}
+
+
 def test_every_batch_counts_and_the_split_does_not_matter() -> None:
     model, x = nn.Sequential(nn.Linear(6, 9)), noise(50, 6)
     whole = record(model, x)["0"].moments

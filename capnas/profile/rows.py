@@ -35,6 +35,7 @@ class LayerProfile:
         params: parameters of the module itself (of everything inside, for a block).
         macs: multiply-accumulates for one image, of the same (measure "structure").
         rows: rows used; `rows_seen` passed, positions times samples.
+        positions: rows that one image gives: height times width of a map, tokens of a sequence, 1 of a vector.
         k: intrinsic dimension at the profile's threshold.
         saturation: k / width, in [0, 1]; NaN when not finite.
         saturations: the same at further thresholds, keyed by the threshold as text.
@@ -63,6 +64,7 @@ class LayerProfile:
     rows: int
     rows_seen: int
     macs: int | None = None
+    positions: int | None = None
     k: int | None = None
     saturation: float | None = None
     saturations: Mapping[str, float] | None = None
@@ -228,6 +230,7 @@ def _row(model: nn.Module, record: LayerRecord, threshold: float) -> LayerProfil
     spec, rank = replace(spectrum(cov), width=record.width), effective_rank(cov)
     return LayerProfile(
         name=record.name, kind=record.kind, reading=record.reading, width=spec.width, rows=record.rows, rows_seen=record.rows_seen,
+        positions=record.positions,
         params=sum(p.numel() for p in module.parameters(recurse=record.reading == "blocks")),
         k=intrinsic_dimension(spec.eigenvalues, threshold, spec.total) if spec.finite else None,
         saturation=saturation_of(spec, threshold),
