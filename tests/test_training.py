@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from capnas.data import ImageData, load_data
 from capnas.devices import is_out_of_memory, resolve_device, use_amp, use_channels_last
 from capnas.errors import UsageError
+from capnas.recording import Recorder
 from capnas.training import TrainConfig, evaluate, retrain, train
 
 
@@ -226,6 +228,24 @@ def test_channels_last_and_bfloat16_train(data: ImageData) -> None:
     assert (result.status, result.amp, result.channels_last) == ("complete", True, True)
     assert result.accuracy is not None
     assert result.accuracy > 0.6
+
+
+def test_a_step_and_its_recording_stay_on_the_device_of_the_model(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On torch's meta device, which refuses to be mixed with the CPU as a GPU does."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # it does not know that device
+    meta = torch.device("meta")
+    model = net().to(meta)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Recorder(model, train_interval=3) as recorder:
+        for x, y in data.batches("train", 16, epoch=0, seed=0, device=meta, image_size=8):
+            assert x.device == y.device == meta
+            nn.functional.cross_entropy(model(x).float(), y).backward()
+            optimizer.step()
+    sums = [s for s in recorder._sums.values() if s.calls]
+    assert len(sums) >= 3  # the layers, and the blocks among them
+    for seen in sums:
+        held = [*seen.kept, *(t for t in (seen.shift, seen.total, seen.products) if t is not None)]
+        assert {t.device for t in held} == {meta}
 
 
 def test_devices() -> None:
