@@ -3,7 +3,7 @@
     python results/ranking/combine.py
 
 Every pair of weights on raw/ of the spaces whose short trainings are known: 12 of 200 epochs on NAS-Bench-201, 12 of 108 on NAS-Bench-101,
-1 of 4 on `mbconv`. Writes combined.md and combined.json.
+1 of 6 on `mbconv`. Writes combined.md and combined.json.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Random draws of a search space trained alike, as a benchmark of our own: one JSON line a draw, resumable.
 
-    python results/ranking/train.py mbconv --data DIR [--draws 100] [--images 5000] [--epochs 4] [--image-size 24]
+    python results/ranking/train.py mbconv --data DIR [--draws 100] [--images 8000] [--epochs 6] [--image-size 24]
 
 DIR holds the CIFAR-10 archive of JPEG files. The accuracy is that of the validation split after the last epoch. `run.py measure` then
 scores the same draws before training.
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("space")
     parser.add_argument("--data", required=True)
-    for name, default in (("draws", 100), ("images", 5000), ("epochs", 4), ("image-size", 24)):
+    for name, default in (("draws", 100), ("images", 8000), ("epochs", 6), ("image-size", 24)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--max-macs", type=float, default=3e6)
+    parser.add_argument("--max-macs", type=float, default=1e9)
     main(parser.parse_args())
