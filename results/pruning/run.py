@@ -61,7 +61,8 @@ NOTES = """\
 2,000 test images (one standard error is about 0.8 points), 9,000 to train on. `capnas loss` narrows where the loss per MAC saved is least
 (the default), `capnas saturation` makes saturation even; both refit what reads the removed channels on 1,024 training images, without
 labels and without a gradient step. Rivals are Torch-Pruning's importances, each in its better scope: one ratio for all layers, or one
-global ranking. A dash is a network that was not computed, or that cannot be made (BN scale finds no batch norm in ConvNeXt)."""
+global ranking. A dash is a network that was not computed, or that cannot be made (BN scale finds no batch norm in ConvNeXt).
+The head of a column counts the seeds that were trained; a number without ± is of one seed."""
 
 
 def images_of(name, archive):
