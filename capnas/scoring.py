@@ -80,7 +80,8 @@ _CAPACITY: tuple[tuple[str, str], ...] = (
 )
 _BASELINES = ("synflow", "naswot", "zico", "snip", "grad_norm")
 
-# Weights of `capacity_score`, rounded from fits on published benchmarks, see results/ranking. They hold for every space.
+# Weights of `capacity_score`, for every space: rounded from fits on three published benchmarks, the last chosen on timm and `mbconv`,
+# see results/ranking.
 CAPACITY_WEIGHTS: Mapping[str, float] = MappingProxyType(
     {"block_saturation_evenness": 6.0, "saturation90_mean": 2.0, "dimension": 0.5, "shortest_depth": -0.02, "log2_activations": 1.0}
 )
@@ -170,20 +171,12 @@ def measures_for(names: Iterable[str]) -> tuple[str, ...]:
     """
     wanted = set(names)
     needs = {
-        "structure": (
-            "capacity_score",
-            "complexity",
-            "log2_paths",
-            "log2_gain",
-            "shortest_depth",
-            "intrinsic_power",
-            "log2_params",
-            "log2_macs",
-        ),
+        "structure": ("capacity_score", "complexity", "log2_paths", "log2_gain", "shortest_depth", "intrinsic_power", "log2_params",
+                      "log2_macs"),
         "norms": ("log10_lipschitz",),
         "capacity": tuple(name for name, _ in _CAPACITY if name != "capacity_slack"),
         "proxies": _BASELINES,
-    }
+    }  # fmt: skip
     return ("saturation", *(measure for measure, scores in needs.items() if wanted & set(scores)))
 
 

@@ -2,13 +2,11 @@
 
     python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures structure,proxies] [--seed S] [--label L]
                                                      [--images N] [--size PIXELS] [--mode train|eval]
-    python results/ranking/run.py complete SPACE --data DIR
     python results/ranking/run.py tables
 
 SPACE: nasbench201, nasbench101, macro, timm, mbconv (draws of train.py). DIR holds the tables and the CIFAR-10 archive. `measure` appends
 one JSON line per architecture to raw/SPACE.jsonl (with the seed and the label in its name where given) and goes on where it stopped;
-`complete` adds the activations of the blocks to rows that were measured before that score was there; `tables` derives table.md and
-summary.json from what is there.
+`tables` derives table.md and summary.json from what is there.
 """
 
 import argparse
@@ -24,13 +22,12 @@ from scipy.stats import kendalltau, spearmanr
 
 from capnas.measures.ranking import partial_spearman
 from capnas.objective.targets import WEIGHTS
-from capnas.profile import Profile, profile_model
-from capnas.recording import Recorder
+from capnas.profile import profile_model
 from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
 
 HERE = Path(__file__).resolve().parent
 IMAGES = {"timm": (32, 128), "mbconv": (64, 24)}  # images of the probe batch and their size
-WIDTHS = {"nasbench101": 64, "nasbench101-quarter": 32}  # channels of the first stage where not the published number: half, quarter of 128
+WIDTHS = {"nasbench101": 64}  # channels of the first stage where not the published number: half of 128 (raw/nasbench101-quarter: 32)
 
 
 def measure(space, folder, count, measures, seed, label, images=None, size=None, mode="train"):
@@ -69,23 +66,6 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
             out.flush()
     environment = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
     (HERE / "raw" / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-
-
-def complete(space, folder):
-    rows = {row["arch"]: row for _, row in benchmarks.table(space, folder).iterrows()}
-    size = IMAGES.get(space, (64, 32))[1]
-    for path in sorted((HERE / "raw").glob(f"{space}*.jsonl")):
-        records = [json.loads(line) for line in path.open()]
-        if path.stem.endswith("-trained") or all("log2_activations" in r["scores"] for r in records):
-            continue
-        for record in records:
-            model = benchmarks.build(space, rows[record["arch"]], WIDTHS.get(path.stem, size if space == "timm" else None)).eval()
-            with Recorder(model, reading="blocks") as recorder, torch.no_grad():
-                model(torch.randn(1, 3, size, size))
-            found = Profile.from_records(model, recorder.pop("eval"), mode="eval")
-            record["scores"] |= score(found, ["log2_activations"])
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        print(path.stem, len(records), flush=True)
 
 
 def costs(record):
@@ -182,15 +162,10 @@ if __name__ == "__main__":
     run.add_argument("--images", type=int, help="of the probe batch")
     run.add_argument("--size", type=int, help="their side in pixels")
     run.add_argument("--mode", default="train", choices=("train", "eval"), help="state of the norms while measuring")
-    add = commands.add_parser("complete")
-    add.add_argument("space", choices=("nasbench201", "nasbench101", "macro", "timm", "mbconv"))
-    add.add_argument("--data", required=True)
     commands.add_parser("tables")
     given = parser.parse_args()
     if given.command == "tables":
         tables()
-    elif given.command == "complete":
-        complete(given.space, given.data)
     else:
         measure(given.space, given.data, given.count, tuple(given.measures.split(",")), given.seed, given.label, given.images, given.size,
                 given.mode)  # fmt: skip
