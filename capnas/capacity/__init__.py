@@ -24,6 +24,8 @@ from capnas.measures.decoupling import Decoupling, coherent_share, shattering
 from capnas.measures.layer_capacity import common_ridge, kfac_capacity, over_wide, utilisation
 from capnas.recording import MEASURED
 
+_SHARERS = 16  # samples that a projection needs for its coherent share
+
 
 @dataclass(frozen=True, kw_only=True)
 class CapacityMap:
@@ -116,7 +118,8 @@ def capacity_map(
         model: on one device, with floating-point weights.
         inputs: (B, C, H, W), at least two samples.
         mode: "train" (batch statistics, for networks at initialization) or "eval"; the model's own when absent. Dropout is off in both.
-        projections: random projections of the outputs that stand for all of them; with at most as many outputs, every output is used.
+        projections: random projections of the outputs that stand for all of them, dealt over the samples where there are at least 32;
+            with at most as many outputs, every sample sends back every output.
         rows: positions per layer call that its input factor is read from, half as many per projection for its output factor;
             capacities are comparable only at equal rows and batch.
         pixels: also sweep capacity down to the input.
@@ -194,26 +197,35 @@ def _backward(
         out = out if isinstance(out, Tensor) else next(o for o in out if isinstance(o, Tensor))
         if not out.requires_grad or not bool(torch.isfinite(out).all()):
             raise UsageError("the model's outputs must be finite and depend on its input; check the weights and the batch.")
-        shares = _project(out, leaf, projections, seed)
+        shares = _project(out, leaf, taps, projections, seed)
         if not shares and taps.last_input is not None and taps.last_input.requires_grad:
-            shares = _project(taps.last_input, leaf, projections, seed)  # a head that starts at zero: look through its inputs
+            shares = _project(taps.last_input, leaf, taps, projections, seed)  # a head that starts at zero: look through its inputs
     taps.last_input = None  # it would keep the whole graph
     return taps, sum(shares) / len(shares) if shares else math.nan
 
 
-def _project(out: Tensor, leaf: Tensor, projections: int, seed: int) -> list[float]:
-    """Send projections of the outputs back; the taps on the way read their gradients. The coherent share of each that reaches the input."""
-    flat = out.reshape(len(leaf), -1)
+def _project(out: Tensor, leaf: Tensor, taps: LayerTaps, projections: int, seed: int) -> list[float]:
+    """Send projections of the outputs back; the taps on the way read their gradients. The coherent share of each that reaches the input.
+
+    With batch statistics as constants no sample's gradient holds another's, so the projections are dealt over the batch: one backward pass
+    carries as many as leave `_SHARERS` samples to each.
+    """
+    batch = len(leaf)
+    flat = out.reshape(batch, -1)
     outputs = flat.shape[1]
     if outputs <= projections:
-        directions = torch.eye(outputs)
+        passes = torch.eye(outputs)[:, None]
     else:
-        directions = torch.randn(projections, outputs, generator=torch.Generator().manual_seed(seed)) / projections**0.5
+        dealt = max(1, min(projections, batch // _SHARERS))
+        count = -(-projections // dealt)
+        passes = torch.randn(count, dealt, outputs, generator=torch.Generator().manual_seed(seed)) / count**0.5
+    taps.projections = passes.shape[1]
+    sharer = torch.arange(batch) * passes.shape[1] // batch  # the projection of each sample
     shares = []
-    for direction in directions:
-        (gradient,) = torch.autograd.grad((flat * direction.to(flat)).sum(), leaf, retain_graph=True)
-        if bool(gradient.any()):
-            shares.append(coherent_share(gradient.flatten(1)))
+    for directions in passes:
+        (gradient,) = torch.autograd.grad((flat * directions[sharer].to(flat)).sum(), leaf, retain_graph=True)
+        groups = (gradient[(sharer == i).to(gradient.device)] for i in range(len(directions)))
+        shares += [coherent_share(group.flatten(1)) for group in groups if bool(group.any())]
     return shares
 
 

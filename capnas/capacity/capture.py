@@ -202,6 +202,7 @@ class LayerTaps(TorchFunctionMode):
         self.taps: dict[str, LayerTap] = {}
         self.generator = torch.Generator().manual_seed(seed)
         self.watching = True
+        self.projections = 1  # that one backward pass carries
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -250,8 +251,9 @@ class LayerTaps(TorchFunctionMode):
 
         def take(gradient: Tensor) -> None:
             flat = gradient.detach().float()
-            if places > self.rows // 2:  # drawn, as a lattice could meet only some columns
-                picked = torch.randint(places, (self.rows // 2,), generator=self.generator).to(flat.device)
+            wanted = self.rows // 2 * self.projections
+            if places > wanted:  # drawn, as a lattice could meet only some columns
+                picked = torch.randint(places, (wanted,), generator=self.generator).to(flat.device)
             else:
                 picked = torch.arange(places, device=flat.device)
             part = flat.movedim(channel, -1)[_unravel(picked, [n for axis, n in enumerate(flat.shape) if axis != channel])]
