@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from capnas.capacity.capture import ACTIVATIONS, base_name
 from capnas.graph.tracing import INPUT, Node, Trace
 from capnas.measures.capacity_push import inject, push, push_max_pool, push_ports
+from capnas.measures.probing import FAILURES
 
 Port = tuple[int, int]
 
@@ -122,7 +123,7 @@ class Sweeper:
                 continue
             try:
                 out = self._call(node, {0: self._moment(node, 0)})
-            except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, NotImplementedError):
+            except FAILURES:
                 continue
             for port, part in enumerate([out] if isinstance(out, Tensor) else out):
                 self.moments[node.index, port] = part
@@ -169,7 +170,7 @@ class Sweeper:
         data = self._data(node)
         try:
             self._rule(node, parts, data, amount)
-        except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, NotImplementedError):
+        except FAILURES:
             self._fallback(node, data, amount)
 
     def _rule(self, node: Node, parts: dict[int, Tensor], data: list[int], amount: float) -> None:

@@ -47,7 +47,7 @@ class CodeOverlap(TorchDispatchMode):
             return  # not one entry a sample: a rectified weight or table
         codes = x.detach().reshape(self.samples, -1)
         self.finite &= all_finite(codes)
-        for part in codes.split(1 << 22, dim=1):  # float32 sums of signs are exact up to 2^24
+        for part in codes.split(1 << 14, dim=1):  # fits a cache; float32 sums of signs are exact up to 2^24
             signs = (part > 0).to(torch.float32).mul_(2).sub_(1)
             self.kernel += ((signs @ signs.T).double().cpu().numpy() + part.shape[1]) / 2
         self.units += codes.shape[1]

@@ -165,10 +165,13 @@ def test_projections_dealt_over_the_samples_stand_for_every_output() -> None:
     every = capacity_map(model, x, mode="train", projections=24, rows=4096)
     dealt = capacity_map(model, x, mode="train", projections=16, rows=4096)
     alone = capacity_map(model, x[:16], mode="train", projections=16, rows=4096)  # too few samples to share: a pass for each
-    assert dealt.mu == pytest.approx(every.mu, rel=0.1) and alone.mu == pytest.approx(every.mu, rel=0.3)
+    assert dealt.mu == pytest.approx(every.mu, rel=0.1)
+    assert alone.mu == pytest.approx(every.mu, rel=0.3)
     assert dealt.capacity["0"] == pytest.approx(every.capacity["0"], rel=0.05)  # the head's factor has the rank of the projections
-    assert dealt.coherent == pytest.approx(every.coherent, abs=0.05) and 0.1 < every.coherent < 0.9
-    assert dealt.pixels is not None and every.pixels is not None
+    assert dealt.coherent == pytest.approx(every.coherent, abs=0.05)
+    assert 0.1 < every.coherent < 0.9
+    assert dealt.pixels is not None
+    assert every.pixels is not None
     assert torch.allclose(dealt.pixels / dealt.pixels.sum(), every.pixels / every.pixels.sum(), rtol=0.05)
     linear = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 24))
     assert capacity_map(linear, x[:64], mode="eval").coherent == pytest.approx(1.0)
