@@ -115,18 +115,21 @@ def matched(v, accuracy, cost):
 
 
 def judge(v, accuracy, params, cost):
-    """All statistics of one signal in one space."""
+    """All statistics of one signal in one space; None where it does not vary."""
     top, best = accuracy >= np.median(accuracy), accuracy >= np.quantile(accuracy, 0.9)
-    return {"spearman": float(spearmanr(v, accuracy)[0]), "interval": interval(v, accuracy), "kendall": float(kendalltau(v, accuracy)[0]),
-            "top_half": float(spearmanr(v[top], accuracy[top])[0]), "top_tenth": float(spearmanr(v[best], accuracy[best])[0]),
-            "given_params": partial_spearman(v, accuracy, [params]),
-            "given_macs": None if cost is None else partial_spearman(v, accuracy, [cost]),
-            "matched_pairs": matched(v, accuracy, params if cost is None else cost)}  # fmt: skip
+    found = {"spearman": spearmanr(v, accuracy)[0], "kendall": kendalltau(v, accuracy)[0],
+             "top_half": spearmanr(v[top], accuracy[top])[0] if np.ptp(v[top]) else None,
+             "top_tenth": spearmanr(v[best], accuracy[best])[0] if np.ptp(v[best]) else None,
+             "given_params": partial_spearman(v, accuracy, [params]),
+             "given_macs": None if cost is None else partial_spearman(v, accuracy, [cost]),
+             "matched_pairs": matched(v, accuracy, params if cost is None else cost)}  # fmt: skip
+    known = {name: None if value is None or not np.isfinite(value) else float(value) for name, value in found.items()}
+    return known | {"interval": interval(v, accuracy)}
 
 
 def tables():
     summary, lines = {"weights": dict(CAPACITY_WEIGHTS), "spaces": {}}, []
-    varied = "nasbench201-"  # other settings on a part of the cells, see sensitivity.py
+    varied = ("nasbench201-16", "nasbench201-256", "nasbench201-seed")  # other settings on a part of the cells, see sensitivity.py
     for path in sorted(p for p in (HERE / "raw").glob("*.jsonl") if not p.stem.endswith("-trained") and not p.stem.startswith(varied)):
         records = [json.loads(line) for line in path.open()]
         accuracy = np.array([r["accuracy"] for r in records], dtype=float)
@@ -140,12 +143,12 @@ def tables():
                   "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
         for name, row in sorted(rows.items(), key=lambda item: -item[1]["spearman"]):
             low, high = row["interval"]
-            given = "" if row["given_macs"] is None else f"{row['given_macs']:.3f}"
-            lines.append(f"| {name} | {row['spearman']:.3f} [{low:.3f}, {high:.3f}] | {row['kendall']:.3f} | {row['top_half']:.3f} | "
-                         f"{row['top_tenth']:.3f} | {row['given_params']:.3f} | {given} | {row['matched_pairs']:.3f} |")  # fmt: skip
+            cells = ["" if row[n] is None else f"{row[n]:.3f}" for n in ("kendall", "top_half", "top_tenth", "given_params", "given_macs",
+                                                                         "matched_pairs")]  # fmt: skip
+            lines.append(f"| {name} | {row['spearman']:.3f} [{low:.3f}, {high:.3f}] | {' | '.join(cells)} |")
         lines.append("")
     (HERE / "table.md").write_text("\n".join(lines))
-    (HERE / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (HERE / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     print("\n".join(lines))
 
 

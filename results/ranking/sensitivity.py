@@ -33,7 +33,7 @@ if __name__ == "__main__":
     lines = ["Usual: seed 0, 64 images of 32 px, train mode. Spearman with final accuracy over all, better half; on the same cells.", "",
              "| NAS-Bench-201, measured with | cells | Spearman | better half | usual | better half | one with the other | CPU s each |",
              "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
-    for name in sorted(p.stem for p in (HERE / "raw").glob("nasbench201-*.jsonl")):
+    for name in sorted(p.stem for p in (HERE / "raw").glob("nasbench201-*.jsonl") if not p.stem.endswith(("-all", "-trained"))):
         rows = read(name)
         cells = [arch for arch in rows if arch in full]
         accuracy = np.array([full[a]["accuracy"] for a in cells])
