@@ -74,7 +74,9 @@ def run_study(config: StudyConfig, *, space: Any = None, data: Any = None, on_tr
         raise StudyError("several workers load space and data by name: give names in the config, or use workers=1.")
     if space is None:
         load_space(config.space)  # its errors belong before anything is created
-    folder = config.folder
+    folder, objective = config.folder, None
+    if config.workers == 1 and not (folder / "study.toml").is_file():
+        objective = _objective(config, space, data)  # those of the data as well
     folder.mkdir(parents=True, exist_ok=True)
     study = _open(config)
     before = _n_finished(study)
@@ -85,7 +87,7 @@ def run_study(config: StudyConfig, *, space: Any = None, data: Any = None, on_tr
             if before >= config.trials:
                 pass
             elif config.workers == 1:
-                _work(study, config, _objective(config, space, data), parallel=False, on_trial=on_trial)
+                _work(study, config, objective or _objective(config, space, data), parallel=False, on_trial=on_trial)
             else:
                 _launch(study, config, on_trial)
     except KeyboardInterrupt:

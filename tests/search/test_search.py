@@ -255,6 +255,13 @@ def test_workers_report_their_error_once(tmp_path: Path, data: ImageData) -> Non
     assert run_study(config(tmp_path, values=("accuracy",), trials=1), space=space, data=data).n_finished == 1
 
 
+def test_a_data_set_that_is_not_there_leaves_no_run_behind(tmp_path: Path) -> None:
+    settings = config(tmp_path, space=FILE, data="nowhere", workers=1)
+    with pytest.raises(CapnasError, match="nowhere"):
+        run_study(settings)
+    assert not settings.folder.exists() or not any(settings.folder.iterdir())
+
+
 @contextlib.contextmanager
 def started(folder: Path, trials: int, workers: int = 1, pause: float = 0.2) -> Iterator[subprocess.Popen[str]]:
     """A study in a process of its own, after its first two trials."""
