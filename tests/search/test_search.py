@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import nn
 from capnas.data import ImageData, load_data
 from capnas.errors import CapnasError, SpaceError, StudyError
 from capnas.objective.evaluation import Evaluation
-from capnas.search import RunResult, StudyConfig, open_run, run_study, worker
+from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, worker
 from capnas.search.runs import is_finished
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -260,6 +261,16 @@ def test_a_data_set_that_is_not_there_leaves_no_run_behind(tmp_path: Path) -> No
     with pytest.raises(CapnasError, match="nowhere"):
         run_study(settings)
     assert not settings.folder.exists() or not any(settings.folder.iterdir())
+
+
+def test_a_study_of_another_capacity_score_is_finished_but_not_resumed(tmp_path: Path, data: ImageData) -> None:
+    settings = config(tmp_path, values=("combined",), trials=1)
+    study = run_study(settings, space=space, data=data).study
+    assert run_study(replace(settings, trials=2), space=space, data=data).n_finished == 2
+    study.set_user_attr(SCORE, {"saturation90_mean": 3.0})
+    assert run_study(replace(settings, trials=2), space=space, data=data).finished_before == 2
+    with pytest.raises(StudyError, match="another definition of capacity_score"):
+        run_study(replace(settings, trials=3), space=space, data=data)
 
 
 @contextlib.contextmanager
