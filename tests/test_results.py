@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from capnas.objective.gates import RANKED_BY
-from capnas.objective.targets import WEIGHTS
+from capnas.objective.targets import PRINCIPLED, WEIGHTS
 from capnas.scoring import CAPACITY_WEIGHTS
 
 RANKING = Path(__file__).resolve().parent.parent / "results" / "ranking"
@@ -74,6 +74,12 @@ def test_the_weights_of_the_sum_are_among_the_best_pairs() -> None:
     shipped = mean[WEIGHTS["init_capacity_score"], WEIGHTS["init_log2_macs"]]
     assert shipped > max(mean.values()) - 0.01
     assert shipped > mean[0.0, 0.0] + 0.1
+
+
+def test_the_preset_of_the_three_theories_is_the_best_choice_of_its_study() -> None:
+    named = json.loads((RANKING / "principled.json").read_text())
+    assert named["best on average"]["weights"] == named["shipped"]["weights"] == dict(PRINCIPLED)
+    assert named["shipped"]["mean"] > named["accuracy alone"]["mean"]
 
 
 def test_the_defaults_are_the_score() -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from combine import ranked
+from run import columns, costs
 
-from capnas.objective.targets import PRINCIPLED
+from capnas.objective.targets import PRINCIPLED, WEIGHTS
 from capnas.scoring import SCORES
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +43,8 @@ def read(space):
         values = [before[a]["scores"][plain] if plain != name else short[a]["after_training"][name] for a in known]
         scores[name] = np.array([SCORES[plain].oriented(v) for v in values], dtype=float)
         scores[name][np.isnan(scores[name])] = np.nanmin(scores[name])
+    scores["init_capacity_score"] = columns([before[a] for a in known])["capacity_score"]
+    scores["init_log2_macs"] = np.log2([costs(before[a])[1] for a in known])
     return np.array([final[a]["accuracy"] for a in known]), np.array(accuracy), scores
 
 
@@ -58,7 +61,7 @@ if __name__ == "__main__":
         reach(data, dict(zip((saturation, capacity, SLACK), weights)))
         for saturation, capacity in product(SATURATION, CAPACITY) for weights in product(GRID, repeat=3)
     ]  # fmt: skip
-    named = {"accuracy alone": reach(data, {}), "shipped": reach(data, dict(PRINCIPLED)),
+    named = {"accuracy alone": reach(data, {}), "shipped": reach(data, dict(PRINCIPLED)), "combined": reach(data, dict(WEIGHTS)),
              "the three after training, equal": reach(data, dict.fromkeys(("saturation_evenness", "capacity_balance", SLACK), 0.05)),
              "best on average": max(found, key=lambda row: row["mean"]),
              **{f"best on {space}": max(found, key=lambda row: sum(row["reached"][space])) for space in data}}  # fmt: skip
@@ -76,6 +79,6 @@ if __name__ == "__main__":
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "; ".join(f"{space}: {len(final)} networks" for space, (final, *_) in data.items()) + "; every weight from "
               f"{', '.join(f'{w:g}' for w in GRID)}."]  # fmt: skip
-    (HERE / "principled.json").write_text(json.dumps(list(named.values()), indent=1) + "\n")
+    (HERE / "principled.json").write_text(json.dumps(named, indent=1) + "\n")
     (HERE / "principled.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

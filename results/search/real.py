@@ -42,6 +42,7 @@ CASES = {
 }
 METHODS = {  # capnas: as released
     "capnas": {"sampler": "tpe", "values": ("combined",)},
+    "capnas, principled": {"sampler": "tpe", "values": ("principled",)},
     "TPE on accuracy": {"sampler": "tpe", "values": ("accuracy",)},
     "random": {"sampler": "random", "values": ("accuracy",)},
 }
@@ -78,7 +79,7 @@ def search(case, method, seed, data, given):
         train=TrainConfig(epochs=given.epochs, record=measured),
         probe_images=64 if measured else 2,  # the others need no look at the untrained network
     )
-    folder = Path(given.runs) / f"{case}-{method.replace(' ', '_')}-{seed}"
+    folder = Path(given.runs) / f"{case}-{method.replace(', ', '-').replace(' ', '_')}-{seed}"
     pruner = make_pruner("median", epochs=given.epochs)
     study = optuna.create_study(study_name="real", storage=open_storage(None, folder), directions=objective.directions,
                                 pruner=pruner, load_if_exists=True)  # fmt: skip

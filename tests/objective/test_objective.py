@@ -396,12 +396,12 @@ def test_the_founding_presets_measure_all_three_theories(data: ImageData, values
     study = run(o, LARGE)
     (found,) = evaluations(study)
     assert found.status == "complete", found.reason
-    for name in ("saturation_evenness", "capacity_balance", "depth_evenness", "capacity_slack"):
+    for name in ("init_block_saturation_evenness", "saturation_evenness", "depth_evenness", "capacity_slack"):
         if name in o.weights or name in o.names:
             assert 0 <= found.metrics[name] <= 1, name
     if values == "principled":
         terms = sum(weight * found.metrics[name] for name, weight in o.weights.items())
-        assert set(o.weights) == {"saturation_evenness", "capacity_balance", "capacity_slack"}
+        assert set(o.weights) == {"init_block_saturation_evenness", "depth_evenness", "capacity_slack"}
         assert study.trials[0].value == pytest.approx(found.metrics["accuracy"] + terms)
     else:
         assert o.names == ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
