@@ -186,7 +186,7 @@ def capacity_map(
 def _backward(
     model: nn.Module, inputs: Tensor, mode: str, projections: int, rows: int, revive: bool, seed: int, reader: MomentReader
 ) -> tuple[LayerTaps, float]:
-    """Layer factors, moments and the coherent share, from one forward and a few backward passes."""
+    """Layer factors, moments and the coherent share, from one forward pass and as many backward passes as the projections need."""
     batch = len(inputs)
     taps = LayerTaps(model, batch, rows=rows, batch_statistics=mode == "train", revive=revive, seed=seed)
     with quiet(model, seed, grad=True):

@@ -46,8 +46,8 @@ def profile_model(
         targets: (B,) classes, for measures that need a loss.
         measures: any of `MEASURES`; "saturation" and, where the model can be traced, "structure" when absent. "saturation" is always
             read; "structure" adds the layer algebra and receptive fields from the traced graph, "norms" operator norms, "capacity"
-            capacity allocation (a few backward passes), "proxies" the published baselines synflow, naswot, zico, snip, grad_norm, params
-            and macs.
+            capacity allocation (one to four backward passes), "proxies" the published baselines synflow, naswot, zico, snip, grad_norm,
+            params and macs.
         threshold: share of the variance that the intrinsic dimension explains.
         reading: "modules", "blocks" or "both".
         blocks: regular expression naming the units to read as blocks.

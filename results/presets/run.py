@@ -17,7 +17,7 @@ from capnas.search.config import StudyConfig
 
 HERE = Path(__file__).resolve().parent
 PRESETS = ("principled", "principled-pareto")
-SHOWN = ("accuracy", "saturation_evenness", "capacity_balance", "depth_evenness", "capacity_slack")
+SHOWN = ("accuracy", "init_block_saturation_evenness", "saturation_evenness", "depth_evenness", "capacity_slack")
 SETTING = {"space": "resnet", "data": "fashion-mnist-12k", "epochs": 2, "max_macs": 4_000_000, "seed": 0}
 
 
@@ -43,8 +43,9 @@ def derive():
             lines.append(row("principled: most accurate", most[0].number, most[1]))
         else:
             lines += [row("pareto front", t.number, e) for t, e in done if t.number in front]
-        middle = [statistics.median(e.metrics[m] for _, e in done if e.metrics.get(m) is not None) for m in SHOWN]
-        lines.append(f"| {preset}: median of the trained |  | {' | '.join(f'{v:.3f}' for v in middle)} |  |  |")
+        known = [[e.metrics[m] for _, e in done if e.metrics.get(m) is not None] for m in SHOWN]
+        middle = (f"{statistics.median(values):.3f}" if values else "-" for values in known)
+        lines.append(f"| {preset}: median of the trained |  | {' | '.join(middle)} |  |  |")
         named = "" if preset == "principled" else f", {len(front & {t.number for t, _ in done})} of these on the front"
         notes.append(f"{preset}: {run.n_finished} finished trials, {len(done)} trained to the end{named}.")
     text = "\n".join([*lines, "", *notes, f"Space {SETTING['space']}, {SETTING['data']}, {SETTING['epochs']} epochs a trial, at most "
