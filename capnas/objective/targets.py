@@ -21,7 +21,7 @@ INIT = "init_"
 # networks, hence the MACs; a heavier score ranks better on the benchmarks and worse on the space.
 WEIGHTS: Mapping[str, float] = {"init_capacity_score": 0.02, "init_log2_macs": 0.04}
 _SCORES = (*SCORES, *(INIT + name for name in UNTRAINED))
-# One score of each theory, chosen and weighted on short trainings of two spaces, see results/ranking/principled.md: more of any ranks worse.
+# One score of each theory, chosen and weighted on short trainings of two spaces, see results/ranking/principled.md.
 PRINCIPLED: Mapping[str, float] = {"init_block_saturation_evenness": 0.05, "depth_evenness": 0.02, "capacity_slack": 0.02}
 PARETO = ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
 SUMS = ("combined", "principled")
