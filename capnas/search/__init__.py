@@ -26,7 +26,6 @@ from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
 from capnas.objective.evaluation import Evaluation
 from capnas.objective.pool import superseded
 from capnas.objective.stopping import MedianRule
-from capnas.objective.targets import wanted
 from capnas.scoring import CAPACITY_WEIGHTS
 from capnas.search.config import StudyConfig
 from capnas.search.export import write_environment, write_trials
@@ -133,14 +132,11 @@ def _open(config: StudyConfig) -> optuna.Study:
             raise StudyError(f"the study {config.name} exists with other settings: {'; '.join(conflicts)}. Choose another name or folder.")
         optuna.delete_study(study_name=config.name, storage=storage)  # it failed before its first trial: nothing is lost
         study, stored = _create(config, storage), None
-    rated = any(name.endswith("capacity_score") for name in wanted(config.values, config.weights or {}))
-    if rated and not empty and study.user_attrs.get(SCORE) != dict(CAPACITY_WEIGHTS) and _n_finished(study) < config.trials:
-        raise StudyError(
-            f"the study {config.name} was begun with another definition of capacity_score, which new trials would not compare with. "
-            "Choose another name or folder, or go on with the version of capnas that began it (environment.json)."
-        )
     if empty:
         study.set_user_attr(SCORE, dict(CAPACITY_WEIGHTS))
+    elif config.rates_capacity and study.user_attrs.get(SCORE) != dict(CAPACITY_WEIGHTS) and _n_finished(study) < config.trials:
+        advice = "Choose another name or folder, or go on with the version of capnas that began it (environment.json)."
+        raise StudyError(f"the study {config.name} has another definition of capacity_score: new trials would not compare. {advice}")
     if stored != config.to_dict():
         study.set_user_attr(ATTRIBUTE, config.to_dict())
     if stored is None:

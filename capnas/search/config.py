@@ -11,7 +11,7 @@ from typing import Any
 
 from capnas.errors import StudyError, UsageError, one_of
 from capnas.objective.pool import check_pool
-from capnas.objective.targets import SUMS, check_values, check_weights, direction_of
+from capnas.objective.targets import SUMS, check_values, check_weights, direction_of, wanted
 from capnas.scoring import Direction
 from capnas.search.samplers import PRUNERS, SAMPLERS, check_sampler
 from capnas.search.storages import hide_password
@@ -170,6 +170,11 @@ class StudyConfig:
             return cls.from_dict(tomllib.loads(text), out=out)
         except (tomllib.TOMLDecodeError, TypeError) as error:
             raise StudyError(f"the study's settings cannot be read: {error}.") from error
+
+    @property
+    def rates_capacity(self) -> bool:
+        """Whether a value holds `capacity_score`, whose definition may differ between versions."""
+        return any(name.endswith("capacity_score") for name in wanted(self.values, self.weights or {}))
 
     def conflicts(self, stored: Mapping[str, Any]) -> list[str]:
         """What differs from a stored study's settings and cannot be changed when it is resumed."""
