@@ -220,11 +220,11 @@ def _project(out: Tensor, leaf: Tensor, taps: LayerTaps, projections: int, seed:
         count = -(-projections // dealt)
         passes = torch.randn(count, dealt, outputs, generator=torch.Generator().manual_seed(seed)) / count**0.5
     taps.projections = passes.shape[1]
-    sharer = torch.arange(batch) * passes.shape[1] // batch  # the projection of each sample
+    sharer = torch.arange(batch) * taps.projections // batch  # the projection of each sample
     shares = []
     for directions in passes:
         (gradient,) = torch.autograd.grad((flat * directions[sharer].to(flat)).sum(), leaf, retain_graph=True)
-        groups = (gradient[(sharer == i).to(gradient.device)] for i in range(len(directions)))
+        groups = (gradient[(sharer == i).to(gradient.device)] for i in range(taps.projections))
         shares += [coherent_share(group.flatten(1)) for group in groups if bool(group.any())]
     return shares
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from capnas.capacity.capture import ACTIVATIONS, base_name
 from capnas.graph.tracing import INPUT, Node, Trace
 from capnas.measures.capacity_push import inject, push, push_max_pool, push_ports
-from capnas.measures.probing import FAILURES
 
 Port = tuple[int, int]
 
+_UNFIT = (RuntimeError, TypeError, AttributeError, ValueError, KeyError)  # what an operation raises on maps that it was not made for
 _FLOAT = torch.float32  # of the maps; sums are kept in double precision
 _GATE = re.compile("_?softmax|_safe_softmax|sigmoid|hardsigmoid|linalg_vector_norm|norm|(var|std)(_mean)?|r?sqrt|reciprocal")
 _NORM = re.compile("native_(batch|layer|group)_norm|cudnn_batch_norm|.*rms_norm")
@@ -123,7 +123,7 @@ class Sweeper:
                 continue
             try:
                 out = self._call(node, {0: self._moment(node, 0)})
-            except FAILURES:
+            except _UNFIT:
                 continue
             for port, part in enumerate([out] if isinstance(out, Tensor) else out):
                 self.moments[node.index, port] = part
@@ -170,7 +170,7 @@ class Sweeper:
         data = self._data(node)
         try:
             self._rule(node, parts, data, amount)
-        except FAILURES:
+        except _UNFIT:
             self._fallback(node, data, amount)
 
     def _rule(self, node: Node, parts: dict[int, Tensor], data: list[int], amount: float) -> None:

@@ -126,8 +126,7 @@ def operator_norm(
     conv = replace(conv, weight=weight.double() / scale)
     if chosen == "power":
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
-        layout = torch.channels_last if weight.dim() == 4 and groups == 1 else torch.preserve_format
-        norm = _iterated(replace(conv, weight=conv.weight.to(dtype, memory_format=layout)), tolerance, max_steps, bounded)
+        norm = _iterated(replace(conv, weight=conv.weight.to(dtype)), tolerance, max_steps, bounded)
         upper = min(norm.upper, ring_bound(conv)) if tight and padding_mode == "zeros" else norm.upper
         return replace(norm, value=scale * norm.value, lower=scale * norm.lower, upper=scale * max(norm.value, upper))
     matrices = {
@@ -239,6 +238,9 @@ def _transposed_output(
 
 
 def _iterated(conv: Convolution, tolerance: float, max_steps: int, bounded: bool) -> OperatorNorm:
+    images = conv.groups == 1 and len(conv.axes) == 2  # with channels stored last these convolve faster; a norm does not mind the order
+    if images:
+        conv = replace(conv, weight=conv.weight.to(memory_format=torch.channels_last))
     wide = math.prod(conv.input_shape) > math.prod(conv.output_shape)  # iterate on the smaller side
     shape = conv.output_shape if wide else conv.input_shape
     first, second = (conv.adjoint, conv.forward) if wide else (conv.forward, conv.adjoint)
@@ -246,7 +248,7 @@ def _iterated(conv: Convolution, tolerance: float, max_steps: int, bounded: bool
         matrix = conv.matrix()  # the explicit matrix is hardly larger than the weight, and one product with it is faster than a convolution
         matrix = matrix if wide else matrix.mT
         apply = lambda v: (matrix @ (matrix.mT @ v[..., None]))[..., 0]  # noqa: E731
-    elif conv.groups == 1 and len(conv.axes) == 2:  # channels stored last convolve faster; a norm does not mind the order
+    elif images:
         channels, *sides = shape
         apply = lambda v: second(first(v.reshape(1, *sides, channels).movedim(-1, 1))).movedim(1, -1).reshape(1, -1)  # noqa: E731
     else:

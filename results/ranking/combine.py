@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from run import columns, costs
+from run import columns, costs, records_of
 from scipy.stats import rankdata, spearmanr
 from sklearn.ensemble import GradientBoostingRegressor
 from sklearn.model_selection import cross_val_predict
@@ -24,9 +24,8 @@ SPACES = ("nasbench201", "nasbench101", "mbconv")
 SCORE, MACS = (0.0, 0.02, 0.05, 0.1, 0.2), (0.0, 0.02, 0.04, 0.06)
 
 
-def read(space):
+def read(records):
     """Final accuracy, short accuracy as a share, capacity score and log2 MACs."""
-    records = [json.loads(line) for line in (HERE / "raw" / f"{space}.jsonl").open()]
     short = np.array([r["short_accuracy"] for r in records])
     final = np.array([r["accuracy"] for r in records])
     return final, short / (100 if short.max() > 1 else 1), columns(records)["capacity_score"], np.log2([costs(r)[1] for r in records])
@@ -38,9 +37,8 @@ def ranked(value, final):
     return [float(spearmanr(value[i], final[i])[0]) for i in (slice(None), top)]
 
 
-def ceiling(space, short):
+def ceiling(records, short):
     """What trees make of every signal, with or without the short training, of the space that they are fitted on; ten folds, unseen."""
-    records = [json.loads(line) for line in (HERE / "raw" / f"{space}.jsonl").open()]
     signals = {n: v for n, v in columns(records).items() if n not in ("combined", *(() if short else ("short_accuracy",)))}
     final = np.array([r["accuracy"] for r in records])
     trees = GradientBoostingRegressor(n_estimators=300, max_depth=4, learning_rate=0.05, subsample=0.7, random_state=0)
@@ -48,7 +46,8 @@ def ceiling(space, short):
 
 
 if __name__ == "__main__":
-    data = {space: read(space) for space in SPACES}
+    measured = {space: records_of(space) for space in SPACES}
+    data = {space: read(records) for space, records in measured.items()}
     rows = []
     for score, macs in product(SCORE, MACS):
         reached = {s: ranked(short + score * value + macs * size, final) for s, (final, short, value, size) in data.items()}
@@ -62,7 +61,7 @@ if __name__ == "__main__":
     lines += ["", "Gradient-boosted trees on every signal, fitted on the space itself (ten folds, each predicted by the others):", "",
               f"| signals | {' | '.join(f'{s}: all, better half' for s in SPACES)} |", "| --- |" + " --- |" * len(SPACES)]  # fmt: skip
     for label, short in (("untrained", False), ("untrained and the short training", True)):
-        lines.append(f"| {label} | {' | '.join('{:.3f}, {:.3f}'.format(*ceiling(s, short)) for s in SPACES)} |")
+        lines.append(f"| {label} | {' | '.join('{:.3f}, {:.3f}'.format(*ceiling(measured[s], short)) for s in SPACES)} |")
     (HERE / "combined.json").write_text(json.dumps(rows, indent=1) + "\n")
     (HERE / "combined.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from run import costs
+from run import costs, records_of
 from scipy.stats import rankdata
 
 from capnas.scoring import CAPACITY_WEIGHTS
@@ -59,7 +59,7 @@ def search(spaces, seconds, seed=0, without=()):
 
 
 def main(seconds):
-    data = {s: Ranking([json.loads(line) for line in (HERE / "raw" / f"{s}.jsonl").open()]) for s in SPACES}
+    data = {s: Ranking(records_of(s)) for s in SPACES}
     shipped = np.array([CAPACITY_WEIGHTS.get(t, 0.0) for t in TERMS])
     rows = [{"fitted_on": "shipped", "weights": shipped}, {"fitted_on": "all", "weights": search(list(data.values()), seconds)}]
     rows += [{"fitted_on": f"all but {s}", "weights": search([data[o] for o in SPACES if o != s], seconds)} for s in SPACES]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from combine import ranked
-from run import columns, costs
+from run import columns, costs, records_of
 
 from capnas.objective.targets import PRINCIPLED, WEIGHTS
 from capnas.scoring import SCORES
@@ -28,7 +28,7 @@ GRID = (0.02, 0.05, 0.1, 0.2, 0.4)  # all three take part
 
 
 def rows(name):
-    return {r["arch"]: r for r in map(json.loads, (HERE / "raw" / f"{name}.jsonl").open())}
+    return {r["arch"]: r for r in records_of(name)}
 
 
 def read(space):
@@ -42,7 +42,6 @@ def read(space):
         plain = name.removeprefix("init_")
         values = [before[a]["scores"][plain] if plain != name else short[a]["after_training"][name] for a in known]
         scores[name] = np.array([SCORES[plain].oriented(v) for v in values], dtype=float)
-        scores[name][np.isnan(scores[name])] = np.nanmin(scores[name])
     scores["init_capacity_score"] = columns([before[a] for a in known])["capacity_score"]
     scores["init_log2_macs"] = np.log2([costs(before[a])[1] for a in known])
     return np.array([final[a]["accuracy"] for a in known]), np.array(accuracy), scores

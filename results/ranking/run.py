@@ -68,6 +68,16 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
     (HERE / "raw" / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 
 
+def records_of(name):
+    """The rows of raw/NAME.jsonl."""
+    return [json.loads(line) for line in (HERE / "raw" / f"{name}.jsonl").open()]
+
+
+def is_varied(name):
+    """Whether a file holds a part of the cells measured with other settings, which sensitivity.py compares."""
+    return name.startswith("nasbench201-") and not name.endswith(("-all", "-trained"))
+
+
 def costs(record):
     """Parameters and MACs: published where the table has them, else those of the network that was measured."""
     macs = record.get("macs") or record.get("flops") or (record.get("gmacs") or 0) * 1e9 or record.get("n_macs")
@@ -129,16 +139,16 @@ def judge(v, accuracy, params, cost):
 
 def tables():
     summary, lines = {"weights": dict(CAPACITY_WEIGHTS), "spaces": {}}, []
-    varied = ("nasbench201-16", "nasbench201-256", "nasbench201-seed")  # other settings on a part of the cells, see sensitivity.py
-    for path in sorted(p for p in (HERE / "raw").glob("*.jsonl") if not p.stem.endswith("-trained") and not p.stem.startswith(varied)):
-        records = [json.loads(line) for line in path.open()]
+    names = sorted(path.stem for path in (HERE / "raw").glob("*.jsonl"))
+    for space in (n for n in names if not n.endswith("-trained") and not is_varied(n)):
+        records = records_of(space)
         accuracy = np.array([r["accuracy"] for r in records], dtype=float)
         found = columns(records)
         params, macs = found["params"], found.get("macs")
         rows = {name: judge(v, accuracy, params, macs) for name, v in found.items() if np.ptp(v) > 0}
         seconds = float(np.mean([r["seconds"] for r in records]))
-        summary["spaces"][path.stem] = {"architectures": len(records), "seconds": seconds, "signals": rows}
-        lines += [f"## {path.stem}: {len(records)} architectures, {seconds:.2f} CPU seconds each", "",
+        summary["spaces"][space] = {"architectures": len(records), "seconds": seconds, "signals": rows}
+        lines += [f"## {space}: {len(records)} architectures, {seconds:.2f} CPU seconds each", "",
                   "| signal | Spearman [95 %] | Kendall | top half | top tenth | given params | given MACs | pairs of like cost |",
                   "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
         for name, row in sorted(rows.items(), key=lambda item: -item[1]["spearman"]):

@@ -6,11 +6,10 @@ Raw: `run.py measure nasbench201 --count 150 --measures structure` with --seed, 
 cells are the first of these. The thresholds and readings are those that every row of the ranking study holds.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
-from run import columns
+from run import columns, is_varied, records_of
 from scipy.stats import spearmanr
 
 from capnas.measures.evenness import evenness
@@ -19,22 +18,18 @@ HERE = Path(__file__).resolve().parent
 BLOCKS = ("0.99", "0.9", "0.95", None, "0.999", "effective rank")  # columns of the stored blocks; the fourth repeats the first
 
 
-def read(name):
-    return {r["arch"]: r for r in map(json.loads, (HERE / "raw" / f"{name}.jsonl").open())}
-
-
 def ranked(values, accuracy):
     top = accuracy >= np.median(accuracy)
     return f"{spearmanr(values, accuracy)[0]:.3f} | {spearmanr(values[top], accuracy[top])[0]:.3f}"
 
 
 if __name__ == "__main__":
-    full = read("nasbench201")
+    full = {r["arch"]: r for r in records_of("nasbench201")}
     lines = ["Usual: seed 0, 64 images of 32 px, train mode. Spearman with final accuracy over all, better half; on the same cells.", "",
              "| NAS-Bench-201, measured with | cells | Spearman | better half | usual | better half | one with the other | CPU s each |",
              "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
-    for name in sorted(p.stem for p in (HERE / "raw").glob("nasbench201-*.jsonl") if not p.stem.endswith(("-all", "-trained"))):
-        rows = read(name)
+    for name in sorted(p.stem for p in (HERE / "raw").glob("*.jsonl") if is_varied(p.stem)):
+        rows = {r["arch"]: r for r in records_of(name)}
         cells = [arch for arch in rows if arch in full]
         accuracy = np.array([full[a]["accuracy"] for a in cells])
         usual, values = (columns([found[a] for a in cells])["capacity_score"] for found in (full, rows))
@@ -45,7 +40,7 @@ if __name__ == "__main__":
               "| space | threshold | mean: Spearman | better half | evenness: Spearman | better half |",
               "| --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for space in ("nasbench201", "nasbench101", "macro", "timm", "mbconv"):
-        rows = list(read(space).values())
+        rows = records_of(space)
         accuracy = np.array([r["accuracy"] for r in rows], dtype=float)
         blocks = [np.nan_to_num(np.array(r["blocks"], dtype=float)) for r in rows]
         for column, threshold in enumerate(BLOCKS):

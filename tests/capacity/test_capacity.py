@@ -158,6 +158,7 @@ def test_capacity_of_layers_is_that_of_the_full_factors() -> None:
     assert dict(found.n_params) == {"0": 63, "2": 30}
     assert found.utilisation["2"] == pytest.approx(found.capacity["2"] / 30)
 
+
 def test_projections_dealt_over_the_samples_stand_for_every_output() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(512, 24))
