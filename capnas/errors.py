@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_MANY = 30  # names, beyond which an error lists only the nearest
+
 
 class CapnasError(Exception):
     """Base of every error that capnas raises on purpose; its text is one line for the user."""
@@ -28,13 +30,19 @@ class MissingDependencyError(CapnasError, ImportError):
 
 
 def one_of(name: str, value: object, known: object) -> str:
-    """The sentence for a name that is not among the known ones.
+    """The sentence for a name that is not among the known ones: all of them, or of many the nearest.
 
     >>> one_of("sampler", "tpee", ["tpe", "random"])
     "sampler must be one of random, tpe; got 'tpee'. Did you mean 'tpe'?"
+    >>> one_of("values", "latency7", [f"latency{i}" for i in range(7)] + [f"score{i}" for i in range(30)])
+    "values has no 'latency7' among its 37 names. Did you mean 'latency6', 'latency5' or 'latency4'?"
     """
     import difflib
 
     names = sorted(str(k) for k in known)  # type: ignore[attr-defined]
-    close = difflib.get_close_matches(str(value), names, n=1)
-    return f"{name} must be one of {', '.join(names)}; got {value!r}." + (f" Did you mean {close[0]!r}?" if close else "")
+    close = [repr(match) for match in difflib.get_close_matches(str(value), names, n=3)]
+    if close and len(names) > _MANY:
+        *others, last = close
+        guess = f"{', '.join(others)} or {last}" if others else last
+        return f"{name} has no {value!r} among its {len(names)} names. Did you mean {guess}?"
+    return f"{name} must be one of {', '.join(names)}; got {value!r}." + (f" Did you mean {close[0]}?" if close else "")

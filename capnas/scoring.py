@@ -65,6 +65,7 @@ _PER_LAYER: tuple[tuple[str, Direction, float, Callable[[LayerProfile], float | 
      "coefficient of variation of saturation over {}: 0 when even"),
     ("tail_fraction", "minimize", 1, _saturation, evenness.tail_fraction,
      "share of trailing {} below a quarter of the largest saturation: where the work stops early"),
+    ("saturation90_mean", "maximize", 1, _saturation90, evenness.mean, "mean over {} of saturation at threshold 0.9"),
     ("rank_mean", "maximize", 1, _rank_share, evenness.mean, "mean effective rank over width of {}: a saturation without a threshold"),
 )  # fmt: skip
 
@@ -106,6 +107,12 @@ def _dimension(profile: Profile) -> float:
     return math.log2(1 + sum(k)) if k else math.nan
 
 
+def _params_in_use(profile: Profile) -> float:
+    layers = [(row.params, share) for row in profile.layers if (share := _saturation90(row)) is not None and math.isfinite(share)]
+    total = sum(params for params, _ in layers)
+    return sum(params * share for params, share in layers) / total if total else math.nan
+
+
 def _activations(profile: Profile) -> float:
     values = [row.width * row.positions for row in profile.blocks if row.positions is not None]
     return math.log2(sum(values)) if values else math.nan
@@ -137,8 +144,8 @@ def _table() -> Mapping[str, Score]:
         for name, low, high, compute, meaning in (
             ("capacity_score", -math.inf, math.inf, _capacity_score,
              "rank of an untrained network: even and high use of width, dimensions, shortcuts, room between the blocks (ours)"),
-            ("saturation90_mean", 0, 1, partial(_over, reading="modules", column=_saturation90, statistic=evenness.mean),
-             "mean over layers of saturation at threshold 0.9"),
+            ("params_in_use", 0, 1, _params_in_use,
+             "share of the layers' parameters in use: saturation at threshold 0.9, each layer counted by its parameters (ours)"),
             ("dimension", 0, math.inf, _dimension, "log2 of 1 + the dimensions that hold 90 % of the variance, summed over layers"),
             ("log2_activations", 0, math.inf, _activations,
              "log2 of the numbers that the blocks hand on for one image, positions times width: the room they share (ours)"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_directions_ranges_and_meanings() -> None:
     read = {f"{prefix}{name}" for prefix in ("", "block_") for name in ("tail_fraction", "rank_mean")}
     for name, spec in SCORES.items():
         assert spec.name == name
-        assert math.isnan(values[name]) == (name == "saturation90_mean" or ("saturation" not in name and name not in read))
+        assert math.isnan(values[name]) == (name.endswith("saturation90_mean") or ("saturation" not in name and name not in read))
         assert spec.direction in ("maximize", "minimize")
         assert spec.low <= values[name] <= spec.high or math.isnan(values[name])
         assert len(spec.meaning) > 20
@@ -83,6 +84,28 @@ def test_capacity_score_prefers_width_and_shortcuts_and_a_live_network() -> None
     values = [score(p)["capacity_score"] for p in (untrained(16), untrained(8), untrained(8, chain), untrained(8, dead))]
     assert values == sorted(values, reverse=True)
     assert math.isfinite(values[-1])
+
+
+def test_use_of_blocks_and_parameters_at_ninety_percent_is_its_closed_form() -> None:
+    found = untrained()
+    values = score(found, ["block_saturation90_mean", "params_in_use"])
+    blocks = [row.saturations["0.9"] for row in found.blocks if row.saturations]
+    assert values["block_saturation90_mean"] == pytest.approx(np.mean(blocks), rel=1e-12)
+    layers = [(row.params, row.saturations["0.9"]) for row in found.layers if row.saturations]
+    counts, shares = np.array(layers).T
+    assert values["params_in_use"] == pytest.approx(np.average(shares, weights=counts), rel=1e-12)
+    assert values["params_in_use"] != pytest.approx(shares.mean(), rel=1e-3)
+    assert len(layers) == len(found.layers) > len(blocks) > 0
+
+
+def test_parameters_of_layers_without_a_saturation_do_not_count() -> None:
+    found = untrained()
+    rest, last = found.layers[1:], found.layers[-1]
+    without = replace(found, layers=(*rest, replace(last, saturations=None), replace(last, saturations={"0.9": math.nan})))
+    counts = [row.params for row in rest]
+    expected = np.average([row.saturations["0.9"] for row in rest if row.saturations], weights=counts)
+    assert score(without, ["params_in_use"])["params_in_use"] == pytest.approx(expected, rel=1e-12)
+    assert math.isnan(score(replace(found, layers=()), ["params_in_use"])["params_in_use"])
 
 
 def test_an_average_counts_at_its_gain() -> None:

@@ -48,7 +48,7 @@ class Objective:
         space: A search space, or what `capnas.load_space` takes.
         data: Images, or what `capnas.load_data` takes.
         values: What to optimize, one value each, see `capnas.objective.targets`; ``"combined"`` is accuracy plus weighted capacity scores.
-        weights: Of the scores in ``combined``; provisional defaults in `capnas.objective.targets.WEIGHTS`, see ``objective.weights``.
+        weights: Of the scores in ``combined``; defaults in `capnas.objective.targets.WEIGHTS`, see ``objective.weights``.
         epochs: Of the short training; that of ``train`` where None.
         max_params: Most parameters, or None.
         max_macs: Most multiply-accumulates of one image, or None.

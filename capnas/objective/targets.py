@@ -17,9 +17,12 @@ from capnas.scoring import SCORES, Direction
 
 COSTS = ("params", "macs")
 INIT = "init_"
-# Calibrated on short trainings of two published benchmarks and a timm space, see results/ranking: a short training undervalues large
-# networks, hence the MACs; a heavier score ranks better on the benchmarks and worse on the space.
-WEIGHTS: Mapping[str, float] = {"init_capacity_score": 0.02, "init_log2_macs": 0.04}
+# Calibrated on short trainings of two published benchmarks and a timm space, see results/ranking/combined.md: what a short training
+# undervalues is size, above all where it is in use, and it overvalues depth without shortcuts. Within one space these rank better than
+# `capacity_score`, which also compares families.
+WEIGHTS: Mapping[str, float] = {
+    "init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003
+}  # fmt: skip
 _SCORES = (*SCORES, *(INIT + name for name in UNTRAINED))
 # One score of each theory, chosen and weighted on short trainings of two spaces, see results/ranking/principled.md.
 PRINCIPLED: Mapping[str, float] = {"init_block_saturation_evenness": 0.05, "depth_evenness": 0.02, "capacity_slack": 0.02}

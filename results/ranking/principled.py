@@ -42,8 +42,8 @@ def read(space):
         plain = name.removeprefix("init_")
         values = [before[a]["scores"][plain] if plain != name else short[a]["after_training"][name] for a in known]
         scores[name] = np.array([SCORES[plain].oriented(v) for v in values], dtype=float)
-    scores["init_capacity_score"] = columns([before[a] for a in known])["capacity_score"]
-    scores["init_log2_macs"] = np.log2([costs(before[a])[1] for a in known])
+    signals = columns([before[a] for a in known]) | {"log2_macs": np.log2([costs(before[a])[1] for a in known])}
+    scores |= {name: signals[name.removeprefix("init_")] for name in WEIGHTS}
     return np.array([final[a]["accuracy"] for a in known]), np.array(accuracy), scores
 
 

@@ -26,7 +26,8 @@ from capnas.profile import profile_model
 from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
 
 HERE = Path(__file__).resolve().parent
-IMAGES = {"timm": (32, 128), "mbconv": (64, 24)}  # images of the probe batch and their size
+IMAGES = {"timm": (16, None), "mbconv": (64, 24)}  # images of the probe batch and their size; None: the size that the table lists
+OWN = ("timm", "mbconv")  # initialized by their authors' rules: measured at torch's default initialization, as a search measures
 WIDTHS = {"nasbench101": 64}  # channels of the first stage where not the published number: half of 128 (raw/nasbench101-quarter: 32)
 
 
@@ -34,28 +35,32 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
     torch.set_num_threads(1)
     rows = benchmarks.table(space, folder, count)
     images, size = (given or usual for given, usual in zip((images, size), IMAGES.get(space, (64, 32))))
-    x, y = benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, seed, size)
+    archive, probe = Path(folder) / "cifar10_jpeg.zip", {}
     path = HERE / "raw" / f"{'-'.join([space, *([f'seed{seed}'] if seed else []), *([label] if label else [])])}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    known = {json.loads(line)["arch"] for line in path.open()} if path.exists() else set()
+    known = {(row["arch"], row.get("img_size")) for row in map(json.loads, path.open())} if path.exists() else set()
     names = [n for n in SCORES if set(measures_for([n])) <= {"saturation", *measures} and n != "capacity_slack"]
     with path.open("a") as out:
         for _, row in rows.iterrows():
-            if row["arch"] in known:
+            if (row["arch"], row.get("img_size")) in known:
                 continue
+            side = size or int(row["img_size"])
+            if side not in probe:
+                probe = {side: benchmarks.cifar(archive, images, seed, side)}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = benchmarks.build(space, row, WIDTHS.get(space, size if space == "timm" else None))
+                model = benchmarks.build(space, row, WIDTHS.get(space, side if space == "timm" else None))
             start = time.process_time()
             try:
-                found = profile_model(model, x, y, mode=mode, measures=("saturation", *measures), seed=seed)
+                found = profile_model(model, *probe[side], mode=mode, measures=("saturation", *measures), seed=seed,
+                                      initialize=space in OWN)  # fmt: skip
             except Exception as error:
                 print(row["arch"], type(error).__name__, str(error)[:100], flush=True)
                 continue
             seconds = time.process_time() - start
             values = {n: None if v != v or abs(v) == float("inf") else v for n, v in score(found, names).items()}
             keep = {k: row[k] for k in ("accuracy", "short_accuracy", "params", "macs", "gmacs", "flops", "c10_naswot", "c10_logsynflow",
-                                        "unique") if k in row}  # fmt: skip
+                                        "unique", "img_size") if k in row}  # fmt: skip
             keep = {k: v.item() if hasattr(v, "item") else v for k, v in keep.items()}
             keep = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in keep.items()}
             blocks = [[r.saturation, *r.saturations.values(), r.effective_rank and r.effective_rank / r.width] for r in found.blocks]
@@ -98,10 +103,11 @@ def columns(records):
     found["params"] = np.array([costs(r)[0] for r in records])
     if all(costs(r)[1] for r in records):
         found["macs"] = np.array([costs(r)[1] for r in records])
-    if all(r.get("short_accuracy") is not None for r in records) and "macs" in found:
+    parts = found | ({"log2_macs": np.log2(found["macs"])} if "macs" in found else {})
+    terms = {name.removeprefix("init_"): weight for name, weight in WEIGHTS.items()}
+    if all(r.get("short_accuracy") is not None for r in records) and set(terms) <= set(parts):
         short = np.array([r["short_accuracy"] for r in records])
-        parts = {"init_capacity_score": found["capacity_score"], "init_log2_macs": np.log2(found["macs"])}
-        found["combined"] = short / (100 if short.max() > 1 else 1) + sum(weight * parts[name] for name, weight in WEIGHTS.items())
+        found["combined"] = short / (100 if short.max() > 1 else 1) + sum(weight * parts[name] for name, weight in terms.items())
     for name in ("c10_naswot", "c10_logsynflow", "short_accuracy"):
         if all(name in r for r in records):
             values = np.array([np.nan if r[name] is None else r[name] for r in records], dtype=float)
@@ -146,9 +152,10 @@ def tables():
         found = columns(records)
         params, macs = found["params"], found.get("macs")
         rows = {name: judge(v, accuracy, params, macs) for name, v in found.items() if np.ptp(v) > 0}
-        seconds = float(np.mean([r["seconds"] for r in records]))
+        times = [r["seconds"] for r in records if "seconds" in r]  # not of the rows whose measuring was not timed
+        seconds = float(np.mean(times)) if times else None
         summary["spaces"][space] = {"architectures": len(records), "seconds": seconds, "signals": rows}
-        lines += [f"## {space}: {len(records)} architectures, {seconds:.2f} CPU seconds each", "",
+        lines += [f"## {space}: {len(records)} architectures{'' if seconds is None else f', {seconds:.2f} CPU seconds each'}", "",
                   "| signal | Spearman [95 %] | Kendall | top half | top tenth | given params | given MACs | pairs of like cost |",
                   "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
         for name, row in sorted(rows.items(), key=lambda item: -item[1]["spearman"]):

@@ -29,7 +29,7 @@ from capnas.search_spaces import nasbench201
 
 from capnas.objective import Objective
 from capnas.objective.gates import RANKED_BY
-from capnas.objective.targets import WEIGHTS
+from capnas.objective.targets import WEIGHTS, value_of
 from capnas.search.export import write_environment
 from capnas.search.samplers import make_sampler
 
@@ -57,11 +57,14 @@ class Table:
     def __init__(self, data, scores):
         cells = pd.read_csv(Path(data) / "nasbench201_cifar10_dev.csv.gz")
         first = cells.drop_duplicates("unique").set_index("unique")
-        found = pd.DataFrame([{"arch": row["arch"], "seconds": row["seconds"], "score": row["scores"][RANKED_BY],
-                               "log2_macs": np.log2(row["n_macs"])} for row in scores])  # fmt: skip
+        terms = [term.removeprefix("init_") for term in WEIGHTS]
+        known = [row["scores"] | {"log2_macs": np.log2(row["n_macs"])} for row in scores]
+        found = pd.DataFrame([{"arch": row["arch"], "seconds": row["seconds"], "score": values[RANKED_BY],
+                               "init": {"init_" + name: values[name] for name in (RANKED_BY, *terms)}}
+                              for row, values in zip(scores, known)])  # fmt: skip
         found["unique"] = found["arch"].map(cells.set_index("arch")["unique"])
         found = found.drop_duplicates("unique").set_index("unique")
-        rows = first.join(found[["score", "seconds", "log2_macs"]], how="inner")
+        rows = first.join(found[["score", "seconds", "init"]], how="inner")
         rows["c10_naswot"] = rows["c10_naswot"].clip(lower=-1e6)
         rows["training"] = [seconds_of_training(arch) for arch in rows["arch"]]
         self.rows = rows.rename(columns={"c10_naswot": "naswot", "c10_logsynflow": "synflow"}).to_dict("index")
@@ -103,7 +106,7 @@ class LookedUp(Objective):
             return self._reuse(found, *twin)
         if self.is_scored:
             self.scored += 1
-            found["metrics"] |= {"init_" + RANKED_BY: row["score"], "init_log2_macs": row["log2_macs"]}
+            found["metrics"] |= row["init"]
         if self.selection is not None and (place := self.selection.judge(trial, found)) is not None:
             return "measured", place
         last = 0
@@ -303,9 +306,10 @@ def pools(table, repeats=1000):
     names = list(table.rows)
     place = {name: i for i, name in enumerate(names)}
     cells = np.array([place[u] for u in unique])
-    score, size, short, final = (np.array([table.rows[n][key] for n in names]) for key in ("score", "log2_macs", "c10_12", "c10_200"))
+    score, short, final = (np.array([table.rows[n][key] for n in names]) for key in ("score", "c10_12", "c10_200"))
     values = {"accuracy": short / 100}
-    values["combined"] = values["accuracy"] + WEIGHTS["init_capacity_score"] * score + WEIGHTS["init_log2_macs"] * size
+    metrics = [table.rows[n]["init"] | {"accuracy": accuracy} for n, accuracy in zip(names, values["accuracy"])]
+    values["combined"] = np.array([value_of("combined", row, WEIGHTS) for row in metrics])
     chance, rows = np.random.default_rng(0), []
     plans = [(None, t) for t in (5, 10, 20, 50, 100)] + [(n, t) for n in (50, 100, 200, 400) for t in (5, 10, 20)]
     for pool, trainings in plans:

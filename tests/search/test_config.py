@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from capnas.errors import StudyError, UsageError
+from capnas.objective.targets import WEIGHTS
 from capnas.search.config import StudyConfig
 
 
@@ -90,5 +91,5 @@ def test_refuses_texts(text: str, message: str) -> None:
 
 
 def test_the_weights_of_a_sum_are_stored_with_the_study() -> None:
-    assert StudyConfig(space="resnet").to_dict()["weights"] == {"init_capacity_score": 0.02, "init_log2_macs": 0.04}
+    assert StudyConfig(space="resnet").to_dict()["weights"] == dict(WEIGHTS)
     assert "weights" not in StudyConfig(space="resnet", values=("accuracy",)).to_dict()
