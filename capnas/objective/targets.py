@@ -17,9 +17,9 @@ from capnas.scoring import SCORES, Direction
 
 COSTS = ("params", "macs")
 INIT = "init_"
-# Calibrated on short trainings of two published benchmarks and a timm space, see results/ranking/combined.md: what a short training
-# undervalues is size, above all where it is in use, and it overvalues depth without shortcuts. Within one space these rank better than
-# `capacity_score`, which also compares families.
+# Calibrated on short trainings of two published benchmarks and a timm space, see results/ranking/combined.md: a short training undervalues
+# size, above all where it is in use, and overvalues depth without shortcuts. Within one space these terms add more to it than
+# `capacity_score`, which has to compare families too.
 WEIGHTS: Mapping[str, float] = {
     "init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003
 }  # fmt: skip
