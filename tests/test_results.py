@@ -76,10 +76,14 @@ def combined() -> dict[str, Any]:
 def test_the_weights_of_the_sum_are_those_of_its_study(combined: dict[str, Any]) -> None:
     shipped, alone = combined["shipped"], combined["accuracy alone"]
     assert {"init_" + name: weight for name, weight in shipped["weights"].items()} == dict(WEIGHTS)
-    assert shipped["mean"] > max(row["mean"] for row in combined.values()) - 0.035
     assert shipped["mean"] > alone["mean"] + 0.15
     assert shipped["mean_behind"] < min(row["mean_behind"] for row in combined.values()) + 0.1
     assert shipped["mean_behind"] < alone["mean_behind"] / 1.5
+
+
+@pytest.mark.xfail(strict=True, reason="shipped weights rank 0.03 below the fitted ones: halved after a bad search, see combine.py")
+def test_the_weights_of_the_sum_rank_as_well_as_the_best(combined: dict[str, Any]) -> None:
+    assert combined["shipped"]["mean"] > max(row["mean"] for row in combined.values()) - 0.01
 
 
 def test_the_sum_was_not_fitted_to_one_space(combined: dict[str, Any]) -> None:

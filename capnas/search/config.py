@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capnas.errors import StudyError, UsageError, one_of
+from capnas.objective.gates import parse_gate
 from capnas.objective.pool import check_pool
 from capnas.objective.targets import SUMS, check_values, check_weights, direction_of, wanted
 from capnas.scoring import Direction
@@ -173,8 +174,9 @@ class StudyConfig:
 
     @property
     def rates_capacity(self) -> bool:
-        """Whether a value holds `capacity_score`, whose definition may differ between versions."""
-        return any(name.endswith("capacity_score") for name in wanted(self.values, self.weights or {}))
+        """Whether a value or the gate holds `capacity_score`, whose definition may differ between versions."""
+        names = {*wanted(self.values, self.weights or {}), *(gate.name for gate in parse_gate(self.gate))}
+        return any(name.endswith("capacity_score") for name in names)
 
     def conflicts(self, stored: Mapping[str, Any]) -> list[str]:
         """What differs from a stored study's settings and cannot be changed when it is resumed."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from combine import ranked
-from run import columns, costs, records_of
+from run import columns, records_of, sized
 
 from capnas.objective.targets import PRINCIPLED, WEIGHTS
 from capnas.scoring import SCORES
@@ -42,7 +42,7 @@ def read(space):
         plain = name.removeprefix("init_")
         values = [before[a]["scores"][plain] if plain != name else short[a]["after_training"][name] for a in known]
         scores[name] = np.array([SCORES[plain].oriented(v) for v in values], dtype=float)
-    signals = columns([before[a] for a in known]) | {"log2_macs": np.log2([costs(before[a])[1] for a in known])}
+    signals = sized(columns([before[a] for a in known]))
     scores |= {name: signals[name.removeprefix("init_")] for name in WEIGHTS}
     return np.array([final[a]["accuracy"] for a in known]), np.array(accuracy), scores
 

@@ -103,7 +103,7 @@ def columns(records):
     found["params"] = np.array([costs(r)[0] for r in records])
     if all(costs(r)[1] for r in records):
         found["macs"] = np.array([costs(r)[1] for r in records])
-    parts = found | ({"log2_macs": np.log2(found["macs"])} if "macs" in found else {})
+    parts = sized(found)
     terms = {name.removeprefix("init_"): weight for name, weight in WEIGHTS.items()}
     if all(r.get("short_accuracy") is not None for r in records) and set(terms) <= set(parts):
         short = np.array([r["short_accuracy"] for r in records])
@@ -113,6 +113,11 @@ def columns(records):
             values = np.array([np.nan if r[name] is None else r[name] for r in records], dtype=float)
             found[name.replace("c10_", "published ")] = np.where(np.isnan(values), np.nanmin(values), values)
     return found
+
+
+def sized(found):
+    """The signals and, where the costs are known, log2 of the MACs as a signal."""
+    return found | ({"log2_macs": np.log2(found["macs"])} if "macs" in found else {})
 
 
 def interval(v, accuracy, draws=200):

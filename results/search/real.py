@@ -25,6 +25,7 @@ from capnas.data import load_data
 from capnas.objective import Objective
 from capnas.objective.claims import sweep
 from capnas.objective.evaluation import Evaluation
+from capnas.objective.targets import WEIGHTS
 from capnas.scoring import score
 from capnas.search.export import write_environment
 from capnas.search.runs import is_settled
@@ -42,6 +43,8 @@ CASES = {
 }
 METHODS = {  # capnas: as released
     "capnas": {"sampler": "tpe", "values": ("combined",)},
+    "capnas, gate": {"sampler": "tpe", "values": ("combined",), "gate": "best:20%", "pool": 80},
+    "capnas, weights doubled": {"sampler": "tpe", "values": ("combined",), "weights": {name: 2 * w for name, w in WEIGHTS.items()}},
     "capnas, principled": {"sampler": "tpe", "values": ("principled",)},
     "TPE on accuracy": {"sampler": "tpe", "values": ("accuracy",)},
     "random": {"sampler": "random", "values": ("accuracy",)},
@@ -71,6 +74,7 @@ def search(case, method, seed, data, given):
         setting["space"],
         data,
         values=how["values"],
+        weights=how.get("weights"),
         gate=how.get("gate"),
         pool=how.get("pool"),
         max_macs=setting["max_macs"],

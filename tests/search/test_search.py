@@ -263,8 +263,9 @@ def test_a_data_set_that_is_not_there_leaves_no_run_behind(tmp_path: Path) -> No
     assert not settings.folder.exists() or not any(settings.folder.iterdir())
 
 
-def test_a_study_of_another_capacity_score_is_finished_but_not_resumed(tmp_path: Path, data: ImageData) -> None:
-    settings = config(tmp_path, values=("init_capacity_score",), trials=1)
+@pytest.mark.parametrize("rated", [{"values": ("init_capacity_score",)}, {"values": ("combined",), "gate": "best:100%"}])
+def test_a_study_of_another_capacity_score_is_finished_but_not_resumed(tmp_path: Path, data: ImageData, rated: dict[str, Any]) -> None:
+    settings = config(tmp_path, trials=1, **rated)
     study = run_study(settings, space=space, data=data).study
     assert run_study(replace(settings, trials=2), space=space, data=data).n_finished == 2
     study.set_user_attr(SCORE, {"saturation90_mean": 3.0})
