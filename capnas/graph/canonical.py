@@ -75,7 +75,7 @@ def _canonical_terms(trace: Trace) -> tuple[dict[int, _Term], dict[int, _Source]
             term = _sum(node, [source for _, source in edges], terms)
         else:
             op = ".".join([*node.op.split(".")[:1], kind, *node.op.split(".")[2:]])
-            label = f"{op} {sorted(node.attrs.items())} {node.shape} {node.dtype}"  # shapes of further outputs depend on the device
+            label = f"{op} {sorted(node.attrs.items())} {node.shape} {node.dtype}"
             ordered = op not in _COMMUTATIVE or node.attrs.get("alpha", 1) != 1
             term = _Term(label, tuple(edges if ordered else sorted(edges, key=str)), ordered)
         resolved[node.index] = known.setdefault(term, ("node", node.index))
@@ -105,7 +105,7 @@ def _is_identity(node: Node, kind: str) -> bool:
     same = node.shape == node.input_shapes[0] and len(node.shapes) == 1 and node.input_ports[0] == 0
     neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(kind, "none")
     scalar = len(node.inputs) == 1 and node.attrs.get("other", "other") == neutral
-    relayout = node.op == "aten.as_strided_.default"  # a convolution's change of memory layout, on some devices
+    relayout = node.op == "aten.as_strided_.default"  # a change of memory layout
     return same and (relayout or kind in _COPIES or kind in _NEUTRAL_AT_SAME_SHAPE or scalar)
 
 

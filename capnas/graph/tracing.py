@@ -29,9 +29,8 @@ _IGNORED = frozenset({"prim.device.default", "aten.sym_size.int", "aten.is_same_
 class _Recorder(TorchDispatchMode):
     """Follows tensors by identity, and by storage where a view was written or taken outside the dispatcher."""
 
-    def __init__(self, model: nn.Module, fake: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.fake = fake
         from torch.utils.flop_counter import flop_registry
 
         self.flops = flop_registry
@@ -71,7 +70,7 @@ class _Recorder(TorchDispatchMode):
         tensors, attrs, targets = _bind(func, args, kwargs)
         metas = [t.is_meta for _, t in tensors]
         if (any(metas) and not all(metas)) or any(id(t) not in self.made for t in targets):  # what the model owns must not be written
-            args, kwargs = tree_map_only(Tensor, self.stand_in, (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, _stand_in, (args, kwargs))
         out = func(*args, **kwargs)
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         if op == "aten.empty.memory_format" and outputs[0].numel() == 0:
@@ -137,11 +136,10 @@ class _Recorder(TorchDispatchMode):
                 found[name] = rates
         return found
 
-    def stand_in(self, tensor: Tensor) -> Tensor:
-        """A tensor without values in the place of one from outside."""
-        if self.fake is not None:
-            return self.fake.from_tensor(tensor)
-        return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor without values in the place of one with them."""
+    return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _storage(tensor: Tensor) -> int:
@@ -210,6 +208,21 @@ def caches_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _without_values(model: nn.Module) -> Iterator[None]:
+    """Parameters and buffers on the meta device inside, shared ones still shared."""
+    held = [(at, k, t) for m in model.modules() for at in (m._parameters, m._buffers) for k, t in at.items() if t is not None]
+    empty = {id(tensor): _stand_in(tensor.detach()) for _, _, tensor in held}
+    empty |= {id(t): nn.Parameter(empty[id(t)], t.requires_grad) for _, _, t in held if isinstance(t, nn.Parameter)}
+    try:
+        for at, key, tensor in held:
+            at[key] = empty[id(tensor)]
+        yield
+    finally:
+        for at, key, tensor in held:
+            at[key] = tensor
+
+
+@contextlib.contextmanager
 def _quiet(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Eval mode without calling ``model.eval`` (some override it), module stack by global hooks, everything put back."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -248,8 +261,8 @@ def _quiet(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype | None = None) -> Trace:
     """Record the dataflow graph of ``model(x)`` for an x of ``input_shape`` (B, C, H, W), in eval mode.
 
-    Nothing is computed and nothing is allocated: a model on the meta device runs there, any other under ``FakeTensorMode``. Fused attention
-    appears decomposed (bmm, softmax, bmm), alike on every device. The model keeps its weights, buffers, modes, gradients and hooks,
+    Nothing is computed and nothing is allocated: the model runs with parameters and buffers on the meta device, and so alike on every
+    device. Fused attention appears decomposed (bmm, softmax, bmm). The model keeps its weights, buffers, modes, gradients and hooks,
     also when its forward raises; that error is passed on as it is.
 
     Args:
@@ -264,20 +277,16 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
     >>> graph.nodes[0].attrs["stride"], graph.nodes[0].flops // 2, graph.output
     ((2, 2), 3456, (1,))
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    tensors = [*model.parameters(), *model.buffers()]
-    first = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
-    on_meta = any(t.is_meta for t in tensors)
-    fake = None if on_meta else FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = _Recorder(model, fake)
-    with _quiet(model, recorder), fake or contextlib.nullcontext():
-        x = torch.empty(input_shape, dtype=dtype or first.dtype, device="meta" if on_meta else first.device)
-        recorder.made[id(x)] = recorder.owner[_storage(x)] = (INPUT, 0)
-        recorder.alive.append(x)
-        with recorder:
-            out = model(x)
-        outputs = [recorder.producer(t) for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+    dtype = dtype or next((t.dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
+    with _without_values(model):
+        recorder = _Recorder(model)
+        with _quiet(model, recorder):
+            x = torch.empty(input_shape, dtype=dtype, device="meta")
+            recorder.made[id(x)] = recorder.owner[_storage(x)] = (INPUT, 0)
+            recorder.alive.append(x)
+            with recorder:
+                out = model(x)
+            outputs = [recorder.producer(t) for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
     known = [(i, port) for i, port in outputs if i is not None]
     return Trace(
         nodes=tuple(recorder.nodes),

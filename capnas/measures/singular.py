@@ -55,17 +55,18 @@ def leading_eigenvalue(
     basis = start.new_zeros(batch, length + 1, n)  # rows are the basis vectors
     basis[:, 0] = start / torch.linalg.vector_norm(start, dim=1, keepdim=True)
     projected = torch.zeros(batch, length, length, dtype=torch.complex128 if start.is_complex() else torch.float64, device=start.device)
-    size, steps = 0, 0
+    size, steps, first = 0, 0, 0  # `first`: the first basis vector that the next product overlaps with by more than rounding
     floor = torch.finfo(start.dtype).eps
     while True:
         vector = apply(basis[:, size])
         steps += 1
-        span = basis[:, : size + 1]
-        column = (span.conj() @ vector[..., None])[..., 0]
+        span, near = basis[:, : size + 1], basis[:, first : size + 1]
+        overlap = (near.conj() @ vector[..., None])[..., 0]
+        vector = vector - (near.mT @ overlap[..., None])[..., 0]
+        column = (span.conj() @ vector[..., None])[..., 0]  # what rounding left
         vector = vector - (span.mT @ column[..., None])[..., 0]
-        again = (span.conj() @ vector[..., None])[..., 0]
-        vector = vector - (span.mT @ again[..., None])[..., 0]
-        column = (column + again).to(projected.dtype)
+        column[:, first:] += overlap
+        column, first = column.to(projected.dtype), size
         projected[:, : size + 1, size] = column
         projected[:, size, : size + 1] = column.conj()
         size += 1
@@ -88,7 +89,7 @@ def leading_eigenvalue(
             basis[:, :kept] = leading.mT @ basis[:, :length]
             projected.zero_()
             projected[:, torch.arange(kept), torch.arange(kept)] = ritz[:, -kept:].to(projected.dtype)
-            size = kept
+            size, first = kept, 0
         basis[:, size] = direction
 
 

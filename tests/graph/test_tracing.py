@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
@@ -125,8 +124,7 @@ def test_timm_families(name: str, options: dict, size: int) -> None:
     assert {p for n in real.nodes for p in n.params} >= {n for n, _ in model.named_parameters()}
     assert all(i is None or INPUT <= i < n.index for n in real.nodes for i in n.inputs)
     assert real.output[0] in real.fed()
-    layout = {"aten.as_strided_.default", "aten.clone.default"}
-    assert Counter(n.op for n in real.nodes if n.op not in layout) == Counter(n.op for n in meta.nodes if n.op not in layout)
+    assert real == meta
     model = model.to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, size, size, device="meta"))
