@@ -210,7 +210,8 @@ def caches_kept(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_values(model: nn.Module) -> Iterator[None]:
     """Parameters and buffers on the meta device inside, shared ones still shared."""
-    held = [(at, k, t) for m in model.modules() for at in (m._parameters, m._buffers) for k, t in at.items() if t is not None]
+    tables: list[dict[str, Any]] = [at for m in model.modules() for at in (m._parameters, m._buffers)]
+    held = [(at, key, tensor) for at in tables for key, tensor in at.items() if tensor is not None]
     empty = {id(tensor): _stand_in(tensor.detach()) for _, _, tensor in held}
     empty |= {id(t): nn.Parameter(empty[id(t)], t.requires_grad) for _, _, t in held if isinstance(t, nn.Parameter)}
     try:
