@@ -93,7 +93,7 @@ _NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
     ("log2_gain", "maximize", math.inf, "log2_paths with an average over n values counted at its gain 1/n instead of n paths (ours)"),
     ("shortest_depth", "minimize", math.inf, "weight layers on the shortest path: deep without shortcuts, gradients shatter (ours)"),
     ("intrinsic_power", "minimize", math.inf, "log2 of the layer algebra's P: less is more compression on the way (reconstructed)"),
-    ("log10_lipschitz", "minimize", math.inf, "log10 of the product of the layers' operator norms"),
+    ("log10_lipschitz", "minimize", math.inf, "log10 of the product of the layers' operator norms; norm layers not counted"),
     ("synflow", "maximize", math.inf, "baseline: log synaptic flow (Tanaka et al., 2020)"),
     ("naswot", "maximize", math.inf, "baseline: log-determinant of activation overlaps (Mellor et al., 2021)"),
     ("zico", "maximize", math.inf, "baseline: inverse variation of gradients (Li et al., 2023)"),

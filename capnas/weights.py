@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from capnas.graph.tracing import Trace
@@ -16,7 +15,9 @@ from capnas.measures.slack import LayerMotion, capacity_slack
 from capnas.recording import CONVS
 
 
-def weight_norms(model: nn.Module, trace: Trace, *, bounded: bool = False, tolerance: float = 1e-4) -> dict[str, OperatorNorm]:
+def weight_norms(
+    model: nn.Module, trace: Trace, *, bounded: bool = False, tolerance: float = 1e-4, weights: Mapping[str, Tensor] | None = None
+) -> dict[str, OperatorNorm]:
     """Operator norm of every convolution and linear layer that the forward pass calls, at the input size that it sees.
 
     The convention of Graf et al. (arXiv 2202.08070) is cyclic padding; here each layer keeps the padding it was built with, because
@@ -28,6 +29,7 @@ def weight_norms(model: nn.Module, trace: Trace, *, bounded: bool = False, toler
         trace: of the same model, see `capnas.graph.tracing.trace`.
         bounded: also find upper bounds of the norms that are iterated; they are infinite without.
         tolerance: relative error of those, see `capnas.measures.operator_norms.operator_norm`.
+        weights: by module name, instead of the module's own.
 
     Returns:
         Module name to norm, in execution order; a module called at several sizes has its largest norm.
@@ -38,14 +40,17 @@ def weight_norms(model: nn.Module, trace: Trace, *, bounded: bool = False, toler
     >>> round(weight_norms(layer, trace(layer, (1, 1, 4, 4)))["0"].value, 6)
     2.0
     """
-    modules = dict(model.named_modules())
+    modules, given = dict(model.named_modules()), weights or {}
     found: dict[str, OperatorNorm] = {}
     for node in trace.nodes:
         module = modules.get(node.module)
-        if isinstance(module, nn.Linear) and node.module not in found and any(p.endswith("weight") for p in node.params):
-            found[node.module] = linear_norm(_weight(module).detach(), tolerance=tolerance)
+        if not isinstance(module, (*CONVS, nn.Linear)):
+            continue
+        weight = given[node.module] if node.module in given else _weight(module).detach()
+        if isinstance(module, nn.Linear) and node.module not in found:
+            found[node.module] = linear_norm(weight, tolerance=tolerance)
         elif isinstance(module, CONVS) and node.op.startswith("aten.convolution"):
-            norm = _conv_norm(module, node.input_shapes[0][2:], node.attrs, bounded, tolerance)
+            norm = _conv_norm(module, weight, node.input_shapes[0][2:], node.attrs, bounded, tolerance)
             if node.module not in found or norm.value > found[node.module].value:
                 found[node.module] = norm
     return found
@@ -55,13 +60,15 @@ def _weight(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 
 
-def _conv_norm(module: nn.Module, size: tuple[int, ...], attrs: Mapping[str, Any], bounded: bool, tolerance: float) -> OperatorNorm:
+def _conv_norm(
+    module: nn.Module, weight: Tensor, size: tuple[int, ...], attrs: Mapping[str, Any], bounded: bool, tolerance: float
+) -> OperatorNorm:
     padding, mode = tuple(attrs["padding"]), "zeros"
     if getattr(module, "padding_mode", "zeros") == "circular":  # torch pads first and convolves the padded map
         padding, mode = tuple(cast(tuple[int, ...], module.padding)), "circular"
         size = tuple(s - 2 * p for s, p in zip(size, padding))
     return operator_norm(
-        _weight(module).detach(), size, stride=tuple(attrs["stride"]), padding=padding, dilation=tuple(attrs["dilation"]),
+        weight, size, stride=tuple(attrs["stride"]), padding=padding, dilation=tuple(attrs["dilation"]),
         groups=attrs["groups"], padding_mode=mode, transposed=attrs["transposed"],
         output_padding=tuple(attrs["output_padding"]) if attrs["transposed"] else None, bounded=bounded, tolerance=tolerance,
     )  # fmt: skip
@@ -72,7 +79,7 @@ class InitialWeights:
     """One copy of the weights of a model's convolutions and linear layers, taken before training.
 
     Attributes:
-        weights: module name to weight.
+        weights: module name to weight; layers that share theirs share the copy.
     """
 
     weights: Mapping[str, Tensor]
@@ -80,8 +87,9 @@ class InitialWeights:
     @classmethod
     def of(cls, model: nn.Module) -> InitialWeights:
         """Copy the weights as they are now."""
-        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, (*CONVS, nn.Linear)))
-        return cls(weights={n: _weight(m).detach().clone() for n, m in layers})
+        live = {n: _weight(m) for n, m in model.named_modules() if isinstance(m, (*CONVS, nn.Linear))}
+        copies = {id(w): w.detach().clone() for w in live.values()}
+        return cls(weights={n: copies[id(w)] for n, w in live.items()})
 
     def distances(self, model: nn.Module) -> dict[str, float]:
         """(2,1) distance of each layer from where it began, `capnas.measures.excess.distance_to_init`."""
@@ -90,18 +98,8 @@ class InitialWeights:
 
     def motion(self, model: nn.Module, trace: Trace) -> dict[str, LayerMotion]:
         """What a training did to each layer: norms before and after, distance, initial radius."""
-        after = weight_norms(model, trace)
-        live = dict(model.named_modules())
-        now = {n: _weight(live[n]).detach().clone() for n in self.weights}
+        after, before = weight_norms(model, trace), weight_norms(model, trace, weights=self.weights)
         distances = self.distances(model)
-        with torch.no_grad():
-            try:
-                for name, weight in self.weights.items():
-                    _weight(live[name]).copy_(weight)
-                before = weight_norms(model, trace)
-            finally:
-                for name, weight in now.items():
-                    _weight(live[name]).copy_(weight)
         return {
             name: LayerMotion(
                 norm_start=before[name].value, norm_end=after[name].value, distance=distances[name], radius=group_norm_21(weight)

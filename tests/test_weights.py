@@ -69,3 +69,23 @@ def test_upper_bounds_of_iterated_norms_are_paid_for_on_request() -> None:
     assert plain.value == bounded.value
     assert plain.upper == float("inf")
     assert bounded.value < bounded.upper < 3 * bounded.value
+
+
+def test_parametrized_layers_have_a_norm_and_a_motion() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    graph, start = trace(model, (2, 4)), InitialWeights.of(model)
+    expected = float(np.linalg.svd(model[0].weight.detach().double().numpy(), compute_uv=False)[0])
+    assert weight_norms(model, graph)["0"].value == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        model[0].parametrizations.weight.original0.mul_(3)
+    motion = start.motion(model, graph)["0"]
+    assert (motion.norm_start, motion.norm_end) == pytest.approx((expected, 3 * expected), rel=1e-5)
+
+
+def test_layers_that_share_a_weight_share_its_copy() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    held = InitialWeights.of(model).weights
+    assert held["0"] is held["1"]
+    assert held["2"] is not held["0"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas.capacity.capture import LayerTaps, MomentReader, base_name, quiet
+from capnas.capacity.exact import exact_capacity
 from capnas.capacity.sweep import Sweeper
 from capnas.errors import UsageError
 from capnas.graph.tracing import Trace, trace
@@ -24,6 +25,7 @@ from capnas.measures.decoupling import Decoupling, coherent_share, shattering
 from capnas.measures.layer_capacity import common_ridge, kfac_capacity, over_wide, utilisation
 from capnas.recording import MEASURED
 
+_NEAR_LINEAR = 0.5  # coherent share above which total decoupling is no approximation
 _SHARERS = 16  # samples that a projection needs for its coherent share
 
 
@@ -32,11 +34,14 @@ class CapacityMap:
     """Capacity of one network in one state on one batch.
 
     Attributes:
-        capacity: c_l per layer (35), an estimate of what the layer alone could fit, by module name in execution order.
-        n_params: P_l, weight and bias.
+        capacity: c_l per layer by module name in execution order: by `method`, what the layer alone could fit, or its share of what the
+            network can.
+        method: "k-fac", the estimate (35), or "exact", (34), where it was asked for and applies; the two are not to be compared.
+        n_params: P_l, weight and bias; of a computed weight (weight or spectral norm), what it holds once computed.
         utilisation: u_l = c_l / P_l (36).
         over_wide: layers flagged by (50); confirm before shrinking.
-        pixels: capacity per input entry (C, H, W) (40), sum = total capacity less ``bias``; None when not asked for or not possible.
+        pixels: capacity per input entry (C, H, W) by the Markov sweep (40), sum = total capacity less ``bias``; None when not asked for or
+            not possible. The sweep takes every unit as decoupled; see `near_linear`.
         bias: capacity that biases, position codes and layers off the input's way keep; None without pixels.
         coherent: S (24), share of the input gradient that is the same for all samples, averaged over projections.
         residual: r_l of each residual addition (31), by the module that adds.
@@ -45,11 +50,12 @@ class CapacityMap:
         skipped: parametrised layers without c_l, and why.
         approximated: operations that the sweep had no rule for, with their counts.
         revived: norms whose scale was all zero and was read as one, as timm's last norms of residual branches at initialization.
-        mu: the common ridge.
+        mu: the common ridge, of sums over outputs and means over samples.
         mode: "train": batch norm on batch statistics held constant; "eval": on its running statistics.
     """
 
     capacity: Mapping[str, float]
+    method: Literal["exact", "k-fac"]
     n_params: Mapping[str, int]
     utilisation: Mapping[str, float]
     over_wide: tuple[str, ...]
@@ -74,6 +80,15 @@ class CapacityMap:
     def shattering(self) -> float:
         """Lambda = -ln S (24)."""
         return shattering(self.coherent)
+
+    @property
+    def near_linear(self) -> bool:
+        """S > 0.5: most of the response is linear in the input, where the Markov sweep is not to be trusted for ``pixels``.
+
+        Partial decoupling, (20) and (21), is there for one dense layer alone, `capnas.measures.propagation`; the exact map of a small
+        network is `capnas.measures.pixel_map`.
+        """
+        return self.coherent > _NEAR_LINEAR
 
     @property
     def residual_sum(self) -> float:
@@ -109,6 +124,7 @@ def capacity_map(
     rows: int = 512,
     pixels: bool = True,
     revive: bool = True,
+    exact: bool = False,
     seed: int = 0,
     graph: Trace | None = None,
 ) -> CapacityMap:
@@ -124,6 +140,9 @@ def capacity_map(
             capacities are comparable only at equal rows and batch.
         pixels: also sweep capacity down to the input.
         revive: read norms whose scale is still exactly zero as if it were one; otherwise their residual branches hold nothing.
+        exact: c_l by (34), whose sum is the effective dimension of the batch, where it applies: to at most 2,048 parameters in all layers
+            together and at least as many responses, samples times outputs; by (35) elsewhere, see ``method``. Off by default, as profiles
+            and scores compare networks of which few are so small, and the two read different things.
         seed: of projections and of the choice of rows.
         graph: the model's trace for one sample of the inputs' type, where it is already at hand.
 
@@ -157,7 +176,12 @@ def capacity_map(
     spectra = {name: tap.spectrum() for name, tap in taps.items() if tap.responses}
     ridge = common_ridge(list(spectra.values())) if spectra else 0.0
     by_weight = kfac_capacity(spectra, mu=ridge)
-    names = {weight: weight.removesuffix(".weight") for weight in by_weight}
+    sizes = {weight: taps[weight].n_params for weight in by_weight}
+    outputs = math.prod(graph.nodes[graph.output[0]].shapes[graph.output_ports[0]])
+    found = exact_capacity(model, inputs, chosen, sizes, outputs, revive=revive, seed=seed) if exact else None
+    if found is not None:
+        by_weight, ridge = found
+    names = {weight: _owner(weight) for weight in by_weight}
     capacity = {names[weight]: value for weight, value in by_weight.items()}
     counts = {names[weight]: taps[weight].n_params for weight in by_weight}
     used = utilisation(capacity, counts)
@@ -166,6 +190,7 @@ def capacity_map(
     sweep = sweeper.run() if pixels and reader.complete else None
     return CapacityMap(
         capacity=capacity,
+        method="k-fac" if found is None else "exact",
         n_params=counts,
         utilisation=used,
         over_wide=over_wide(used),
@@ -174,7 +199,7 @@ def capacity_map(
         coherent=coherent,
         residual=_residual_shares(graph, sweeper.moments),
         decoupling=decoupling,
-        behind=_behind(graph, {index: decoupling[name] for name, index in reader.places.items()}),
+        behind=_behind(graph, {index: decoupling[name] for name, index in reader.places.items()}, set(taps)),
         skipped=_skipped(model, set(by_weight), {tap.bias for tap in taps.values()}),
         approximated={} if sweep is None else sweep.approximated,
         revived=tuple(tapped.revived),
@@ -253,15 +278,18 @@ def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor]) ->
     return found
 
 
-def _behind(graph: Trace, found: Mapping[int, Decoupling]) -> dict[str, Decoupling]:
+def _behind(graph: Trace, found: Mapping[int, Decoupling], tapped: set[str]) -> dict[str, Decoupling]:
     """The activations at these nodes by the layer before each: of those that feed it, the deepest, so the branch and not its shortcut."""
     nearest: dict[int, tuple[int, int, str]] = {}  # node -> depth and place of the nearest layer, its name
     behind: dict[str, Decoupling] = {}
     for node in graph.nodes:
         before = max((nearest[i] for i in node.inputs if i in nearest), default=None)
-        weights = [n for n, a in zip(node.input_params, node.input_names) if n is not None and a != "bias"]
-        if weights and node.flops > 0:  # the last, as a dense layer reads its bias first
-            nearest[node.index] = (1 + (before[0] if before else 0), node.index, weights[-1].removesuffix(".weight"))
+        summand = "self" if base_name(node) in ("addmm", "baddbmm") else "bias"
+        weights = [n for n, a in zip(node.input_params, node.input_names) if n is not None and a != summand]
+        if not weights and f"{node.module}.weight" in tapped:  # a computed weight
+            weights = [f"{node.module}.weight"]
+        if weights and node.flops > 0:
+            nearest[node.index] = (1 + (before[0] if before else 0), node.index, _owner(weights[-1]))
         elif before is not None:
             nearest[node.index] = before
             if node.index in found:
@@ -269,20 +297,31 @@ def _behind(graph: Trace, found: Mapping[int, Decoupling]) -> dict[str, Decoupli
     return behind
 
 
+def _owner(weight: str) -> str:
+    """Module of a weight, ``""`` for the model itself; a weight by another name keeps it."""
+    return f".{weight}".removesuffix(".weight").lstrip(".")
+
+
 def _skipped(model: nn.Module, measured: set[str], biases: set[str | None]) -> dict[str, str]:
-    """Every parameter without a capacity of its own, by module, with the reason."""
+    """Every module that holds parameters without a capacity of their own, with the reason."""
+    names = {id(p): name for name, p in model.named_parameters()}
     reasons: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
-        if name in measured or name in biases:
-            continue
-        owner = name.rpartition(".")[0]
-        kind = type(model.get_submodule(owner)).__name__
-        if parameter.ndim >= 2 and isinstance(model.get_submodule(owner), MEASURED):
-            reasons[owner] = f"{kind} is not on the way from the input to the output, or runs inside a fused function"
-        elif "norm" in kind.lower():
-            reasons.setdefault(owner, f"{kind} rescales the layer before it")
-        else:
-            reasons.setdefault(
-                owner or "model", f"{kind} holds {name.rpartition('.')[2]}: only linear layers and convolutions are measured"
-            )
+    for place, module in model.named_modules():
+        owner, _, part = f".{place}".partition(".parametrizations.")  # what a weight is computed from belongs to its layer
+        owner = owner[1:]
+        layer = model.get_submodule(owner)
+        kind = type(layer).__name__
+        for key, parameter in module.named_parameters(recurse=False):
+            name = names[id(parameter)]
+            shared = name != f"{place}.{key}".lstrip(".")
+            if f"{owner}.weight" in measured or ((name in measured or name in biases) and not shared):
+                continue
+            if shared and isinstance(layer, MEASURED):
+                reasons.setdefault(owner, f"{kind} shares {name}")
+            elif (parameter.ndim >= 2 or part) and isinstance(layer, MEASURED):
+                reasons[owner] = f"{kind} is not on the way from the input to the output, or runs inside a fused function"
+            elif "norm" in kind.lower():
+                reasons.setdefault(owner, f"{kind} rescales the layer before it")
+            else:
+                reasons.setdefault(owner or "model", f"{kind} holds {key}: only linear layers and convolutions are measured")
     return reasons

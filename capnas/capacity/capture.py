@@ -19,10 +19,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
+from capnas.capacity.patches import LAYERS, arguments, groups_of, input_rows, unravel
 from capnas.graph.tracing import Node, Trace, caches_kept
 from capnas.measures.activation_codes import all_finite
 from capnas.measures.decoupling import Decoupling, gate_decoupling, output_decoupling
 from capnas.measures.layer_capacity import kfac_spectrum
+from capnas.recording import MEASURED
 
 ACTIVATIONS = frozenset((
     "relu", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardtanh", "hardsigmoid", "sigmoid", "tanh",
@@ -188,13 +190,15 @@ class LayerTap:
 class LayerTaps(TorchFunctionMode):
     """Reads inputs and output gradients of every convolution and linear layer, called as a module or as a function.
 
+    A module that computes its weight (weight or spectral norm, standardisation) is read by the weight that it applies.
+
     With ``revive``, a norm whose scale starts at zero (timm's last norm of a residual branch) counts as scale one: what follows the first
     step of training is read, not the dead branch before it.
     """
 
     def __init__(self, model: nn.Module, batch: int, *, rows: int, batch_statistics: bool, revive: bool = True, seed: int = 0) -> None:
         super().__init__()
-        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.model, self.names = model, {id(p): name for name, p in model.named_parameters()}
         self.batch, self.rows, self.batch_statistics = batch, rows, batch_statistics
         self.revive = revive
         self.revived: list[str] = []
@@ -203,6 +207,23 @@ class LayerTaps(TorchFunctionMode):
         self.generator = torch.Generator().manual_seed(seed)
         self.watching = True
         self.projections = 1  # that one backward pass carries
+        self.computed: str | None = None  # name for the weight of the running module, should it compute one
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> LayerTaps:
+        for name, module in self.model.named_modules():
+            if isinstance(module, MEASURED):
+                self.handles.append(module.register_forward_pre_hook(lambda *_, own=f"{name}.weight": self._runs(own)))
+                self.handles.append(module.register_forward_hook(lambda *_: self._runs(None), always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _runs(self, weight: str | None) -> None:
+        self.computed = weight
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -212,19 +233,21 @@ class LayerTaps(TorchFunctionMode):
             if self.revive and weight is not None and not bool(weight.detach().any()):
                 self.revived.append(self.names.get(id(weight), "a computed scale"))
                 given["weight"] = torch.ones_like(weight)
-            return _batch_norm(func, given) if func is F.batch_norm and self.batch_statistics else func(**given)
+            constant = func is F.batch_norm and self.batch_statistics and len(given["input"]) > 1  # one row is a weight's
+            return _batch_norm(func, given) if constant else func(**given)
         out = func(*args, **kwargs)
-        if self.watching and (func is F.linear or func in _CONVOLUTIONS):
+        if self.watching and func in LAYERS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            name = self.names.get(id(weight))
+            name = self.names.get(id(weight)) or self.computed
             if name is not None and isinstance(out, Tensor):
+                self.computed = None  # one tap a call
                 with _disable_current_modes(), torch.no_grad():
                     self.tap(name, weight, func, args, kwargs, out)
         return out
 
     def tap(self, name: str, weight: Tensor, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         """Read one call: rows of its input now, its output's gradients at each backward pass."""
-        given = dict(zip(_CONVOLUTIONS.get(func, _PLAIN), args)) | kwargs
+        given = arguments(func, args, kwargs)
         bias = given.get("bias")
         entry = self.taps.get(name)
         if entry is None:
@@ -234,17 +257,11 @@ class LayerTaps(TorchFunctionMode):
                 n_params=weight.numel() + (0 if bias is None else bias.numel()),
                 rms=float(weight.detach().float().square().mean().sqrt()),
             )
-        x, groups = given["input"].detach(), 1 if func is F.linear else int(given.get("groups", 1))
+        groups = groups_of(func, given)
         channel = out.ndim - 1 if func is F.linear else 1
         places = out.numel() // out.shape[channel]
-        chosen = torch.randperm(places, generator=self.generator)[: self.rows].to(x.device)
-        if func is F.linear:
-            rows = x.flatten(0, -2)[chosen].unsqueeze(1)
-        else:
-            rows = _patches(x, weight, given, out.shape, chosen, transposed=_CONVOLUTIONS[func] is _TRANSPOSED)
-        rows = rows.unflatten(-1, (groups, -1)).movedim(-2, 0).flatten(2).float()  # (G, M, taps * C / G)
-        if bias is not None:
-            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+        chosen = torch.randperm(places, generator=self.generator)[: self.rows].to(out.device)
+        rows = input_rows(func, given, out.shape, chosen)
         self.last_input = given["input"]
         entry.inputs.append(rows * math.sqrt(places / (len(chosen) * self.batch)))
         call = len(entry.inputs) - 1
@@ -256,7 +273,7 @@ class LayerTaps(TorchFunctionMode):
                 picked = torch.randint(places, (wanted,), generator=self.generator).to(flat.device)
             else:
                 picked = torch.arange(places, device=flat.device)
-            part = flat.movedim(channel, -1)[_unravel(picked, [n for axis, n in enumerate(flat.shape) if axis != channel])]
+            part = flat.movedim(channel, -1)[unravel(picked, [n for axis, n in enumerate(flat.shape) if axis != channel])]
             part = part.reshape(len(part), groups, -1).transpose(0, 1)  # (G, rows, b)
             entry.responses.append(part / math.sqrt(part.shape[1]))
             square = _mean_square(flat.unflatten(0, (self.batch, -1)).unbind()).flatten()
@@ -268,13 +285,6 @@ class LayerTaps(TorchFunctionMode):
         if out.requires_grad and out.shape[0] % self.batch == 0:
             out.register_hook(take)
 
-
-_PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_CONVOLUTIONS: dict[Any, tuple[str, ...]] = {
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _PLAIN),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED),
-}
 
 _NORMS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -291,34 +301,6 @@ def _batch_norm(func: Any, given: dict[str, Any]) -> Tensor:
     return func(x, mean, variance, given.get("weight"), given.get("bias"), False, given.get("momentum") or 0.1, given.get("eps", 1e-5))
 
 
-def _patches(x: Tensor, weight: Tensor, given: dict[str, Any], out_shape: Sequence[int], chosen: Tensor, *, transposed: bool) -> Tensor:
-    """The input patches (M, taps, C) that a convolution reads at chosen positions of its flattened output (B, positions).
-
-    A transposed convolution reads windows of its input with zeros between the cells; its taps come in reverse, which no factor sees.
-    """
-    axes = weight.ndim - 2
-    stride, dilation = (_tuple(given.get(key, 1), axes) for key in ("stride", "dilation"))
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
-    padding = given.get("padding", 0)
-    if transposed:
-        extra = _tuple(given.get("output_padding", 0), axes)
-        spread = x.new_zeros(*x.shape[:2], *(s * (n - 1) + 1 for s, n in zip(stride, x.shape[2:])))
-        spread[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
-        sides = [(r - 1 - p, r - 1 - p + e) for r, p, e in zip(reach, _tuple(padding, axes), extra)]
-        x, stride = spread, (1,) * axes
-    elif isinstance(padding, str):
-        total = [(r - 1) if padding == "same" else 0 for r in reach]
-        sides = [(t // 2, t - t // 2) for t in total]
-    else:
-        sides = [(p, p) for p in _tuple(padding, axes)]
-    view = F.pad(x, [side for pair in reversed(sides) for side in pair])
-    for axis in range(axes):
-        view = view.unfold(2 + axis, reach[axis], stride[axis])  # taps go to the end, in order
-    picks: list[Any] = [slice(None)] * (2 + axes) + [slice(None, None, d) for d in dilation]
-    view = view[tuple(picks)].movedim(1, -1)  # (B, *positions, *taps, C): whole runs where channels are stored last
-    return view[_unravel(chosen, [out_shape[0], *out_shape[2:]])].flatten(1, -2)
-
-
 def _gram(parts: list[Tensor]) -> Tensor:
     """``X^T X``, or ``X X^T`` where that is smaller: the non-zero eigenvalues are the same.
 
@@ -326,16 +308,3 @@ def _gram(parts: list[Tensor]) -> Tensor:
     """
     rows = torch.cat(parts, 1)
     return rows.transpose(1, 2) @ rows if rows.shape[2] <= rows.shape[1] else rows @ rows.transpose(1, 2)
-
-
-def _unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    places: list[Tensor] = []
-    for size in reversed(shape):
-        places.insert(0, flat % size)
-        flat = torch.div(flat, size, rounding_mode="floor")
-    return tuple(places)
-
-
-def _tuple(value: Any, axes: int) -> tuple[int, ...]:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
-    return values * axes if len(values) == 1 else values

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from capnas.graph.dataflow import INPUT, Node, Trace, is_shape_only
+from capnas.measures.probing import swapped
 
 __all__ = ["INPUT", "Node", "Trace", "is_shape_only", "trace"]
 
@@ -207,20 +208,10 @@ def caches_kept(model: nn.Module) -> Iterator[None]:
             cache.update(content)
 
 
-@contextlib.contextmanager
-def _without_values(model: nn.Module) -> Iterator[None]:
-    """Parameters and buffers on the meta device inside, shared ones still shared."""
-    tables: list[dict[str, Any]] = [at for m in model.modules() for at in (m._parameters, m._buffers)]
-    held = [(at, key, tensor) for at in tables for key, tensor in at.items() if tensor is not None]
-    empty = {id(tensor): _stand_in(tensor.detach()) for _, _, tensor in held}
-    empty |= {id(t): nn.Parameter(empty[id(t)], t.requires_grad) for _, _, t in held if isinstance(t, nn.Parameter)}
-    try:
-        for at, key, tensor in held:
-            at[key] = empty[id(tensor)]
-        yield
-    finally:
-        for at, key, tensor in held:
-            at[key] = tensor
+def _without_values(model: nn.Module) -> dict[int, Tensor]:
+    """Stand-ins on the meta device for all parameters and buffers, by the ``id`` of each."""
+    empty = {id(b): _stand_in(b.detach()) for b in model.buffers()}
+    return empty | {id(p): nn.Parameter(_stand_in(p.detach()), p.requires_grad) for p in model.parameters()}
 
 
 @contextlib.contextmanager
@@ -279,7 +270,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
     ((2, 2), 3456, (1,))
     """
     dtype = dtype or next((t.dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
-    with _without_values(model):
+    with swapped(model, _without_values(model)):
         recorder = _Recorder(model)
         with _quiet(model, recorder):
             x = torch.empty(input_shape, dtype=dtype, device="meta")

@@ -42,7 +42,7 @@ class CodeOverlap(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def add(self, x: Tensor) -> None:
-        """Count one rectifier's input."""
+        """Count one rectifier's input, (n B, ...); of another first axis it is no map of the samples and is left out."""
         if x.ndim < 2 or x.shape[0] % self.samples:
             return  # not one entry a sample: a rectified weight or table
         codes = x.detach().reshape(self.samples, -1)
@@ -60,7 +60,7 @@ def _lower(name: str, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether all entries are finite, without a tensor of flags: a NaN or an infinity shows in the extremes.
+    """Whether all entries, of any shape, are finite, without a tensor of flags: a NaN or an infinity shows in the extremes.
 
     >>> all_finite(torch.tensor([1.0, math.inf])), all_finite(torch.zeros(0))
     (False, True)

@@ -28,7 +28,7 @@ PoolGain = Literal["paths", "averaging"]
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """Value of a layer, a branch or a network in the algebra; the default is the identity.
+    """Value of a layer, a branch or a network in the algebra, a reconstruction; the default is the identity.
 
     Attributes:
         complexity: C_loc, bits at one position (>= 0).
@@ -147,6 +147,9 @@ def pool_leaf(kind: Literal["max", "average"], units: int, *, kernel: int, posit
 def average_gain(taps: float, pool_gain: PoolGain = "paths") -> float:
     """log2 K of an average over ``taps`` units; see `pool_leaf`.
 
+    Raises:
+        UsageError: for an unknown gain.
+
     >>> average_gain(9, "averaging") == -average_gain(9)
     True
     """
@@ -176,7 +179,7 @@ def log2_add(values: Iterable[float]) -> float:
 
 
 def series(*terms: Term) -> Term:
-    """One after the other: C, W and MACs add, K multiplies. No argument gives the identity.
+    """One after the other (reconstruction, section 2.4): C, W and MACs add, K multiplies. No argument gives the identity.
 
     >>> series(linear_leaf(4, 8), linear_leaf(8, 2)).log2_fan_in
     5.0
@@ -194,7 +197,7 @@ def add(*terms: Term) -> Term:
 
 
 def residual(branch: Term) -> Term:
-    """``x + A(x)``: C of the branch, ``K = K_A + 1``.
+    """``x + A(x)`` (reconstruction, section 2.4): C of the branch, ``K = K_A + 1``.
 
     >>> conv = linear_leaf(64, 64, kernel=9)
     >>> residual(series(conv, conv)).log2_fan_in == math.log2(576**2 + 1)
@@ -204,7 +207,7 @@ def residual(branch: Term) -> Term:
 
 
 def concat(terms: Sequence[Term], units: Sequence[int]) -> Term:
-    """Branches laid side by side: C adds, K is the mean over output units, exact for a layer that reads the whole concatenation.
+    """Branches side by side (reconstruction, section 2.4): C adds, K is the mean over output units, exact where one layer reads them all.
 
     Args:
         terms: the branches.
@@ -234,7 +237,7 @@ def mean_fan_in(log2_fan_ins: Sequence[float], units: Sequence[int]) -> float:
 
 
 def gate(*terms: Term) -> Term:
-    """Branches whose outputs are multiplied (squeeze-excitation): C adds, ``K = K_A + K_B``, as for the sum.
+    """Branches whose outputs are multiplied (squeeze-excitation; reconstruction, section 2.4): C adds, ``K = K_A + K_B``, as for the sum.
 
     >>> gate(linear_leaf(2, 2), linear_leaf(6, 2)).log2_fan_in
     3.0
@@ -262,7 +265,7 @@ def log2_power(log2_fan_in: float, classes: int) -> float:
 
 
 def log2_compression(units: int, inputs: float) -> float:
-    """Local intrinsic power of a leaf, log2 of ``rho = m / r``; clip at 0 to count real compression only.
+    """Local intrinsic power of a leaf (reconstruction, section 2.3), log2 of ``rho = m / r``; clip at 0 to count real compression only.
 
     >>> log2_compression(64, 128)
     -1.0
@@ -277,6 +280,9 @@ def montufar_bound(widths: Sequence[int]) -> int:
 
     Args:
         widths: ``n_0`` (input dimension), ``n_1``, ..., ``n_L``. For a convolution put ``c h' w'`` (valid, loose).
+
+    Raises:
+        UsageError: for widths below 1.
 
     >>> montufar_bound([2, 3, 3])
     49
@@ -322,6 +328,9 @@ def dimension_histogram(widths: Sequence[int], *, carried: bool | Sequence[bool]
 
 def region_bound(widths: Sequence[int], *, carried: bool | Sequence[bool] = False) -> int:
     """Upper bound on the linear regions of a dense ReLU network: the sum of `dimension_histogram`; without skips that of Serra et al. 2018.
+
+    Raises:
+        UsageError: see `dimension_histogram`.
 
     >>> region_bound([2, 2, 2]), region_bound([2, 2, 2], carried=True)
     (11, 16)

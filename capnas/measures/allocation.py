@@ -37,6 +37,10 @@ def constraint_matrix(jacobian: Tensor, covariance: Tensor | None = None, *, con
 
     Raises:
         UsageError: for a shape that does not fit, values that are not finite, or a covariance that is not positive enough.
+
+    Example:
+        >>> constraint_matrix(torch.ones(2, 1), torch.diag(torch.tensor([4.0, 9.0]))).round(decimals=9).tolist()
+        [[2.0], [3.0]]
     """
     _known(convention)
     tensor = _as_blocks(jacobian)
@@ -49,6 +53,11 @@ def constraint_basis(
     jacobian: Tensor, covariance: Tensor | None = None, *, convention: Convention = "W", tolerance: float = 1e-9
 ) -> Tensor:
     """Orthonormal basis Q (D * M, K) of the constraints (equation 4): left singular vectors above ``tolerance`` times the largest.
+
+    Arguments as for :func:`constraint_matrix`.
+
+    Raises:
+        UsageError: see :func:`constraint_matrix`.
 
     >>> constraint_basis(torch.tensor([[1.0, 2.0], [0.0, 0.0]])).abs().tolist()
     [[1.0], [0.0]]
@@ -71,6 +80,9 @@ def total_capacity(jacobian: Tensor, covariance: Tensor | None = None, *, mu: fl
 
     Returns:
         A number in [0, min(D * M, P)]; a whole one when ``mu`` is 0.
+
+    Raises:
+        UsageError: see :func:`constraint_matrix`; and for a negative ``mu``.
 
     Example:
         Two parameters that only enter as a product count once.
@@ -98,6 +110,9 @@ def spatial_allocation(
         convention: see :func:`constraint_matrix`; report which one was used.
         mu: ridge of the soft version.
         tolerance: singular values below this share of the largest count as zero.
+
+    Raises:
+        UsageError: see :func:`constraint_matrix`; and for a negative ``mu``.
 
     Example:
         Two equal inputs share the one parameter that multiplies their sum.
@@ -160,10 +175,13 @@ def subspace_capacity(
 
 
 def parameter_leverage(jacobian: Tensor, covariance: Tensor | None = None, *, mu: float = 0.0, tolerance: float = 1e-9) -> Tensor:
-    """Capacity held by each parameter (equation 9), (P,) float64 in [0, 1], with sum the total capacity.
+    """Capacity held by each parameter (equation 9, ours), (P,) float64 in [0, 1], with sum the total capacity.
 
     Sum it over the parameters of a layer for that layer's capacity. Unlike the allocation over inputs it depends on how redundant
-    parameters are scaled.
+    parameters are scaled. Arguments as for :func:`total_capacity`.
+
+    Raises:
+        UsageError: see :func:`total_capacity`.
 
     >>> [round(value, 6) for value in parameter_leverage(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 2.0]])).tolist()]
     [0.5, 0.5, 1.0]

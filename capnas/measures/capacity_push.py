@@ -27,8 +27,8 @@ def push(
     """Capacity on the output of one operation to capacity on each of its inputs (38).
 
     Args:
-        capacity: ``k_out``, shape of the output map.
-        second_moments: ``E x^2`` of each input, non-negative.
+        capacity: ``k_out``, of the shape of the output map, (C, H, W) or (N, C) or any other.
+        second_moments: ``E x^2`` of each input, of the input's shape, non-negative.
         op_sq: linear non-negative map from the input second moments to that of the output: one of the builders here, or any function.
         bias_sq: squared bias, broadcastable to the output.
 
@@ -69,6 +69,12 @@ def push_ports(
         second_moments: as for `push`.
         op_sq: gives one tensor, or a sequence of them.
 
+    Returns:
+        As `push`, the shares of all outputs added up.
+
+    Raises:
+        UsageError: when an output has another shape than its capacity.
+
     Example:
         >>> (share,), bias = push_ports({1: torch.tensor([5.0])}, [torch.ones(3)], lambda s: s.split([2, 1]))
         >>> share.tolist(), bias
@@ -90,6 +96,11 @@ def push_ports(
 def conv_squared(weight: Tensor, **options: Any) -> SquaredOp:
     """Convolution in one or two dimensions with squared kernels; options ``stride``, ``padding``, ``dilation``, ``groups`` as in torch.
 
+    Of a weight (C_out, C_in / groups, *kernel) the map from (C_in, *sides) to (C_out, *sides'), in float64.
+
+    Raises:
+        UsageError: for a weight without one or two kernel axes.
+
     >>> op = conv_squared(torch.full((1, 1, 2), 3.0), stride=2)
     >>> op(torch.ones(1, 4)).tolist()
     [[18.0, 18.0]]
@@ -102,7 +113,7 @@ def conv_squared(weight: Tensor, **options: Any) -> SquaredOp:
 
 
 def linear_squared(weight: Tensor) -> SquaredOp:
-    """Linear layer on the last axis: ``s @ (W^2)^T``.
+    """Linear layer on the last axis: ``s @ (W^2)^T``, for a weight (out, in) the map from (..., in) to (..., out) in float64.
 
     >>> linear_squared(torch.tensor([[1.0, 2.0]]))(torch.ones(3, 2)).tolist()
     [[5.0], [5.0], [5.0]]
@@ -145,7 +156,11 @@ def global_mean_squared(axes: tuple[int, ...] = (-2, -1)) -> SquaredOp:
 def scale_squared(gain: Tensor) -> SquaredOp:
     """Element-wise scaling ``gain * x`` with ``gain`` broadcastable to the map: normalisation layers, layer scale, gates (use E gain^2).
 
-    The rule is the identity unless a bias takes its part: the gain cancels in the normalisation.
+    The rule is the identity unless a bias takes its part: the gain cancels in the normalisation. Exact for batch norm
+    in evaluation mode; for gates and layer norms, which depend on their input, an approximation of ours.
+
+    >>> scale_squared(torch.tensor([2.0, 3.0]))(torch.ones(2)).tolist()
+    [4.0, 9.0]
     """
     squared = gain.detach().double().square()
     return lambda s: squared * s
@@ -153,6 +168,8 @@ def scale_squared(gain: Tensor) -> SquaredOp:
 
 def attention_squared(probabilities: Tensor) -> SquaredOp:
     """Value path of attention per head: ``s'_q = sum_k E[A_qk^2] s_k``; queries and keys are gates and get nothing.
+
+    Our extension: the papers treat no attention.
 
     Args:
         probabilities: A (B, heads, queries, keys) on a batch.
@@ -171,10 +188,15 @@ def attention_squared(probabilities: Tensor) -> SquaredOp:
 def push_max_pool(capacity: Tensor, indices: Tensor, input_shape: Sequence[int]) -> Tensor:
     """Max pooling: each output hands its capacity to the inputs it selected, by how often (38).
 
+    Our extension: the papers treat no pooling.
+
     Args:
         capacity: (C, H', W').
         indices: (B, C, H', W') from ``max_pool2d(..., return_indices=True)``, flat positions in H * W.
         input_shape: (C, H, W).
+
+    Returns:
+        (C, H, W) float64, with the sum of ``capacity``.
 
     Example:
         >>> values = torch.tensor([[[[1.0, 5.0], [0.0, 2.0]]]])
@@ -189,7 +211,7 @@ def push_max_pool(capacity: Tensor, indices: Tensor, input_shape: Sequence[int])
 
 
 def push_concat(capacity: Tensor, sizes: Sequence[int], axis: int = 0) -> tuple[Tensor, ...]:
-    """Concatenation: each input takes its own slice back.
+    """Concatenation: each input takes its own slice back, of ``sizes`` along ``axis`` of the output map (C, H, W) or (N, C), in float64.
 
     >>> [part.tolist() for part in push_concat(torch.tensor([1.0, 2.0, 3.0]), [1, 2])]
     [[1.0], [2.0, 3.0]]

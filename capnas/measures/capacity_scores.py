@@ -16,7 +16,10 @@ from capnas.errors import UsageError
 
 
 def capacity_balance(capacity: Sequence[float], n_params: Sequence[int]) -> float:
-    """Capacity where the parameters are (43): one minus the total variation between the shares of capacity and of parameters; 1 is best.
+    """Capacity where the parameters are (43, ours): one minus the total variation between the shares of both, in [0, 1]; 1 is best.
+
+    Raises:
+        UsageError: for lists of different lengths, or values that are negative, not finite or all zero.
 
     >>> capacity_balance([1.0, 3.0], [10, 30]), capacity_balance([1.0, 0.0], [0, 10])
     (1.0, 0.0)
@@ -28,7 +31,10 @@ def capacity_balance(capacity: Sequence[float], n_params: Sequence[int]) -> floa
 
 
 def utilisation_evenness(used: Sequence[float], n_params: Sequence[int]) -> float:
-    """The alternative balance (43): one minus the parameter-weighted Gini coefficient of the utilisations; 1 is best.
+    """Our alternative balance (43): one minus the parameter-weighted Gini coefficient of the utilisations; 1 is best.
+
+    Raises:
+        UsageError: for numbers of parameters that are negative or all zero.
 
     >>> utilisation_evenness([0.5, 0.5], [1, 9])
     1.0
@@ -43,9 +49,12 @@ def utilisation_evenness(used: Sequence[float], n_params: Sequence[int]) -> floa
 
 
 def depth_evenness(capacity: Sequence[float]) -> float:
-    """``exp(H(q)) / L`` over blocks of one type (44): 1 when every block holds the same capacity, 1 / L when one holds all.
+    """Our score ``exp(H(q)) / L`` over blocks of one type (44): 1 when every block holds the same capacity, 1 / L when one holds all.
 
     Over layers of unlike type or width it discriminates poorly.
+
+    Raises:
+        UsageError: for values that are negative, not finite or all zero.
 
     >>> round(depth_evenness([2.0, 2.0, 2.0]), 6), depth_evenness([1.0, 0.0])
     (1.0, 0.5)
@@ -54,12 +63,18 @@ def depth_evenness(capacity: Sequence[float]) -> float:
 
 
 def coverage(pixel_map: Tensor, *, target: Tensor | None = None, control: Tensor | None = None) -> float:
-    """Share of the input that the capacity covers, ``exp(H(k)) / pixels`` (45); with a target map, one minus their total variation.
+    """Share of the input that the capacity covers, ``exp(H(k)) / pixels`` (45, ours); with a target map, one minus their total variation.
 
     Args:
         pixel_map: capacity per pixel, any shape; negative entries of the exact map count as 0.
         target: where the task's information is, same shape (a mean saliency, a centre prior).
         control: map of the same network with circular padding; the score is divided by the control's to remove border effects.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        UsageError: for a map without positive entries, or a target of another number of entries or without a positive sum.
 
     Example:
         >>> round(coverage(torch.ones(2, 2)), 6), round(coverage(torch.tensor([[1.0, 0], [0, 0]])), 6)
@@ -79,7 +94,10 @@ def coverage(pixel_map: Tensor, *, target: Tensor | None = None, control: Tensor
 
 
 def propagation(shattering: float) -> float:
-    """``min(1, Lambda / 0.05) / (1 + Lambda / 3)`` (46): near-linear networks (Lambda about 0) and shattered ones both lose.
+    """Our score ``min(1, Lambda / 0.05) / (1 + Lambda / 3)`` (46): near-linear networks (Lambda about 0) and shattered ones both lose.
+
+    Raises:
+        UsageError: for a shattering that is negative or NaN.
 
     >>> round(propagation(13.9), 2), propagation(0.0)
     (0.18, 0.0)
@@ -94,6 +112,9 @@ def scaling(residual_sum: float, reference: float = 1.0) -> float:
 
     The reference follows the paper's rule that residual branches scale as depth^(-1/2); the score is ours.
 
+    Raises:
+        UsageError: for a sum that is negative or NaN.
+
     >>> scaling(1.0), scaling(2.0), scaling(0.5)
     (1.0, 0.5, 0.5)
     """
@@ -104,7 +125,10 @@ def scaling(residual_sum: float, reference: float = 1.0) -> float:
 
 
 def usage(capacity: Sequence[float], n_params: Sequence[int]) -> float:
-    """``sum c_l / sum P_l`` (48): comparable only at the same batch, ridge rule and data.
+    """Our score ``sum c_l / sum P_l`` (48), clipped to [0, 1]: comparable only at the same batch, ridge rule and data.
+
+    Raises:
+        UsageError: without parameters.
 
     >>> usage([1.0, 2.0], [2, 4])
     0.5

@@ -209,6 +209,9 @@ def convolution(
 def per_axis(name: str, value: Sizes, axes: int) -> tuple[int, ...]:
     """One positive number per axis.
 
+    Raises:
+        UsageError: for a number that is not positive, or another number of them than axes.
+
     >>> per_axis("stride", 2, 2), per_axis("stride", (1, 2), 2)
     ((2, 2), (1, 2))
     """

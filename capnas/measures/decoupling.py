@@ -114,6 +114,8 @@ def _integrate(function: Activation) -> Decoupling:
 def relu_gate_decoupling(correlation: Tensor) -> Tensor:
     """Decoupling of two ReLU gates whose pre-activations have this correlation: ``arccos(rho) / pi`` (19a), in [0, 1].
 
+    Any shape; entry by entry. Correlations are clipped to [-1, 1].
+
     >>> relu_gate_decoupling(torch.tensor([1.0, 0.0, -1.0])).tolist()
     [0.0, 0.5, 1.0]
     """
@@ -122,6 +124,8 @@ def relu_gate_decoupling(correlation: Tensor) -> Tensor:
 
 def output_decoupling(pre: Tensor, post: Tensor) -> float:
     """Measured ``d_out``: one minus the squared correlation of input and output per unit, weighted by output variance (42), in [0, 1].
+
+    Our reconstruction, as the module's text says; the weighting by variance is ours too.
 
     Args:
         pre: (S, D) pre-activations, rows are samples (and positions).
@@ -153,7 +157,8 @@ def output_decoupling(pre: Tensor, post: Tensor) -> float:
 def gate_decoupling(gates: Tensor, *, dead: float = 1e-6) -> float:
     """Measured ``d_gate``: one minus the mean cosine between the gates of different units (19a, 42).
 
-    Costs O(S D): the sum over pairs is read off the square of the sum. Units whose gate has a root mean square below ``dead`` are left out.
+    Our reconstruction. Costs O(S D): the sum over pairs is read off the square of the sum. Units whose gate has a root mean square below
+    ``dead`` are left out.
 
     Args:
         gates: (S, D) derivatives ``act'(z)`` of D units over S samples at one position, or (S, D, Q) at Q positions, averaged.
@@ -161,6 +166,9 @@ def gate_decoupling(gates: Tensor, *, dead: float = 1e-6) -> float:
 
     Returns:
         A number in [0, 1 + 1 / (D - 1)]; NaN with fewer than two live units at every position.
+
+    Raises:
+        UsageError: for gates of another number of axes.
 
     Example:
         >>> gate_decoupling(torch.ones(8, 5))
@@ -181,7 +189,7 @@ def gate_decoupling(gates: Tensor, *, dead: float = 1e-6) -> float:
 
 
 def coherent_share(gradients: Tensor) -> float:
-    """Share S of the response that is one gradient for all samples, ``|E g|^2 / E |g|^2`` with the bias of a finite sample removed (24).
+    """Share S of the response that is one gradient for all samples, ``|E g|^2 / E |g|^2`` without the bias of a finite sample (24, ours).
 
     Args:
         gradients: (S, D) input gradients of one scalar output, a row per sample; batch statistics detached.
@@ -215,7 +223,14 @@ def shattering(share: float, *, floor: float = 1e-6) -> float:
 
 
 def predicted_gradient_share(gate: Sequence[float], branch_share: Sequence[float] | None = None) -> float:
-    """``prod_l (1 - r_l d_gate,l)`` (23), with ``r_l = 1`` for layers without a skip. An assumption of independent gates: measure S too.
+    """``prod_l (1 - r_l d_gate,l)`` (23, ours), with ``r_l = 1`` for layers without a skip. It assumes independent gates: measure S too.
+
+    Args:
+        gate: (L,) d_gate of each layer, in [0, 1].
+        branch_share: (L,) r_l, see `residual_share`; ones when None.
+
+    Raises:
+        ValueError: where the two lengths differ.
 
     >>> predicted_gradient_share([0.5, 0.5]), predicted_gradient_share([0.5, 0.5], [0.5, 0.5])
     (0.25, 0.5625)
@@ -225,7 +240,7 @@ def predicted_gradient_share(gate: Sequence[float], branch_share: Sequence[float
 
 
 def predicted_function_share(out: Sequence[float]) -> float:
-    """``prod_l (1 - d_out,l)`` for plain networks (23).
+    """``prod_l (1 - d_out,l)`` for plain networks (23, ours), from d_out (L,) of each layer.
 
     >>> predicted_function_share([0.5, 0.5])
     0.25
@@ -235,6 +250,8 @@ def predicted_function_share(out: Sequence[float]) -> float:
 
 def residual_share(branch: Tensor, stream: Tensor) -> float:
     """``r_l = E|branch|^2 / (E|branch|^2 + E|stream|^2)`` of one residual addition (31), in [0, 1]; its sum over depth R should be O(1).
+
+    Both are tensors of any shape, whose entries are averaged; 0 where both are zero.
 
     >>> residual_share(torch.ones(2, 3), torch.ones(2, 3))
     0.5

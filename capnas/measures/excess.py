@@ -33,6 +33,9 @@ class WeightLayer:
         weights: W, number of weights. 0 marks a map without weights (pooling, a counted norm layer): a factor that is no layer of the
             theorem.
         name: For the reader.
+
+    Raises:
+        UsageError: for a constant that is negative or not finite.
     """
 
     norm: float
@@ -56,6 +59,9 @@ class Block:
         branches: Layers of each branch, from input to output.
         shortcut: Lip(g) of the fixed part: 1 for an identity, 0 for none.
         join: "add" or "concat".
+
+    Raises:
+        UsageError: for another join, or a shortcut that is negative or not finite.
     """
 
     branches: tuple[tuple[WeightLayer, ...], ...]
@@ -98,7 +104,7 @@ def group_norm_21(weight: Tensor) -> float:
 
 
 def filter_norm(weight: Tensor) -> float:
-    """The sum over outputs of the L2 norm of everything else, as in earlier bounds.
+    """The sum over outputs of the L2 norm of everything else, as in earlier bounds; for a weight (C_out, ...).
 
     No more than `group_norm_21`, no less than that over the square root of the number of taps.
 
@@ -110,6 +116,9 @@ def filter_norm(weight: Tensor) -> float:
 
 def distance_to_init(weight: Tensor, init: Tensor) -> float:
     """B = || K - K0 ||_{2,1} of a weight and its value at initialization, both (C_out, C_in / groups, *kernel) or (out, in).
+
+    Raises:
+        UsageError: for different shapes.
 
     >>> distance_to_init(torch.ones(1, 4), torch.zeros(1, 4))
     2.0
@@ -132,6 +141,12 @@ def fold_norm(weight: Tensor, gamma: Tensor | None, variance: Tensor, eps: float
         variance: (C_out,) running variance.
         eps: Added to the variance.
 
+    Returns:
+        The weight (C_out, ...) in its own type.
+
+    Raises:
+        UsageError: for a gamma or a variance that is not one number per output.
+
     >>> fold_norm(torch.ones(1, 2), torch.tensor([6.0]), torch.tensor([4.0]), eps=0.0)
     tensor([[3., 3.]])
     """
@@ -148,6 +163,11 @@ def norm_layer_constant(gamma: Tensor | None, variance: Tensor, eps: float = 1e-
     Exact for batch norm in evaluation mode. For layer, group or RMS norm pass the smallest variance (mean square) seen per sample: the
     result then bounds the local slope on the data seen, not the global one, which is max |gamma| / sqrt(eps).
 
+    Args:
+        gamma: (C,) scale, or None for 1.
+        variance: (C,), or a shape that broadcasts with it.
+        eps: Added to the variance.
+
     >>> norm_layer_constant(torch.tensor([1.0, -6.0]), torch.tensor([1.0, 4.0]), eps=0.0)
     3.0
     """
@@ -155,7 +175,11 @@ def norm_layer_constant(gamma: Tensor | None, variance: Tensor, eps: float = 1e-
 
 
 def chain(layers: Iterable[WeightLayer]) -> tuple[Block, ...]:
-    """A plain network: each layer a block without shortcut."""
+    """A plain network: each layer a block without shortcut.
+
+    >>> chain([WeightLayer(norm=2.0)])[0].shortcut
+    0.0
+    """
     return tuple(Block(branches=((layer,),)) for layer in layers)
 
 

@@ -33,7 +33,7 @@ class LinearArchitecture:
 
 
 def window(length: int, width: int) -> LinearArchitecture:
-    """One causal convolution with ``width`` taps; ``width == length`` is the fully connected model (12).
+    """One causal convolution over ``length`` lags with ``width`` taps, its parameters; equal numbers give the fully connected model (12).
 
     >>> window(4, 2).response(torch.tensor([3.0, 5.0])).tolist()
     [3.0, 5.0, 0.0, 0.0]
@@ -50,6 +50,15 @@ def dilated_stack(length: int, dilations: Sequence[int], *, channels: int = 1, k
 
     Parameters are the layers in order, each (out, in, kernel) flattened. Lags beyond ``length`` are cut off. With all dilations 1 this is
     the dense stack of (13), with dilations 1, 2, 4, ... and kernel 2 the tensor train of (14).
+
+    Args:
+        length: D, lags of the response.
+        dilations: of each layer, from the input on.
+        channels: C of the layers between.
+        kernel: taps of each layer.
+
+    Raises:
+        UsageError: without a layer.
 
     >>> dilated_stack(4, (1, 2)).response(torch.tensor([1.0, 10.0, 1.0, 100.0])).tolist()
     [1.0, 10.0, 100.0, 1000.0]
@@ -103,7 +112,13 @@ def diagonal_rnn(length: int, states: int) -> LinearArchitecture:
 
 
 def dense_rnn(length: int, states: int) -> LinearArchitecture:
-    """Linear recurrence ``phi_tau = c^T A^tau b``; parameters are A (states, states) flattened, b, c. Capacity min(D, 2 states) (16)."""
+    """Linear recurrence ``phi_tau = c^T A^tau b`` over D = ``length`` lags, of capacity min(D, 2 states) (16).
+
+    The parameters (states^2 + 2 states,) are A (states, states) flattened, b (states,) and c (states,).
+
+    >>> dense_rnn(3, 1).response(torch.tensor([0.5, 2.0, 2.0])).tolist()
+    [4.0, 2.0, 1.0]
+    """
     count = states * states + 2 * states
 
     def response(theta: Tensor) -> Tensor:
@@ -121,7 +136,13 @@ def dense_rnn(length: int, states: int) -> LinearArchitecture:
 
 
 def averaged_conv(length: int, kernel: int) -> LinearArchitecture:
-    """A convolution without padding followed by the mean over positions (17): all but one unit of its capacity sits on the borders."""
+    """A convolution without padding followed by the mean over positions (17): all but one unit of its capacity sits on the borders.
+
+    The parameters (kernel,) are the taps; the response (length,) is, for each cell, the sum of the taps that reach it over the positions.
+
+    >>> averaged_conv(4, 2).response(torch.tensor([3.0, 6.0])).tolist()
+    [1.0, 3.0, 3.0, 2.0]
+    """
 
     def response(theta: Tensor) -> Tensor:
         positions = length - kernel + 1

@@ -31,7 +31,7 @@ class LinearTask:
     target: Tensor
 
     def root(self) -> Tensor:
-        """Symmetric square root of the covariance."""
+        """Symmetric square root of the covariance, (D, D) float64."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
@@ -40,10 +40,10 @@ class LinearTask:
 class LinearFit:
     """The best of several trainings of one architecture on one task.
 
-    ``relative_loss`` is the loss over that of the zero model; ``stationarity`` is ``|Q^T e~| / |e~|``, zero at a true optimum (equation 2);
-    ``rank`` and ``generic_rank`` are the total capacity at the optimum and at a random point. ``tied``: another start reached the same loss
-    with another allocation. ``degenerate`` marks an optimum whose allocation is not unique: tied, not converged, or with a vanishing error
-    at a rank below the generic one.
+    ``theta`` (P,) are the parameters; ``relative_loss`` is the loss over that of the zero model; ``stationarity`` is ``|Q^T e~| / |e~|``,
+    zero at a true optimum (equation 2); ``rank`` and ``generic_rank`` are the total capacity at the optimum and at a random point.
+    ``tied``: another start reached the same loss with another allocation. ``degenerate`` marks an optimum whose allocation is not unique:
+    tied, not converged, or with a vanishing error at a rank below the generic one.
     """
 
     theta: Tensor
@@ -97,6 +97,22 @@ def train_linear(
 
     Local optima and ties are possible (one-channel stacks on T3 have a continuum of equal optima); compare allocations within 0.3 per
     region, and only qualitatively where ``degenerate`` is set.
+
+    Args:
+        architecture: of P parameters and D lags.
+        task: on D lags.
+        starts: number of starting points.
+        seed: of the starting points.
+        max_evaluations: of the residual, from each start.
+
+    Raises:
+        UsageError: where no start gives a finite response.
+
+    Example:
+        >>> from capnas.measures.linear_architectures import window
+        >>> fit = train_linear(window(8, 8), linear_task("T2", 8), starts=1)
+        >>> fit.rank, round(fit.relative_loss, 9), [round(x, 3) for x in fit.theta.tolist()[:3]]
+        (8, 0.0, [1.0, 0.5, 0.333])
     """
     root = task.root()
     generator = torch.Generator().manual_seed(seed)

@@ -52,6 +52,9 @@ def moments_of(samples: Tensor, shift: Tensor | None = None) -> Moments:
     Returns:
         Moments in float64 on the samples' device. Non-finite samples give non-finite moments, never an exception.
 
+    Raises:
+        ValueError: samples that are not rows (S, D).
+
     >>> m = moments_of(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
     >>> m.count, m.mean.tolist(), m.scatter.tolist()
     (2, [1.0, 1.0], [[2.0, 0.0], [0.0, 0.0]])
@@ -132,6 +135,9 @@ class Sums:
 def update(moments: Moments, samples: Tensor) -> Moments:
     """Moments after a further batch of rows, (S, D).
 
+    Raises:
+        ValueError: samples that are not rows, or of another width than the moments.
+
     >>> m = update(Moments.empty(1), torch.tensor([[1.0], [3.0]]))
     >>> update(m, torch.tensor([[5.0]])).mean.tolist()
     [3.0]
@@ -144,6 +150,9 @@ def update(moments: Moments, samples: Tensor) -> Moments:
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two sets of rows; associative and commutative up to rounding.
+
+    Raises:
+        ValueError: moments of different widths.
 
     >>> one, two = moments_of(torch.tensor([[1.0]])), moments_of(torch.tensor([[3.0]]))
     >>> merge(one, two).scatter.tolist()

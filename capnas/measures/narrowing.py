@@ -138,7 +138,9 @@ def _solve(blocks: Tensor, right: Tensor) -> Tensor:
 
 
 def factor(matrix: Tensor) -> Tensor:
-    """Some S with S^T S equal to a positive semi-definite matrix: Cholesky's where it exists, else the symmetric root, which costs more.
+    """Some S (D, D) with S^T S equal to a positive semi-definite matrix (D, D), in float64.
+
+    Cholesky's where it exists, else the symmetric root, which costs more.
 
     >>> factor(torch.diag(torch.tensor([4.0, 1.0]))).round(decimals=6).tolist()
     [[2.0, 0.0], [0.0, 1.0]]
@@ -150,7 +152,7 @@ def factor(matrix: Tensor) -> Tensor:
 
 
 def root(matrix: Tensor) -> Tensor:
-    """The symmetric square root of a positive semi-definite matrix, in float64.
+    """The symmetric square root (D, D) of a positive semi-definite matrix (D, D), in float64.
 
     >>> root(torch.diag(torch.tensor([4.0, 0.0]))).tolist()
     [[2.0, 0.0], [0.0, 0.0]]

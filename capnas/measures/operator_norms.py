@@ -49,6 +49,9 @@ class OperatorNorm:
 def linear_norm(weight: Tensor, *, method: str = "auto", tolerance: float = 1e-4, dtype: torch.dtype | None = None) -> OperatorNorm:
     """The largest singular value of a matrix of shape (out, in); arguments as for `operator_norm`.
 
+    Raises:
+        UsageError: for non-finite weights, an unknown method or one that does not apply.
+
     >>> linear_norm(torch.tensor([[3.0, 0.0], [4.0, 0.0]])).value
     5.0
     """
@@ -143,7 +146,7 @@ def unfolding_bound(weight: Tensor) -> float:
 
     The unfoldings of (C_out, C_in, k_h, k_w) are (C_out k_h, C_in k_w), (C_out k_w, C_in k_h), (C_out, C_in k_h k_w) and (C_out k_h k_w,
     C_in). It holds for zero and circular padding, and for strides, which only drop outputs; not for circular padding of an image smaller
-    than the kernel.
+    than the kernel. Singla and Feizi, "Fantastic Four" (ICLR 2021, arXiv 1911.10258), for two axes; other numbers of axes are ours.
 
     >>> round(unfolding_bound(torch.ones(1, 1, 3, 3)), 6)
     9.0
@@ -200,6 +203,9 @@ def ring_bound(conv: Convolution) -> float:
 
 def max_pool_constant(kernel: Sizes, stride: Sizes, axes: int = 2) -> float:
     """The l2 Lipschitz constant of max pooling: the square root of the most windows that share a cell, prod_axis ceil(k / s).
+
+    Raises:
+        UsageError: for a size that is not positive, or another number of sizes than axes.
 
     >>> max_pool_constant(2, 2), max_pool_constant(3, 2)
     (1.0, 2.0)

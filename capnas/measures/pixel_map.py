@@ -29,7 +29,7 @@ class PixelMap:
 
 
 def parameter_scales(params: Mapping[str, Tensor]) -> dict[str, float]:
-    """Root mean square of each parameter's layer (33); a bias takes the scale of the weight of the same module.
+    """Root mean square of each parameter's layer (33), of tensors of any shape; a bias takes the scale of the weight of the same module.
 
     >>> parameter_scales({"fc.weight": torch.full((2, 2), 2.0), "fc.bias": torch.zeros(2)})
     {'fc.weight': 2.0, 'fc.bias': 2.0}
@@ -49,6 +49,11 @@ def tangents(model: Model, params: Mapping[str, Tensor], inputs: Tensor, scales:
         params: float64 tensors by name.
         inputs: (B, ...) samples.
         scales: factor per parameter; ones when None.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> tangents(lambda p, x: (p["w"] @ x).unsqueeze(0), {"w": torch.zeros(2)}, x, {"w": 10.0})["w"].tolist()
+        [[10.0, 20.0], [30.0, 40.0]]
     """
     jacobians = torch.func.vmap(torch.func.jacrev(model), in_dims=(None, 0))(dict(params), inputs)
     factor = dict.fromkeys(params, 1.0) if scales is None else scales

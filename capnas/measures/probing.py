@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,15 +39,36 @@ def untouched(model: nn.Module, *, statistics: bool = False) -> Iterator[None]:
     >>> net[0].num_batches_tracked.item(), net[1].training
     (0, True)
     """
+    with put_back(model):
+        for module in model.modules():
+            module.training = statistics and isinstance(module, nn.modules.batchnorm._NormBase)
+        yield
+
+
+@contextlib.contextmanager
+def put_back(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
+    """A fixed seed inside; every module's mode, the buffers, gradient flags and the random state as before outside, also after an error.
+
+    Weights are the caller's duty: do not step an optimizer inside.
+
+    Args:
+        model: any.
+        seed: of anything random inside.
+
+    >>> net = nn.BatchNorm1d(2)
+    >>> with put_back(net):
+    ...     _ = net.eval(), net.running_mean.add_(1)
+    >>> net.training, net.running_mean.tolist()
+    (True, [0.0, 0.0])
+    """
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    buffers = [(b, b.clone()) for b in model.buffers() if not b.is_meta]
-    devices = {t.device.index or 0 for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
+    tables = [m._buffers for m in model.modules()]
+    buffers = [(held, k, b, None if b.is_meta else b.clone()) for held in tables for k, b in held.items() if b is not None]
+    cuda = {t.device.index or 0 for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
     try:
-        for module, _ in modes:
-            module.training = statistics and isinstance(module, nn.modules.batchnorm._NormBase)
-        with torch.random.fork_rng(devices=sorted(devices)):
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=sorted(cuda)):
+            torch.manual_seed(seed)
             yield
     finally:
         for module, training in modes:
@@ -55,8 +76,36 @@ def untouched(model: nn.Module, *, statistics: bool = False) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for held, key, buffer, before in buffers:
+                held[key] = buffer
+                if before is not None:
+                    buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, replacements: Mapping[int, Tensor]) -> Iterator[None]:
+    """Other tensors in the place of parameters and buffers inside, wherever they are shared; the model's own outside.
+
+    Args:
+        model: any.
+        replacements: ``id`` of a parameter or buffer to what stands in for it.
+
+    >>> net = nn.Linear(1, 1, bias=False)
+    >>> with swapped(net, {id(net.weight): torch.full((1, 1), 3.0)}):
+    ...     net(torch.ones(1)).item()
+    3.0
+    >>> isinstance(net.weight, nn.Parameter)
+    True
+    """
+    tables: list[dict[str, Any]] = [held for m in model.modules() for held in (m._parameters, m._buffers)]
+    places = [(held, key, tensor) for held in tables for key, tensor in held.items() if id(tensor) in replacements]
+    try:
+        for held, key, tensor in places:
+            held[key] = replacements[id(tensor)]
+        yield
+    finally:
+        for held, key, tensor in places:
+            held[key] = tensor
 
 
 def linear_weights(model: nn.Module) -> list[Tensor]:

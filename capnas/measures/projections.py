@@ -28,6 +28,9 @@ def project_group_ball(delta: Tensor, radius: float) -> Tensor:
         delta: (C_out, C_in / groups, *kernel) or (out, in); groups run along axis 1.
         radius: Not negative.
 
+    Raises:
+        UsageError: for a negative radius.
+
     >>> project_group_ball(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 3.0)
     tensor([[1.8000, 2.4000],
             [0.0000, 0.0000]])
@@ -44,7 +47,10 @@ def project_group_ball(delta: Tensor, radius: float) -> Tensor:
 
 
 def project_distance(weight: Tensor, init: Tensor, radius: float) -> Tensor:
-    """The nearest weight within (2,1) distance `radius` of `init`.
+    """The nearest weight within (2,1) distance `radius` of `init`; shapes as for `project_group_ball`.
+
+    Raises:
+        UsageError: for a negative radius.
 
     >>> project_distance(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]]), 0.25)
     tensor([[1.2500, 0.0000]])
@@ -64,6 +70,9 @@ def project_lipschitz(kernel: Tensor, radius: float, *, groups: int = 1) -> Tens
 
     Returns:
         The kernel on the full grid: in general its support is no longer that of a small kernel.
+
+    Raises:
+        UsageError: for a negative radius.
 
     >>> project_lipschitz(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 2.0)
     tensor([[2., 0.],
@@ -96,6 +105,9 @@ def embed(weight: Tensor, grid: Sizes, *, dilation: Sizes = 1) -> Tensor:
 
 def crop(kernel: Tensor, taps: Sequence[int], *, dilation: Sizes = 1) -> Tensor:
     """The taps of a kernel on a grid, (C_out, C_in / groups, *taps): with `embed`, the projection onto kernels of that support.
+
+    Raises:
+        UsageError: for a grid smaller than the dilated taps.
 
     >>> crop(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), (2,))
     tensor([[[1., 2.]]])
@@ -168,6 +180,13 @@ def pull_back(
     It is not the nearest such point: use it after `project`, when little is missing. The inner point is `init` scaled down by half of what
     the distance allows, since an `init` that was itself scaled to the Lipschitz limit lies on the boundary. Norm and distance are convex
     along the line, so chords find the last point that holds; every point is measured before it is taken.
+
+    Args:
+        weight: (C_out, C_in / groups, *kernel) or (out, in).
+        init: The initial weight, same shape.
+        distance: Radius of the (2,1) ball around `init`, or None for no constraint.
+        lipschitz: Largest norm, or None for no constraint.
+        norm: The operator norm of the layer as a function of its weight.
 
     Raises:
         UsageError: when neither `init` nor `init` scaled down within the distance meets the Lipschitz constraint.

@@ -16,7 +16,7 @@ from capnas.errors import UsageError
 
 
 def propagate_gated(constraints: Tensor, weight: Tensor, gate_cosines: Tensor) -> Tensor:
-    """Capacity on the inputs of a gated linear layer with known gate statistics (20), (I,) float64, with sum K.
+    """Capacity on the inputs of a gated linear layer with known gate statistics (20, our derivation), (I,) float64, with sum K.
 
     ``G = rho o (W W^T)``, ``C = V (V^T G V)^-1 V^T`` and ``kappa_i = sum_jj' C_jj' rho_jj' W_ji W_j'i``. Exact for white inputs and gates
     independent of them with unit second moment.
@@ -25,6 +25,9 @@ def propagate_gated(constraints: Tensor, weight: Tensor, gate_cosines: Tensor) -
         constraints: V (J, K), functions of the layer's output that training pins down; full column rank.
         weight: W (J, I).
         gate_cosines: rho (J, J), gate Gram matrix with unit diagonal; all ones for a linear layer, the identity under total decoupling.
+
+    Raises:
+        UsageError: for shapes that do not fit.
 
     Example:
         >>> kappa = propagate_gated(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.eye(2))
@@ -39,7 +42,7 @@ def propagate_gated(constraints: Tensor, weight: Tensor, gate_cosines: Tensor) -
 
 
 def propagate_partly(constraints: Tensor, weight: Tensor, decoupling: float) -> Tensor:
-    """Capacity on the inputs under one scalar decoupling d (21): (20) with ``rho = (1 - d) 1 1^T + d I``; (I,) float64, sum K.
+    """Capacity on the inputs under one scalar decoupling d (21, ours): (20) with ``rho = (1 - d) 1 1^T + d I``; (I,) float64, sum K.
 
     ``d = 0`` is the leverage of a linear layer, ``d = 1`` the Markov rule on the diagonal of C.
 
@@ -50,6 +53,11 @@ def propagate_partly(constraints: Tensor, weight: Tensor, decoupling: float) -> 
 
     Raises:
         UsageError: for shapes that do not fit or d outside [0, 1].
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> [[round(x, 6) for x in propagate_partly(torch.ones(2, 1), weight, d).tolist()] for d in (0.0, 1.0)]
+        [[0.8, 0.2], [0.666667, 0.333333]]
     """
     if not 0 <= decoupling <= 1:
         raise UsageError(f"decoupling must be in [0, 1], got {decoupling}.")
@@ -89,7 +97,9 @@ def markov_matrix(weight: Tensor, second_moment: Tensor | None = None, bias: Ten
 def propagate_markov(
     capacity: Tensor, weight: Tensor, second_moment: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, float]:
-    """One Markov step (22): capacity (J,) on the outputs to capacity (I,) on the inputs, and the amount taken by the bias.
+    """One Markov step (22): capacity (J,) on the outputs to capacity (I,) on the inputs, float64, and the amount taken by the bias.
+
+    Arguments as for :func:`markov_matrix`.
 
     >>> kappa, leak = propagate_markov(torch.ones(1), torch.tensor([[1.0, 1.0]]))
     >>> kappa.tolist(), leak
@@ -102,13 +112,18 @@ def propagate_markov(
 def residual_kernel(kernel: Tensor, strength: float, depth: int) -> Tensor:
     """One step of a residual layer with branch scale ``eps^2 = strength / depth`` (25): ``(delta + (lambda / L) p) / (1 + lambda / L)``.
 
+    The scaling is the paper's (arXiv 1903.04455), the formula our derivation.
+
     Args:
-        kernel: squared branch weights over an odd number of offsets, centred; normalised to sum 1 here.
+        kernel: (2 u + 1,) squared branch weights over the offsets -u to u; normalised to sum 1 here.
         strength: lambda > 0.
         depth: L, the number of layers.
 
     Returns:
-        Probabilities over the same offsets, float64.
+        Probabilities over the same offsets, (2 u + 1,) float64.
+
+    Raises:
+        UsageError: for a kernel that is not one-dimensional with an odd number of offsets.
 
     Example:
         >>> residual_kernel(torch.tensor([1.0, 0.0, 1.0]), 1.0, 1).tolist()
@@ -123,15 +138,18 @@ def residual_kernel(kernel: Tensor, strength: float, depth: int) -> Tensor:
 
 
 def diffuse(capacity: Tensor, kernel: Tensor, strength: float, time: float = 1.0) -> Tensor:
-    """Deep limit of the residual propagation on a ring (25): ``d kappa / dt = lambda (p * kappa - kappa)`` solved exactly by Fourier.
+    """Deep limit of the residual propagation on a ring (25, ours): ``d kappa / dt = lambda (p * kappa - kappa)`` solved exactly by Fourier.
 
     A jump process: whatever never jumps, a share ``exp(-lambda t)``, stays where it is.
 
     Args:
         capacity: (D,) over positions, circular.
-        kernel: odd, centred, as in :func:`residual_kernel`.
+        kernel: (2 u + 1,), as in :func:`residual_kernel`.
         strength: lambda.
         time: depth over total depth, in [0, 1].
+
+    Returns:
+        (D,) float64, with the sum of ``capacity``.
 
     Example:
         >>> spread = diffuse(torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0]), 1.0)
@@ -147,7 +165,9 @@ def diffuse(capacity: Tensor, kernel: Tensor, strength: float, time: float = 1.0
 
 
 def drift_and_diffusion(kernel: Tensor, strength: float) -> tuple[float, float]:
-    """Coefficients of the second-order limit (26): ``m = lambda sum u p``, ``v = lambda sum u^2 p``, in offsets and squared offsets.
+    """Coefficients of the second-order limit (26, ours): ``m = lambda sum u p``, ``v = lambda sum u^2 p``, in offsets and squared offsets.
+
+    The kernel (2 u + 1,) and the strength are those of :func:`residual_kernel`.
 
     >>> drift_and_diffusion(torch.tensor([1.0, 0.0, 1.0]), 2.0)
     (0.0, 2.0)
@@ -158,7 +178,7 @@ def drift_and_diffusion(kernel: Tensor, strength: float) -> tuple[float, float]:
 
 
 def receptive_variance(kernel_variance: Tensor, branch_share: Tensor | None = None) -> float:
-    """Variance of the effective receptive field in squared pixels (27): ``sum_l r_l sigma_l^2``; r_l = 1 for plain networks.
+    """Variance of the effective receptive field in squared pixels (27, ours): ``sum_l r_l sigma_l^2``; r_l = 1 for plain networks.
 
     Args:
         kernel_variance: (L,) variance of each layer's squared kernel over offsets, times the squared stride before it.

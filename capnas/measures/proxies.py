@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
 from capnas.measures.activation_codes import CodeOverlap, all_finite
-from capnas.measures.probing import FAILURES, Loss, first_tensor, linear_weights, reason, untouched, weight_gradients
+from capnas.measures.probing import FAILURES, Loss, first_tensor, linear_weights, reason, swapped, untouched, weight_gradients
 
 _NORMS = re.compile("norm", re.IGNORECASE)
 _IDENTITIES = re.compile(
@@ -94,6 +94,7 @@ def naswot(model: nn.Module, inputs: Tensor) -> Proxy:
         model: any.
         inputs: a batch (B, ...), B >= 2. Values are comparable only at one B.
 
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     >>> naswot(net, torch.eye(2)).value > 0, naswot(net, torch.ones(2, 2)).flag
     (True, 'singular kernel: some inputs share all their codes')
@@ -297,23 +298,21 @@ def _deviation(gradients: Sequence[Tensor]) -> Tensor:
 
 def _flows(model: nn.Module, inputs: Tensor, dtype: torch.dtype, scale: float) -> list[tuple[Tensor, Tensor]]:
     """Magnitudes of the weights and their gradients of ``scale R``, the input and the biases at ``scale``."""
-    from torch.func import functional_call
-
     weights = {id(p) for p in linear_weights(model)}
-    state: dict[str, Tensor] = {}
+    state: dict[int, Tensor] = {}
     flowing: list[Tensor] = []
     for name, p in model.named_parameters():
         size = p.detach().abs().to(dtype) if p.is_floating_point() else p.detach()
-        state[name] = size * scale if _ADDED.search(name) else size  # what is added to the signal is scaled with it
+        state[id(p)] = size * scale if _ADDED.search(name) else size  # what is added to the signal is scaled with it
         if id(p) in weights:
-            flowing.append(state[name].requires_grad_(True))
-    state |= {n: b.detach().to(dtype) if b.is_floating_point() else b.detach().clone() for n, b in model.named_buffers()}
+            flowing.append(state[id(p)].requires_grad_(True))
+    state |= {id(b): b.detach().to(dtype) if b.is_floating_point() else b.detach().clone() for b in model.buffers()}
     handles = [m.register_forward_hook(_pass) for m in model.modules() if _is_norm(m) or _IDENTITIES.fullmatch(type(m).__name__)]
     handles += [m.register_forward_hook(_open) for m in model.modules() if scale != 1 and _GATES.fullmatch(type(m).__name__)]
     try:
-        with untouched(model), torch.enable_grad():
+        with untouched(model), swapped(model, state), torch.enable_grad():
             ones = torch.full((1, *inputs.shape[1:]), scale, dtype=dtype, device=inputs.device)
-            out = first_tensor(functional_call(model, state, (ones,)))
+            out = first_tensor(model(ones))
             found = torch.autograd.grad(out.sum() * scale, flowing, allow_unused=True)
     finally:
         for handle in handles:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from capnas.errors import UsageError, one_of
 
-BorderRule = Literal["strict", "longest", "shortest", "notebook", "toolbox"]
-_RULES = ("strict", "longest", "shortest", "notebook", "toolbox")
+BorderRule = Literal["strict", "longest", "shortest", "longest_with_1x1", "shortest_with_1x1", "notebook", "toolbox"]
+_RULES: tuple[BorderRule, ...] = get_args(BorderRule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,9 @@ class LayerField:
 def window(field: Field, kernel: int, stride: int = 1, dilation: int = 1) -> Field:
     """Field after a convolution or a pooling window.
 
+    Raises:
+        UsageError: for a kernel, a stride or a dilation below 1.
+
     >>> window(window(Field(), 3, stride=2), 3, dilation=2)
     Field(low=11.0, high=11.0, jump=2.0)
     """
@@ -83,7 +86,10 @@ def transposed_window(field: Field, kernel: int, stride: int = 1, dilation: int 
 
     Output phase p reads the taps t with ``t d = p (mod s)``; their span in input units is at most about ``(k - 1) d / s``. A dilation
     above 1 also shifts the phases against each other, by up to as much: a later layer that reads several of them reaches further than
-    is counted here.
+    is counted here. The papers treat no transposed layers; this rule is ours.
+
+    Raises:
+        UsageError: for a kernel, a stride or a dilation below 1.
 
     >>> transposed_window(Field(jump=4.0), 4, stride=2)
     Field(low=5.0, high=5.0, jump=2.0)
@@ -122,6 +128,9 @@ def whole(field: Field) -> Field:
 def merge(fields: Sequence[Field]) -> Field:
     """Field of a sum or a concatenation: the least ``low``, the greatest ``high``, the jump of the first.
 
+    Raises:
+        UsageError: without fields.
+
     >>> merge([Field(low=11.0, high=11.0), Field(low=27.0, high=27.0)])
     Field(low=11.0, high=27.0, jump=1.0)
     """
@@ -140,6 +149,9 @@ def critical_layers(
         image_size: pixels, one number or one for each axis.
         path: by r_min (as rfa_toolbox) or by r_max.
 
+    Raises:
+        UsageError: for another path, or an image size that is not positive or has another number of axes than the fields.
+
     >>> fields = [Field(), window(Field(), 3), window(window(Field(), 3), 3)]
     >>> chain = [LayerField(name=str(i), extent=(3,), before=(a,), after=(b,)) for i, (a, b) in enumerate(zip(fields, fields[1:]))]
     >>> critical_layers(chain, 4)
@@ -153,7 +165,10 @@ def critical_layers(
 def border_layers(layers: Sequence[LayerField], image_size: int | tuple[int, ...], rule: BorderRule = "strict") -> tuple[str, ...]:
     """Expanding layers predicted to be unproductive at ``image_size``: they can add no context of the image that their input lacks.
 
-    Layers with an infinite field and 1x1 layers are never named; a condition must hold on every axis.
+    Layers with an infinite field are never named, and a condition must hold on every axis. The papers (arXiv 2106.12307), as we
+    read them, count every convolution of the main path; leaving out 1x1 layers, which read no context, is our deviation and the default.
+    It changes nothing on VGG and basic residual blocks. With bottlenecks the wording of the papers fails by r_min: the first 1x1 layer of
+    a block reads the skip and has the r_min of the stem, so that the border of ResNet50 lies in its last block for 16 as for 64 pixels.
 
     Args:
         layers: in the order of execution; pooling layers may be among them.
@@ -162,13 +177,15 @@ def border_layers(layers: Sequence[LayerField], image_size: int | tuple[int, ...
 
             * ``"longest"``: from the first layer whose **input** has r_max > image (the papers' rule for sequential networks);
             * ``"shortest"``: from the first layer on which **every** layer's own r_min > image (the papers' rule with skips);
+            * ``"longest_with_1x1"``, ``"shortest_with_1x1"``: the same two over all convolutions, 1x1 too. Pass only the
+              layers of the main path: a 1x1 shortcut would count as well;
             * ``"strict"``: the papers' rule, that is ``"longest"`` where r_min = r_max everywhere, otherwise ``"shortest"``;
             * ``"notebook"``: from the layer after the first with r_max > image, else the last (the authors' plotting code);
             * ``"toolbox"``: rfa_toolbox 1.7.0, layer by layer and **not strict**: image <= r_min of the input and image < own r_min, or an
               input map no larger than the kernel (our map size: image / jump, rounded up).
 
     Raises:
-        UsageError: for an unknown rule.
+        UsageError: for an unknown rule, or an image size that is not positive or has another number of axes than the fields.
 
     >>> fields = [Field(), window(Field(), 3), window(window(Field(), 3), 3)]
     >>> chain = [LayerField(name=str(i), extent=(3,), before=(a,), after=(b,)) for i, (a, b) in enumerate(zip(fields, fields[1:]))]
@@ -177,15 +194,15 @@ def border_layers(layers: Sequence[LayerField], image_size: int | tuple[int, ...
     """
     if rule not in _RULES:
         raise UsageError(one_of("rule", rule, _RULES))
-    convs = [x for x in layers if x.expands and x.learned]
+    convs = [x for x in layers if x.learned and (x.finite if rule.endswith("_with_1x1") else x.expands)]
     if rule == "toolbox":
         return tuple(x.name for x in convs if _toolbox(x, image_size))
     if rule == "strict":
         rule = "longest" if all(f.low == f.high for x in convs for f in (*x.before, *x.after)) else "shortest"
     start: int | None
-    if rule == "longest":
+    if rule in ("longest", "longest_with_1x1"):
         start = next((i for i, x in enumerate(convs) if _every(x.before, image_size, lambda f, i: f.high > i)), None)
-    elif rule == "shortest":
+    elif rule in ("shortest", "shortest_with_1x1"):
         inside = [i for i, x in enumerate(convs) if not _every(x.after, image_size, lambda f, i: f.low > i)]
         start = inside[-1] + 1 if inside else 0
     else:
@@ -208,6 +225,9 @@ def feasible_range(
 
     Returns:
         ``((low_h, low_w), (high_h, high_w))``, or None where no layer has a finite field.
+
+    Raises:
+        UsageError: for another ``lower``.
 
     >>> conv = LayerField(name="conv", extent=(3,), before=(Field(),), after=(window(Field(), 3),))
     >>> feasible_range([conv])

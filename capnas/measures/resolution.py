@@ -92,12 +92,22 @@ class Recommendation:
 
 
 def looking_layers(layers: Sequence[LayerField]) -> tuple[str, ...]:
-    """Names of the learned layers that read neighbours, those that the border speaks of; empty for token mixers and dense networks."""
+    """Names of the learned layers that read neighbours, those that the border speaks of; empty for token mixers and dense networks.
+
+    >>> from capnas.measures.receptive import Field, window
+    >>> conv = LayerField(name="conv", extent=(3,), before=(Field(),), after=(window(Field(), 3),))
+    >>> point = LayerField(name="point", extent=(1,), before=conv.after, after=conv.after)
+    >>> looking_layers([conv, point])
+    ('conv',)
+    """
     return tuple(x.name for x in layers if x.expands and x.learned)
 
 
 def unproductive_share(layers: Sequence[LayerField], size: int) -> float:
     """Share of the looking layers that are past the border at an image size (rule ``"strict"``), in [0, 1]; 0 without such layers.
+
+    Raises:
+        UsageError: for a size below 1.
 
     >>> from capnas.measures.receptive import Field, window
     >>> fields = [Field(), window(Field(), 3), window(window(Field(), 3), 3)]
@@ -132,6 +142,9 @@ def unusable(layers: Sequence[LayerField], size: int, *, limit: float = UNUSABLE
         layers: in the order of execution.
         size: pixels.
         limit: share of the looking layers, in [0, 1].
+
+    Raises:
+        UsageError: for a limit outside [0, 1], or a size below 1.
 
     >>> from capnas.measures.receptive import Field, window
     >>> fields = [Field(), window(Field(), 3), window(window(Field(), 3), 3)]
@@ -183,6 +196,9 @@ def fitted_accuracy(readings: Sequence[SizeReading]) -> dict[int, float]:
     Returns:
         By size in ascending order, at the level of the most epochs.
 
+    Raises:
+        UsageError: without readings.
+
     >>> line = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.7))]
     >>> {size: round(value, 6) for size, value in fitted_accuracy(line).items()}
     {16: 0.4, 32: 0.6, 64: 0.7}
@@ -216,6 +232,9 @@ def price(pay: float | None, budget: int | None) -> float:
 def worth(readings: Sequence[SizeReading], pay: float = PAY) -> dict[int, float]:
     """Fitted accuracy minus ``pay`` for each doubling of MACs over the cheapest size.
 
+    Raises:
+        UsageError: for a negative ``pay``, or without readings.
+
     >>> line = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.7))]
     >>> {size: round(value, 6) for size, value in worth(line, pay=0.05).items()}
     {16: 0.4, 32: 0.5, 64: 0.5}
@@ -229,6 +248,9 @@ def worth(readings: Sequence[SizeReading], pay: float = PAY) -> dict[int, float]
 
 def survivors(readings: Sequence[SizeReading], keep: int, pay: float = PAY) -> tuple[int, ...]:
     """The sizes of most worth among those with the most epochs, in ascending order: what a rung of successive halving keeps.
+
+    Raises:
+        UsageError: for a negative ``pay``, or without readings.
 
     >>> rung = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.61))]
     >>> survivors(rung, 2)
@@ -253,7 +275,7 @@ def recommend(
         images: how many images the accuracies come from, for their standard error.
 
     Raises:
-        UsageError: no size is within the budget.
+        UsageError: no size is within the budget, or ``pay`` is negative.
 
     >>> rung = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.601))]
     >>> recommend(rung).size, recommend(rung, budget=300).size

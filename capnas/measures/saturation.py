@@ -50,6 +50,9 @@ def spectrum(cov: Tensor) -> Spectrum:
     same positive eigenvalues. Above 2,048 features the leading eigenvalues come from a randomized range finder of 2,048 directions
     (Halko et al., arXiv 0909.4061), so that no double-precision eigendecomposition is larger than that; the trace stays exact.
 
+    Raises:
+        ValueError: the matrix is not square.
+
     >>> spectrum(torch.diag(torch.tensor([1.0, 3.0]))).eigenvalues.tolist()
     [3.0, 1.0]
     """
@@ -112,6 +115,9 @@ def saturation(cov: Tensor, threshold: float = THRESHOLD, *, legacy: bool = Fals
     Returns:
         A number in [0, 1]: 0 for a dead layer, 1 for a layer that needs every direction; NaN if `cov` is not finite.
 
+    Raises:
+        ValueError: the matrix is not square, or the threshold is outside (0, 1].
+
     >>> saturation(torch.eye(10))
     1.0
     >>> saturation(torch.diag(torch.tensor([100.0, 0.01, 0.0, 0.0])))
@@ -124,6 +130,9 @@ def saturation(cov: Tensor, threshold: float = THRESHOLD, *, legacy: bool = Fals
 
 def saturation_of(spec: Spectrum, threshold: float = THRESHOLD, *, legacy: bool = False) -> float:
     """Saturation from a spectrum that is already there; several thresholds cost one decomposition.
+
+    Raises:
+        ValueError: the threshold is outside (0, 1].
 
     >>> s = spectrum(torch.diag(torch.tensor([0.9, 0.08, 0.02, 0.0])))
     >>> [saturation_of(s, t) for t in (0.85, 0.95, 0.99)]
@@ -148,9 +157,12 @@ def threshold_margin(spec: Spectrum, threshold: float = THRESHOLD) -> float:
 
 
 def effective_rank(cov: Tensor) -> float:
-    """Participation ratio (tr Q)^2 / tr(Q^2) in [1, D]: no threshold, no eigenvalues, differentiable; 0 for a dead layer.
+    """Participation ratio (tr Q)^2 / tr(Q^2) of a covariance (D, D), in [1, D]; 0 for a dead layer. No threshold, no eigenvalues.
 
     Listed beside saturation as a relative of the 'playground' demo's Simpson index; not a definition of the papers.
+
+    Raises:
+        ValueError: the matrix is not square.
 
     >>> effective_rank(torch.eye(4)), effective_rank(torch.diag(torch.tensor([1.0, 0.0])))
     (4.0, 1.0)
@@ -164,7 +176,10 @@ def effective_rank(cov: Tensor) -> float:
 
 
 def simpson_index(cov: Tensor) -> float:
-    """Sum of squared variance shares, 1 / effective rank, in [1/D, 1]: 1 when one direction holds everything; 0 if dead.
+    """Sum of squared variance shares of a covariance (D, D), 1 / effective rank, in [1/D, 1]: 1 when one direction holds all; 0 if dead.
+
+    Raises:
+        ValueError: the matrix is not square.
 
     >>> simpson_index(torch.eye(4))
     0.25
@@ -200,6 +215,9 @@ def lossless_projection(moments: Moments, threshold: float = THRESHOLD) -> Proje
     Args:
         moments: moments of the layer's outputs.
         threshold: share of the variance that the eigenspace keeps, in (0, 1].
+
+    Raises:
+        ValueError: the threshold is outside (0, 1].
 
     >>> from capnas.measures.moments import moments_of
     >>> rows = torch.tensor([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])

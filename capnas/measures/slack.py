@@ -80,8 +80,7 @@ def capacity_slack(layers: Sequence[LayerMotion], *, fit: float = 1.0) -> float:
     Args:
         layers: The trained weight layers; leave fixed ones out.
         fit: Share of the task that the training solved, in [0, 1]: the training accuracy, or a margin relative to the spread of the logits.
-            1 leaves
-            it out, for use beside an accuracy objective.
+            1 leaves it out, for use beside an accuracy objective.
 
     Raises:
         UsageError: see `slack_decades`; and for fit outside [0, 1].

@@ -60,6 +60,9 @@ def predicted_grid(known: Mapping[Cell, float]) -> dict[Cell, float]:
 def best_within(values: Mapping[Cell, float], macs: Mapping[Cell, float], budget: float) -> Cell:
     """The cell of greatest value among those within a budget of MACs.
 
+    Raises:
+        UsageError: no cell is within the budget.
+
     >>> best_within({(0.5, 96): 0.5, (1.0, 96): 0.6}, {(0.5, 96): 10, (1.0, 96): 40}, budget=20)
     (0.5, 96)
     """

@@ -106,6 +106,9 @@ def least_loss(groups: Sequence[Widths], cost: CostOf, target: float) -> list[in
     Returns:
         Units per group; the least choices where the target cannot be met.
 
+    Raises:
+        ValueError: for a group without losses.
+
     >>> line = torch.arange(4.0)
     >>> groups = [Widths(now=4, needed=4, choices=(1, 2, 3, 4), losses=w * line) for w in (1.0, 10.0)]
     >>> least_loss(groups, lambda units: units.sum(1), 6.0)

@@ -62,11 +62,11 @@ def check_weights(weights: Mapping[str, float] | None, names: Sequence[str] = ("
     """The weights of the summed value among `names`: given ones, else `PRINCIPLED` or `WEIGHTS`.
 
     Raises:
-        UsageError: An unknown score or a weight that is not finite.
+        UsageError: An unknown score or cost, or a weight that is not finite.
     """
     for name, weight in (weights or {}).items():
-        if name not in _SCORES:
-            raise UsageError(one_of("weights", name, _SCORES))
+        if name not in (*COSTS, *_SCORES):
+            raise UsageError(one_of("weights", name, (*COSTS, *_SCORES)))
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise UsageError(f"the weight of {name} must be a finite number, got {weight!r}.")
     if weights is not None:
@@ -98,14 +98,16 @@ def direction_of(name: str) -> Direction:
 def value_of(name: str, metrics: Mapping[str, float | None], weights: Mapping[str, float]) -> float:
     """One objective value from a trial's metrics; NaN where a metric is missing.
 
-    ``combined`` and ``principled`` are the accuracy plus the weighted scores, each oriented so that higher is better (a score to be
-    minimized counts negatively).
+    ``combined`` and ``principled`` are the accuracy plus the weighted scores and costs, each oriented so that higher is better (what is to
+    be minimized counts negatively).
 
     >>> value_of("combined", {"accuracy": 0.9, "tail_fraction": 0.5}, {"tail_fraction": 0.1})
     0.85
+    >>> value_of("combined", {"accuracy": 0.75, "macs": 2_000_000}, {"macs": 0.125e-6})
+    0.5
     """
     if name in SUMS:
-        weighted = (w * SCORES[s.removeprefix(INIT)].oriented(_number(metrics.get(s))) for s, w in weights.items())
+        weighted = ((w if direction_of(s) == "maximize" else -w) * _number(metrics.get(s)) for s, w in weights.items())
         return _number(metrics.get("accuracy")) + sum(weighted)
     return _number(metrics.get(name))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from capnas.capacity import CapacityMap, capacity_map
 from capnas.graph.structure import StructureReport, structure
 from capnas.graph.tracing import Trace, trace
+from capnas.measures.probing import put_back, untouched
 from capnas.measures.proxies import PROXIES, baseline_proxies
 from capnas.measures.receptive import LayerField, border_layers, critical_layers, feasible_range
 from capnas.profile.rows import FieldReport, Profile
@@ -45,21 +46,24 @@ def enrich(
         pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
         seed: of anything random.
     """
-    if {"structure", "norms", "capacity"} & set(measures):
-        graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
-        if "structure" in measures:
-            averaged = structure(graph, pool_gain="averaging").log2_paths
-            profile = with_structure(profile, structure(graph), graph.input_shape[2:]).with_network(log2_gain=averaged)
-            profile = with_macs(profile, graph).with_network(params=float(sum(p.numel() for p in model.parameters())))
-        if "norms" in measures:
-            profile = with_norms(profile, model, graph)
-        if "capacity" in measures:
-            profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, pixels=pixels, seed=seed, graph=graph))
-    if "proxies" in measures:
-        names = [name for name in PROXIES if name != "macs" or graph is None]
-        profile = profile.with_network(**{n: found.value for n, found in baseline_proxies(model, inputs, targets, names=names).items()})
-        if graph is not None:
-            profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
+    with put_back(model, seed=seed):
+        if {"structure", "norms", "capacity"} & set(measures):
+            graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
+            if "structure" in measures:
+                averaged = structure(graph, pool_gain="averaging").log2_paths
+                profile = with_structure(profile, structure(graph), graph.input_shape[2:]).with_network(log2_gain=averaged)
+                profile = with_macs(profile, graph).with_network(params=float(sum(p.numel() for p in model.parameters())))
+            if "norms" in measures:
+                profile = with_norms(profile, model, graph)
+            if "capacity" in measures:
+                profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, pixels=pixels, seed=seed, graph=graph))
+        if "proxies" in measures:
+            names = [name for name in PROXIES if name != "macs" or graph is None]
+            baselines = baseline_proxies(model, inputs, targets, names=names)
+            profile = profile.with_network(**{n: found.value for n, found in baselines.items()})
+            profile = replace(profile, flags={**profile.flags, **{n: found.flag for n, found in baselines.items() if found.flag}})
+            if graph is not None:
+                profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
     return profile if start is None else with_distances(profile, start.distances(model))
 
 
@@ -107,26 +111,44 @@ def _fields(fields: Sequence[LayerField], image_size: tuple[int, ...]) -> FieldR
 
 
 def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
-    """The profile with each layer's capacity and the network's capacity scores, see `capnas.capacity.capacity_map`."""
-    rows = []
+    """The profile with each layer's capacity and the network's capacity scores, see `capnas.capacity.capacity_map`.
+
+    A layer that has a row but no capacity joins ``skipped`` with a reason that begins with "capacity: ". ``network`` gains ``coherent``
+    (S), ``shattering`` (-ln S) and ``residual_sum`` (R, 0 without residual additions) too, which are no scores; ``flags`` says of
+    ``coverage`` where the network is too linear for the sweep behind it.
+    """
+    rows, skipped = [], {name: reason for name, reason in profile.skipped.items() if not reason.startswith("capacity: ")}
     for row in profile.layers:
         if row.name in found.capacity:
             used, wide = found.utilisation.get(row.name), row.name in found.over_wide
-            row = replace(row, capacity=found.capacity[row.name], utilisation=used, over_wide=wide)
+            row = replace(row, capacity=found.capacity[row.name], capacity_method=found.method, utilisation=used, over_wide=wide)
+        else:
+            skipped.setdefault(row.name, f"capacity: {found.skipped.get(row.name, f'{row.kind} has no parameters of its own')}")
         if (behind := found.behind.get(row.name)) is not None:
             row = replace(row, decoupling=behind.out, gate_decoupling=behind.gate)
         rows.append(row)
     groups = [[name for name in found.capacity if name.startswith(block.name + ".")] for block in profile.blocks]
     scores = found.scores([g for g in groups if g] or None)
-    return replace(profile, layers=tuple(rows)).with_network(**scores)
+    audit = {"coherent": found.coherent, "shattering": found.shattering, "residual_sum": found.residual_sum}
+    flags = {name: text for name, text in profile.flags.items() if name != "coverage"}
+    if found.near_linear and found.pixels is not None:
+        flags["coverage"] = f"swept as if no unit's response were linear, but a share of {found.coherent:.2f} is (above 0.5)"
+    return replace(profile, layers=tuple(rows), skipped=skipped, flags=flags).with_network(**scores, **audit)
 
 
 def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
-    """The profile with the operator norm of each layer, to 3e-4 of itself where it is iterated, see `capnas.weights.weight_norms`."""
-    norms = weight_norms(model, graph, tolerance=_NORM_TOLERANCE)
+    """The profile with the operator norm of each layer, see `capnas.weights.weight_norms`.
+
+    Exact, or iterated until two estimates of the distance to the true value stay below 3e-4 of it (from below, no upper bound is computed;
+    ``weight_norms(..., bounded=True)`` does). Norm layers are neither folded nor counted.
+    """
+    with untouched(model):  # parametrized weights move where they are read in train mode
+        norms = weight_norms(model, graph, tolerance=_NORM_TOLERANCE)
     rows = [replace(r, norm=norms[r.name].value, norm_method=norms[r.name].method) if r.name in norms else r for r in profile.layers]
     log10 = sum(math.log10(n.value) for n in norms.values() if n.value > 0)
-    return replace(profile, layers=tuple(rows)).with_network(log10_lipschitz=log10)
+    late = [name for name, norm in norms.items() if not norm.converged]
+    flags = {"log10_lipschitz": f"norms that did not settle to {_NORM_TOLERANCE:g}: {', '.join(late)}"} if late else {}
+    return replace(profile, layers=tuple(rows), flags={**profile.flags, **flags}).with_network(log10_lipschitz=log10)
 
 
 def with_distances(profile: Profile, distances: Mapping[str, float]) -> Profile:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
 from capnas.graph.tracing import Trace, trace
+from capnas.measures.probing import put_back
 from capnas.measures.saturation import THRESHOLD
 from capnas.profile.enriching import enrich
 from capnas.profile.rows import MEASURES, Profile
@@ -134,18 +135,6 @@ def untouched(model: nn.Module, *, training: bool, seed: int = 0) -> Iterator[No
 
     Weights are the caller's duty: do not step an optimizer inside.
     """
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()} if training else {}
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(seed)
-            model.train(training)
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+    with put_back(model, seed=seed):
+        model.train(training)
+        yield

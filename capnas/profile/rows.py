@@ -51,6 +51,7 @@ class LayerProfile:
         norm: operator norm at the input size it sees (measure "norms"); `norm_method` says how it was found.
         distance: (2,1) distance of the weight from initialization, where the initial weights are known.
         capacity: c_l, what the layer could fit (measure "capacity", an estimate after Donier, see `capnas.capacity`).
+        capacity_method: "k-fac" or "exact", see `capnas.capacity.CapacityMap`; the two are not to be compared.
         utilisation: u_l = c_l over the layer's parameters, in [0, 1]; `over_wide` where it is far below the others'.
         decoupling: of the first non-linearity behind the layer: the share of output variance that is not linear in its input (19b),
             in [0, 1] (measure "capacity"); `gate_decoupling` one minus the cosine between the gates of its units (19a).
@@ -82,6 +83,7 @@ class LayerProfile:
     norm_method: str | None = None
     distance: float | None = None
     capacity: float | None = None
+    capacity_method: str | None = None
     utilisation: float | None = None
     over_wide: bool | None = None
     decoupling: float | None = None
@@ -134,6 +136,7 @@ class Profile:
             ``intrinsic_power`` (log2 P) of the layer algebra after Badias & Banerjee (reconstructed), ``log10_lipschitz`` (sum of log10
             operator norms), capacity scores, baselines.
         receptive: critical and border layers and feasible image sizes (measure "structure"); None where it was not measured.
+        flags: what limits a number of `network`, by its name: why it is NaN, or what it is short of.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -144,6 +147,7 @@ class Profile:
     rows: str = "channelwise"
     network: Mapping[str, float] = field(default_factory=dict)
     receptive: FieldReport | None = None
+    flags: Mapping[str, str] = field(default_factory=dict)
 
     def reading(self, name: Literal["modules", "blocks"]) -> tuple[LayerProfile, ...]:
         """The rows of one reading."""

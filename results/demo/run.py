@@ -20,7 +20,7 @@ from capnas.search.trials import read_retrained, rebuild, retrain_trial
 
 HERE = Path(__file__).resolve().parent
 CONFIG = {"space": "resnet", "data": "fashion-mnist-12k", "study": "demo", "trials": 30, "epochs": 3, "values": ("combined",),
-          "weights": {"saturation_evenness": 0.05}, "seed": 0}  # fmt: skip
+          "seed": 0}  # fmt: skip
 EPOCHS, SEEDS = 10, (0, 1)
 
 

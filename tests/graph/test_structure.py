@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from capnas._timm import import_timm, timm
 from capnas.graph.structure import StructureReport, border_layers, feasible_resolutions, structure
 from capnas.graph.tracing import trace
-from capnas.measures import algebra
+from capnas.measures import algebra, receptive
 from capnas.measures.algebra import concat, gate, linear_leaf, pool_leaf, residual, series
 
 NETS = [
@@ -110,9 +110,18 @@ def test_receptive_fields_of_resnets(reference: str, net: str, options: dict, si
         assert layer.field is not None
         assert (layer.field.before[1].low, layer.field.before[1].high) == (row["r_in_min"], row["r_in_max"]), layer.name
         assert layer.receptive_field == ((row["r_min"], row["r_max"]),) * 2, layer.name
-    if net != "resnet50":
-        for pixels, border in fields[reference]["border_shortest_path_all_after"].items():
-            assert next(iter(border_layers(report, int(pixels))), None) == border
+    # the reference counts the 1x1 layers of the main path (not of the shortcuts); the default rules count no 1x1 layer
+    main = [report.layers[row["layer"]].field for row in fields[reference]["layers"]]
+    wide = [row for row in fields[reference]["layers"] if row["r_max"] > row["r_in_max"]]
+    for pixels, border in fields[reference]["border_shortest_path_all_after"].items():
+        assert next(iter(receptive.border_layers(main, int(pixels), "shortest_with_1x1")), None) == border, pixels
+        inside = [i for i, row in enumerate(wide) if row["r_min"] <= int(pixels)]
+        past = tuple(row["layer"] for row in wide[inside[-1] + 1 if inside else 0 :])
+        assert border_layers(report, int(pixels)) == past, pixels
+    for pixels, border in fields[reference]["border_longest_path"].items():
+        assert next(iter(receptive.border_layers(main, int(pixels), "longest_with_1x1")), None) == border, pixels
+        past = tuple(row["layer"] for row in wide if row["r_in_max"] > int(pixels))
+        assert border_layers(report, int(pixels), "longest") == past, pixels
 
 
 def test_toolbox_rule_and_ranges_on_traced_models(fields: dict) -> None:
@@ -298,5 +307,5 @@ def test_families_give_sane_values(name: str, size: int) -> None:
         assert layer.field is not None
         assert all(f.low <= f.high and 1 <= f.jump <= 64 for f in (*layer.field.before, *layer.field.after)), layer
     assert feasible_resolutions(report) is not None
-    for rule in ("strict", "longest", "shortest", "notebook", "toolbox"):
+    for rule in get_args(receptive.BorderRule):
         assert set(border_layers(report, 32, rule)) <= set(report.layers)  # type: ignore[arg-type]

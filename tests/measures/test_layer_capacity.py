@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from capnas.errors import UsageError
+from capnas.measures import layer_capacity
 from capnas.measures.layer_capacity import (
     common_ridge,
     elasticity,
@@ -127,6 +128,48 @@ def test_grouped_factors_are_the_sum_over_groups() -> None:
     torch.testing.assert_close(whole, parts)
     dense = torch.linalg.eigvalsh(torch.kron(grams[0][0], grams[0][1]).double()) * 0.25
     torch.testing.assert_close(kfac_spectrum(*grams[0], 0.5).sort().values, dense, atol=1e-4, rtol=1e-3)
+
+
+def mostly_zero(seed: int, size: int = 256) -> torch.Tensor:
+    """A Gram matrix of gradients of which few rows are not zero: MKL's float32 solver raises on 5 of the first 8 and gives NaN on 2."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(size, 4, generator=generator) @ torch.randn(4, 2 * size, generator=generator)
+    rows *= (torch.rand(size, 1, generator=generator) < 0.06).float()
+    return rows @ rows.T
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_factors_with_a_large_null_space_have_their_eigenvalues(seed: int) -> None:
+    gram = mostly_zero(seed)
+    exact = torch.linalg.eigvalsh(gram.double())
+    found = kfac_spectrum(gram, torch.ones(1, 1)).sort().values
+    torch.testing.assert_close(found, exact.clamp_min(0), rtol=1e-5, atol=1e-5 * float(exact.max()))
+
+
+@pytest.mark.parametrize("largest", [2048, 100])
+@pytest.mark.parametrize("silent", [True, False])
+def test_factors_that_float32_cannot_solve_are_solved_in_float64_or_by_singular_values(
+    silent: bool, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve, tried = torch.linalg.eigvalsh, []
+
+    def stubborn(matrix: torch.Tensor) -> torch.Tensor:
+        tried.append(matrix.dtype)
+        if matrix.dtype == torch.float32 and matrix.shape[-1] > 1:
+            if silent:
+                return torch.full(matrix.shape[:-1], float("nan"))
+            raise torch.linalg.LinAlgError("failed to converge")
+        return solve(matrix)
+
+    gram = mostly_zero(0)
+    exact = solve(gram.double()).clamp_min(0)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", stubborn)
+    monkeypatch.setattr(layer_capacity, "_DOUBLE", largest)
+    found = kfac_spectrum(gram, torch.ones(1, 1)).sort().values
+    assert (torch.float64 in tried) == (largest == 2048)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5 * float(exact.max()))
+    with pytest.raises(UsageError, match="must be finite"):
+        kfac_spectrum(torch.full((2, 2), float("nan")), torch.ones(1, 1))
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,29 @@ def test_repeated_cycle_forgets_far_lags_and_wide_stack_reaches_them() -> None:
     assert regions(wide)[2] > 0.4 * wide.sum().item()
 
 
+@pytest.mark.parametrize(("task", "expected"), [("T1", (5.4, 4.6, 2.0)), ("T5", (7.9, 8.2, 3.9))])
+def test_two_channel_stack_solves_the_task_and_spreads_over_all_lags(task: str, expected: tuple[float, float, float]) -> None:
+    kappa, fit = fitted("wide", task, starts=1, seed=1, max_evaluations=60)  # a start that ends in the optimum of the table
+    assert fit.degenerate
+    assert fit.relative_loss < (1e-20 if task == "T1" else 1e-6)
+    assert fit.generic_rank == 20
+    assert kappa.sum().item() == pytest.approx(fit.rank)
+    assert (fit.rank < 20) == (task == "T1")  # exactly representable: fewer parameters are needed than there are
+    assert regions(kappa) == pytest.approx(expected, abs=0.3)
+
+
+@pytest.mark.parametrize("task", ["T4", "T5"])
+def test_recurrence_predicts_processes_and_saturates_the_nearest_lags(task: str) -> None:
+    kappa, fit = fitted("rnn", task, starts=1, max_evaluations=60)
+    short, _ = fitted("window", task, starts=1)
+    assert fit.degenerate
+    assert fit.relative_loss < 1e-4
+    assert kappa[:4].min() > 0.99
+    assert kappa.sum().item() == pytest.approx(fit.rank)
+    assert fit.rank <= 20  # two units for each of the ten states
+    assert regions(kappa)[2] > 1 > regions(short)[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["T1", "T2", "T3"])
 def test_recurrence_saturates_the_nearest_lags(task: str) -> None:

@@ -97,20 +97,38 @@ def test_resnet_tables_and_borders(net: str, reference: dict) -> None:
         assert (x.before[0].low, x.before[0].high, x.after[0].low, x.after[0].high) == tuple(
             row[k] for k in ("r_in_min", "r_in_max", "r_min", "r_max")
         )
-    if net != "resnet50":  # the reference table counts 1x1 layers too; see the next test
-        for size, border in reference[net]["border_shortest_path_all_after"].items():
-            assert next(iter(border_layers(convs, int(size))), None) == border, size
-    for size, border in reference[net]["border_longest_path"].items():
-        found = next((x.name for x in convs if x.before[0].high > int(size)), None)
-        assert found == border
-        expanding = next((x.name for x in convs if x.before[0].high > int(size) and x.expands), None)
-        assert next(iter(border_layers(convs, int(size), "longest")), None) == expanding
+    # the reference counts every convolution of the main path, 1x1 too; the default rules leave 1x1 out, which basic blocks do not have
+    for column, rule in (("border_shortest_path_all_after", "shortest"), ("border_longest_path", "longest")):
+        assert len(reference[net][column]) == 5
+        for size, border in reference[net][column].items():
+            for named in (f"{rule}_with_1x1", rule)[: 1 if net == "resnet50" else 2]:
+                assert next(iter(border_layers(convs, int(size), named)), None) == border, (size, named)
 
 
-def test_pointwise_layers_are_never_border_layers() -> None:
-    named = border_layers(resnet_layers("resnet50"), 16)
-    assert named
-    assert all(n.endswith("conv2") for n in named)
+# by hand from the table: of the 1x1 layers past the border nothing is said, so each border moves on to the next 3x3
+RESNET50_WITHOUT_1X1 = {
+    "shortest": {16: "layer1.0.conv2", 32: "layer3.1.conv2", 64: "layer4.1.conv2", 128: None, 224: None},
+    "longest": {16: "layer1.1.conv2", 32: "layer2.0.conv2", 64: "layer2.3.conv2", 128: "layer3.2.conv2", 224: "layer3.5.conv2"},
+}
+
+
+@pytest.mark.parametrize("rule", RESNET50_WITHOUT_1X1)
+def test_pointwise_layers_are_never_border_layers(rule: str) -> None:
+    layers = resnet_layers("resnet50")
+    for size, border in RESNET50_WITHOUT_1X1[rule].items():
+        named = border_layers(layers, size, rule)
+        assert next(iter(named), None) == border, size
+        assert all(n.endswith("conv2") for n in named)
+        if rule == "shortest":
+            assert border_layers(layers, size) == named
+
+
+def test_infinite_layers_stay_out_with_1x1_layers_too() -> None:
+    conv, point = layer("conv", Field(), 3), layer("point", window(Field(), 3), 1)
+    head = LayerField(name="head", extent=(math.inf,) * 2, before=point.after, after=(whole(point.after[0]),) * 2)
+    pool = layer("pool", point.after[0], 2, 2, learned=False)
+    for rule in ("longest_with_1x1", "shortest_with_1x1"):
+        assert border_layers([conv, point, pool, head], 2, rule) == (("point",) if rule == "longest_with_1x1" else ("conv", "point"))
 
 
 def test_toolbox_lists_and_ranges(reference: dict) -> None:
@@ -210,7 +228,8 @@ def test_axes_are_kept_apart() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(UsageError, match="rule must be one of longest, notebook, shortest, strict, toolbox; got 'tools'"):
+    rules = "longest, longest_with_1x1, notebook, shortest, shortest_with_1x1, strict, toolbox"
+    with pytest.raises(UsageError, match=f"rule must be one of {rules}; got 'tools'"):
         border_layers([], 32, "tools")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="lower must be one of functional, largest"):
         feasible_range([], lower="x")  # type: ignore[arg-type]

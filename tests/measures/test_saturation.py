@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_recording import fill, load_models
 
 from capnas.measures import saturation as s
 from capnas.measures.moments import Moments, covariance, moments_of
@@ -162,3 +163,67 @@ def test_reference_projection_dimensions_and_residual(reference: dict) -> None:
         assert float(((forgotten - x) ** 2).sum() / (x**2).sum()) == pytest.approx(case["linear_residual"], rel=2e-3)
         assert float(((project(x) - x) ** 2).sum() / (x**2).sum()) <= case["linear_residual"]
     assert covariance(moments_of(x)).shape == (32, 32)
+
+
+def test_reference_projection_of_a_shifted_input(reference: dict) -> None:
+    g = np.random.default_rng(5)
+    x = g.standard_normal((256, 8)) @ g.standard_normal((8, 32)) + 0.05 * g.standard_normal((256, 32))
+    x = torch.from_numpy(x.astype(np.float32)).double() + 3
+    project = s.lossless_projection(moments_of(x), 0.99)
+    forgotten = x @ project.basis @ project.basis.T  # what the reference tool returns
+    lost = float((forgotten - project(x)).norm() / x.norm())
+    assert lost == pytest.approx(reference["pca_layers"]["shifted_input"]["relative_error_vs_P(x-mu)+mu"], rel=1e-4)
+
+
+def images(count: int, seed: int) -> torch.Tensor:
+    g = np.random.default_rng(seed)
+    coarse = g.standard_normal((count, 3, 8, 8)).repeat(4, 2).repeat(4, 3)
+    return torch.from_numpy((coarse + 0.1 * g.standard_normal((count, 3, 32, 32))).astype(np.float32))
+
+
+def positions(maps: torch.Tensor) -> torch.Tensor:
+    """Every sample and position of (B, D, H, W) as a row, (B H W, D), in float64."""
+    return maps.movedim(1, -1).flatten(0, -2).double()
+
+
+def test_reference_projection_of_a_convolution(shared: Path, reference: dict) -> None:
+    with torch.no_grad():
+        rows = positions(fill(load_models(shared).VGGLike(8)).eval().features[:3](images(16, 7)))  # type: ignore[attr-defined]
+    moments, uncentred = moments_of(rows), rows.T @ rows / len(rows)
+    for threshold, case in reference["pca_layers"]["per_delta"].items():
+        project = s.lossless_projection(moments, float(threshold))
+        assert project.basis.shape[1] == case["conv_textbook_k_centred"], threshold
+        # the reference layer keeps the leading directions of the second moment, one fewer than the definition unless 0.02 are missing
+        values = s.spectrum(uncentred).eigenvalues
+        assert s.intrinsic_dimension(values, float(threshold)) == case["conv_textbook_k_uncentred"], threshold
+        basis = torch.linalg.eigh(uncentred)[1].flip(1)[:, : case["conv_in_dim"]]
+        residual = float((rows @ basis @ basis.T - rows).square().sum() / rows.square().sum())
+        assert residual == pytest.approx(case["conv_residual"], rel=1e-4), threshold
+        assert float((project(rows) - rows).square().sum() / rows.square().sum()) < residual
+
+
+POOLED = {
+    "channelwise": positions,
+    "mean": lambda maps: maps.mean((2, 3)).double(),
+    "max": lambda maps: maps.amax((2, 3)).double(),
+    "median": lambda maps: maps.flatten(2).median(-1).values.double(),
+    "nearest": lambda maps: positions(torch.nn.functional.interpolate(maps, size=8) if max(maps.shape[2:]) > 8 else maps),
+}
+
+
+@pytest.mark.parametrize("rows", POOLED)
+def test_reference_reductions_of_a_map_to_rows(rows: str, shared: Path, reference: dict) -> None:
+    expected = reference["interpolation_nearest_8"] if rows == "nearest" else reference["conv_method"][rows]
+    model = fill(load_models(shared).VGGLike(8)).train()
+    outputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name.replace(".", "-"), out))
+    with torch.no_grad():
+        model(images(32, 1))
+    assert set(outputs) == set(expected)
+    for name, out in outputs.items():
+        moments = moments_of(POOLED[rows](out) if out.dim() == 4 else out.double())
+        assert moments.count == expected[name]["samples"], name
+        published = s.saturation(covariance(moments), legacy=True) * moments.width
+        assert round(published) == expected[name]["idim"], name

@@ -100,11 +100,13 @@ def test_same_seed_same_trials_other_seed_other_trials(data: ImageData) -> None:
 
 
 def test_combined_value_is_accuracy_plus_weighted_scores(data: ImageData) -> None:
-    o = objective(data, values="combined", weights={"saturation_evenness": 0.5, "tail_fraction": 0.25})
+    o = objective(data, values="combined", weights={"saturation_evenness": 0.5, "tail_fraction": 0.25, "params": 1e-5})
     assert o.directions == ["maximize"]
     study = run(o, LARGE)
     m = evaluations(study)[0].metrics
-    assert study.best_value == pytest.approx(m["accuracy"] + 0.5 * m["saturation_evenness"] - 0.25 * m["tail_fraction"])
+    scores = 0.5 * m["saturation_evenness"] - 0.25 * m["tail_fraction"]
+    assert study.best_value == pytest.approx(m["accuracy"] + scores - 1e-5 * m["params"])
+    assert m["params"] > 100
     assert objective(data, values="combined").weights == {
         "init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003
     }  # fmt: skip

@@ -423,3 +423,21 @@ def test_two_workers_share_a_pool(tmp_path: Path, home: Path) -> None:
     assert sum(e.status == "measured" for e in found) >= 5
     trained = [(e.hash, e.image_size) for e in found if e.status == "complete"]
     assert len(set(trained)) == len(trained)
+
+
+@pytest.mark.parametrize("preset", ["principled", "principled-pareto"])
+def test_a_search_with_a_founding_preset_on_real_images(tmp_path: Path, preset: str) -> None:
+    pool = load_data("fashion-mnist-12k").pool
+    some = load_data((pool.images[::30].numpy(), pool.labels[::30].numpy()), validation=0.2, test=0.2)
+    settings = StudyConfig(space="resnet", data="some of fashion-mnist-12k", values=preset, trials=2, epochs=1, seed=1, device="cpu",
+                           study="preset", out=str(tmp_path / "run"))  # fmt: skip
+    result = run_study(settings, data=some)
+    trials = [(t, e) for t, e in open_run(tmp_path / "run").evaluations() if e.status == "complete"]
+    assert result.n_finished == 2
+    assert trials
+    for trial, evaluation in trials:
+        assert evaluation.profile is not None
+        assert {"saturation", "capacity"} <= set(evaluation.profile.measures)
+        assert 0 <= evaluation.metrics["capacity_slack"] <= 1
+        assert list(trial.values) == list(evaluation.values.values())
+        assert len(trial.values) == (1 if preset == "principled" else 5)
