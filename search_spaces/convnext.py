@@ -39,17 +39,11 @@ def space(
         raise optuna.TrialPruned(f"ConvNeXt reduces by at least 8, which leaves less than 2 px of {image_size}")
 
     model = ConvNeXt(
-        depths=tuple(depth),
-        dims=tuple(dims),
-        kernel_sizes=tuple(kernels),
-        patch_size=patch,
-        output_stride=output_stride,
-        use_grn=grn,
-        ls_init_value=layer_scale,
-        act_layer=act,
-        num_classes=num_classes,
-        in_chans=in_chans,
-    )
+        depths=tuple(depth), dims=tuple(dims), kernel_sizes=tuple(kernels),
+        patch_size=patch, output_stride=output_stride,
+        use_grn=grn, ls_init_value=layer_scale, act_layer=act,
+        num_classes=num_classes, in_chans=in_chans,
+    )  # fmt: skip
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             module.dilation, module.padding = (1, 1), (module.kernel_size[0] // 2, module.kernel_size[1] // 2)

@@ -41,15 +41,9 @@ def space(
         raise optuna.TrialPruned(f"w0={w0}, wa={wa:.2f}, wm={wm:.2f}, depth={depth} make {n_stages} stages, RegNet has 4")
 
     cfg = RegNetCfg(
-        depth=depth,
-        w0=w0,
-        wa=wa,
-        wm=wm,
-        group_size=group_size,
-        bottle_ratio=bottle_ratio,
-        se_ratio=se_ratio,
-        stem_width=stem_width,
-    )
+        depth=depth, w0=w0, wa=wa, wm=wm,
+        group_size=group_size, bottle_ratio=bottle_ratio, se_ratio=se_ratio, stem_width=stem_width,
+    )  # fmt: skip
     output_stride = max((s for s in (16, 32) if -(-2 * image_size // (s * stem_stride)) >= 2), default=8)
     model = RegNet(cfg, output_stride=output_stride, num_classes=num_classes, in_chans=in_chans)
     model.stem.conv.stride = (stem_stride, stem_stride)  # timm's is always 2

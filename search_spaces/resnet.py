@@ -39,18 +39,13 @@ def space(
         raise optuna.TrialPruned(f"the stem and timm's least reduction leave less than 2 px of {image_size} px")
 
     model = ResNet(
-        block,
-        tuple(layers),
+        block, tuple(layers),
         channels=tuple(w // 2 if block is Bottleneck else w for w in width),  # a bottleneck's output is 4 times its channels
-        stem_type="deep",
-        stem_width=stem_width // 2,
-        avg_down=avg_down,
-        act_layer=act,
-        output_stride=output_stride,
+        stem_type="deep", stem_width=stem_width // 2,
+        avg_down=avg_down, act_layer=act, output_stride=output_stride,
         block_args={} if attention == "none" else {"attn_layer": attention},
-        num_classes=num_classes,
-        in_chans=in_chans,
-    )
+        num_classes=num_classes, in_chans=in_chans,
+    )  # fmt: skip
     if not stem_pool:
         model.maxpool = nn.Identity()
     for module in model.modules():

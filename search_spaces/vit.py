@@ -35,16 +35,8 @@ def space(
         raise optuna.TrialPruned(f"no patch size divides {image_size} px into {grid} to {2 * grid} patches a side")
 
     return VisionTransformer(
-        img_size=image_size,
-        patch_size=patch_size,
-        embed_dim=num_heads * head_dim,
-        depth=depth,
-        num_heads=num_heads,
-        mlp_ratio=mlp_ratio,
-        global_pool=pool,
-        class_token=pool == "token",
-        qk_norm=qk_norm,
-        act_layer=act,
-        num_classes=num_classes,
-        in_chans=in_chans,
-    )
+        img_size=image_size, patch_size=patch_size,
+        embed_dim=num_heads * head_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
+        global_pool=pool, class_token=pool == "token", qk_norm=qk_norm, act_layer=act,
+        num_classes=num_classes, in_chans=in_chans,
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import os
 import statistics
 import subprocess
@@ -42,6 +43,13 @@ def test_public_names_are_deferred_and_all_there() -> None:
 def test_spaces_import_no_capnas() -> None:
     for path in (ROOT / "search_spaces").glob("*.py"):
         assert not any(words in path.read_text() for words in ("import capnas", "from capnas")), path.name
+
+
+def test_a_space_is_one_function_of_10_to_40_lines() -> None:
+    for path in (ROOT / "search_spaces").glob("[a-z]*.py"):
+        parts = ast.parse(path.read_text()).body
+        (space,) = [part for part in parts if isinstance(part, ast.FunctionDef) and part.name == "space"]
+        assert 10 <= (space.end_lineno or 0) - space.lineno + 1 <= 40, path.name
 
 
 def test_modules_stay_small() -> None:

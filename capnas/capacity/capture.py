@@ -233,8 +233,7 @@ class LayerTaps(TorchFunctionMode):
             if self.revive and weight is not None and not bool(weight.detach().any()):
                 self.revived.append(self.names.get(id(weight), "a computed scale"))
                 given["weight"] = torch.ones_like(weight)
-            constant = func is F.batch_norm and self.batch_statistics and len(given["input"]) > 1  # one row is a weight's
-            return _batch_norm(func, given) if constant else func(**given)
+            return _batch_norm(func, given) if func is F.batch_norm and self.batch_statistics else func(**given)
         out = func(*args, **kwargs)
         if self.watching and func in LAYERS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]

@@ -6,8 +6,8 @@ Everything runs at the shape of one sample, on second moments that `capnas.capac
 The sweep assumes total decoupling, d = 1, everywhere: what two units pass down never interferes, whatever decoupling was measured. One
 ReLU layer is nearer linear than that; the rule comes out with depth, and fails on a linear network. Half the summed difference of shares
 to the exact map (37), on small random networks with centred images: three ReLU convolutions 0.09, at slope 0.5 instead of ReLU 0.18,
-linear 0.45; a two-block transformer 0.11 to 0.15 by pixels and 0.05 to 0.08 by patches, where an even map has 0.28 and 0.06 to 0.12. Partial
-decoupling, (20) and (21), exists for one dense layer, in `capnas.measures.propagation`, not here. Decisions of ours:
+linear 0.45; a two-block transformer 0.11 to 0.15 by pixels and 0.05 to 0.08 by patches, where an even map has 0.28 and 0.06 to 0.12.
+Partial decoupling, (20) and (21), exists for one dense layer, in `capnas.measures.propagation`, not here. Decisions of ours:
 
 * Normalisation, activations and copies pass capacity on unchanged; a norm's bias keeps ``beta^2 / (gamma^2 + beta^2)``.
 * Of a product of two values, the one that a softmax, a sigmoid or a norm of the data made is a gate and gets nothing; two equals share.

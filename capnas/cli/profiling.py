@@ -144,7 +144,7 @@ def _say_fields(report: Any) -> None:
 def _say_rest(found: Any) -> None:
     reasons = Counter(found.profile.skipped.values())
     if reasons:
-        print("no row: " + "; ".join(f"{count} x {reason}" for reason, count in reasons.items()))
+        print("not measured: " + "; ".join(f"{count} x {reason}" for reason, count in reasons.items()))
     for name, text in found.profile.flags.items():
         print(f"{name}: {text}")
     if found.left_out:

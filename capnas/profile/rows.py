@@ -128,13 +128,13 @@ class Profile:
     Attributes:
         layers: conv and linear modules in execution order.
         blocks: repeated units in execution order.
-        skipped: parametrised modules that were not measured, name to reason.
+        skipped: parametrised modules that were not measured, name to reason; "capacity: ..." for a layer whose row has no capacity only.
         mode: "train" or "eval", the model's mode while it was read.
         threshold: share of the variance that k explains.
         rows: how rows are formed, always "channelwise": every position of every sample.
         network: numbers of the whole network by name: ``params`` and ``macs`` (of one image), ``complexity``, ``log2_paths`` and
             ``intrinsic_power`` (log2 P) of the layer algebra after Badias & Banerjee (reconstructed), ``log10_lipschitz`` (sum of log10
-            operator norms), capacity scores, baselines.
+            operator norms), capacity scores and the audit numbers `coherent`, `shattering` and `residual_sum`, baselines.
         receptive: critical and border layers and feasible image sizes (measure "structure"); None where it was not measured.
         flags: what limits a number of `network`, by its name: why it is NaN, or what it is short of.
     """

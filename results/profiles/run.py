@@ -1,6 +1,6 @@
 """Profile of 25 timm families with every measure: what is measured, what is skipped and why, and how long it takes.
 
-    python results/profiles/run.py                  # a few minutes on two idle cores, one thread; resumes where it stopped
+    python results/profiles/run.py                  # a few minutes on two idle cores, one thread; measures what raw/families.jsonl lacks
     python results/profiles/run.py --table-only     # table.md from raw/families.jsonl again
 
 Each model is built as timm builds it, untrained, for ten classes and small images, and profiled in train mode on one batch of noise.
@@ -69,7 +69,8 @@ def table(rows):
         seconds = [f"{row['cpu_seconds'][m]:.2f}" if m in row["cpu_seconds"] else "-" for m in MEASURES]
         filled = [row[f"with_{column}"] for column in ("complexity", "receptive_field", "norm", "capacity", "decoupling")]
         errors = "; ".join(f"{k}: {v}" for k, v in row["errors"].items()) or "none"
-        counts = (row["layers"], row["blocks"], *filled, norms, len(row["skipped"]) - norms)
+        rowless = sum(not reason.startswith("capacity: ") for reason in row["skipped"].values())
+        counts = (row["layers"], row["blocks"], *filled, norms, rowless - norms)
         cells = (row["model"], f"{row['params']:,}", *counts, *seconds, f"{sum(row['cpu_seconds'].values()):.2f}", errors)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     reasons = Counter(reason for row in rows for reason in row["skipped"].values())
@@ -103,4 +104,4 @@ if __name__ == "__main__":
             with RAW.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(family, row["cpu_seconds"], row["errors"] or "", flush=True)
-    table(done)
+    table(sorted(done, key=lambda row: list(FAMILIES).index(row["model"])))

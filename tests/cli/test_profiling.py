@@ -35,7 +35,7 @@ def test_what_is_left_out_is_said_with_the_fields_and_the_skipped(found: Inspect
     assert "left out: norms, capacity, proxies" in out
     assert "unproductive by the strict rule: layer2.0.conv2, layer3.0.conv1" in out
     assert "unproductive by the toolbox rule: layer3.0.conv2" in out
-    assert "no row: 14 x BatchNorm2d rescales the layer before it" in out
+    assert "not measured: 14 x BatchNorm2d rescales the layer before it" in out
 
 
 def test_a_projection_is_told_with_its_control(found: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
