@@ -126,7 +126,7 @@ def check_free(folder: str | Path, *, force: bool = False) -> None:
     if not (place / MANIFEST).is_file():
         raise UsageError(f"{place} is not empty and holds no saved model; give a new folder.")
     if not force:
-        raise UsageError(f"{place} holds a saved model already; give another folder, or force to write over it.")
+        raise UsageError(f"{place} holds a saved model already; give another folder, or force (--force) to write over it.")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
