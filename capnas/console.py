@@ -34,7 +34,7 @@ def number(text: str) -> int:
         value = float(match[1]) * _UNITS[match[2]] if match else None
     except ValueError:
         value = None
-    if value is None or value != int(value):
+    if value is None or not value.is_integer():
         raise UsageError(f"a whole number is written like 8000000, 8e6, 8M or 300k, got {text!r}.")
     return int(value)
 
@@ -73,8 +73,8 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
     Raises:
         UsageError: a text without ``=``.
 
-    >>> pairs(["lr=0.01,amp=off", "clip_grad=none"], "--train")
-    {'lr': 0.01, 'amp': 'off', 'clip_grad': None}
+    >>> pairs(["lr=0.01,amp=off", "clip_grad=none,batch_size=1e2"], "--train")
+    {'lr': 0.01, 'amp': 'off', 'clip_grad': None, 'batch_size': 100}
     """
     found: dict[str, Any] = {}
     for part in (p.strip() for text in given for p in text.split(",")):
@@ -89,12 +89,13 @@ def _value(text: str) -> Any:
     known = {"true": True, "false": False, "none": None}
     if text.lower() in known:
         return known[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    if not value.is_integer():
+        return value
+    return int(text) if text.lstrip("+-").isdecimal() else int(value)  # a float holds 15 digits only
 
 
 def out_json(document: Any) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
 _MANY = 30  # names, beyond which an error lists only the nearest
 
 
@@ -29,20 +33,50 @@ class MissingDependencyError(CapnasError, ImportError):
     """An optional package is needed; the text names the extra that installs it."""
 
 
+def check_types(settings: Any) -> None:
+    """Refuse a field of a dataclass whose value is not of the declared kind; texts pass, since their own checks name the choices.
+
+    Raises:
+        UsageError: the first such field.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value, kinds = getattr(settings, name), get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        if not any(_fits(value, k) for k in kinds):
+            words = " or ".join(_WORDS.get(get_origin(k) or k) or k.__name__ for k in kinds)
+            raise UsageError(f"{name} must be {words}, got {value!r}.")
+
+
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of numbers", type(None): "none"}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind in (Any, str):
+        return True
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
+
+
 def one_of(name: str, value: object, known: object) -> str:
-    """The sentence for a name that is not among the known ones: all of them, or of many the nearest.
+    """The sentence for a name that is not among the known ones: all of them, or of many the nearest, else the first.
 
     >>> one_of("sampler", "tpee", ["tpe", "random"])
     "sampler must be one of random, tpe; got 'tpee'. Did you mean 'tpe'?"
     >>> one_of("values", "latency7", [f"latency{i}" for i in range(7)] + [f"score{i}" for i in range(30)])
     "values has no 'latency7' among its 37 names. Did you mean 'latency6', 'latency5' or 'latency4'?"
+    >>> one_of("values", "", [f"score{i}" for i in range(40)])
+    'values must be one of 40 names such as score0, score1, score2, score3, score4; got an empty name.'
     """
     import difflib
 
-    names = sorted(str(k) for k in known)  # type: ignore[attr-defined]
+    given = [str(k) for k in known]  # type: ignore[attr-defined]
+    names, came = sorted(given), repr(value) if value != "" else "an empty name"
     close = [repr(match) for match in difflib.get_close_matches(str(value), names, n=3)]
     if close and len(names) > _MANY:
         *others, last = close
         guess = f"{', '.join(others)} or {last}" if others else last
         return f"{name} has no {value!r} among its {len(names)} names. Did you mean {guess}?"
-    return f"{name} must be one of {', '.join(names)}; got {value!r}." + (f" Did you mean {close[0]}?" if close else "")
+    choices = ", ".join(names) if len(names) <= _MANY else f"{len(names)} names such as {', '.join(given[:5])}"
+    return f"{name} must be one of {choices}; got {came}." + (f" Did you mean {close[0]}?" if close else "")

@@ -20,7 +20,7 @@ from torch import nn
 from capnas._timm import import_timm
 from capnas.data import ImageData
 from capnas.devices import SWITCHES, is_out_of_memory, resolve_device, use_amp, use_channels_last
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_types, one_of
 from capnas.measures.evenness import evenness, mean
 from capnas.profile import Profile
 from capnas.recording import Recorder
@@ -53,7 +53,7 @@ class TrainConfig:
         threshold: Share of the variance in the definition of saturation, in (0, 1].
 
     Raises:
-        UsageError: A value out of its range; the text says which.
+        UsageError: A value of another kind or out of its range; the text says which.
 
     Example:
         >>> TrainConfig(epochs=2).optimizer
@@ -78,6 +78,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
+        check_types(self)
         for name, low in (("epochs", 1), ("batch_size", 2)):
             if getattr(self, name) < low:
                 raise UsageError(f"{name} must be at least {low}, got {getattr(self, name)}.")

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     try:
         code = app(args=[a for a in given if a != "--debug"], prog_name="capnas", standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C, without a word
+            say("interrupted")
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted")
         code = 130
@@ -40,15 +42,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, such as head, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}; expected a path that can be read or written, give another one"
+        code = _failed(text, debug, status=2) if error.filename is not None else _unexpected(error, debug)
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # its help is on the screen
             code = 2
         elif hasattr(error, "format_message"):  # an error of click, which some releases of typer carry under another name
             code = _failed(error.format_message(), debug, hint=" See capnas --help.", status=2)
         else:
-            text = f"{type(error).__name__}: {error}"
-            code = _failed(text, debug, hint=" (not expected: --debug shows where it comes from)", status=1)
+            code = _unexpected(error, debug)
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    if _out_of_memory(error):
+        text = "not enough memory for this; take a smaller image size, batch or network"
+        return _failed(text, debug, hint=" (--debug shows where it ran out)", status=2)
+    return _failed(f"{type(error).__name__}: {error}", debug, hint=" (not expected: --debug shows where it comes from)", status=1)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if not isinstance(error, MemoryError | RuntimeError):
+        return False  # torch is slow to load
+    from capnas.devices import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _failed(text: str, debug: bool, *, status: int, hint: str = "") -> int:

@@ -11,6 +11,7 @@ import typer
 
 from capnas.cli.app import Count, Device, Json, app, quiet
 from capnas.console import Progress, number, out_json, pairs, run_document, say, show_run
+from capnas.errors import UsageError
 
 
 @app.command()
@@ -51,6 +52,10 @@ def search(
         from capnas.search import run_study
         from capnas.search.config import StudyConfig
 
+        if study is not None and (study in ("", "..") or Path(study).name != study):
+            raise UsageError(
+                f"--study is the name of a folder under runs/, got {study!r}; give a name without slashes, or a folder as --out."
+            )
         config = StudyConfig(
             space=space,
             data=data,
@@ -84,7 +89,7 @@ def search(
         show_run(result)
     if result.interrupted:
         say(f"Interrupted with {result.n_finished} of {trials} trials finished. Resume with: {_command()}")
-        raise typer.Exit(130)
+        raise SystemExit(130)  # not typer.Exit: `main` says "interrupted" after that one
     if result.finished_before >= trials:
         say(f"The study was finished before ({result.finished_before} trials); --trials with a larger number continues it.")
 

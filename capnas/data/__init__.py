@@ -21,12 +21,13 @@ from capnas.data.images import Augment, mean_std, normalise
 from capnas.data.loading import find, load_pool
 from capnas.data.named import EMBEDDED
 from capnas.data.splits import assign, check_classes
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_types, one_of
 
 __all__ = ["Augment", "DataSpec", "ImageData", "load_data"]
 
 SPLITS = ("train", "validation", "test", "train+validation")
 _TRAINING = ("train", "train+validation")
+_NOT_AUGMENTED = Augment(flip=False, shift=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +51,20 @@ class DataSpec:
     memory_limit: int = 2 << 30
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    augment: Augment | None = None
+    augment: bool | Augment | None = None
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("validation", "test"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"{name} must be the share of images to set aside, in (0, 1), got {getattr(self, name)}.")
         if not 0 <= self.max_unreadable <= 1:
             raise UsageError(f"max_unreadable must be a share in [0, 1], got {self.max_unreadable}.")
-        for name in ("image_size", "in_chans"):
+        for name, low in (("image_size", 1), ("in_chans", 1), ("seed", 0), ("memory_limit", 0), ("workers", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, got {value}.")
+            if value is not None and value < low:
+                raise UsageError(f"{name} must be at least {low}, got {value}.")
 
     def load(self) -> ImageData:
         """The data."""
@@ -172,18 +174,18 @@ class ImageData:
             x (B, C, H, W) float32, normalised; y (B,) int64.
 
         Raises:
-            UsageError: an unknown split, the test split outside `final_evaluation`, a size below 1.
+            UsageError: an unknown split, the test split outside `final_evaluation`, a size below 1, another ``augment``.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}.")
         training = split in _TRAINING
-        policy = self.augment if augment in (None, True) else augment or None
+        policy = _policy(augment, self.augment)
         return self.pool.batches(
             Request(
                 positions=self._positions(split),
                 batch_size=batch_size,
                 training=training,
-                augment=policy if training and isinstance(policy, Augment) else None,
+                augment=policy if training and policy != _NOT_AUGMENTED else None,
                 seed=(seed * 1_000_003 + epoch) % (1 << 63),
                 device=torch.device(device),
                 size=self._size(image_size),
@@ -223,6 +225,14 @@ class ImageData:
         return image_size or self.image_size
 
 
+def _policy(asked: bool | Augment | None, default: Augment) -> Augment:
+    if isinstance(asked, Augment):
+        return asked
+    if not (asked is None or isinstance(asked, bool)):
+        raise UsageError(f"augment must be True, False, None or an Augment, got {asked!r}.")
+    return _NOT_AUGMENTED if asked is False else default
+
+
 def _rebuild(fields: dict[str, Any]) -> ImageData:
     return ImageData(**fields)
 
@@ -249,7 +259,8 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
             root, download: for named sets.
             memory_limit: bytes (2 GiB) up to which images are kept decoded in memory; 0 keeps none.
             mean, std: per channel, instead of those of train.
-            augment: an `Augment` instead of the default.
+            augment: of training batches: None or True is the source's default (mirrored except digits and letters, shifted), False is
+                none, or an `Augment`.
             workers: threads that decode, or processes of timm's loader; None is the number of cores, at most 8.
 
     Which images are what: the source's test split is kept as test. Where there are only ``train`` and ``val`` (a folder, a named set or a
@@ -259,7 +270,7 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
 
     Raises:
         DataError: missing, damaged or wrongly laid out data; the text says what was expected and found.
-        UsageError: an option out of range or an unknown name.
+        UsageError: an option of another kind or out of range, or an unknown name.
 
     Example:
         >>> import numpy as np
@@ -280,6 +291,9 @@ def _load(spec: DataSpec) -> ImageData:
     found = find(spec.source, root=spec.root, download=spec.download)
     channels, native = shape_of(found.parts["train"])
     size, in_chans = spec.image_size or native, spec.in_chans or channels
+    if in_chans not in (1, 3, channels):
+        own = "" if channels in (1, 3) else f" or the {channels} of the images"
+        raise UsageError(f"in_chans must be 1 or 3{own}, got {in_chans}.")
     loaded = load_pool(
         found, size, in_chans, memory_limit=spec.memory_limit, max_unreadable=spec.max_unreadable, workers=spec.workers, seed=spec.seed
     )
@@ -299,7 +313,7 @@ def _load(spec: DataSpec) -> ImageData:
         mean=spec.mean or mean,
         std=spec.std or std,
         unreadable=loaded.unreadable,
-        augment=spec.augment or Augment(flip=found.flip),
+        augment=_policy(spec.augment, Augment(flip=found.flip)),
         spec=spec if isinstance(spec.source, (str, Path)) else dataclasses.replace(spec, source=None),
         index=index,
         pool=loaded.pool,

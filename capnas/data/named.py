@@ -22,6 +22,7 @@ from capnas.data.sources import DatasetReader, Found, Pair, StreamReader, class_
 from capnas.errors import DataError
 
 EMBEDDED = "fashion-mnist-12k"
+_GIVE = "give root=DIR or download=True (in the command line --data-option root=DIR or --data-option download=true)"
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -73,7 +74,7 @@ def fashion_mnist(root: str | Path | None = None, download: bool = False) -> Fou
     if not files:
         raise DataError(
             f"fashion-mnist: expected {_FASHION_STEMS[0]} and its three companions (plain or .gz) in {' or '.join(map(str, folders))}, "
-            "found none; give root, set download, install Debian's dataset-fashion-mnist, or use the embedded fashion-mnist-12k."
+            f"found none; {_GIVE}, install Debian's dataset-fashion-mnist, or use the embedded fashion-mnist-12k."
         )
     train, train_labels, test, test_labels = (read_idx(f) for f in files)
     parts = {"train": part((train, train_labels), "fashion-mnist train"), "test": part((test, test_labels), "fashion-mnist test")}
@@ -121,7 +122,7 @@ def timm_named(name: str, root: str | Path | None = None, download: bool = False
     prefix = prefix.lower()
     base = str(Path(root).expanduser()) if root is not None else str(cache_folder()) if prefix == "torch" else None
     where = f"under {base}" if base else "in the cache of its library"
-    advice = f"expected it {where}: check the name, give root, or set download"
+    advice = f"expected it {where}: check the name, or {_GIVE}"
 
     def open_split(split: str) -> Any:
         if prefix == "wds":

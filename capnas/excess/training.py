@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from capnas.data import ImageData
 from capnas.data.images import normalise
 from capnas.devices import resolve_device
-from capnas.errors import UsageError
+from capnas.errors import UsageError, check_types
 from capnas.excess.network import Limits, PaperNetwork
 from capnas.measures.excess import distance_to_init, group_norm_21, margins
 
@@ -46,6 +46,7 @@ class Recipe:
     final_sweeps: int = 15
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("epochs", "batch_size", "project_every", "sweeps", "final_sweeps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -318,9 +318,9 @@ def _steps(
         if other == chosen:
             continue
         low, high = sorted((chosen, other))
-        gain = 100 * (fitted[high] - fitted[low])
+        gain = round(100 * (fitted[high] - fitted[low]), 1) + 0.0  # no minus nought
         doublings = math.log2(final[high].macs / final[low].macs)
-        step = f"from {low} to {high} px accuracy changes by {round(gain, 1) + 0.0:+.1f} points for {doublings:.1f} doublings of MACs ({asked})"
+        step = f"from {low} to {high} px accuracy changes by {gain:+.1f} points for {doublings:.1f} doublings of MACs ({asked})"
         if other > chosen:
             reasons.append(f"{step}: it has stopped paying" if values[other] <= values[chosen] else f"{step}: a larger size would pay")
         elif values[other] <= values[chosen]:

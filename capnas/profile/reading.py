@@ -61,7 +61,7 @@ def profile_model(
         seed: of the initialization, of position sampling and of anything random in the forward pass.
 
     Raises:
-        UsageError: unknown measure, reading or block pattern.
+        UsageError: unknown measure, reading or block pattern, a threshold out of its range.
 
     >>> _ = torch.manual_seed(1)
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
@@ -72,6 +72,8 @@ def profile_model(
     for measure in measures or ():
         if measure not in MEASURES:
             raise UsageError(one_of("measures", measure, MEASURES))
+    if not 0 < threshold <= 1:
+        raise UsageError(f"threshold must be in (0, 1], got {threshold}.")
     batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     untraced = {}
     if measures is None:

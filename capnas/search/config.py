@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from capnas.data.named import EMBEDDED, TIMM_PREFIXES
 from capnas.errors import StudyError, UsageError, one_of
 from capnas.objective.gates import parse_gate
 from capnas.objective.pool import check_pool
@@ -129,9 +131,15 @@ class StudyConfig:
         return TrainConfig(epochs=self.epochs, seed=self.seed, device=self.device, **self.train)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values without those that are None or belong to one session (``out``); a password in the storage URL is hidden."""
+        """Plain values without those that are None or belong to one session (``out``).
+
+        A password in the storage URL is hidden; paths of images and of a space's file are absolute, so that they hold in every directory.
+        """
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
         given |= {"study": self.name, "values": list(self.values), "storage": hide_password(self.storage)}
+        given |= {"space": _file(self.space), "data": _folder(self.data), "data_options": dict(self.data_options)}
+        if isinstance(root := self.data_options.get("root"), str) and os.path.exists(os.path.expanduser(root)):
+            given["data_options"]["root"] = _absolute(root)
         if self.resolutions is not None:
             given["resolutions"] = list(self.resolutions)
         return {"version": VERSION} | {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items() if v is not None and v != {}}
@@ -182,7 +190,37 @@ class StudyConfig:
         """What differs from a stored study's settings and cannot be changed when it is resumed."""
         ours = self.to_dict()
         keys = [k for k in dict.fromkeys([*stored, *ours]) if k not in _FREE]
-        return [f"{k} was {stored.get(k, 'not set')!r}, now {ours.get(k, 'not set')!r}" for k in keys if stored.get(k) != ours.get(k)]
+        return [
+            f"{k} was {stored.get(k, 'not set')!r}, now {ours.get(k, 'not set')!r}"
+            for k in keys
+            if _anywhere(k, stored.get(k)) != _anywhere(k, ours.get(k))
+        ]
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _file(space: str) -> str:
+    """A space, with the absolute path of its file where it is in one."""
+    match = re.fullmatch(r"(.+\.py)(:\w+)?", space)
+    return _absolute(match[1]) + (match[2] or "") if match and os.path.isfile(os.path.expanduser(match[1])) else space
+
+
+def _folder(data: str) -> str:
+    """The name of images, or the absolute path of their folder; a name comes first, as in `capnas.load_data`."""
+    prefix, slash, _ = data.partition("/")
+    named = data in ("", EMBEDDED, "fashion-mnist", "folder", "image_folder") or (slash and prefix.lower() in TIMM_PREFIXES)
+    return _absolute(data) if not named and os.path.isdir(os.path.expanduser(data)) else data
+
+
+def _anywhere(key: str, value: Any) -> Any:
+    """A setting to compare: older studies hold relative paths, and a path that is gone is left as it was given."""
+    if key in ("space", "data") and isinstance(value, str):
+        return _absolute(value)
+    if key == "data_options" and isinstance(value, Mapping) and isinstance(value.get("root"), str):
+        return {**value, "root": _absolute(value["root"])}
+    return value
 
 
 def _toml(value: Any) -> str:

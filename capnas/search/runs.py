@@ -39,7 +39,7 @@ class RunResult:
     @property
     def n_finished(self) -> int:
         """Trials that count among those asked for, whatever came of them."""
-        return sum(map(is_finished, self.study.get_trials(deepcopy=False)))
+        return count_finished(self.study)
 
     @property
     def n_complete(self) -> int:
@@ -93,6 +93,11 @@ def is_finished(trial: FrozenTrial) -> bool:
     return is_settled(trial) and not is_untrained(trial)
 
 
+def count_finished(study: optuna.Study) -> int:
+    """How many trials of a study are finished, see `is_finished`."""
+    return sum(map(is_finished, study.get_trials(deepcopy=False)))
+
+
 def open_run(path: str | Path, *, storage: str | None = None) -> RunResult:
     """Open a run to read it.
 
@@ -109,7 +114,11 @@ def open_run(path: str | Path, *, storage: str | None = None) -> RunResult:
         known = sorted(p.parent.name for p in Path("runs").glob("*/study.toml"))
         advice = f"Runs here: {', '.join(known)}." if known else "Start one with capnas search."
         raise StudyError(f"{path} is not a run: no study.toml in it. {advice}")
-    config = StudyConfig.from_toml((folder / "study.toml").read_text(encoding="utf-8"), out=str(folder))
+    try:
+        text = (folder / "study.toml").read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{folder / 'study.toml'} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+    config = StudyConfig.from_toml(text, out=str(folder))
     url = storage or os.environ.get("CAPNAS_STORAGE") if config.storage and HIDDEN in config.storage else config.storage
     if url is None and config.storage is not None:
         raise StudyError(f"the study is in {config.storage}: give the URL with its password as storage or in CAPNAS_STORAGE.")
@@ -119,4 +128,4 @@ def open_run(path: str | Path, *, storage: str | None = None) -> RunResult:
         study = optuna.load_study(study_name=config.name, storage=open_storage(url, folder))
     except KeyError:
         raise StudyError(f"the storage of {folder} holds no study named {config.name}.") from None
-    return RunResult(folder=folder, config=config, study=study, finished_before=sum(map(is_finished, study.get_trials(deepcopy=False))))
+    return RunResult(folder=folder, config=config, study=study, finished_before=count_finished(study))

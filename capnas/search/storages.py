@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from optuna.storages import JournalStorage, journal
 from capnas.errors import CapnasError, MissingDependencyError, StudyError
 
 HIDDEN = "***"
+PATIENCE = 10.0  # seconds for a proxy to answer; a call on a dead one has no end or a message for programmers
 
 
 def open_storage(url: str | None, folder: Path) -> Any:
@@ -27,13 +29,22 @@ def open_storage(url: str | None, folder: Path) -> Any:
         if url is None or url.endswith(".log"):
             return JournalStorage(_journal(folder / "journal.log" if url is None else Path(url)))
         if match := re.fullmatch(r"grpc://([^:/]+):(\d+)", url):
-            return optuna.storages.GrpcStorageProxy(host=match[1], port=int(match[2]))
+            proxy = optuna.storages.GrpcStorageProxy(host=match[1], port=int(match[2]))
+            proxy.wait_server_ready(timeout=PATIENCE)
+            return proxy
         return optuna.storages.get_storage(url)
     except ImportError as error:
         advice = "pip install capnas[distributed]"
         raise MissingDependencyError(f"the storage {hide_password(url)} needs a driver: {advice} ({error}).") from error
     except CapnasError:
         raise
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # only a journal holds JSON
+        path = folder / "journal.log" if url is None else Path(url)
+        raise StudyError(f"{path} is damaged in line {_damaged(path)} ({error}): restore the file from a copy, or start anew.") from error
+    except ConnectionError as error:
+        raise StudyError(
+            f"nothing answers at {hide_password(url)} within {PATIENCE:g} s: is the proxy of the storage running there?"
+        ) from error
     except Exception as error:
         raise StudyError(f"the storage {hide_password(url) or folder} cannot be opened: {' '.join(str(error).split())[:300]}") from error
 
@@ -59,6 +70,17 @@ def _whole(path: Path) -> bool:
         file.seek(-1, os.SEEK_END)
         return file.read() == b"\n"
     return True
+
+
+def _damaged(path: Path) -> int:
+    """The number of the first line that is no JSON, from 1."""
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)
+        except ValueError:
+            return number
+    return len(lines)
 
 
 def hide_password(url: str | None) -> str | None:

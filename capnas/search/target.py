@@ -163,4 +163,5 @@ def data_record(data: ImageData) -> dict[str, Any] | None:
         return None
     plain = DataSpec(source=data.spec.source)
     chosen = {f.name: getattr(data.spec, f.name) for f in fields(DataSpec) if f.name not in ("source", "augment", "workers")}
+    chosen["augment"] = False if data.spec.augment is False else None  # an `Augment` cannot be told in JSON
     return {"source": str(data.spec.source), "options": {k: v for k, v in chosen.items() if v != getattr(plain, k)}}

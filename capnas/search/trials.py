@@ -6,6 +6,7 @@ Everything here starts from stored trials. Nothing but `retrain_trial` trains, a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import StudyError
 from capnas.objective.evaluation import Evaluation
 from capnas.profile import Profile
+from capnas.search.opening import DATA, data_changes, data_facts
 from capnas.search.runs import RunResult
 from capnas.search.standalone import standalone_script
 from capnas.spaces import load_space
@@ -36,16 +38,26 @@ class Rebuilt:
         number: of the trial.
         evaluation: what the search found out.
         space: the search space.
-        data: the images.
         candidate: the architecture, on the meta device.
+        images: the images, where they were loaded already.
     """
 
     run: RunResult
     number: int
     evaluation: Evaluation
     space: Callable[..., Any]
-    data: ImageData
     candidate: Candidate
+    images: ImageData | None = None
+
+    @functools.cached_property
+    def data(self) -> ImageData:
+        """The run's images, loaded when they are first asked for.
+
+        Raises:
+            StudyError: they have other classes or channels than in the search.
+            DataError: they cannot be read.
+        """
+        return self.images or _images(self.run)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -71,7 +83,7 @@ class Rebuilt:
 
 
 def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: ImageData | None = None) -> Rebuilt:
-    """A trial's architecture, checked against the hash that the search stored.
+    """A trial's architecture, checked against the hash that the search stored; images are loaded only where the run kept no shape.
 
     Args:
         run: from `capnas.search.open_run`.
@@ -79,7 +91,8 @@ def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: Imag
         data: the run's images, where they are loaded already.
 
     Raises:
-        StudyError: no such trial, none with a value, or the space builds another architecture now than it did in the search.
+        StudyError: no such trial, none with a value, other classes or channels than in the search, or the space builds another
+            architecture now than it did then.
     """
     if which == "best":
         best = run.best
@@ -88,13 +101,18 @@ def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: Imag
         which = best.number
     evaluation = run.evaluation(which)
     space = load_space(run.config.space)
-    data = data or load_data(run.config.data, **{"seed": run.config.seed} | dict(run.config.data_options))
+    known: Any = run.study.user_attrs.get(DATA)
+    if data is not None:
+        _check_shape(run, data)
+    elif known is None:
+        data = _images(run)
+    sizes = known if data is None else data_facts(data)
     candidate = build_candidate(
         space,
         optuna.trial.FixedTrial(dict(evaluation.params)),
-        num_classes=data.num_classes,
-        in_chans=data.in_chans,
-        image_size=evaluation.image_size or data.image_size,
+        num_classes=sizes["num_classes"],
+        in_chans=sizes["in_chans"],
+        image_size=evaluation.image_size or sizes["image_size"],
     )
     if evaluation.hash is not None and candidate.hash != evaluation.hash:
         raise StudyError(
@@ -102,7 +120,20 @@ def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: Imag
             "Use the version of the space that the search used."
         )
     candidate = dataclasses.replace(candidate, params=dict(evaluation.params))
-    return Rebuilt(run=run, number=which, evaluation=evaluation, space=space, data=data, candidate=candidate)
+    return Rebuilt(run=run, number=which, evaluation=evaluation, space=space, candidate=candidate, images=data)
+
+
+def _images(run: RunResult) -> ImageData:
+    data = load_data(run.config.data, **{"seed": run.config.seed} | dict(run.config.data_options))
+    _check_shape(run, data)
+    return data
+
+
+def _check_shape(run: RunResult, data: ImageData) -> None:
+    stored = run.study.user_attrs.get(DATA)
+    if stored is not None and (stored["num_classes"], stored["in_chans"]) != (data.num_classes, data.in_chans):
+        changed = "; ".join(data_changes(stored, data))
+        raise StudyError(f"the images {data.name} are not those of the search: {changed}. Bring those of {run.config.data} back.")
 
 
 def retrain_trial(
@@ -110,8 +141,8 @@ def retrain_trial(
 ) -> dict[str, Any]:
     """Train a trial's architecture anew on train and validation, and evaluate it once on the test split.
 
-    The result is kept in the run's folder (`RETRAINED`); the same trial, epochs and seed again return it without training, so that the
-    test split is read once for each.
+    The result is kept in the run's folder (`RETRAINED`); the same study, trial, architecture, epochs and seed again return it without
+    training, so that the test split is read once for each.
 
     Args:
         found: from `rebuild`.
@@ -121,13 +152,15 @@ def retrain_trial(
         on_epoch: called with the epoch (from 1) and its row of the curve.
 
     Returns:
-        trial, epochs, seed, status, reason, test_accuracy, test_loss (None unless status is "complete"), seconds, curve.
+        study, trial, hash, epochs, seed, status, reason, test_accuracy, test_loss (None unless status is "complete"), seconds, curve.
     """
     path = found.run.folder / RETRAINED
     known = read_retrained(found.run)
-    key = {"trial": found.number, "epochs": epochs, "seed": seed}
-    for record in known:
-        if key.items() <= record.items() and record["status"] == "complete":
+    candidate = found.candidate
+    key = {"study": found.run.config.name, "trial": found.number, "hash": candidate.hash, "epochs": epochs, "seed": seed}
+    sizes = {"test_images": found.data.sizes["test"], "n_params": candidate.n_params, "macs": candidate.macs}
+    for record in known:  # older ones know neither study nor hash: the sizes tell
+        if record["status"] == "complete" and all(record.get(name, value) == value for name, value in (key | sizes).items()):
             return record
 
     def tell(epoch: int, row: dict[str, Any], profile: Profile | None) -> None:
@@ -141,9 +174,7 @@ def retrain_trial(
         "reason": result.reason,
         "test_accuracy": test.get("accuracy"),
         "test_loss": test.get("loss"),
-        "test_images": found.data.sizes["test"],
-        "n_params": found.candidate.n_params,
-        "macs": found.candidate.macs,
+        **sizes,
         "seconds": round(result.seconds, 2),
         "device": result.device,
         "curve": list(result.curve),

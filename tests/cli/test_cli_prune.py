@@ -44,7 +44,7 @@ def test_plan_edit_prune_and_load(run: Run, saved: Path, tmp_path: Path) -> None
     assert manifest["extra"]["report"]["accuracy"]["before"] >= 0
     code, out, err = run("prune", saved, "--target-macs", "0.6", "--out", tmp_path / "small", *SHORT)
     assert code == 2
-    assert "force to write over it" in err
+    assert "force (--force) to write over it" in err
     again = ["prune", tmp_path / "small", "--lossless", "0.9", "--method", "lowrank", "--out", tmp_path / "small", "--force", *SHORT]
     code, out, err = run(*again)
     assert code == 0, err

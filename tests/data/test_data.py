@@ -158,6 +158,19 @@ def test_augmentation_is_for_training_only(embedded: ImageData) -> None:
     assert torch.equal(every(embedded, "validation", augment=True)[0], every(embedded, "validation", augment=False)[0])
 
 
+def test_augmentation_is_chosen_at_loading(pets: Path) -> None:
+    none = Augment(flip=False, shift=0)
+    grey = (np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8), np.arange(60) % 3)
+    assert load_data(grey).augment == load_data(grey, augment=True).augment == Augment()
+    assert load_data(grey, augment=Augment(shift=1)).augment == Augment(shift=1)
+    for data in (load_data(grey, augment=False), load_data(pets, image_size=12, memory_limit=0, workers=0, augment=False)):
+        assert data.augment == none
+        assert torch.equal(every(data, "train")[0], every(data, "train", augment=False)[0])
+        assert not torch.equal(every(data, "train")[0], every(data, "train", augment=Augment(shift=0))[0])
+    with pytest.raises(UsageError, match=r"augment must be True, False, None or an Augment, got 'foo'"):
+        data.batches("train", 4, augment="foo")  # type: ignore[arg-type]
+
+
 def test_another_size_is_resized_once_and_forgotten_over_the_limit() -> None:
     data = load_data((torch.randint(0, 256, (30, 1, 16, 16)), torch.arange(30) % 2), memory_limit=30 * 400)
     x, _ = data.probe(6, image_size=20)

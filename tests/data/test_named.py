@@ -70,7 +70,9 @@ def test_fashion_mnist_finds_its_files(tmp_path: Path, below: str, packed: bool)
 
 
 def test_fashion_mnist_absent_or_damaged(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"expected train-images-idx3-ubyte .* found none; give root, set download, install Debian"):
+    with pytest.raises(
+        DataError, match=r"expected train-images-idx3-ubyte .* found none; give root=DIR or download=True .*, install Debian"
+    ):
         load_data("fashion-mnist", root=tmp_path)
     small_fashion(tmp_path / "raw", False)
     path = tmp_path / "raw" / "t10k-images-idx3-ubyte"
@@ -95,7 +97,11 @@ def test_torchvision_set_through_timm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("torch/cifar10", r"RuntimeError: Dataset not found .* expected it under .*: check the name, give root, or set download"),
+        (
+            "torch/cifar10",
+            r"RuntimeError: Dataset not found .* expected it under .*: check the name, or give root=DIR or download=True "
+            r"\(in the command line --data-option root=DIR or --data-option download=true\)",
+        ),
         ("torch/nothing", "Unknown torchvision dataset nothing"),
         ("hfds/nothing", "pip install datasets|cannot be opened"),
         ("hfids/nothing", "pip install datasets|cannot be opened"),

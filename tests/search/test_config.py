@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,35 @@ def test_passwords_are_not_written() -> None:
     assert "cret" not in config.to_toml()
     assert "postgresql+psycopg2://me:***@db/x" in config.to_toml()
     assert config.conflicts(config.to_dict()) == []
+
+
+def test_paths_are_stored_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("pictures", "fashion-mnist", "torch", "root", "resnet"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "sp.py").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def stored(space: str, data: str, root: str) -> tuple[str, ...]:
+        plain = StudyConfig(space=space, data=data, data_options={"root": root}).to_dict()
+        return tuple(str(text).replace(str(tmp_path), "HERE") for text in (plain["space"], plain["data"], plain["data_options"]["root"]))
+
+    assert stored("sp.py", "pictures/", "root") == ("HERE/sp.py", "HERE/pictures", "HERE/root")
+    assert stored("./sp.py:make", "./torch", "nowhere") == ("HERE/sp.py:make", "HERE/torch", "nowhere")
+    assert stored("resnet", "fashion-mnist", "/") == ("resnet", "fashion-mnist", "/")
+    assert stored("no.py", "torch/cifar10", "../x") == ("no.py", "torch/cifar10", "../x")
+
+
+def test_a_relative_path_of_an_older_study_is_the_same_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"space": "sp.py:make", "data": "pictures", "study": "s", "data_options": {"root": "root"}}
+    older = StudyConfig(**given).to_dict()
+    for folder in ("pictures", "root"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "sp.py").touch()
+    assert StudyConfig(**given).to_dict()["data"] == str(tmp_path / "pictures")
+    assert StudyConfig(**given).conflicts(older) == []
+    text = "data was 'pictures', now 'other'; data_options was {'root': 'root'}, now {'root': '/'}"
+    assert "; ".join(StudyConfig(**given | {"data": "other", "data_options": {"root": "/"}}).conflicts(older)) == text
 
 
 def test_conflicts_ignore_what_may_change() -> None:

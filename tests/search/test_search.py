@@ -28,6 +28,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import CapnasError, SpaceError, StudyError
 from capnas.objective.evaluation import Evaluation
 from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, worker
+from capnas.search.opening import DATA
 from capnas.search.runs import is_finished
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -134,6 +135,52 @@ def test_other_settings_are_refused_and_named(tmp_path: Path, data: ImageData) -
     (tmp_path / "study.toml").unlink()  # the storage remembers
     with pytest.raises(StudyError, match="seed was 0, now 5"):
         run_study(config(tmp_path, trials=1, seed=5), space=space, data=data)
+
+
+def test_a_folder_that_holds_another_study_is_refused(tmp_path: Path, data: ImageData) -> None:
+    run_study(config(tmp_path, trials=1), space=space, data=data)
+    left = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(StudyError, match=r"holds another study: study was 'tiny', now 'foo'\. Give another --out, or another --study"):
+        run_study(config(tmp_path, trials=1, study="foo"), space=space, data=data)
+    with pytest.raises(StudyError, match=r"holds another study: storage was 'not set', now 'sqlite:.*x\.db'"):
+        run_study(config(tmp_path, trials=1, storage=f"sqlite:///{tmp_path}/x.db"), space=space, data=data)
+    with pytest.raises(StudyError, match=r"space was 'tiny', now 'other'; data was 'stripes', now 'noise'; study was 'tiny', now 'other-"):
+        run_study(config(tmp_path, trials=1, study=None, space="other", data="noise"), space=space, data=data)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == left
+
+
+@pytest.mark.parametrize("loss", [os.remove, lambda path: os.truncate(path, 0)])
+def test_a_table_whose_trials_are_lost_is_not_replaced(tmp_path: Path, data: ImageData, loss: Any) -> None:
+    run_study(config(tmp_path, trials=2), space=space, data=data)
+    table = (tmp_path / "trials.csv").read_text()
+    loss(tmp_path / "journal.log")
+    for _ in range(2):
+        with pytest.raises(StudyError, match=r"trials\.csv lists 2 finished trials, but .*journal\.log holds none\. .*bring them back"):
+            run_study(config(tmp_path, trials=2), space=space, data=data)
+    assert (tmp_path / "trials.csv").read_text() == table
+
+
+def test_images_that_changed_are_refused_before_a_new_trial(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images")
+    settings = config(tmp_path / "run", space=FILE, data=str(folder), trials=1, data_options={"image_size": 8, "in_chans": 1})
+    run_study(settings)
+    assert run_study(replace(settings, trials=2)).n_finished == 2
+    (folder / "3").mkdir()
+    for path in list((folder / "0").iterdir())[:20]:
+        path.rename(folder / "3" / path.name)
+    text = r"the images images have changed since the study tiny began: num_classes was 3, now 4.* New trials would not compare: bring"
+    with pytest.raises(StudyError, match=text):
+        run_study(replace(settings, trials=3))
+    assert open_run(tmp_path / "run").n_finished == 2
+    assert run_study(replace(settings, trials=2)).finished_before == 2
+
+
+def test_a_study_of_unknown_images_goes_on(tmp_path: Path, data: ImageData) -> None:
+    study = run_study(config(tmp_path, trials=1), space=space, data=data).study
+    study.set_user_attr(DATA, None)
+    other = load_data(images(90), validation=0.2, test=0.2)
+    assert run_study(config(tmp_path, trials=2), space=space, data=other).study.user_attrs[DATA] is None
+    assert run_study(config(tmp_path, trials=3), space=space, data=data).study.user_attrs[DATA]["sizes"] == data.sizes
 
 
 def test_errors_in_a_row_end_the_study_and_single_ones_do_not(tmp_path: Path, data: ImageData) -> None:
@@ -252,8 +299,42 @@ def test_workers_report_their_error_once(tmp_path: Path, data: ImageData) -> Non
         run_study(config(tmp_path, space="nowhere.py", workers=2))
     with pytest.raises(CapnasError, match="nowhere"):
         run_study(config(tmp_path, space=FILE, data=str(tmp_path / "nowhere"), workers=2))
-    # nothing was run, so other settings are no conflict
+    assert list(tmp_path.iterdir()) == []  # nothing was run, nothing is left
     assert run_study(config(tmp_path, values=("accuracy",), trials=1), space=space, data=data).n_finished == 1
+
+
+def test_any_error_and_the_warnings_of_workers_reach_the_parent(tmp_path: Path, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sp.py").write_text(
+        "import multiprocessing, warnings\n"
+        "from tiny_space import space\n"
+        "if multiprocessing.parent_process() is not None:\n"
+        "    from capnas.objective import Objective\n"
+        "    warnings.warn('mind the\\n gap', RuntimeWarning)\n"
+        "    def broken(self): raise LookupError('no\\n luck')\n"
+        "    Objective._fingerprint = broken\n"
+    )
+    settings = config(tmp_path / "run", space=str(tmp_path / "sp.py"), data=str(home / "images"), workers=2)
+    with (
+        pytest.warns(RuntimeWarning, match="^mind the gap$") as caught,
+        pytest.raises(StudyError, match=r"^a worker ended with LookupError: no luck$"),
+    ):
+        run_study(settings)
+    assert len(caught) == 1
+    assert capfd.readouterr().err == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_in_a_row_are_counted_over_all_workers(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "sp.py").write_text("def space(trial, *, num_classes, in_chans, image_size):\n    raise TypeError('always')\n")
+    settings = config(tmp_path / "run", space=str(tmp_path / "sp.py"), data=str(home / "images"), workers=2, trials=3)
+    text = r"trials in a row ended in an error, the last: TypeError: always. They count as finished and are not run again: when the"
+    with pytest.raises(StudyError, match=text):
+        run_study(settings)
+    before = open_run(tmp_path / "run").n_finished
+    assert 3 <= before <= 4
+    with pytest.raises(StudyError, match=f"^3 {text}"):
+        run_study(replace(settings, trials=20, workers=1))
+    assert open_run(tmp_path / "run").n_finished == before + 3  # failures of an earlier session do not count
 
 
 def test_a_data_set_that_is_not_there_leaves_no_run_behind(tmp_path: Path) -> None:
@@ -275,8 +356,8 @@ def test_a_study_of_another_capacity_score_is_finished_but_not_resumed(tmp_path:
 
 
 @contextlib.contextmanager
-def started(folder: Path, trials: int, workers: int = 1, pause: float = 0.2) -> Iterator[subprocess.Popen[str]]:
-    """A study in a process of its own, after its first two trials."""
+def launched(folder: Path, trials: int, workers: int = 1, pause: float = 0.2) -> Iterator[subprocess.Popen[str]]:
+    """A study in a process of its own."""
     script = Path(__file__).parent.parent / "tiny_space.py"
     command = [sys.executable, str(script), str(folder), str(trials), str(workers), str(pause)]
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so would its children
@@ -284,13 +365,20 @@ def started(folder: Path, trials: int, workers: int = 1, pause: float = 0.2) -> 
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen
     ) as process:
         try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            for _ in range(2):
-                assert process.stdout.readline(), process.stderr.read()
             yield process
         finally:
             process.kill()
+
+
+@contextlib.contextmanager
+def started(folder: Path, trials: int, workers: int = 1, pause: float = 0.2) -> Iterator[subprocess.Popen[str]]:
+    """A study in a process of its own, after its first two trials."""
+    with launched(folder, trials, workers, pause) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for _ in range(2):
+            assert process.stdout.readline(), process.stderr.read()
+        yield process
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -366,6 +454,32 @@ def test_signals_end_cleanly(home: Path, number: signal.Signals, workers: int) -
     assert opened.n_finished == int(count) < 500
     assert not any(t.state == TrialState.RUNNING for t in opened.study.get_trials())
     assert len(read_csv(folder / "trials.csv")) >= int(count)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="sees the workers start in /proc")
+def test_ctrl_c_while_the_workers_import_ends_cleanly(home: Path) -> None:
+    folder = home / "importing"
+
+    def imports(pid: str) -> bool:
+        with contextlib.suppress(OSError):
+            return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
+
+    with launched(folder, 500, workers=2) as process:
+        deadline = time.monotonic() + 120
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(workers := [pid for pid in children.read_text().split() if imports(pid)]) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for pid in workers:  # a shell sends it to all of them, in any order
+            os.kill(int(pid), signal.SIGINT)
+        time.sleep(1.5)
+        assert all(map(imports, workers))
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert out.splitlines()[-1] == "interrupted 0"
 
 
 def test_workers_end_when_their_parent_is_killed(home: Path) -> None:

@@ -76,3 +76,12 @@ def test_what_is_no_target_says_what_is(folder: Path) -> None:
         open_target(f"{folder}:first")
     with pytest.raises(UsageError, match=r"holds no manifest\.json; a trial of a run is given as"):
         open_target(str(folder))
+
+
+def test_a_record_of_data_keeps_that_nothing_is_augmented() -> None:
+    plain = load_data("fashion-mnist-12k", image_size=8, augment=False)
+    record = data_record(plain)
+    assert record is not None
+    assert record["options"] == {"image_size": 8, "augment": False}
+    assert load_data(record["source"], **record["options"]).augment == plain.augment
+    assert "augment" not in (data_record(load_data("fashion-mnist-12k")) or {})["options"]

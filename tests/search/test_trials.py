@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 import torch
-from tiny_space import FILE, images
+from tiny_space import FILE, images, write_images
 
 from capnas.data import ImageData, load_data
-from capnas.errors import StudyError
+from capnas.errors import CapnasError, StudyError
 from capnas.search import open_run, run_study
 from capnas.search.config import StudyConfig
+from capnas.search.opening import DATA
 from capnas.search.runs import RunResult
 from capnas.search.trials import RETRAINED, read_retrained, rebuild, retrain_trial
 
@@ -81,6 +83,60 @@ def test_retraining_reads_test_once_and_is_kept(run: RunResult, data: ImageData)
     retrain_trial(found, epochs=1, seed=3, device="cpu")
     assert [(r["epochs"], r["seed"]) for r in read_retrained(run)] == [(2, 3), (1, 3)]
     assert np.isfinite(json.loads((run.folder / RETRAINED).read_text())[0]["test_loss"])
+
+
+@pytest.fixture
+def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home of a run that was begun there with relative paths, seen from another directory."""
+    write_images(tmp_path / "pictures")
+    shutil.copy(FILE.rpartition(":")[0], tmp_path / "sp.py")
+    monkeypatch.chdir(tmp_path)
+    run_study(StudyConfig(space="sp.py", data="pictures", study="s", trials=1, epochs=1, device="cpu", pruner="off", out="run",
+                          train={"batch_size": 32}, data_options={"image_size": 8, "in_chans": 1}))  # fmt: skip
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def test_a_run_is_read_from_another_directory(moved: Path) -> None:
+    found = rebuild(open_run("../run"))
+    assert (found.run.config.space, found.run.config.data) == (str(moved / "sp.py"), str(moved / "pictures"))
+    assert retrain_trial(found, epochs=1, device="cpu")["status"] == "complete"
+
+
+def test_a_trial_is_shown_without_its_images(moved: Path) -> None:
+    shutil.rmtree(moved / "pictures")
+    found = rebuild(open_run("../run"))
+    assert found.shape == {"num_classes": 3, "in_chans": 1, "image_size": 8}
+    assert found.summary()["values"]["combined"] > 0
+    assert "nn.Sequential" in found.script() or "Conv2d" in found.script()
+    with pytest.raises(CapnasError, match=r"data must be one of .*pictures"):
+        retrain_trial(found, epochs=1)
+    found.run.study.set_user_attr(DATA, None)  # an older run: only its images tell the shape
+    with pytest.raises(CapnasError, match=r"data must be one of .*pictures"):
+        rebuild(open_run("../run"))
+
+
+def test_a_trial_is_not_retrained_on_images_of_other_classes(moved: Path) -> None:
+    shutil.rmtree(moved / "pictures" / "2")
+    found = rebuild(open_run("../run"))
+    with pytest.raises(StudyError, match=r"the images pictures are not those of the search: num_classes was 3, now 2; .*Bring those of"):
+        retrain_trial(found, epochs=1)
+    with pytest.raises(StudyError, match="not those of the search"):
+        rebuild(open_run("../run"), data=load_data(moved / "pictures"))
+
+
+def test_a_retraining_of_another_study_or_architecture_is_not_taken(run: RunResult, data: ImageData, tmp_path: Path) -> None:
+    found = rebuild(dataclasses.replace(run, folder=tmp_path), data=data)
+    record = retrain_trial(found, epochs=1, device="cpu")
+    old = {name: value for name, value in record.items() if name not in ("study", "hash")}
+    stale: dict[str, object]
+    for stale in (record | {"study": "other"}, record | {"hash": "other"}, old | {"n_params": 7}):
+        (tmp_path / RETRAINED).write_text(json.dumps([stale | {"test_accuracy": -1.0}]))
+        assert retrain_trial(found, epochs=1, device="cpu")["test_accuracy"] >= 0
+        assert len(read_retrained(found.run)) == 2
+    (tmp_path / RETRAINED).write_text(json.dumps([old | {"test_accuracy": -1.0}]))
+    assert retrain_trial(found, epochs=1, device="cpu")["test_accuracy"] == -1
 
 
 def test_damaged_record_of_retraining_is_named(run: RunResult, tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""Open a study to run it: created or resumed, refused where its folder, its settings or its images are not those that it began with."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from capnas.data import ImageData
+from capnas.errors import StudyError
+from capnas.objective import Objective
+from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
+from capnas.scoring import CAPACITY_WEIGHTS
+from capnas.search.config import StudyConfig
+from capnas.search.runs import count_finished, is_settled
+from capnas.search.samplers import make_pruner
+from capnas.search.storages import hide_password, open_storage
+
+ATTRIBUTE = "capnas:config"  # keys of the study's user attributes
+SCORE = "capnas:capacity_score"  # the weights of its terms
+DATA = "capnas:data"  # see data_facts
+
+
+def check_folder(config: StudyConfig) -> None:
+    """Look at a run's folder before anything in it is replaced.
+
+    Raises:
+        StudyError: It holds another study, or its trials are lost and only their table is left.
+    """
+    folder = config.folder
+    if (folder / "study.toml").is_file():
+        held = StudyConfig.from_toml((folder / "study.toml").read_text(encoding="utf-8", errors="replace"), out=str(folder)).to_dict()
+        changes = [c for c in config.conflicts(held) if c.startswith(("study ", "storage ", "space ", "data "))]
+        if any(c.startswith(("study ", "storage ")) for c in changes):
+            advice = "Give another --out, or another --study without --out: its folder is then runs/STUDY."
+            raise StudyError(f"{folder} holds another study: {'; '.join(changes)}. {advice}")
+    rows = _finished_rows(folder / "trials.csv")
+    if rows and not _n_stored(config):
+        where = hide_password(config.storage) or folder / "journal.log"
+        advice = "A new study would replace the table: bring them back to where they were, or give another --out."
+        raise StudyError(f"{folder / 'trials.csv'} lists {rows} finished trials, but {where} holds none. {advice}")
+
+
+def discard(folder: Path, *, whole: bool) -> None:
+    """Take back the files of a study that ended before its first trial, and the folder as well where it was made for them."""
+    with contextlib.suppress(OSError):
+        for name in ("study.toml", "journal.log"):
+            (folder / name).unlink(missing_ok=True)
+        if whole:
+            folder.rmdir()
+
+
+def open_study(config: StudyConfig) -> optuna.Study:
+    """The study, created or resumed.
+
+    Raises:
+        StudyError: It exists with other settings, or its storage does not answer.
+    """
+    storage = open_storage(config.storage, config.folder)
+    study = _create(config, storage)
+    stored, empty = study.user_attrs.get(ATTRIBUTE), not study.get_trials(deepcopy=False)
+    if stored is None and not empty:
+        raise StudyError(f"the storage holds a study named {config.name} that is not of capnas; choose another name.")
+    if stored is not None and (conflicts := config.conflicts(stored)):
+        if not empty:
+            raise StudyError(f"the study {config.name} exists with other settings: {'; '.join(conflicts)}. Choose another name or folder.")
+        optuna.delete_study(study_name=config.name, storage=storage)  # it failed before its first trial: nothing is lost
+        study, stored = _create(config, storage), None
+    if empty:
+        study.set_user_attr(SCORE, dict(CAPACITY_WEIGHTS))
+    elif config.rates_capacity and study.user_attrs.get(SCORE) != dict(CAPACITY_WEIGHTS) and count_finished(study) < config.trials:
+        advice = "Choose another name or folder, or go on with the version of capnas that began it (environment.json)."
+        raise StudyError(f"the study {config.name} has another definition of capacity_score: new trials would not compare. {advice}")
+    if stored != config.to_dict():
+        study.set_user_attr(ATTRIBUTE, config.to_dict())
+    if stored is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(config.values))
+    return study
+
+
+def data_facts(data: ImageData) -> dict[str, Any]:
+    """What the architectures and the numbers of a study's trials depend on, in JSON values."""
+    return {name: getattr(data, name) for name in ("name", "num_classes", "in_chans", "image_size", "sizes")}
+
+
+def data_changes(stored: Mapping[str, Any], data: ImageData) -> list[str]:
+    """How images differ from those of which `data_facts` were stored."""
+    return [f"{name} was {stored.get(name)}, now {value}" for name, value in data_facts(data).items() if stored.get(name) != value]
+
+
+def check_data(study: optuna.Study, objective: Objective) -> None:
+    """Compare the images with those of the study's earlier trials; of the first trial's, keep what there is to compare.
+
+    Raises:
+        StudyError: They have changed.
+    """
+    stored, trials = study.user_attrs.get(DATA), [t for t in study.get_trials(deepcopy=False) if is_settled(t)]
+    if stored is not None and trials:
+        if changed := data_changes(stored, objective.data):
+            advice = "New trials would not compare: bring the images back, or give another --study."
+            raise StudyError(
+                f"the images {objective.data.name} have changed since the study {study.study_name} began: {'; '.join(changed)}. {advice}"
+            )
+    elif not trials or any((t.user_attrs.get(EVALUATION) or {}).get("settings") == objective.settings for t in trials):
+        study.set_user_attr(DATA, data_facts(objective.data))  # else of a study from before this was kept: nobody knows its images
+
+
+def _create(config: StudyConfig, storage: Any) -> optuna.Study:
+    return optuna.create_study(
+        study_name=config.name,
+        storage=storage,
+        directions=config.directions,
+        sampler=optuna.samplers.RandomSampler(seed=config.seed),
+        pruner=make_pruner(config.pruner if len(config.values) == 1 else "off", epochs=config.epochs),
+        load_if_exists=True,
+    )
+
+
+def _finished_rows(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with path.open(newline="", encoding="utf-8") as file:
+        return sum(row.get("status") != "interrupted" for row in csv.DictReader(file))
+
+
+def _n_stored(config: StudyConfig) -> int:
+    if config.storage is None and not (config.folder / "journal.log").is_file():
+        return 0  # opening it would begin a new one
+    try:
+        study = optuna.load_study(study_name=config.name, storage=open_storage(config.storage, config.folder))
+    except KeyError:
+        return 0
+    return len(study.get_trials(deepcopy=False))

@@ -1,0 +1,152 @@
+"""What one process does for a study: trials one after the other, until there are enough or too many of them fail."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from capnas.data import load_data
+from capnas.errors import CapnasError, StudyError
+from capnas.objective import Objective
+from capnas.objective.claims import local, sweep
+from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
+from capnas.objective.evaluation import Evaluation
+from capnas.objective.pool import superseded
+from capnas.objective.stopping import MedianRule
+from capnas.search.config import StudyConfig
+from capnas.search.opening import check_data
+from capnas.search.runs import is_finished, is_settled
+from capnas.search.samplers import first_judged, make_sampler
+
+MAX_FAILURES = 3  # errors in a row, not merely bad candidates, after which a study gives up
+_POLL = 0.3  # seconds
+
+TrialCallback = Callable[[optuna.Study, FrozenTrial], None]
+
+
+def make_objective(config: StudyConfig, space: Any = None, data: Any = None) -> Objective:
+    """The objective of a study; the space and the images are loaded by their names in its settings, unless they are given."""
+    return Objective(
+        config.space if space is None else space,
+        load_data(config.data, **{"seed": config.seed} | dict(config.data_options)) if data is None else data,
+        values=config.values,
+        weights=config.weights,
+        max_params=config.max_params,
+        max_macs=config.max_macs,
+        gate=config.gate,
+        pool=config.pool,
+        resolutions=config.resolutions,
+        seed=config.seed,
+        device=config.device,
+        train=config.training(),
+        stopping=None if config.pruner == "off" else MedianRule(warmup_epochs=first_judged(config.epochs) - 1),
+    )
+
+
+def work(
+    study: optuna.Study,
+    config: StudyConfig,
+    objective: Objective,
+    *,
+    parallel: bool,
+    on_trial: TrialCallback | None,
+    since: int | None = None,
+    go_on: Callable[[], bool] = lambda: True,
+) -> int:
+    """Run trials one after the other until the study is finished.
+
+    Args:
+        study: From `capnas.search.opening.open_study`.
+        config: Its settings.
+        objective: See `make_objective`.
+        parallel: Whether other workers may be at work.
+        on_trial: Called with the study and each trial that ends.
+        since: Number of the session's first trial, before which failures do not count; the next one's where None.
+        go_on: Asked before each trial.
+
+    Returns:
+        How many trials it ran.
+
+    Raises:
+        StudyError: The images have changed, or `MAX_FAILURES` trials in a row, of whichever worker, ended in an error.
+    """
+    ran, own, error = 0, int.from_bytes(os.urandom(4), "big"), None
+    since = len(study.get_trials(deepcopy=False)) if since is None else since
+    while go_on():
+        sweep(study, stale_after=config.stale_after)
+        trials = study.get_trials(deepcopy=False)
+        if len(failed := failures_in_a_row(trials[since:])) >= MAX_FAILURES:
+            raise StudyError(
+                f"{len(failed)} trials in a row ended in an error, the last: {_reason(failed[-1])}. They count as finished and are not run "
+                "again: when the cause is mended, ask for as many more --trials, or begin anew with another --study."
+            ) from error
+        finished = sum(map(is_finished, trials))
+        running = [t for t in trials if t.state == TrialState.RUNNING]
+        if finished >= config.trials:
+            break
+        if finished + len(running) >= config.trials:
+            if not any(map(local, running)):
+                break  # the workers of other hosts see to the rest
+            time.sleep(_POLL)
+            continue
+        if ran == 0:
+            check_data(study, objective)
+        settled = sum(map(is_settled, trials))
+        draws = (settled, own, ran) if parallel else (settled,)
+        study.sampler = make_sampler(
+            config.sampler, seed=config.seed, draws=draws, trials=config.trials, pool=config.pool or 0, parallel=parallel
+        )
+        if objective.selection is not None:
+            objective.selection.check(study)
+            objective.selection.queue_next(study)
+        number, error = _one(study, objective, config.trials)
+        if on_trial is not None:
+            on_trial(study, study.get_trials(deepcopy=False)[number])
+        if isinstance(error, CapnasError):
+            raise error
+        ran += 1
+    return ran
+
+
+def failures_in_a_row(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The ended trials after the last one that ended without an error of its own."""
+    ended = [t for t in trials if t.state.is_finished() and (t.state != TrialState.FAIL or _status(t) != "interrupted")]
+    return list(itertools.takewhile(lambda t: t.state == TrialState.FAIL, reversed(ended)))[::-1]
+
+
+def _status(trial: FrozenTrial) -> str | None:
+    return (trial.user_attrs.get(EVALUATION) or {}).get("status")
+
+
+def _reason(trial: FrozenTrial) -> str:
+    return (trial.user_attrs.get(EVALUATION) or {}).get("reason", "an error that left no text")[:300]
+
+
+def _one(study: optuna.Study, objective: Objective, limit: int) -> tuple[int, Exception | None]:
+    """Run one trial; its number and the error that ended it, if one did. Optuna's own loop would log each with a traceback."""
+    trial = study.ask()
+    try:
+        earlier = (t for t in study.get_trials(deepcopy=False) if t.number < trial.number)
+        if superseded(trial) or sum(is_finished(t) or t.state == TrialState.RUNNING for t in earlier) >= limit:
+            lost = Evaluation(status="interrupted", reason="another worker drew this or the last trial first", params=trial.params)
+            trial.set_user_attr(EVALUATION, lost.to_dict())
+            study.tell(trial, state=TrialState.FAIL)
+            return trial.number, None
+        values = objective(trial)
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+    except Exception as error:
+        study.tell(trial, state=TrialState.FAIL)
+        return trial.number, error
+    except BaseException:
+        study.tell(trial, state=TrialState.FAIL)
+        raise
+    else:
+        study.tell(trial, values)  # interrupted in here, the trial gets its stored values from the next sweep
+    return trial.number, None

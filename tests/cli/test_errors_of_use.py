@@ -1,0 +1,148 @@
+"""What a user can do wrong ends with status 2 and one line that says what to do."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_space import FILE
+
+from capnas.cli import main
+from capnas.search import open_run, storages
+
+Run = Callable[..., tuple[int, str, str]]
+QUICK = ["--trials", "1", "--epochs", "1", "--pruner", "off", "--device", "cpu", "--train", "batch_size=64", "--max-params", "1"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study whose only trial is over its budget, so that nothing is trained."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    with pytest.raises(SystemExit) as done:
+        main(["search", FILE, "--out", str(out), *QUICK])
+    assert not done.value.code
+    return out
+
+
+def refused(run: Run, *words: object) -> str:
+    """The one line of an error of use."""
+    code, out, err = run(*words)
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2, err
+    assert len(errors) == 1
+    assert "Traceback" not in out + err
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("lr=abc", "lr must be a number, got 'abc'."), ("batch_size=abc", "batch_size must be a whole number, got 'abc'."),
+     ("batch_size=2.5", "batch_size must be a whole number, got 2.5."), ("warmup_epochs=x", "warmup_epochs must be a number, got 'x'."),
+     ("clip_grad=x", "clip_grad must be a number or none, got 'x'."), ("record=foo", "record must be true or false, got 'foo'."),
+     ("weight_decay=true", "weight_decay must be a number, got True."), ("lr=1e400", "lr must be finite and not negative, got inf.")],
+)  # fmt: skip
+def test_training_settings_are_checked(run: Run, setting: str, says: str, tmp_path: Path) -> None:
+    assert refused(run, "search", FILE, "--out", tmp_path / "run", "--train", setting) == f"error: {says}"
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("image_size=abc", "image_size must be a whole number or none, got 'abc'."), ("validation=x", "validation must be a number, got 'x'."),
+     ("seed=x", "seed must be a whole number, got 'x'."), ("seed=-1", "seed must be at least 0, got -1."),
+     ("mean=0.5", "mean must be a list of numbers or none, got 0.5."), ("workers=-1", "workers must be at least 0, got -1."),
+     ("memory_limit=1G", "memory_limit must be a whole number, got '1G'."), ("in_chans=7", "in_chans must be 1 or 3, got 7."),
+     ("memory_limit=-1", "memory_limit must be at least 0, got -1."), ("download=maybe", "download must be true or false, got 'maybe'."),
+     ("augment=foo", "augment must be true or false or Augment or none, got 'foo'.")],
+)  # fmt: skip
+def test_data_options_are_checked(run: Run, option: str, says: str, tmp_path: Path) -> None:
+    assert refused(run, "search", FILE, "--out", tmp_path / "run", "--data-option", option, *QUICK) == f"error: {says}"
+
+
+def test_numbers_without_end_are_refused(run: Run, tmp_path: Path) -> None:
+    assert "got '1e400'" in refused(run, "search", FILE, "--out", tmp_path / "run", "--max-macs", "1e400")
+
+
+def test_paths_that_cannot_be_written_are_named(run: Run, study: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    advice = "; expected a path that can be read or written, give another one"
+    for where, words in (
+        (file, ("search", FILE, *QUICK, "--out", file)),
+        (file / "x", ("search", FILE, *QUICK, "--out", file / "x")),
+        ("/proc/x", ("search", FILE, *QUICK, "--out", "/proc/x")),
+        (tmp_path, ("report", study, "--html", tmp_path)),
+        ("/proc/x", ("best", study, "--trial", 0, "--code", "/proc/x/y.py")),
+    ):
+        told = refused(run, *words)
+        assert told.startswith(f"error: {where}: ")
+        assert told.endswith(advice)
+
+
+def test_a_share_of_the_variance_is_checked_before_measuring(run: Run) -> None:
+    told = refused(run, "profile", "resnet10t", "--threshold", "2", "--batch", "2", "--device", "cpu")
+    assert told == "error: threshold must be in (0, 1], got 2.0."
+
+
+def test_an_image_size_beyond_memory_is_one_line(run: Run) -> None:
+    assert refused(run, "profile", "resnet10t", "--image-size", "1000000") == (
+        "error: not enough memory for this; take a smaller image size, batch or network (--debug shows where it ran out)"
+    )
+
+
+def test_a_proxy_that_does_not_answer(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storages, "PATIENCE", 0.1)
+    told = refused(run, "search", FILE, "--storage", "grpc://localhost:1", "--out", tmp_path / "run", *QUICK)
+    assert told == "error: nothing answers at grpc://localhost:1 within 0.1 s: is the proxy of the storage running there?"
+
+
+def test_a_request_that_is_no_utf8(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_bytes(b'space = "\xff"\n')
+    assert f"{tmp_path / 'study.toml'} is not UTF-8 text (invalid start byte at byte 9)" in refused(run, "report", tmp_path)
+
+
+def test_a_damaged_journal_is_named_with_the_line(run: Run, study: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(study, tmp_path / "copy")
+    lines = (copy / "journal.log").read_bytes().splitlines(keepends=True)
+    for broken in (b'{"op_code": \x01}\n', b'{"op_code": "\xff"}\n'):
+        (copy / "journal.log").write_bytes(b"".join([*lines[:2], broken, *lines[3:]]))
+        told = refused(run, "report", copy)
+        assert told.startswith(f"error: {copy / 'journal.log'} is damaged in line 3 (")
+        assert told.endswith("restore the file from a copy, or start anew.")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(("--values", ""), r"values must be one of \d+ names such as accuracy, val_loss, .*; got an empty name."),
+     (("--values", "accuracy,"), r"values must be one of \d+ names such as accuracy, val_loss, .*; got an empty name."),
+     (("--weights", "foo=1"), r"weights must be one of \d+ names such as .*; got 'foo'.")],
+)  # fmt: skip
+def test_names_unlike_all_others_are_told_few(run: Run, words: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    told = refused(run, "search", FILE, "--out", tmp_path / "run", *words)
+    assert re.fullmatch(f"error: {says}", told)
+    assert len(told) < 160
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/x"])
+def test_a_study_is_a_name(run: Run, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = refused(run, "search", FILE, "--study", name)
+    assert told.startswith(f"error: --study is the name of a folder under runs/, got {name!r}; give a name without slashes")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupt_is_told_once_wherever_it_comes(run: Run, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*words: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    stopped = replace(open_run(study), interrupted=True)
+    monkeypatch.setattr("capnas.search.run_study", lambda config, on_trial: stopped)
+    code, _, err = run("search", FILE, "--out", study, *QUICK)
+    assert code == 130
+    assert err.splitlines()[-1].startswith("Interrupted with 1 of 1 trials finished. Resume with: ")
+    monkeypatch.setattr("capnas.search.open_run", stop)
+    code, out, err = run("report", study)
+    assert (code, out, err.strip()) == (130, "", "interrupted")
