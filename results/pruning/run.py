@@ -62,7 +62,8 @@ NOTES = """\
 (the default), `capnas saturation` makes saturation even; both refit what reads the removed channels on 1,024 training images, without
 labels and without a gradient step. Rivals are Torch-Pruning's importances, each in its better scope: one ratio for all layers, or one
 global ranking. A dash is a network that was not computed, or that cannot be made (BN scale finds no batch norm in ConvNeXt).
-The head of a column counts the seeds that were trained; a number without ± is of one seed."""
+The head of a column counts the seeds of the unpruned network in that table, of which the last may lack methods; a number without ± is of
+one seed."""
 
 
 def images_of(name, archive):
@@ -280,7 +281,6 @@ def derive():
         here = rows_of(lines, data=data)
         models = [m for m in MODELS if rows_of(here, model=m)]
         seeds = {m: sorted({line["seed"] for line in rows_of(here, model=m)}) for m in models}
-        header = " | ".join(f"{m} ({len(seeds[m])} seed{'s' * (len(seeds[m]) > 1)})" for m in models)
         methods = ["capnas loss", "capnas saturation"]
         methods += sorted({line["method"] for line in here} - {"unpruned", "projection", *methods})
         text += [f"## {data}", ""]
@@ -290,11 +290,13 @@ def derive():
                 if not at:
                     continue
                 what = "without fine-tuning" if not epochs else f"after {epochs} epoch{'s' * (epochs > 1)} of fine-tuning"
-                text += [f"### {ratio:.0%} of the MACs, {what}", "", f"| method | {header} |", "|---|" + "---|" * len(models)]
                 found = best_scope(at)
                 name = "projection" if not epochs else "unpruned"
                 base = {(line["model"], line["seed"]): line["accuracy" if epochs else "before"] for line in rows_of(here, method=name)
                         if epochs in (0, line["epochs"])}  # fmt: skip
+                counts = {m: sum((m, s) in base for s in seeds[m]) for m in models}
+                header = " | ".join(f"{m} ({n} seed{'s' * (n > 1)})" for m, n in counts.items())
+                text += [f"### {ratio:.0%} of the MACs, {what}", "", f"| method | {header} |", "|---|" + "---|" * len(models)]
                 text.append("| unpruned | " + " | ".join(cell([base.get((m, s)) for s in seeds[m]]) for m in models) + " |")
                 for method in methods:
                     cells = [cell([found[m, s, method]["accuracy"] for s in seeds[m] if (m, s, method) in found]) for m in models]
