@@ -24,6 +24,7 @@ from capnas.graph.tracing import Node, Trace, caches_kept
 from capnas.measures.activation_codes import all_finite
 from capnas.measures.decoupling import Decoupling, gate_decoupling, output_decoupling
 from capnas.measures.layer_capacity import kfac_spectrum
+from capnas.measures.probing import untouched
 from capnas.recording import MEASURED
 
 ACTIVATIONS = frozenset((
@@ -40,23 +41,16 @@ def base_name(node: Node) -> str:
 
 @contextlib.contextmanager
 def quiet(model: nn.Module, seed: int, *, grad: bool) -> Iterator[None]:
-    """Eval mode, attention taken apart; caches, the random state and every module's mode put back."""
+    """Eval mode, attention taken apart; caches, buffers, the random state and every module's mode put back."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    modes = [(module, module.training) for module in model.modules()]
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in modes:
-            module.training = False
-        with caches_kept(model), torch.random.fork_rng(devices=cuda), torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
-            torch.manual_seed(seed)
+        with untouched(model, seed=seed), caches_kept(model), torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes:
-            module.training = training
 
 
 def mean_square(values: Tensor, shape: Sequence[int], batch: int) -> Tensor | None:

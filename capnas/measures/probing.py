@@ -25,12 +25,13 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, *, statistics: bool = False) -> Iterator[None]:
+def untouched(model: nn.Module, *, statistics: bool = False, seed: int = 0) -> Iterator[None]:
     """Eval mode and a fixed seed inside; modes, buffers, gradient flags and random state as before outside.
 
     Args:
         model: any.
         statistics: whether batch norms use the statistics of the batch (the published training-free scores do).
+        seed: of anything random inside.
 
     >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
     >>> with untouched(net, statistics=True):
@@ -39,7 +40,7 @@ def untouched(model: nn.Module, *, statistics: bool = False) -> Iterator[None]:
     >>> net[0].num_batches_tracked.item(), net[1].training
     (0, True)
     """
-    with put_back(model):
+    with put_back(model, seed=seed):
         for module in model.modules():
             module.training = statistics and isinstance(module, nn.modules.batchnorm._NormBase)
         yield

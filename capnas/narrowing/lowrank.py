@@ -21,6 +21,7 @@ from capnas.measures.moments import Moments, covariance
 from capnas.measures.saturation import THRESHOLD, intrinsic_dimension
 from capnas.narrowing.calibration import output_moments, readable
 from capnas.narrowing.groups import CannotNarrow
+from capnas.narrowing.planning import check_target
 from capnas.projection import head_names
 
 
@@ -100,8 +101,7 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
 
     goal, share = f"every layer keeps {threshold:g} of its variance", threshold
     if target_macs is not None:
-        if not 0 < target_macs < 1:
-            raise UsageError(f"the target is the share of MACs to keep, in (0, 1), got {target_macs}.")
+        check_target(target_macs)
         low, high = 0.0, 1.0
         if planned(ranks(1e-9))[1] > target_macs * cost.macs:
             raise UsageError(f"{target_macs:g} of the MACs cannot be reached by splitting layers; remove channels instead.")

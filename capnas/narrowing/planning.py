@@ -124,8 +124,7 @@ def plan_widths(
         units, goal = needed_widths(options), f"every group as wide as {found.threshold:g} of its variance needs"
     else:
         assert target_macs is not None
-        if not 0 < target_macs < 1:
-            raise UsageError(f"the target is the share of MACs to keep, in (0, 1), got {target_macs}.")
+        check_target(target_macs)
         least = float(found.cost.total_macs(torch.tensor([[float(o.choices[0]) for o in options]], dtype=torch.float64)))
         if least > target_macs * full:
             raise UsageError(
@@ -137,6 +136,16 @@ def plan_widths(
         way = "least loss per MAC saved" if allocation == "loss" else "equal saturation"
         goal = f"{target_macs:g} of the MACs, by {way}"
     return _plan(found, units, goal)
+
+
+def check_target(share: float) -> None:
+    """Refuse a share of the multiply-accumulates to keep that is no share.
+
+    Raises:
+        UsageError: outside (0, 1).
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"the target is the share of MACs to keep, in (0, 1), got {share}.")
 
 
 def read_widths(path: str | Path) -> dict[str, int]:

@@ -19,7 +19,7 @@ from capnas.errors import CapnasError, UsageError, one_of
 from capnas.measures.saturation import THRESHOLD
 from capnas.narrowing import narrowed
 from capnas.narrowing.lowrank import RankPlan, factorized, plan_ranks
-from capnas.narrowing.planning import Allocation, Plan, plan_widths
+from capnas.narrowing.planning import Allocation, Plan, check_target, plan_widths
 from capnas.narrowing.survey import survey
 from capnas.training import TrainConfig, TrainingResult, evaluate, train
 
@@ -65,8 +65,8 @@ class PruneConfig:
         """Refuse what cannot be done."""
         if sum(goal is not None for goal in (self.target_macs, self.lossless, self.widths)) != 1:
             raise UsageError("give exactly one of --target-macs, --lossless and --plan.")
-        if self.target_macs is not None and not 0 < self.target_macs < 1:
-            raise UsageError(f"the target is the share of MACs to keep, in (0, 1), got {self.target_macs}.")
+        if self.target_macs is not None:
+            check_target(self.target_macs)
         if self.method not in ("channels", "lowrank"):
             raise UsageError(one_of("method", self.method, ("channels", "lowrank")))
         if self.method == "lowrank" and self.widths is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from capnas.capacity import CapacityMap, capacity_map
 from capnas.graph.structure import StructureReport, structure
 from capnas.graph.tracing import Trace, trace
-from capnas.measures.probing import put_back, untouched
+from capnas.measures.probing import untouched
 from capnas.measures.proxies import PROXIES, baseline_proxies
 from capnas.measures.receptive import LayerField, border_layers, critical_layers, feasible_range
 from capnas.profile.rows import FieldReport, Profile
@@ -46,24 +46,23 @@ def enrich(
         pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
         seed: of anything random.
     """
-    with put_back(model, seed=seed):
-        if {"structure", "norms", "capacity"} & set(measures):
-            graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
-            if "structure" in measures:
-                averaged = structure(graph, pool_gain="averaging").log2_paths
-                profile = with_structure(profile, structure(graph), graph.input_shape[2:]).with_network(log2_gain=averaged)
-                profile = with_macs(profile, graph).with_network(params=float(sum(p.numel() for p in model.parameters())))
-            if "norms" in measures:
-                profile = with_norms(profile, model, graph)
-            if "capacity" in measures:
-                profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, pixels=pixels, seed=seed, graph=graph))
-        if "proxies" in measures:
-            names = [name for name in PROXIES if name != "macs" or graph is None]
-            baselines = baseline_proxies(model, inputs, targets, names=names)
-            profile = profile.with_network(**{n: found.value for n, found in baselines.items()})
-            profile = replace(profile, flags={**profile.flags, **{n: found.flag for n, found in baselines.items() if found.flag}})
-            if graph is not None:
-                profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
+    if {"structure", "norms", "capacity"} & set(measures):
+        graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
+        if "structure" in measures:
+            averaged = structure(graph, pool_gain="averaging").log2_paths
+            profile = with_structure(profile, structure(graph), graph.input_shape[2:]).with_network(log2_gain=averaged)
+            profile = with_macs(profile, graph).with_network(params=float(sum(p.numel() for p in model.parameters())))
+        if "norms" in measures:
+            profile = with_norms(profile, model, graph)
+        if "capacity" in measures:
+            profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, pixels=pixels, seed=seed, graph=graph))
+    if "proxies" in measures:
+        names = [name for name in PROXIES if name != "macs" or graph is None]
+        baselines = baseline_proxies(model, inputs, targets, names=names)
+        profile = profile.with_network(**{n: found.value for n, found in baselines.items()})
+        profile = replace(profile, flags={**profile.flags, **{n: found.flag for n, found in baselines.items() if found.flag}})
+        if graph is not None:
+            profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
     return profile if start is None else with_distances(profile, start.distances(model))
 
 

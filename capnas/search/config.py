@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED, TIMM_PREFIXES
 from capnas.errors import StudyError, UsageError, one_of
 from capnas.objective.gates import parse_gate
@@ -180,6 +181,14 @@ class StudyConfig:
         except (tomllib.TOMLDecodeError, TypeError) as error:
             raise StudyError(f"the study's settings cannot be read: {error}.") from error
 
+    def images(self) -> ImageData:
+        """The images of the study.
+
+        Raises:
+            DataError, UsageError: see `capnas.load_data`.
+        """
+        return load_data(self.data, **{"seed": self.seed} | dict(self.data_options))
+
     @property
     def rates_capacity(self) -> bool:
         """Whether a value or the gate holds `capacity_score`, whose definition may differ between versions."""
@@ -188,13 +197,17 @@ class StudyConfig:
 
     def conflicts(self, stored: Mapping[str, Any]) -> list[str]:
         """What differs from a stored study's settings and cannot be changed when it is resumed."""
+        return list(self.differences(stored).values())
+
+    def differences(self, stored: Mapping[str, Any]) -> dict[str, str]:
+        """`conflicts` by the setting that differs."""
         ours = self.to_dict()
         keys = [k for k in dict.fromkeys([*stored, *ours]) if k not in _FREE]
-        return [
-            f"{k} was {stored.get(k, 'not set')!r}, now {ours.get(k, 'not set')!r}"
+        return {
+            k: f"{k} was {stored.get(k, 'not set')!r}, now {ours.get(k, 'not set')!r}"
             for k in keys
             if _anywhere(k, stored.get(k)) != _anywhere(k, ours.get(k))
-        ]
+        }
 
 
 def _absolute(path: str) -> str:

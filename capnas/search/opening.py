@@ -35,10 +35,10 @@ def check_folder(config: StudyConfig) -> None:
     folder = config.folder
     if (folder / "study.toml").is_file():
         held = StudyConfig.from_toml((folder / "study.toml").read_text(encoding="utf-8", errors="replace"), out=str(folder)).to_dict()
-        changes = [c for c in config.conflicts(held) if c.startswith(("study ", "storage ", "space ", "data "))]
-        if any(c.startswith(("study ", "storage ")) for c in changes):
+        changes = {k: c for k, c in config.differences(held).items() if k in ("study", "storage", "space", "data")}
+        if {"study", "storage"} & set(changes):
             advice = "Give another --out, or another --study without --out: its folder is then runs/STUDY."
-            raise StudyError(f"{folder} holds another study: {'; '.join(changes)}. {advice}")
+            raise StudyError(f"{folder} holds another study: {'; '.join(changes.values())}. {advice}")
     rows = _finished_rows(folder / "trials.csv")
     if rows and not _n_stored(config):
         where = hide_password(config.storage) or folder / "journal.log"

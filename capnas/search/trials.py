@@ -16,7 +16,7 @@ import optuna
 from torch import nn
 
 from capnas.candidates import Candidate, build_candidate, build_model
-from capnas.data import ImageData, load_data
+from capnas.data import ImageData
 from capnas.errors import StudyError
 from capnas.objective.evaluation import Evaluation
 from capnas.profile import Profile
@@ -124,7 +124,7 @@ def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: Imag
 
 
 def _images(run: RunResult) -> ImageData:
-    data = load_data(run.config.data, **{"seed": run.config.seed} | dict(run.config.data_options))
+    data = run.config.images()
     _check_shape(run, data)
     return data
 

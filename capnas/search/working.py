@@ -11,7 +11,6 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from capnas.data import load_data
 from capnas.errors import CapnasError, StudyError
 from capnas.objective import Objective
 from capnas.objective.claims import local, sweep
@@ -34,7 +33,7 @@ def make_objective(config: StudyConfig, space: Any = None, data: Any = None) -> 
     """The objective of a study; the space and the images are loaded by their names in its settings, unless they are given."""
     return Objective(
         config.space if space is None else space,
-        load_data(config.data, **{"seed": config.seed} | dict(config.data_options)) if data is None else data,
+        config.images() if data is None else data,
         values=config.values,
         weights=config.weights,
         max_params=config.max_params,
