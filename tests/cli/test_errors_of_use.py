@@ -94,6 +94,7 @@ def test_an_image_size_beyond_memory_is_one_line(run: Run) -> None:
 
 
 def test_a_proxy_that_does_not_answer(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("grpc", reason="the driver comes with capnas[distributed]")
     monkeypatch.setattr(storages, "PATIENCE", 0.1)
     told = refused(run, "search", FILE, "--storage", "grpc://localhost:1", "--out", tmp_path / "run", *QUICK)
     assert told == "error: nothing answers at grpc://localhost:1 within 0.1 s: is the proxy of the storage running there?"
