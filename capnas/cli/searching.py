@@ -30,7 +30,7 @@ def search(
         str | None,
         typer.Option(
             help="Who is trained after a look at the untrained network: best:10% (by its capacity score, among all seen so far), "
-            'naswot:best:10%, or a bound such as "saturation_evenness>=0.5".'
+            'naswot:best:10%, combined:best:10% (by what that sum knows before training), or a bound such as "saturation_evenness>=0.5".'
         ),
     ] = None,
     pool: Annotated[int | None, typer.Option(help="Candidates to measure before the first training, with a gate best.")] = None,

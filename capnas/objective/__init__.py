@@ -29,7 +29,7 @@ from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation
 from capnas.objective.gates import Bound, best_share, parse_gate
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
-from capnas.objective.targets import COSTS, INIT, check_values, check_weights, direction_of, value_of, wanted, worst_value
+from capnas.objective.targets import COSTS, INIT, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
 from capnas.profile import Profile, enrich, profile_model
 from capnas.scoring import measures_for, score
 from capnas.spaces import load_space
@@ -53,7 +53,8 @@ class Objective:
         max_params: Most parameters, or None.
         max_macs: Most multiply-accumulates of one image, or None.
         gate: Who is trained after a look at the untrained network, none by default: ``"best:10%"`` trains a candidate if its score is
-            among the best tenth of the candidates seen so far, ``"saturation_evenness>=0.5"`` is a bound; see `capnas.objective.gates`.
+            among the best tenth of the candidates seen so far, ``"combined:best:10%"`` goes by what is known of that sum before training,
+            ``"saturation_evenness>=0.5"`` is a bound; see `capnas.objective.gates`.
         pool: Candidates that are measured before the first training; then the best of them are trained first. Needs a gate ``best``.
         resolutions: Image sizes to search jointly, as the parameter ``image_size``. A size that leaves more than half of an architecture's
             layers past the receptive-field border, where a larger one does not, is skipped for it: the trial ends as "infeasible".
@@ -118,8 +119,10 @@ class Objective:
         check_pool(gate, pool)
         gates = parse_gate(gate)
         self.bounds = [g for g in gates if isinstance(g, Bound)]
+        share = best_share(gates)
+        ranked = {} if share is None else ranking(share, self.names, weights)
         needed = wanted(self.names, self.weights)
-        early = {n.removeprefix(INIT) for n in needed if n.startswith(INIT)} | {g.name for g in gates}
+        early = {n.removeprefix(INIT) for n in (*needed, *ranked) if n.startswith(INIT)} | {g.name for g in self.bounds}
         self._pixels = {"before": "coverage" in early, "after": "coverage" in needed}
         self.measures = {
             "before": measures_for(early),
@@ -137,8 +140,9 @@ class Objective:
         self.data = data if isinstance(data, ImageData) else load_data(data)
         self.settings = self._fingerprint()
         costs = tuple(name for name in self.names if name in COSTS) if len(self.names) > 1 else ()
-        share = best_share(gates)
-        self.selection = None if share is None else Selection(gate=share, pool=pool or 0, costs=costs, settings=self.settings)
+        self.selection = (
+            None if share is None else Selection(gate=share, pool=pool or 0, costs=costs, settings=self.settings, weights=ranked)
+        )
 
     def __call__(self, trial: Any) -> float | tuple[float, ...]:
         """Evaluate one trial.

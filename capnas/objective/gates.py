@@ -2,7 +2,8 @@
 
 A bound, ``saturation_evenness>=0.5``, judges each candidate alone. A share, ``best:10%``, judges it among all candidates seen so far,
 which needs no scale: a candidate is trained if fewer than a tenth of them score better. Drawing and measuring is nearly free beside
-training, so a pool of candidates drawn ahead gives the first trainings a choice as well (`capnas.objective.pool`).
+training, so a pool of candidates drawn ahead gives the first trainings a choice as well (`capnas.objective.pool`). A share goes by one
+score, or by what a summed value knows before training: ``combined:best:10%``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from capnas.errors import UsageError, one_of
 from capnas.scoring import SCORES
 
 UNTRAINED = tuple(name for name in SCORES if name != "capacity_slack")  # which is a score of a training
+SUMS = ("combined", "principled")  # values that are weighted sums; before training a share goes by their terms that are known then
 RANKED_BY = "capacity_score"  # of ``best:10%``, where no score is named
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _BOUND = r"\s*(\w+)\s*(>=|<=|>|<)\s*(\S+)\s*"
@@ -84,10 +86,6 @@ class BestShare:
     name: str
     share: float
 
-    def oriented(self, score: float | None) -> float:
-        """The score with higher meaning better; NaN where there is none."""
-        return SCORES[self.name].oriented(_number(score))
-
     def standing(self, candidate: Measured, seen: Iterable[Measured]) -> Standing:
         """The candidate's place among those seen that cost no more, each architecture counted once."""
         others = (m for m in seen if m.key != candidate.key)
@@ -105,7 +103,8 @@ def parse_gate(gate: str | Mapping[str, float] | None) -> tuple[Bound | BestShar
     """Gates from text or from a mapping of scores to bounds in their good direction.
 
     Text is a list with commas of bounds, ``saturation_evenness>=0.5``, and at most one share, ``best:10%`` (by `RANKED_BY`) or
-    ``naswot:best:10%`` (by the score named); ``best=0.1`` is the same.
+    ``naswot:best:10%`` (by the score named, or by the terms of ``combined`` or ``principled`` that are known before training);
+    ``best=0.1`` is the same.
 
     Raises:
         UsageError: Text that is neither, an unknown score, a share outside (0, 1], or two shares.
@@ -144,17 +143,19 @@ def _best(name: str, text: str, percent: str) -> BestShare:
     share = _float(text, f"the gate best needs a share like 10% or 0.1, got {text + percent!r}.") / (100 if percent else 1)
     if not 0 < share <= 1:
         raise UsageError(f"the gate best needs a share above 0 and at most 1 (100%), got {text + percent}.")
-    return BestShare(name=_known(name), share=share)
+    return BestShare(name=_known(name, SUMS), share=share)
 
 
 def _bound(name: str, compare: str, text: str) -> Bound:
+    if name in SUMS:
+        raise UsageError(f"the gate takes {name} as a share only, {name}:best:10%: its scale before training is not that of the value.")
     _known(name)
     return Bound(name=name, compare=compare, limit=_float(text, f"the gate on {name} needs a number, got {text!r}."))
 
 
-def _known(name: str) -> str:
-    if name not in UNTRAINED:
-        raise UsageError(one_of("gate", name, UNTRAINED))
+def _known(name: str, sums: tuple[str, ...] = ()) -> str:
+    if name not in (*UNTRAINED, *sums):
+        raise UsageError(one_of("gate", name, (*sums, *UNTRAINED)))
     return name
 
 

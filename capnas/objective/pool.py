@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from capnas.errors import StudyError, UsageError
 from capnas.objective.evaluation import ATTRIBUTE, VERSION
 from capnas.objective.gates import BestShare, Measured, best_share, parse_gate
+from capnas.objective.targets import value_of
 
 MEASURED = "measured"  # status of a candidate that was measured and not trained
 GATE = "gate"  # constraint of every trial of a search with a share
@@ -55,12 +56,14 @@ class Selection:
         pool: Candidates measured before the first training.
         costs: Names of the costs among the values.
         settings: Fingerprint of the trials that count, see `capnas.objective.evaluation.Evaluation`.
+        weights: Of what the share goes by, see `capnas.objective.targets.ranking`.
     """
 
     gate: BestShare
     pool: int
     costs: tuple[str, ...]
     settings: str
+    weights: Mapping[str, float]
     _ended: dict[int, tuple[FrozenTrial, Measured | None]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def judge(self, trial: Any, found: dict[str, Any]) -> str | None:
@@ -142,11 +145,11 @@ class Selection:
         stored = trial.user_attrs.get(ATTRIBUTE)
         if not isinstance(stored, dict) or stored.get("version") != VERSION or stored["settings"] != self.settings:
             return None
-        known = stored["status"] not in ("gated", "interrupted") and f"init_{self.gate.name}" in stored["metrics"]
+        known = stored["status"] not in ("gated", "interrupted") and all(name in stored["metrics"] for name in self.weights)
         return self._measured(stored) if known else None
 
     def _measured(self, found: Mapping[str, Any]) -> Measured:
-        score = self.gate.oriented(found["metrics"][f"init_{self.gate.name}"])
+        score = value_of("combined", {**found["metrics"], "accuracy": 0.0}, self.weights)
         costs = tuple(float(found["metrics"][name]) for name in self.costs)
         return Measured(key=(found["hash"], found["image_size"]), score=score, costs=costs)
 

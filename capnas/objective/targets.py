@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from capnas.errors import UsageError, one_of
-from capnas.objective.gates import UNTRAINED
+from capnas.objective.gates import SUMS, UNTRAINED, BestShare
 from capnas.scoring import SCORES, Direction
 
 COSTS = ("params", "macs")
@@ -27,7 +27,6 @@ _SCORES = (*SCORES, *(INIT + name for name in UNTRAINED))
 # One score of each theory, chosen and weighted on short trainings of two spaces, see results/ranking/principled.md.
 PRINCIPLED: Mapping[str, float] = {"init_block_saturation_evenness": 0.05, "depth_evenness": 0.02, "capacity_slack": 0.02}
 PARETO = ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
-SUMS = ("combined", "principled")
 NAMES = ("accuracy", "val_loss", *COSTS, *SUMS, *_SCORES)
 _WORST = {"accuracy": 0.0, "combined": 0.0, "principled": 0.0, "val_loss": 100.0, "params": 1e12, "macs": 1e15}
 _FAR = 1e3  # stands for the worst of an unbounded score until one has been seen
@@ -82,6 +81,31 @@ def wanted(names: Sequence[str], weights: Mapping[str, float]) -> set[str]:
     """
     needed = set(weights) if any(name in SUMS for name in names) else set()
     return (needed | set(names)) & set(_SCORES)
+
+
+def ranking(share: BestShare, names: Sequence[str], weights: Mapping[str, float] | None) -> dict[str, float]:
+    """The weights that a share goes by: 1 for one score, for a sum those of its terms that are known before training.
+
+    Args:
+        share: The gate.
+        names: Values of the search.
+        weights: Given ones, or None for the defaults of the sum that the gate names.
+
+    Raises:
+        UsageError: A sum that knows nothing before training, or another one than among the values.
+
+    Example:
+        >>> ranking(BestShare(name="combined", share=0.1), ("accuracy",), {"init_naswot": 0.1, "rank_mean": 1.0, "macs": 1e-9})
+        {'init_naswot': 0.1, 'macs': 1e-09}
+    """
+    if share.name not in SUMS:
+        return {INIT + share.name: 1.0}
+    if others := {*SUMS} & {*names} - {share.name}:
+        raise UsageError(f"the gate {share.name}:best and the value {others.pop()} are different sums: name the same one.")
+    known = {name: weight for name, weight in check_weights(weights, (share.name,)).items() if name.startswith(INIT) or name in COSTS}
+    if not known:
+        raise UsageError(f"the gate {share.name}:best needs a weight of a score before training, named {INIT}..., or of a cost.")
+    return known
 
 
 def direction_of(name: str) -> Direction:

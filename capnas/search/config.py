@@ -13,9 +13,9 @@ from typing import Any
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED, TIMM_PREFIXES
 from capnas.errors import StudyError, UsageError, one_of
-from capnas.objective.gates import parse_gate
+from capnas.objective.gates import SUMS, best_share, parse_gate
 from capnas.objective.pool import check_pool
-from capnas.objective.targets import SUMS, check_values, check_weights, direction_of, wanted
+from capnas.objective.targets import check_values, check_weights, direction_of, ranking, wanted
 from capnas.scoring import Direction
 from capnas.search.samplers import PRUNERS, SAMPLERS, check_sampler
 from capnas.search.storages import hide_password
@@ -99,10 +99,14 @@ class StudyConfig:
             if getattr(self, name) not in known:
                 raise UsageError(one_of(name, getattr(self, name), known))
         check_sampler(self.sampler, self.pruner, len(self.values))
-        weights = check_weights(self.weights, self.values)
-        if self.weights is None and set(SUMS) & set(self.values):  # stored with the study: later defaults leave it alone
-            object.__setattr__(self, "weights", weights)
         check_pool(self.gate, self.pool)
+        share = best_share(parse_gate(self.gate))
+        if share is not None:
+            ranking(share, self.values, self.weights)
+        summed = {*SUMS} & {*self.values, *(() if share is None else (share.name,))}
+        weights = check_weights(self.weights, tuple(summed))
+        if self.weights is None and summed:  # stored with the study: later defaults leave it alone
+            object.__setattr__(self, "weights", weights)
         self.training()
 
     @property
@@ -192,7 +196,7 @@ class StudyConfig:
     @property
     def rates_capacity(self) -> bool:
         """Whether a value or the gate holds `capacity_score`, whose definition may differ between versions."""
-        names = {*wanted(self.values, self.weights or {}), *(gate.name for gate in parse_gate(self.gate))}
+        names = {*wanted((*self.values, *(gates := [gate.name for gate in parse_gate(self.gate)])), self.weights or {}), *gates}
         return any(name.endswith("capacity_score") for name in names)
 
     def conflicts(self, stored: Mapping[str, Any]) -> list[str]:

@@ -44,12 +44,6 @@ def test_without_a_score_nobody_passes_and_nobody_is_beaten() -> None:
     assert not gate.passes(gate.standing(measured(math.nan), []))
     assert gate.passes(gate.standing(measured(-math.inf), []))
     assert gate.standing(measured(1), [measured(math.nan)]).better == 0
-    assert math.isnan(gate.oriented(None))
-
-
-def test_the_better_way_of_a_score_to_be_minimized_is_down() -> None:
-    assert BestShare(name="tail_fraction", share=0.1).oriented(0.25) == -0.25
-    assert BestShare(name="saturation_mean", share=0.1).oriented(0.25) == 0.25
 
 
 def test_with_costs_only_what_costs_no_more_is_a_rival() -> None:
@@ -83,6 +77,7 @@ def test_shares_and_bounds_together() -> None:
         ("best:ten", "the gate best needs a share like 10% or 0.1, got 'ten'"),
         ("naswott:best:10%", "gate has no 'naswott' among its .*Did you mean 'naswot'"),
         ("capacity_slack:best:10%", "gate has no 'capacity_slack' among its"),
+        ("combined>=0.5", "the gate takes combined as a share only, combined:best:10%"),
         ("best:10%,naswot:best:5%", "a gate takes one share, got 'best:10%,naswot:best:5%'"),
     ],
 )

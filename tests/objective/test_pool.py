@@ -14,6 +14,7 @@ from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
 from capnas.objective.pool import QUEUED, superseded
+from capnas.objective.targets import WEIGHTS
 from capnas.training import TrainConfig
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -137,6 +138,34 @@ def test_with_costs_among_the_values_small_networks_have_their_own_share(data: I
     assert outcomes(alone) == ["complete", "measured", "complete", "measured", "complete"]
 
 
+def test_the_better_way_of_a_score_to_be_minimized_is_down(data: ImageData) -> None:
+    study = run(objective(data, gate="shortest_depth:best:40%", pool=3), net(4, 3), net(4, 1), net(4, 2), more=1)
+    assert study.trials[3].params == net(4, 1)
+    standings = [e.standing for t in study.trials[:3] if (e := Evaluation.of(t)) is not None]
+    assert standings == [0.0, 0.0, pytest.approx(1 / 3)]
+
+
+def test_a_share_by_a_sum_goes_by_its_terms_before_training(data: ImageData) -> None:
+    weights = {"init_log2_macs": 0.5, "init_shortest_depth": 10.0, "saturation_mean": 100.0, "params": 1e-3}
+    o = objective(data, gate="combined:best:40%", pool=4, weights=weights, values=("combined",))
+    study = run(o, net(2), net(8), net(4, 2), net(4), more=2)
+    found = [e for t in study.trials if (e := Evaluation.of(t)) is not None]
+    by_hand = [0.5 * e.metrics["init_log2_macs"] - 10 * e.metrics["init_shortest_depth"] - 1e-3 * e.metrics["params"] for e in found[:4]]
+    best = sorted(range(4), key=lambda i: -by_hand[i])[:2]
+    assert best == [1, 3]  # depth costs most, then more operations are better
+    assert [t.params for t in study.trials[4:6]] == [study.trials[i].params for i in best]
+    assert found[2].reason.startswith(f"combined before training is {by_hand[2]:.4g}, place 3 of 3")
+    trained = found[4].metrics
+    assert found[4].values["combined"] == pytest.approx(trained["accuracy"] + by_hand[1] + 100 * trained["saturation_mean"])
+
+
+def test_a_share_by_a_sum_without_that_value_takes_the_default_weights(data: ImageData) -> None:
+    for name, weights in (("combined", WEIGHTS), ("principled", {"init_block_saturation_evenness": 0.05})):
+        selection = objective(data, gate=f"{name}:best:40%").selection
+        assert selection is not None
+        assert selection.weights == weights
+
+
 def test_limits_and_bounds_come_first_and_take_no_place(data: ImageData) -> None:
     paths = Evaluation.of(run(objective(data), net(4)).trials[0]).metrics["init_log2_paths"]  # type: ignore[union-attr]
     o = objective(data, max_params=600, gate=f"log2_paths:best:10%, log2_paths<={paths + 0.01}")
@@ -191,6 +220,8 @@ def test_gives_up_where_nothing_passes(data: ImageData) -> None:
     [
         ({"pool": 0}, "pool must be at least 1, got 0"),
         ({"pool": 9, "gate": None}, "a pool needs a gate that says which share of it is trained"),
+        ({"gate": "combined:best:5%", "values": ("principled",)}, "the gate combined:best and the value principled are different sums"),
+        ({"gate": "combined:best:5%", "weights": {"rank_mean": 1}}, "the gate combined:best needs a weight of a score before training"),
     ],
 )
 def test_refuses(data: ImageData, change: dict[str, Any], text: str) -> None:

@@ -124,3 +124,7 @@ def test_the_weights_of_a_sum_are_stored_with_the_study() -> None:
         "init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003
     }  # fmt: skip
     assert "weights" not in StudyConfig(space="resnet", values=("accuracy",)).to_dict()
+    gated = StudyConfig(space="resnet", values=("accuracy",), gate="combined:best:10%")
+    assert gated.to_dict()["weights"] == StudyConfig(space="resnet").to_dict()["weights"]
+    assert not gated.rates_capacity
+    assert StudyConfig(space="resnet", values=("accuracy",), gate="combined:best:10%", weights={"init_capacity_score": 1}).rates_capacity
