@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -39,6 +40,7 @@ from capnas.weights import InitialWeights
 _VALUED = ("complete", "duplicate")
 _FEASIBLE = (*_VALUED, "over_budget", MEASURED, "stopped")  # of the constraint "valid"; a budget and a share have their own constraints
 _REUSED = ("complete", "diverged")  # outcomes that the same architecture would have again
+_TURN = threading.RLock()  # torch has one random state a process: threads (n_jobs) take turns, or no seed would hold
 
 
 class Objective:
@@ -47,7 +49,7 @@ class Objective:
     Args:
         space: A search space, or what `capnas.load_space` takes.
         data: Images, or what `capnas.load_data` takes.
-        values: What to optimize, one value each, see `capnas.objective.targets`; ``"combined"`` is accuracy plus weighted capacity scores.
+        values: What to optimize, one value each, see `capnas.objective.targets`; ``"combined"`` is accuracy plus weighted scores.
         weights: Of the scores in ``combined``; defaults in `capnas.objective.targets.WEIGHTS`, see ``objective.weights``.
         epochs: Of the short training; that of ``train`` where None.
         max_params: Most parameters, or None.
@@ -59,7 +61,7 @@ class Objective:
         resolutions: Image sizes to search jointly, as the parameter ``image_size``. A size that leaves more than half of an architecture's
             layers past the receptive-field border, where a larger one does not, is skipped for it: the trial ends as "infeasible".
         seed: Of weights, shuffling and augmentation, the same for every candidate: common random numbers make differences between
-            candidates less noisy than seeds of their own would.
+            candidates less noisy than seeds of their own would. Threads (``n_jobs``) take turns; processes run side by side.
         device: See `capnas.training.TrainConfig`.
         train: All other settings of the training.
         stopping: The rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
@@ -94,7 +96,7 @@ class Objective:
         space: Any,
         data: Any,
         *,
-        values: str | Sequence[str] = ("accuracy",),
+        values: str | Sequence[str] = ("combined",),
         weights: Mapping[str, float] | None = None,
         epochs: int | None = None,
         max_params: int | None = None,
@@ -114,13 +116,12 @@ class Objective:
         if resolutions is not None and (not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions)):
             raise UsageError(f"resolutions must be different sizes in pixels, got {tuple(resolutions)}.")
         self.names = check_values(values)
-        self.weights = check_weights(weights, self.names)
         self.directions = [direction_of(name) for name in self.names]
         check_pool(gate, pool)
-        gates = parse_gate(gate)
+        share = best_share(gates := parse_gate(gate))
         self.bounds = [g for g in gates if isinstance(g, Bound)]
-        share = best_share(gates)
-        ranked = {} if share is None else ranking(share, self.names, weights)
+        self.weights = check_weights(weights, (*self.names, *(() if share is None else (share.name,))))
+        ranked = {} if share is None else ranking(share, self.names, self.weights)
         needed = wanted(self.names, self.weights)
         early = {n.removeprefix(INIT) for n in (*needed, *ranked) if n.startswith(INIT)} | {g.name for g in self.bounds}
         self._pixels = {"before": "coverage" in early, "after": "coverage" in needed}
@@ -153,7 +154,7 @@ class Objective:
         """
         self._check_directions(trial)
         found: dict[str, Any] = {"metrics": {}, "seconds": {}, "seed": self.train.seed, "settings": self.settings}
-        with claimed(trial):
+        with claimed(trial), _TURN:
             try:
                 status, reason = self._stages(trial, found)
             except BaseException as error:

@@ -58,16 +58,18 @@ def check_values(values: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_weights(weights: Mapping[str, float] | None, names: Sequence[str] = ("combined",)) -> dict[str, float]:
-    """The weights of the summed value among `names`: given ones, else `PRINCIPLED` or `WEIGHTS`.
+    """The weights of the sum among `names` (values, or what a gate goes by): given ones, else `PRINCIPLED` or `WEIGHTS`.
 
     Raises:
-        UsageError: An unknown score or cost, or a weight that is not finite.
+        UsageError: An unknown score or cost, a weight that is not finite, or weights where nothing is a sum.
     """
     for name, weight in (weights or {}).items():
         if name not in (*COSTS, *_SCORES):
             raise UsageError(one_of("weights", name, (*COSTS, *_SCORES)))
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise UsageError(f"the weight of {name} must be a finite number, got {weight!r}.")
+    if weights is not None and not {*SUMS} & {*names}:
+        raise UsageError(f"weights are of the terms of {' or '.join(SUMS)}, and the search has neither: its values are {', '.join(names)}.")
     if weights is not None:
         return dict(weights)
     return dict(PRINCIPLED if "principled" in names else WEIGHTS)
@@ -83,13 +85,13 @@ def wanted(names: Sequence[str], weights: Mapping[str, float]) -> set[str]:
     return (needed | set(names)) & set(_SCORES)
 
 
-def ranking(share: BestShare, names: Sequence[str], weights: Mapping[str, float] | None) -> dict[str, float]:
+def ranking(share: BestShare, names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
     """The weights that a share goes by: 1 for one score, for a sum those of its terms that are known before training.
 
     Args:
         share: The gate.
         names: Values of the search.
-        weights: Given ones, or None for the defaults of the sum that the gate names.
+        weights: Of the sum that the gate names.
 
     Raises:
         UsageError: A sum that knows nothing before training, or another one than among the values.
@@ -102,7 +104,7 @@ def ranking(share: BestShare, names: Sequence[str], weights: Mapping[str, float]
         return {INIT + share.name: 1.0}
     if others := {*SUMS} & {*names} - {share.name}:
         raise UsageError(f"the gate {share.name}:best and the value {others.pop()} are different sums: name the same one.")
-    known = {name: weight for name, weight in check_weights(weights, (share.name,)).items() if name.startswith(INIT) or name in COSTS}
+    known = {name: weight for name, weight in weights.items() if name.startswith(INIT) or name in COSTS}
     if not known:
         raise UsageError(f"the gate {share.name}:best needs a weight of a score before training, named {INIT}..., or of a cost.")
     return known

@@ -10,9 +10,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from capnas.capacity import CapacityMap, capacity_map
+from capnas.errors import UsageError
 from capnas.graph.structure import StructureReport, structure
 from capnas.graph.tracing import Trace, trace
-from capnas.measures.probing import untouched
+from capnas.measures.probing import FAILURES, reason, untouched
 from capnas.measures.proxies import PROXIES, baseline_proxies
 from capnas.measures.receptive import LayerField, border_layers, critical_layers, feasible_range
 from capnas.profile.rows import FieldReport, Profile
@@ -45,9 +46,15 @@ def enrich(
         start: the weights before training, for the distance of each layer.
         pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
         seed: of anything random.
+
+    Raises:
+        UsageError: a measure needs the graph and the model cannot be traced.
     """
-    if {"structure", "norms", "capacity"} & set(measures):
-        graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
+    if traced := [name for name in ("structure", "norms", "capacity") if name in measures]:
+        try:
+            graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
+        except FAILURES as error:
+            raise UsageError(f"{' and '.join(traced)} need the model's graph; {reason(error)}. Leave them out of measures.") from error
         if "structure" in measures:
             averaged = structure(graph, pool_gain="averaging").log2_paths
             profile = with_structure(profile, structure(graph), graph.input_shape[2:]).with_network(log2_gain=averaged)

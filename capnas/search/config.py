@@ -101,11 +101,11 @@ class StudyConfig:
         check_sampler(self.sampler, self.pruner, len(self.values))
         check_pool(self.gate, self.pool)
         share = best_share(parse_gate(self.gate))
+        names = (*self.values, *(() if share is None else (share.name,)))
+        weights = check_weights(self.weights, names)
         if share is not None:
-            ranking(share, self.values, self.weights)
-        summed = {*SUMS} & {*self.values, *(() if share is None else (share.name,))}
-        weights = check_weights(self.weights, tuple(summed))
-        if self.weights is None and summed:  # stored with the study: later defaults leave it alone
+            ranking(share, self.values, weights)
+        if self.weights is None and {*SUMS} & {*names}:  # stored with the study: later defaults leave it alone
             object.__setattr__(self, "weights", weights)
         self.training()
 
@@ -186,12 +186,13 @@ class StudyConfig:
             raise StudyError(f"the study's settings cannot be read: {error}.") from error
 
     def images(self) -> ImageData:
-        """The images of the study.
+        """The images of the study; at the largest of `resolutions` where there are some, unless ``data_options`` name an ``image_size``.
 
         Raises:
             DataError, UsageError: see `capnas.load_data`.
         """
-        return load_data(self.data, **{"seed": self.seed} | dict(self.data_options))
+        largest = {} if self.resolutions is None else {"image_size": max(self.resolutions)}
+        return load_data(self.data, **{"seed": self.seed} | largest | dict(self.data_options))
 
     @property
     def rates_capacity(self) -> bool:

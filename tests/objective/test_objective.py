@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -97,6 +98,20 @@ def test_same_seed_same_trials_other_seed_other_trials(data: ImageData) -> None:
 
     assert values(1) == values(1)
     assert values(1) != values(2)
+
+
+def test_threads_give_what_one_after_the_other_gives(data: ImageData) -> None:
+    def metrics(n_jobs: int) -> list[Any]:
+        o = objective(data, values=("combined",))
+        study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
+        for depth, width in itertools.product((1, 2, 3), (2, 8)):
+            study.enqueue_trial({"width": width, "depth": depth, "kind": "plain"})
+        torch.manual_seed(5)
+        study.optimize(o, n_trials=6, n_jobs=n_jobs)
+        assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(5))  # the caller's random state is left alone
+        return sorted((t.params["width"], t.params["depth"], e.metrics) for t, e in zip(study.trials, evaluations(study)))
+
+    assert metrics(3) == metrics(1)
 
 
 def test_combined_value_is_accuracy_plus_weighted_scores(data: ImageData) -> None:

@@ -221,6 +221,7 @@ def test_gives_up_where_nothing_passes(data: ImageData) -> None:
         ({"pool": 0}, "pool must be at least 1, got 0"),
         ({"pool": 9, "gate": None}, "a pool needs a gate that says which share of it is trained"),
         ({"gate": "combined:best:5%", "values": ("principled",)}, "the gate combined:best and the value principled are different sums"),
+        ({"weights": {"rank_mean": 1}}, "weights are of the terms of combined or principled, and the search has neither: its values are"),
         ({"gate": "combined:best:5%", "weights": {"rank_mean": 1}}, "the gate combined:best needs a weight of a score before training"),
     ],
 )

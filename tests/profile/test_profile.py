@@ -285,8 +285,8 @@ def test_a_profile_has_what_the_capacity_score_needs_unless_the_model_cannot_be_
     assert "cannot be traced" in found.skipped["structure"]
     assert math.isnan(score(found)["capacity_score"])
     assert found.layers[0].saturation is not None
-    with pytest.raises(Exception, match=r".*"):
-        profile_model(Moody(*layers), noise(16, 1, 8, 8), measures=("structure",))
+    with pytest.raises(UsageError, match=r"structure and norms need the model's graph; the model failed: RuntimeError: .* Leave them out"):
+        profile_model(Moody(*layers), noise(16, 1, 8, 8), measures=("saturation", "structure", "norms"))
 
 
 def test_profiles_models_that_view_their_maps() -> None:

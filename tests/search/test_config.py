@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from capnas.errors import StudyError, UsageError
+from capnas.objective import Objective
+from capnas.objective.targets import WEIGHTS
 from capnas.search.config import StudyConfig
 
 
@@ -117,6 +120,17 @@ def test_refuses(change: dict[str, Any], text: str) -> None:
 def test_refuses_texts(text: str, message: str) -> None:
     with pytest.raises(StudyError, match=message):
         StudyConfig.from_toml(text)
+
+
+def test_the_defaults_are_the_same_from_python_and_from_the_command() -> None:
+    given = {name: parameter.default for name, parameter in inspect.signature(Objective).parameters.items()}
+    config = StudyConfig(space="resnet")
+    for name in ("values", "gate", "pool", "weights", "max_params", "max_macs", "resolutions", "seed", "device"):
+        default = WEIGHTS if name == "weights" else given[name]
+        assert getattr(config, name) == default, name
+    assert config.values == ("combined",)
+    assert given["weights"] is None
+    assert config.gate is None
 
 
 def test_the_weights_of_a_sum_are_stored_with_the_study() -> None:

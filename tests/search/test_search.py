@@ -46,14 +46,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(folder: Path, **changes: Any) -> StudyConfig:
     given: dict[str, Any] = {
         "space": "tiny", "data": "stripes", "study": "tiny", "trials": 4, "epochs": 1, "values": ("accuracy", "macs"), "device": "cpu",
