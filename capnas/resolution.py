@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,36 +26,18 @@ from torch import nn
 from capnas.data import ImageData
 from capnas.errors import UsageError
 from capnas.graph.structure import structure
-from capnas.graph.tracing import Trace, trace
-from capnas.measures import evenness, halving, receptive
+from capnas.measures import halving, receptive
 from capnas.measures import resolution as rule
 from capnas.measures.resolution import Recommendation, SizeReading
 from capnas.mixed_sizes import SharedRun, train_together
 from capnas.profile import Profile
 from capnas.repair import Advice, advise
+from capnas.size_survey import Build, SizeSurvey, survey_resolutions, trace_size
 from capnas.training import TrainConfig, TrainingResult, train
 
+__all__ = ["SHARE", "Build", "SizeRun", "SizeSurvey", "Tuning", "advise_resolution", "ladder", "survey_resolutions", "tune_resolution"]
+
 SHARE = 0.3
-Build = Callable[[int], nn.Module]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SizeSurvey:
-    """What is known of a network at one image size before training.
-
-    Attributes:
-        size: pixels.
-        macs: multiply-accumulates of one image; None where the network cannot run at this size.
-        looking: layers that read neighbours, in the order of execution.
-        unproductive: those past the border: they see nothing that their input has not seen (rule ``"strict"``).
-        refusal: why the size is not trained, or "".
-    """
-
-    size: int
-    macs: int | None = None
-    looking: tuple[str, ...] = ()
-    unproductive: tuple[str, ...] = ()
-    refusal: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +70,7 @@ class Tuning:
         surveys: every candidate, ascending.
         shared: the training that all sizes start from.
         runs: every short training of a size alone, in order.
+        left_out: by size, why it is not among those compared last: refused, dropped after a round, or its training failed.
         recommendation: the choice, with reasons.
         advice: what to change where layers of the chosen size remain idle.
         epochs: length of a full training, of which the cost is a share.
@@ -98,6 +81,7 @@ class Tuning:
     surveys: tuple[SizeSurvey, ...]
     shared: SharedRun
     runs: tuple[SizeRun, ...]
+    left_out: Mapping[int, str]
     recommendation: Recommendation
     advice: tuple[Advice, ...]
     epochs: int
@@ -118,6 +102,7 @@ class Tuning:
         found = dataclasses.asdict(self)
         for part, key in (("recommendation", "fitted"), ("recommendation", "worth"), ("shared", "seen")):
             found[part][key] = {str(size): value for size, value in found[part][key].items()}
+        found["left_out"] = {str(size): why for size, why in self.left_out.items()}
         return found
 
 
@@ -128,47 +113,6 @@ def ladder(size: int) -> tuple[int, ...]:
     ((16, 20, 28, 40, 56), (32, 44, 64, 92, 128))
     """
     return tuple(dict.fromkeys(max(4, 4 * math.floor(size * 2 ** (step / 2) / 4 + 0.5)) for step in range(-2, 3)))
-
-
-def survey_resolutions(
-    build: Build, candidates: Sequence[int], *, in_chans: int, budget: int | None = None, limit: float = rule.UNUSABLE
-) -> tuple[SizeSurvey, ...]:
-    """Borders and cost of each size, without training and without data.
-
-    Args:
-        build: gives the network for a size.
-        candidates: pixels.
-        in_chans: channels of the images.
-        budget: most multiply-accumulates of one image.
-        limit: a size with more than this share of its looking layers past the border is refused, where a larger one is affordable.
-
-    Raises:
-        UsageError: no sizes, the same size twice, or no size that the network can run at within the budget.
-
-    >>> net = lambda size: nn.Sequential(nn.Conv2d(1, 4, 5, 2), nn.Conv2d(4, 8, 5, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    >>> [(s.size, s.macs, s.refusal) for s in survey_resolutions(net, (8, 32), in_chans=1)]
-    [(8, None, 'it cannot run at 8 px: Calculated padded input size per channel: (2 x 2). Kernel size: (5 x 5)...'), (32, 39600, '')]
-    """
-    if not candidates or min(candidates) < 1 or len(set(candidates)) < len(candidates):
-        raise UsageError(f"candidates must be different sizes in pixels, got {tuple(candidates)}.")
-    rows, whys = [], {}
-    for size in sorted(candidates):
-        try:
-            graph = _graph(build(size), in_chans, size)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            rows.append(SizeSurvey(size=size, refusal=f"it cannot run at {size} px: {' '.join(str(error).split())[:80]}..."))
-            continue
-        report = structure(graph)
-        past = receptive.border_layers(report.fields, size)
-        refusal = f"{report.macs:,} MACs are over the budget of {budget:,}" if budget is not None and report.macs > budget else ""
-        whys[size] = rule.unusable(report.fields, size, limit=limit)
-        looking = rule.looking_layers(report.fields)
-        rows.append(SizeSurvey(size=size, macs=report.macs, looking=looking, unproductive=past, refusal=refusal))
-    affordable = [r for r in rows if not r.refusal]
-    if not affordable:
-        raise UsageError(f"no candidate can be used: {'; '.join(r.refusal for r in rows)}.")
-    best = max((r.size for r in affordable if whys[r.size] is None), default=0)
-    return tuple(dataclasses.replace(r, refusal=whys[r.size] or "") if r in affordable and r.size < best else r for r in rows)
 
 
 def tune_resolution(
@@ -187,11 +131,12 @@ def tune_resolution(
     """Find the smallest size at which inference is spread evenly over the layers and accuracy has stopped paying for MACs.
 
     Args:
-        build: gives the network for a size, the same weights at each call as far as shapes allow.
+        build: gives the network for a size, the same weights at each call as far as shapes allow; what it gives is copied, not trained.
         data: images, loaded at the largest candidate, so that none is resized twice. Accuracies are those of the validation split.
         candidates: pixels.
         epochs: length of a full training, of which the cost is a share.
-        share: most that all of it together may cost, as a share of training every size for `epochs`.
+        share: most that all of it together may cost, as a share of training every size for `epochs`. Where a single size can be used there
+            is nothing to compare, and one epoch is trained for its saturations.
         budget: most multiply-accumulates of one image.
         pay: accuracy that a doubling of MACs has to bring; `capnas.measures.resolution.price` where it is None.
         config: all other settings of the training; its seed is that of every size, its epochs are ignored.
@@ -199,7 +144,8 @@ def tune_resolution(
         on_pass: told of each pass of the shared training: its number, and of how many.
 
     Raises:
-        UsageError: as `survey_resolutions`; a share that does not pay for one epoch of every size; no size could be trained.
+        UsageError: as `survey_resolutions`; a share that does not pay for one epoch of every size; a ``pay`` that is negative or not
+            finite; no size could be trained.
 
     >>> import numpy as np
     >>> from capnas.data import load_data
@@ -218,12 +164,12 @@ def tune_resolution(
     left = share * sweep
     counts = halving.halving(len(macs))
     base, pay = config or TrainConfig(), rule.price(pay, budget)
-    networks = {size: build(size) for size in rows}
+    networks = {size: copy.deepcopy(build(size)) for size in rows}
     passes = halving.shared_passes(list(macs.values()), left=left, most=epochs)
     shared = train_together(networks, data, base, passes=passes, on_pass=on_pass)
     left -= sum(seen * macs[size] for size, seen in shared.seen.items())
     if shared.reason:
-        networks = {size: build(size) for size in rows}
+        networks = {size: copy.deepcopy(build(size)) for size in rows}
     models: dict[int, nn.Module] = {}
     runs: list[SizeRun] = []
     done, running = 0, tuple(rows)
@@ -232,7 +178,8 @@ def tune_resolution(
         if rung > 1:
             running = rule.survivors(readings, count, pay)
             models = {size: models[size] for size in running}
-        length = halving.rung_epochs([macs[s] for s in running], left=left, last=rung == len(counts), most=epochs - done)
+        most = epochs - done if len(rows) > 1 else 1
+        length = halving.rung_epochs([macs[s] for s in running], left=left, last=rung == len(counts), most=most)
         if length < 1 and rung == 1:
             least = math.ceil(sum(macs.values()) * epochs / left)
             raise UsageError(
@@ -254,12 +201,20 @@ def tune_resolution(
         if not running:
             raise UsageError(f"no size could be trained: {runs[-1].status}, {runs[-1].reason}.")
     readings = [r.reading for r in runs if r.reading is not None]
-    choice = rule.recommend(readings, budget=budget, pay=pay, images=data.sizes["validation"])
+    labels = data.pool.labels[data.index["validation"]]
+    guess = float(labels.bincount().max()) / len(labels)
+    choice = rule.recommend(readings, budget=budget, pay=pay, images=len(labels), chance=guess)
+    left_out = _left_out(surveys, runs)
+    notes = [s.note for s in surveys if s.note and not s.refusal]
+    if choice.size in rows and rows[choice.size].borderless:
+        notes.append("no border: the network mixes all positions")
+    told = (*choice.reasons, *notes, *(f"{size} px: {why}" for size, why in left_out.items()))
     return Tuning(
         surveys=surveys,
         shared=shared,
         runs=tuple(runs),
-        recommendation=choice,
+        left_out=left_out,
+        recommendation=dataclasses.replace(choice, reasons=told),
         advice=_advice(build, rows[choice.size], data.in_chans, next(r for r in reversed(readings) if r.size == choice.size)),
         epochs=epochs,
         macs_share=(share * sweep - left) / sweep,
@@ -275,42 +230,56 @@ def advise_resolution(build: Build, size: int, *, in_chans: int) -> tuple[Advice
     [('cut', ('4',)), ('stride', ('0',)), ('size', ())]
     """
     model = build(size)
-    graph = _graph(model, in_chans, size)
-    return advise(model, graph, size, idle=receptive.border_layers(structure(graph).fields, size))
-
-
-def _graph(model: nn.Module, in_chans: int, size: int) -> Trace:
-    return trace(model, (1, in_chans, size, size))
+    graph = trace_size(model, in_chans, size)
+    return advise(model, graph, size, idle=receptive.border_layers(structure(graph).fields, size), build=build)
 
 
 def _advice(build: Build, row: SizeSurvey, in_chans: int, reading: SizeReading) -> tuple[Advice, ...]:
     """Where a tail was measured, the tail decides what to cut; layers past the border that still work are left alone."""
-    if reading.even or not row.looking:
+    if reading.even:
         return ()
-    names = row.looking if len(row.looking) == len(reading.saturations) else ()
     model = build(row.size)
-    return advise(model, _graph(model, in_chans, row.size), row.size, idle=names[-reading.tail :] if names else row.unproductive)
+    graph = trace_size(model, in_chans, row.size)
+    return advise(model, graph, row.size, idle=reading.layers[-reading.tail :], layers=reading.layers, build=build)
+
+
+def _left_out(surveys: Sequence[SizeSurvey], runs: Sequence[SizeRun]) -> dict[int, str]:
+    """Why each of these candidates is not among the sizes compared last."""
+    ends, found = max(r.rung for r in runs), {s.size: f"not trained, {s.refusal}" for s in surveys if s.refusal}
+    for size, run in {r.size: r for r in runs}.items():
+        if run.reading is None:
+            found[size] = f"its training ended in round {run.rung}: {run.status}, {run.reason}"
+        elif run.rung < ends:
+            found[size] = f"dropped after round {run.rung}, it was worth less than the others"
+    return dict(sorted(found.items()))
 
 
 def _run(row: SizeSurvey, macs: int, rung: int, length: int, total: int, result: TrainingResult) -> SizeRun:
     reading = None
     if result.status == "complete" and result.accuracy is not None:
         values = _saturations(result.profile, row.looking)
-        loss = result.curve[-1]["val_loss"]
-        reading = SizeReading(size=row.size, macs=macs, accuracy=result.accuracy, loss=loss, epochs=total, saturations=values)
+        reading = SizeReading(
+            size=row.size,
+            macs=macs,
+            accuracy=result.accuracy,
+            loss=result.curve[-1]["val_loss"],
+            epochs=total,
+            saturations=tuple(values.values()),
+            layers=tuple(values),
+        )
     return SizeRun(
         size=row.size, rung=rung, epochs=length, reading=reading, seconds=result.seconds, status=result.status, reason=result.reason
     )
 
 
-def _saturations(profile: Profile | None, looking: Sequence[str]) -> tuple[float, ...]:
-    """Of the layers that look around where there are three or more of them; else of all layers but the head."""
+def _saturations(profile: Profile | None, looking: Sequence[str]) -> dict[str, float]:
+    """By name, of the layers that look around where there are three or more of them; else of all layers but the head."""
     if profile is None:
-        return ()
+        return {}
     found = {row.name: row.saturation for row in profile.layers if row.saturation is not None and math.isfinite(row.saturation)}
     if len(looking) >= 3 and all(name in found for name in looking):
-        return tuple(found[name] for name in looking)
-    return tuple(evenness.present(list(found.values())[:-1]))
+        return {name: found[name] for name in looking}
+    return dict(list(found.items())[:-1])
 
 
 def _seconds_share(shared: SharedRun, runs: Sequence[SizeRun], surveys: Sequence[SizeSurvey], epochs: int) -> float | None:

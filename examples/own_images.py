@@ -22,7 +22,7 @@ except ModuleNotFoundError:
 
 data = capnas.load_data((images, labels), image_size=16, augment=False)
 with tempfile.TemporaryDirectory() as folder:
-    how = {"epochs": 2, "values": ("combined",), "max_macs": 2e6}
+    how = {"epochs": 2, "values": ("combined",), "max_macs": 8e6}
     config = capnas.StudyConfig(space="vgg", data="digits", trials=arguments.trials, out=folder, **how)
     run = capnas.run_study(config, data=data)
     print(f"{run.n_complete} of {run.n_finished} trials complete")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,5 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, str(EXAMPLES / name), *TOY[name]], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     assert SAYS[name] in run.stdout
+    if (done := re.search(r"(\d+) of (\d+) trials complete", run.stdout)) is not None:
+        assert int(done[1]) > 0, run.stdout

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_space import images
 from torch import nn
 
+from capnas._timm import timm
 from capnas.candidates import count_cost
 from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
+from capnas.graph.tracing import trace
 from capnas.mixed_sizes import train_together
+from capnas.repair import advise
 from capnas.resolution import SizeRun, advise_resolution, ladder, survey_resolutions, tune_resolution
-from capnas.training import TrainConfig
+from capnas.training import TrainConfig, train
 
 CONFIG = TrainConfig(batch_size=32, lr=1e-2, device="cpu")
 
@@ -57,8 +63,12 @@ def test_a_size_at_which_the_network_cannot_run_is_named() -> None:
     assert large.refusal == ""
     with pytest.raises(UsageError, match="no candidate can be used: it cannot run at 8 px"):
         survey_resolutions(wide, (8,), in_chans=1)
+    assert small.refusal.endswith("than actual input size")  # no word is cut
     with pytest.raises(UsageError, match=r"different sizes in pixels, got \(8, 8\)"):
         survey_resolutions(wide, (8, 8), in_chans=1)
+    with pytest.raises(UsageError, match=r"candidates must be whole numbers from 1 on, .* got \(12\.5, 24\)"):
+        survey_resolutions(wide, (12.5, 24), in_chans=1)  # type: ignore[arg-type]
+    assert [s.size for s in survey_resolutions(wide, np.array([16, 12]).tolist(), in_chans=1)] == [12, 16]
 
 
 def test_tuning_stays_within_its_share_and_tells_every_run(data: ImageData) -> None:
@@ -105,15 +115,90 @@ def test_each_size_goes_on_from_the_shared_weights_by_itself(data: ImageData) ->
         return made[-1]
 
     found = tune_resolution(build, data, (8, 12), epochs=10, config=CONFIG)
-    small, large = made[-2:]
     together = {size: net(size) for size in (8, 12)}
     assert found.shared.passes == train_together(together, data, CONFIG, passes=4).passes == 4
-    assert small[0].weight is large[0].weight
-    assert torch.equal(small[0].weight, together[8][0].weight)  # the runs alone trained copies
-    assert not torch.equal(small[0].weight, net(8)[0].weight)
+    alone = dataclasses.replace(CONFIG, epochs=found.runs[0].epochs, record=True)
+    assert found.runs[0].reading.accuracy == train(copy.deepcopy(together[8]), data, alone, image_size=8).accuracy
+    assert all(torch.equal(model[0].weight, net(8)[0].weight) for model in made)  # what build gave is as it was
     per_epoch = {r.size: r.seconds / r.epochs for r in found.runs}
     spent = found.shared.seconds + sum(r.seconds for r in found.runs)
     assert found.seconds_share == pytest.approx(spent / (10 * sum(per_epoch.values())))
+
+
+def test_a_module_that_build_gives_again_and_again_is_not_trained(data: ImageData) -> None:
+    mine = net(8).eval()
+    before = copy.deepcopy(mine.state_dict())
+    found = tune_resolution(lambda size: mine, data, (8, 12), epochs=10, config=CONFIG)
+    assert not mine.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in mine.state_dict().items())
+    other = tune_resolution(net, data, (8, 12), epochs=10, config=CONFIG)
+    assert [r.reading for r in found.runs] == [r.reading for r in other.runs]
+
+
+def test_sizes_left_out_are_named(data: ImageData) -> None:
+    deep = lambda size: net(size, depth=9)  # noqa: E731
+    found = tune_resolution(deep, data, (3, 10, 12, 14, 16), epochs=20, config=CONFIG, budget=600_000)
+    assert len(found.left_out) == 3
+    reasons = found.recommendation.reasons
+    assert any(r.startswith("3 px: not trained, 7 of 9 layers see nothing new at 3 px") for r in reasons)
+    assert any(r.startswith("16 px: not trained, ") and r.endswith("over the budget of 600,000") for r in reasons)
+    (dropped,) = {10, 12, 14} - {r.size for r in found.runs if r.rung == 2}
+    assert f"{dropped} px: dropped after round 1, it was worth less than the others" in reasons
+    assert found.to_dict()["left_out"]["3"] == found.left_out[3]
+
+
+def test_a_single_size_is_trained_for_its_saturations_only(data: ImageData) -> None:
+    found = tune_resolution(net, data, (8, 12, 16), epochs=20, config=CONFIG, budget=60_000)
+    assert [(r.size, r.epochs) for r in found.runs] == [(8, 1)]
+    assert len(found.last(8).saturations) == 3
+    assert found.last(8).layers == ("0", "2", "4")
+    assert found.recommendation.reasons[0] == "nothing was compared: 8 px is the only size left"
+
+
+def test_what_a_guess_gets_is_the_share_of_the_commonest_class() -> None:
+    x = np.random.default_rng(0).integers(0, 256, (240, 12, 12), dtype=np.uint8)
+    noise = load_data((x, np.arange(240) % 4 // 3), validation=0.2, test=0.2, augment=False)
+    found = tune_resolution(net, noise, (8, 12), epochs=4, config=CONFIG)
+    assert found.recommendation.reasons[0].startswith("no size is better than a guess (74.4 %)")  # 29 of 39
+
+
+def tokens(size: int) -> nn.Module:
+    given = {"patch_size": 8, "depth": 4, "embed_dim": 24, "num_heads": 2, "in_chans": 1, "num_classes": 3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model("vit_tiny_patch16_224", img_size=size, **given)
+
+
+def test_a_network_without_border_is_told_and_so_are_pixels_that_no_patch_covers(data: ImageData) -> None:
+    found = tune_resolution(tokens, data, (8, 12, 16), epochs=6, config=CONFIG)
+    assert [s.unread for s in found.surveys] == [0, 4, 0]
+    assert all(s.borderless for s in found.surveys)
+    reasons = found.recommendation.reasons
+    assert "no border: the network mixes all positions" in reasons
+    assert "4 of 12 px are not read along each axis: the patches do not fill the image" in reasons
+    fitted = found.recommendation.fitted
+    assert found.surveys[0].macs == found.surveys[1].macs
+    assert fitted[8] != fitted[12] or found.last(8).loss == found.last(12).loss
+    padded = lambda size: nn.Sequential(nn.ZeroPad2d((0, 4, 0, 4)), nn.Conv2d(1, 4, 8, 8), nn.Flatten())  # noqa: E731
+    assert survey_resolutions(padded, (12,), in_chans=1)[0].unread == 0
+    assert not survey_resolutions(net, (8,), in_chans=1)[0].borderless
+
+
+def test_a_tail_of_a_transformer_names_whole_blocks_to_cut() -> None:
+    model = tokens(16)
+    graph = trace(model, (1, 1, 16, 16))
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)][:-1]
+    (some,) = advise(model, graph, 16, idle=layers[-6:], layers=layers)
+    assert some.layers == ("blocks.3",)  # two layers of the block before it are idle, and two are not
+    shorter = copy.deepcopy(model)
+    del shorter.blocks[3]
+    cost = count_cost(shorter, (1, 1, 16, 16))
+    assert (some.macs, some.params) == (cost.macs, cost.params)
+    (most,) = advise(model, graph, 16, idle=layers[1:], layers=layers)
+    assert most.layers == ("blocks.1", "blocks.2", "blocks.3")
+    assert advise(model, graph, 16, idle=layers[-2:], layers=layers) == ()
+    with pytest.raises(UsageError, match="among the given layers, got head"):
+        advise(model, graph, 16, idle=("head",), layers=layers)
 
 
 def test_sizes_that_cannot_share_weights_start_from_their_own(data: ImageData) -> None:
@@ -148,6 +233,7 @@ def test_a_training_that_fails_drops_its_size(data: ImageData) -> None:
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"share": 0.0}, r"share in \(0, 1\]"),
         ({"budget": 10}, "over the budget of 10"),
+        ({"pay": float("nan")}, "pay must be the accuracy that a doubling of MACs has to bring, a number"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_training(data: ImageData, changes: dict[str, Any], message: str) -> None:
@@ -169,6 +255,72 @@ def test_advice_predicts_fields_and_cost_of_the_changed_network() -> None:
     needed = found["size"].size
     assert [len(s.unproductive) for s in survey_resolutions(wide, (needed - 1, needed), in_chans=1)] == [1, 0]
     assert advise_resolution(wide, needed, in_chans=1) == ()
+
+
+def staged(size: int, width: int = 4, blocks: int = 3, early: bool = False) -> nn.Module:
+    """Blocks that double the width, a dense convolution as a head; with `early` a larger image gets another stride."""
+    parts, inputs = [], 1
+    for number in range(blocks):
+        outputs = width * 2**number
+        stride = 2 if early and size > 12 and number == 0 else 1
+        parts.append(nn.Sequential(nn.Conv2d(inputs, outputs, 5, stride, 2), nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 5, 1, 2)))
+        inputs = outputs
+    head = (nn.BatchNorm2d(inputs), nn.AdaptiveAvgPool2d(2), nn.Conv2d(inputs, 6, 2), nn.Flatten(), nn.Linear(6, 3))
+    return nn.Sequential(nn.Sequential(*parts), *head)
+
+
+def test_a_cut_says_which_layers_have_to_be_made_anew_and_what_stays_idle() -> None:
+    found = {a.kind: a for a in advise_resolution(staged, 10, in_chans=1)}
+    assert found["cut"].layers == ("0.2",)  # the dense convolution 3 sees the whole map and is past the border too
+    cost = count_cost(staged(10, blocks=2), (1, 1, 10, 10))
+    assert (found["cut"].macs, found["cut"].params) == (cost.macs, cost.params)
+    assert "; 1, 3 then read 8 instead of 16 channels and have to be made anew" in found["cut"].text
+    left = survey_resolutions(lambda s: staged(s, blocks=2), (10,), in_chans=1)[0].unproductive
+    assert found["cut"].unproductive == len(left) > 0
+    assert found["cut"].text.endswith(f"; leaves {len(left)} idle")
+    single = advise_resolution(lambda s: nn.Sequential(*staged(s, blocks=1)[0][0], *staged(s, width=4, blocks=1)[1:]), 5, in_chans=1)
+    assert not any("5" in a.layers for a in single if a.kind == "cut")
+
+
+def test_costs_are_those_of_the_network_as_it_would_be_built() -> None:
+    early = lambda size: staged(size, early=True)  # noqa: E731
+    size = next(a for a in advise_resolution(early, 12, in_chans=1) if a.kind == "size")
+    there = survey_resolutions(early, (size.size,), in_chans=1)[0]
+    assert (size.macs, size.unproductive) == (there.macs, len(there.unproductive))
+    assert there.unproductive  # at that size the stem strides, and the formula for its size no longer holds
+    assert f"{len(there.unproductive)} of {len(there.looking)} layers see nothing new still" in size.text
+
+    def flat(size: int) -> nn.Module:
+        convs = [nn.Conv2d(1, 2, 5, 2, 2), *(nn.Conv2d(2, 2, 5, 1, 2) for _ in range(4))]
+        return nn.Sequential(*convs, nn.Flatten(), nn.LazyLinear(3))
+
+    def built(size: int) -> nn.Module:
+        model = flat(size)
+        model(torch.zeros(1, 1, size, size))
+        return model
+
+    found = {a.kind: a for a in advise_resolution(built, 12, in_chans=1)}
+    assert found["size"].macs == count_cost(built(found["size"].size), (1, 1, *[found["size"].size] * 2)).macs
+    assert (found["stride"].macs, found["stride"].params) == (None, None)  # the head does not fit a larger map
+    assert found["stride"].text.endswith("at a cost that cannot be predicted")
+    (size,) = [a for a in advise(built(12), trace(built(12), (1, 1, 12, 12)), 12, idle=("4",)) if a.kind == "size"]
+    assert size.macs is None
+
+
+def test_a_stride_in_the_code_of_a_network_has_no_predicted_cost() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(1 if i == 0 else 2, 2, 3, 1, 1) for i in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for number, conv in enumerate(self.convs):
+                x = nn.functional.max_pool2d(conv(x), 2) if number == 0 else conv(x)
+            return x.mean((2, 3))
+
+    found = {a.kind: a for a in advise_resolution(lambda size: Pooled(), 10, in_chans=1)}
+    assert found["stride"].macs is None
+    assert found["size"].macs == count_cost(Pooled(), (1, 1, *[found["size"].size] * 2)).macs
 
 
 def test_candidates_by_themselves_span_two_doublings_either_way() -> None:

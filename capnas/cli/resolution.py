@@ -27,7 +27,7 @@ def resolution(
     pay: Annotated[
         float | None, typer.Option(help="Points of accuracy that a doubling of MACs has to bring; without, 0.25, and 0 within a --budget.")
     ] = None,
-    trained: Annotated[bool, typer.Option("--trained", help="Start every size from a saved model's trained weights.")] = False,
+    trained: Annotated[bool, typer.Option("--trained", help="Start every size from the trained weights of a saved model.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Borders, cost and advice only; nothing is trained.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help=f"Write {DOCUMENT} and {FIGURE}.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite these files.")] = False,
@@ -40,7 +40,7 @@ def resolution(
     """Find the smallest image size at which all layers work and accuracy has stopped paying for compute."""
     from capnas.errors import UsageError
 
-    sizes = None if candidates is None else tuple(number(c) for c in candidates.split(","))
+    sizes = None if candidates is None else _sizes(candidates)
     if out is not None and not force and (there := [n for n in (DOCUMENT, FIGURE) if (out / n).exists()]):
         raise UsageError(f"{out} holds {' and '.join(there)} already; --force overwrites them, or give another folder.")
     with quiet():
@@ -49,7 +49,12 @@ def resolution(
         from capnas.training import TrainConfig
 
         options = pairs(data_option or [], "--data-option")
-        found = open_target(target, data=data, image_size=None if sizes is None else max(sizes, default=None), data_options=options)
+        found = open_target(target, data=data, image_size=None if sizes is None else max(sizes), data_options=options)
+        if trained and not found.trained:
+            raise UsageError(
+                f"--trained starts from the trained weights of a saved model, and {found.name} has none: "
+                "give the folder of a trained model that capnas saved, or leave --trained out."
+            )
         sizes = sizes or ladder(found.data.image_size)
         if "image_size" not in options and max(sizes) > found.data.image_size:
             found = open_target(target, data=data, image_size=max(sizes), data_options=options)
@@ -72,7 +77,8 @@ def resolution(
             tuning = tune_resolution(build, found.data, sizes, **settings, on_run=_tell, on_pass=_tell_pass)
             document = {"name": found.name, "data": found.data.name, **tuning.to_dict()}
     if out is not None:
-        _write(out, document, None if dry_run else tuning)
+        _write(out, document, _survey_panels(surveys) if dry_run else _panels(tuning))
+        say(f"written: {out / DOCUMENT}, {out / FIGURE}")
     if json:
         out_json(_plain(document))
     elif dry_run:
@@ -81,8 +87,19 @@ def resolution(
             typer.echo("\n".join([f"at {size} px:", *(f"  {a.text}" for a in changes)]))
     else:
         _show_tuning(tuning)
-        if out is not None:
-            say(f"written: {out / DOCUMENT}, {out / FIGURE}")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """Candidates as they are written: 24,32,48."""
+    from capnas.errors import UsageError
+
+    try:
+        found = tuple(number(part) for part in text.split(","))
+    except UsageError:
+        found = ()
+    if not found or min(found) < 1 or len(set(found)) < len(found):
+        raise UsageError(f"--candidates takes different sizes in pixels, whole numbers such as 24,32,48, got {text!r}.")
+    return found
 
 
 def _tell_pass(number: int, of: int) -> None:
@@ -91,18 +108,22 @@ def _tell_pass(number: int, of: int) -> None:
 
 def _tell(run: SizeRun) -> None:
     result = f"accuracy {run.reading.accuracy:.4f}" if run.reading is not None else f"{run.status}: {run.reason}"
-    say(f"rung {run.rung}  {run.size} px  {run.epochs} epochs  {result}  ({duration(run.seconds)})")
+    say(f"round {run.rung}  {run.size} px  {run.epochs} epochs  {result}  ({duration(run.seconds)})")
 
 
 def _show_surveys(surveys: tuple[SizeSurvey, ...]) -> None:
     show_table(
         ["size", "past the border", "first of them", "MACs", ""],
-        [[f"{s.size} px", *_border(s), short(s.macs), s.refusal] for s in surveys],
+        [[f"{s.size} px", *_border(s), short(s.macs), s.refusal or s.note] for s in surveys],
         left=1,
     )
+    if any(s.borderless for s in surveys):
+        typer.echo("no border: the network mixes all positions")
 
 
 def _border(survey: SizeSurvey) -> tuple[str, str]:
+    if survey.borderless:
+        return "no border", "-"
     return f"{len(survey.unproductive)} of {len(survey.looking)}", survey.unproductive[0] if survey.unproductive else "-"
 
 
@@ -113,7 +134,7 @@ def _show_tuning(tuning: Tuning) -> None:
     rows = []
     for survey in tuning.surveys:
         row = tuning.last(survey.size)
-        mark = "chosen" if survey.size == chosen.size else survey.refusal
+        mark = "chosen" if survey.size == chosen.size else survey.refusal or tuning.left_out.get(survey.size, survey.note)
         if row is None:
             rows.append([f"{survey.size} px", short(survey.macs), _border(survey)[0], *["-"] * 6, mark])
             continue
@@ -131,9 +152,11 @@ def _show_tuning(tuning: Tuning) -> None:
     typer.echo("\n".join([f"recommended: {chosen.size} px", *(f"  {reason}" for reason in chosen.reasons), weights, cost]))
     if tuning.advice:
         typer.echo("\n".join(["a tail remains; instead of another size:", *(f"  {a.text}" for a in tuning.advice)]))
+    elif not chosen.even:
+        typer.echo("a tail remains, but no whole block lies in it: there is nothing to cut")
 
 
-def _write(folder: Path, document: dict[str, Any], tuning: Tuning | None) -> None:
+def _write(folder: Path, document: dict[str, Any], panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
     import json
 
     from capnas.report.panels import line_panels
@@ -141,8 +164,13 @@ def _write(folder: Path, document: dict[str, Any], tuning: Tuning | None) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(document), indent=1, default=str)
     (folder / DOCUMENT).write_text(text + "\n", encoding="utf-8")
-    if tuning is not None:
-        (folder / FIGURE).write_text(line_panels(_panels(tuning), axis="pixels"), encoding="utf-8")
+    (folder / FIGURE).write_text(line_panels(panels, axis="pixels"), encoding="utf-8")
+
+
+def _survey_panels(surveys: tuple[SizeSurvey, ...]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    border = [(float(s.size), len(s.unproductive) / len(s.looking)) for s in surveys if s.looking and not s.borderless]
+    macs = [(float(s.size), float(s.macs)) for s in surveys if s.macs is not None]
+    return ({"idle layers (share)": {"past the border": border}} if border else {}) | {"MACs": {"one image": macs}}
 
 
 def _panels(tuning: Tuning) -> dict[str, dict[str, list[tuple[float, float]]]]:

@@ -14,7 +14,7 @@ choosing one. **The rule here is ours**, four sentences:
    accuracy is replaced by the one that the cross-entropy predicts, on the line through all sizes. On 500 images of CIFAR-10 a difference
    between two sizes then had a standard error of 0.3 to 0.7 points over the images, where that of the accuracies was 1.4 to 2.3.
 4. These grow with the epochs, so they are fitted: one level for each length of training plus one curve that is concave in log2(MACs), by
-   weighted least squares.
+   weighted least squares. Between sizes of the same MACs a curve cannot tell: each keeps its own distance from it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from scipy.optimize import nnls
 from capnas.errors import UsageError
 from capnas.measures import evenness
 from capnas.measures.receptive import LayerField, border_layers
+from capnas.measures.resolution_reasons import comparison
 
 PAY = 0.0025
 SLACK = 0.005
@@ -47,7 +48,8 @@ class SizeReading:
         accuracy: on held-out images, in [0, 1].
         epochs: passes over the data at this size alone so far; sizes compare at equal epochs only.
         loss: mean cross-entropy on the same images, in nats; None where it is not known.
-        saturations: (L,) of the layers that look around, in the order of execution, in [0, 1].
+        saturations: (L,) of the layers that look around, in the order of execution, in [0, 1]; see `looking_layers`.
+        layers: (L,) their names; empty where they are not known.
 
     >>> reading = SizeReading(size=32, macs=10**6, accuracy=0.6, epochs=2, saturations=(0.5, 0.6, 0.4, 0.1))
     >>> reading.tail, reading.even
@@ -60,6 +62,7 @@ class SizeReading:
     epochs: int
     loss: float | None = None
     saturations: tuple[float, ...] = ()
+    layers: tuple[str, ...] = ()
 
     @property
     def tail(self) -> int:
@@ -101,6 +104,23 @@ def looking_layers(layers: Sequence[LayerField]) -> tuple[str, ...]:
     ('conv',)
     """
     return tuple(x.name for x in layers if x.expands and x.learned)
+
+
+def borderless(layers: Sequence[LayerField]) -> bool:
+    """Whether the rule on borders says nothing: fewer than three layers look around, and most of the learned layers see the whole image.
+
+    So it is with transformers and mixers behind their patches: attention and token mixing join all positions at once.
+
+    >>> from capnas.measures.receptive import Field, whole, window
+    >>> everything = (whole(Field()),)
+    >>> patches = LayerField(name="patches", extent=(4,), before=(Field(),), after=(window(Field(), 4, 4),))
+    >>> mixed = [LayerField(name=str(i), extent=(1,), before=everything, after=everything) for i in range(4)]
+    >>> borderless([patches, *mixed]), borderless([patches])
+    (True, False)
+    """
+    learned = [x for x in layers if x.learned]
+    everywhere = sum(all(math.isinf(f.high) for f in x.before) for x in learned)
+    return len(looking_layers(layers)) < 3 and 2 * everywhere > len(learned)
 
 
 def unproductive_share(layers: Sequence[LayerField], size: int) -> float:
@@ -206,10 +226,16 @@ def fitted_accuracy(readings: Sequence[SizeReading]) -> dict[int, float]:
     if not readings:
         raise UsageError("a fit needs one reading at least, got none.")
     macs = {r.size: r.macs for r in readings}
-    sizes = sorted(macs)
+    sizes, levels = sorted(macs), sorted(set(macs.values()))
     lengths = sorted({r.epochs for r in readings})
-    at = {size: math.log2(macs[size] / macs[sizes[0]]) for size in sizes}
-    curve = {s: [at[s], -at[s], *(-max(0.0, at[s] - at[knot]) for knot in sizes[1:-1])] for s in sizes}
+    at = {size: math.log2(macs[size] / levels[0]) for size in sizes}
+    knots = [math.log2(level / levels[0]) for level in levels[1:-1]]
+    curve = {s: [at[s], -at[s], *(-max(0.0, at[s] - knot) for knot in knots)] for s in sizes}
+    for same in ([s for s in sizes if macs[s] == level] for level in levels):
+        for one in same[1:]:  # distances from the curve that add up to nothing over the sizes of the same MACs
+            for s in sizes:
+                away = float(s == one) - float(s == same[0])
+                curve[s] += [away, -away]
     rows, targets = [], []
     for r, accuracy in zip(readings, steadied(readings)):
         weight = math.sqrt(r.epochs)
@@ -223,9 +249,14 @@ def fitted_accuracy(readings: Sequence[SizeReading]) -> dict[int, float]:
 def price(pay: float | None, budget: int | None) -> float:
     """What a doubling of MACs has to bring: `pay` where it is given, else nothing within a budget and `PAY` without one.
 
+    Raises:
+        UsageError: for a ``pay`` that is negative or not finite.
+
     >>> price(None, None), price(None, 10**6), price(0.01, 10**6)
     (0.0025, 0.0, 0.01)
     """
+    if pay is not None and not 0 <= pay < math.inf:
+        raise UsageError(f"pay must be the accuracy that a doubling of MACs has to bring, a number and not negative, got {pay}.")
     return pay if pay is not None else PAY if budget is None else 0.0
 
 
@@ -233,14 +264,13 @@ def worth(readings: Sequence[SizeReading], pay: float = PAY) -> dict[int, float]
     """Fitted accuracy minus ``pay`` for each doubling of MACs over the cheapest size.
 
     Raises:
-        UsageError: for a negative ``pay``, or without readings.
+        UsageError: for a ``pay`` that is negative or not finite, or without readings.
 
     >>> line = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.7))]
     >>> {size: round(value, 6) for size, value in worth(line, pay=0.05).items()}
     {16: 0.4, 32: 0.5, 64: 0.5}
     """
-    if pay < 0:
-        raise UsageError(f"pay must be the accuracy that a doubling of MACs has to bring, not negative, got {pay}.")
+    pay = price(pay, None)
     macs = {r.size: r.macs for r in readings}
     least = min(macs.values(), default=1)
     return {size: value - pay * math.log2(macs[size] / least) for size, value in fitted_accuracy(readings).items()}
@@ -250,7 +280,7 @@ def survivors(readings: Sequence[SizeReading], keep: int, pay: float = PAY) -> t
     """The sizes of most worth among those with the most epochs, in ascending order: what a rung of successive halving keeps.
 
     Raises:
-        UsageError: for a negative ``pay``, or without readings.
+        UsageError: for a ``pay`` that is negative or not finite, or without readings.
 
     >>> rung = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.61))]
     >>> survivors(rung, 2)
@@ -263,7 +293,13 @@ def survivors(readings: Sequence[SizeReading], keep: int, pay: float = PAY) -> t
 
 
 def recommend(
-    readings: Sequence[SizeReading], *, budget: int | None = None, pay: float | None = None, slack: float = SLACK, images: int | None = None
+    readings: Sequence[SizeReading],
+    *,
+    budget: int | None = None,
+    pay: float | None = None,
+    slack: float = SLACK,
+    images: int | None = None,
+    chance: float | None = None,
 ) -> Recommendation:
     """The smallest size at which inference is spread evenly and accuracy has stopped paying for MACs; the rule is in the module's text.
 
@@ -273,9 +309,11 @@ def recommend(
         pay: accuracy that a doubling of MACs has to bring; None is `price`.
         slack: worth that evenness may cost.
         images: how many images the accuracies come from, for their standard error.
+        chance: accuracy of a guess, in [0, 1]: the share of the commonest class. Sizes none of which is above it by two standard errors
+            are not said to pay or not to pay.
 
     Raises:
-        UsageError: no size is within the budget, or ``pay`` is negative.
+        UsageError: no size is within the budget, or ``pay`` is negative or not finite.
 
     >>> rung = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.601))]
     >>> recommend(rung).size, recommend(rung, budget=300).size
@@ -294,8 +332,12 @@ def recommend(
     error = math.sqrt(max(final[best].accuracy * (1 - final[best].accuracy), 0.0) / images) if images else 0.0
     if not final[best].even:
         chosen = next((s for s in final if s > best and final[s].even and values[s] >= values[best] - max(slack, error)), best)
-    reasons = _steps(final, fitted, values, chosen, best, pay)
     row = final[chosen]
+    guessed = None
+    if chance is not None:
+        above = 2 * math.sqrt(chance * (1 - chance) / images) if images else 0.0
+        guessed = chance if all(r.accuracy <= chance + above for r in final.values()) else None
+    reasons = comparison(final, fitted, values, chosen=chosen, best=best, pay=pay, guessed=guessed)
     if row.saturations:
         said = "inference is spread evenly" if row.even else "a tail remains"
         reasons.append(f"{said}: {row.tail} of {len(row.saturations)} layers are below a quarter of the greatest saturation")
@@ -304,28 +346,3 @@ def recommend(
     if images:
         reasons.append(f"an accuracy from {images:,} images has a standard error of {100 * error:.1f} points")
     return Recommendation(size=chosen, even=row.even, fitted=fitted, worth=values, reasons=tuple(reasons))
-
-
-def _steps(
-    final: Mapping[int, SizeReading], fitted: Mapping[int, float], values: Mapping[int, float], chosen: int, best: int, pay: float
-) -> list[str]:
-    """Why neither the next smaller nor the next larger size."""
-    sizes = list(final)
-    at = sizes.index(chosen)
-    asked = f"{100 * pay:g} points a doubling are asked" if pay else "MACs are not priced"
-    reasons = []
-    for other in sizes[max(0, at - 1) : at + 2]:
-        if other == chosen:
-            continue
-        low, high = sorted((chosen, other))
-        gain = round(100 * (fitted[high] - fitted[low]), 1) + 0.0  # no minus nought
-        doublings = math.log2(final[high].macs / final[low].macs)
-        step = f"from {low} to {high} px accuracy changes by {gain:+.1f} points for {doublings:.1f} doublings of MACs ({asked})"
-        if other > chosen:
-            reasons.append(f"{step}: it has stopped paying" if values[other] <= values[chosen] else f"{step}: a larger size would pay")
-        elif values[other] <= values[chosen]:
-            reasons.append(f"{step}: it pays")
-        else:
-            tail = f"{final[best].tail} of {len(final[best].saturations)} layers"
-            reasons.append(f"{step}: it hardly pays, but {best} px leave a tail of {tail}")
-    return reasons

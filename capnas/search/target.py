@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from capnas._timm import timm
@@ -46,18 +48,58 @@ class Target:
         Args:
             seed: of fresh weights.
             image_size: pixels to build for instead of the target's: matters to networks with fixed inputs and to spaces that choose
-                strides by it; trained weights keep the modules they were trained in.
-            trained: False for fresh weights in any case. Those of a saved model are those of its recipe, before it was narrowed.
+                strides by it; a saved model keeps its modules where its trained weights are asked for or where it was narrowed.
+            trained: False for fresh weights in any case. A narrowed model stays as narrow as it is.
 
         Raises:
-            UsageError: trained weights of a network with a fixed input are asked for at another size.
+            UsageError: trained weights of a network with a fixed input, or a narrowed one, are asked for at another size.
         """
-        if self.trained and trained and self.folder is not None:
-            size = self.recipe.get("args", {}).get("img_size")
-            if size is not None and image_size not in (None, size):
-                raise UsageError(f"{self.name} was trained with a fixed input of {size} px, it cannot be used at {image_size} px.")
-            return load_model(self.folder)
-        return build_recipe(self.recipe, seed=seed, image_size=image_size or self.image_size)
+        trained = trained and self.trained and self.folder is not None
+        if self.folder is None or not (trained or _narrowed(self.folder)):
+            return build_recipe(self.recipe, seed=seed, image_size=image_size or self.image_size)
+        size = self.recipe.get("args", {}).get("img_size")
+        if size is not None and image_size not in (None, size):
+            how = "trained" if trained else "narrowed"
+            raise UsageError(f"{self.name} was {how} with a fixed input of {size} px, it cannot be used at {image_size} px.")
+        return load_model(self.folder) if trained else _renewed(self.folder, build_recipe(self.recipe, seed=seed), seed)
+
+
+def _narrowed(folder: Path) -> bool:
+    """Whether a saved model has other modules than its recipe builds."""
+    manifest = read_manifest(folder)
+    return any(manifest[part] for part in ("replaced", "attributes", "shapes"))
+
+
+def _renewed(folder: Path, plain: nn.Module, seed: int) -> nn.Module:
+    """A narrowed model with fresh weights, in training mode.
+
+    What has the shape that the recipe builds gets the recipe's own fresh values. A tensor of another shape is drawn from a normal
+    distribution of the same mean and spread; of a matrix or a kernel the spread follows the fan-in, so that its outputs are as large.
+
+    Args:
+        folder: of the saved model.
+        plain: its recipe's model with fresh weights.
+        seed: of what is drawn.
+    """
+    model, fresh = load_model(folder), plain.state_dict()
+    replaced = tuple(f"{name}." for name in read_manifest(folder)["replaced"])
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        for name, module in model.named_modules():
+            if name.startswith(replaced):
+                module.reset_parameters()  # a convolution or a linear layer
+        for name, tensor in model.state_dict().items():
+            old = fresh.get(name)
+            if name.startswith(replaced) or not tensor.is_floating_point():
+                continue
+            if old is None:
+                tensor.zero_()  # a bias that narrowing added
+            elif old.shape == tensor.shape:
+                tensor.copy_(old)
+            else:
+                fan = [t[0].numel() if name.endswith("weight") else 1 for t in (old, tensor)]
+                tensor.normal_(float(old.double().mean()), float(old.double().std(correction=0)) * math.sqrt(fan[0] / fan[1]))
+    return model.train()
 
 
 def open_target(

@@ -24,12 +24,21 @@ Receptive fields of the last convolution: short 43 px, vgg10 181 px, vgg16 196 p
 
 
 def missing(full, tuned):
-    """What the script has not come to yet."""
-    wanted = {f"{d} {n}" for d, names in NETWORKS.items() for n in names}
-    there = {f["tuned"]["case"] for f in judged(full, tuned)}
-    return f"Not complete yet: {', '.join(sorted(wanted - there))}; `run.py` again goes on." if wanted - there else ""
+    """What the script has not come to yet, by seed: sweeps with both recommendations, and the published effects."""
+    lines = []
+    for seed in SEEDS:
+        judged_here = [f["tuned"]["case"] for f in judged(full, tuned) if f["tuned"]["seed"] == seed]
+        cases = [f"{d} {n}" for d, names in NETWORKS.items() for n in names]
+        lacking = [case for case in cases if judged_here.count(case) < BUDGETS]
+        there = {(r["network"], r["effect"]) for r in full if r["seed"] == seed and "effect" in r}
+        lacking += [f"effect {network} {effect}" for network, effect in EFFECTS if (network, effect) not in there]
+        if lacking:
+            lines.append(f"Seed {seed} is incomplete: {', '.join(lacking)} missing; `run.py` again goes on.")
+    return "\n".join(lines)
 
 
+SEEDS, BUDGETS = (0, 1), 2
+EFFECTS = (("resnet18", "no early downsampling"), ("resnet18", "canvas"), ("vgg16", "canvas"))
 NETWORKS = {"cifar": ("short", "vgg16", "resnet18"), "clothing": ("short", "vgg10", "resnet18")}
 
 
@@ -140,8 +149,15 @@ def summary(name, found):
     swept = sum(f["sweep"] <= 0.5 for f in found)
     close = sum(f["regret"] <= max(0.5, 2 * f["error"]) for f in found)
     dearer = sum(f["no dearer"] <= 0.5 for f in found)
-    lone = sum(len({r["size"] for r in f["tuned"]["runs"]}) == 1 for f in found)
-    left = f" (in {lone} of these the border rule left one size, and nothing was compared)" if lone else ""
+    fair = [f for f in found if len({r["size"] for r in f["tuned"]["runs"]}) > 1]
+    lone = count - len(fair)
+    first = [f for f in found if f["tuned"]["seed"] == SEEDS[0]]
+    compared = [f for f in fair if f["tuned"]["seed"] == SEEDS[0]]
+    left = f" ({near(first)} of seed {SEEDS[0]} alone"
+    if lone:
+        left += f"; in {lone} of these the border rule left one size and nothing was compared"
+        left += f": {near(fair)} of the others, {near(compared)} of seed {SEEDS[0]}"
+    left += ")"
     most = {key: f"{max(f[key] for f in found):.0f} %" for key in ("macs", "cpu")}
     return (
         f"{name}: regret at most 0.5 points in {within} of {count}{left}, at most 0.5 points or two standard errors in {close}; "
@@ -150,6 +166,10 @@ def summary(name, found):
         f"Mean regret {mean('regret'):.2f} points, of the sweep's own choice {mean('sweep'):.2f}, of a random size {mean('random'):.2f}. "
         f"Cost at most {most['macs']} of the sweep in MACs, {most['cpu']} in CPU time."
     )
+
+
+def near(found):
+    return f"{sum(f['regret'] <= 0.5 for f in found)} of {len(found)}"
 
 
 def priced(found):
@@ -190,7 +210,28 @@ def effects(full):
             rows.append((r["network"], r["seed"], r.get("effect", "as it is"), *profile(r)))
     if not any("effect" in r for r in full):
         return ""
-    return "## The published effects on CIFAR-10\n\n" + table(("network", "seed", "what", *PROFILE), rows)
+    parts = ["## The published effects on CIFAR-10", table(("network", "seed", "what", *PROFILE), rows), CHANGES, changes(full)]
+    return "\n\n".join(parts)
+
+
+CHANGES = "Change of the test accuracy against 32 px as it is, in points, with the paired standard error over the test images."
+
+
+def changes(full):
+    """What each published remedy did to the accuracy, seed by seed."""
+    found = {(r["network"], r["seed"], r.get("effect", "as it is"), r["size"]): r for r in full if r["data"] == "cifar"}
+    rows = []
+    for network in ("vgg16", "resnet18"):
+        for what, size in (("as it is", 64), ("no early downsampling", 32), ("canvas", 64)):
+            cells = []
+            for seed in SEEDS:
+                before, after = found.get((network, seed, "as it is", 32)), found.get((network, seed, what, size))
+                both = before is not None and after is not None
+                cells.append(f"{accuracy(after) - accuracy(before):+.1f} ± {paired_error(after, before):.1f}" if both else "-")
+            if set(cells) != {"-"}:
+                name = {"as it is": "32 to 64 px", "canvas": "32 px on a canvas of 64 px"}.get(what, what)
+                rows.append((network, name, *cells))
+    return table(("network", "change", *(f"seed {seed}" for seed in SEEDS)), rows)
 
 
 def mobile(path):

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tiny_space import FILE, images
 
+from capnas.candidates import count_cost
 from capnas.search import StudyConfig, run_study
 
 Run = Callable[..., tuple[int, str, str]]
 MODEL = "mobilenetv3_small_050"
 TINY = ["--epochs", "4", "--device", "cpu", "--train", "batch_size=32", "--data-option", "augment=false", "--data-option", "in_chans=1"]
+
+GREY = ["--data-option", "in_chans=1"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def test_a_trial_of_a_search_is_tuned_and_written(run: Run, folder: Path, tmp_pa
     out = tmp_path / "tuned"
     code, text, err = run("resolution", f"{study.folder}:best", "--candidates", "8,12", *TINY, "--epochs", "10", "--out", out)
     assert code == 0
-    assert err.count("rung 1") == 2
+    assert err.count("round 1") == 2
     assert "one set of weights: pass 1 of 4" in err
     assert "one set of weights, 4 passes at all sizes in turn, then each size alone" in text
     document = json.loads((out / "resolution.json").read_text())
@@ -58,6 +62,45 @@ def test_a_trial_of_a_search_is_tuned_and_written(run: Run, folder: Path, tmp_pa
     assert (out / "resolution.svg").read_text().startswith("<svg")
     code, _, err = run("resolution", f"{study.folder}:best", "--candidates", "8,12", *TINY, "--out", out)
     assert (code, "--force overwrites them" in err) == (2, True)
+
+
+def test_a_dry_run_writes_what_it_says(run: Run, folder: Path, tmp_path: Path) -> None:
+    code, _, err = run("resolution", "resnet18", "--candidates", "16,28", "--dry-run", "--data", folder, "--out", tmp_path)
+    assert (code, f"written: {tmp_path / 'resolution.json'}, {tmp_path / 'resolution.svg'}" in err) == (0, True)
+    document = json.loads((tmp_path / "resolution.json").read_text())
+    assert [s["size"] for s in document["surveys"]] == [16, 28]
+    figure = (tmp_path / "resolution.svg").read_text()
+    assert "past the border" in figure
+    assert "MACs" in figure
+
+
+def test_a_network_without_border_says_so(run: Run, folder: Path) -> None:
+    code, out, _ = run("resolution", "vit_tiny_patch16_224", "--candidates", "24,32", "--dry-run", "--data", folder)
+    assert code == 0
+    assert out.count("no border") == 3
+    assert "no border: the network mixes all positions" in out
+    assert "8 of 24 px are not read" in out
+
+
+def test_a_narrowed_model_is_tuned_as_narrow_as_it_is(run: Run, folder: Path, tmp_path: Path) -> None:
+    from capnas.narrowing import narrowed, plan_widths, survey
+    from capnas.saved import build_recipe, save_model
+
+    recipe = {"timm": "resnet10t", "args": {"num_classes": 3, "in_chans": 1, "channels": (8, 16, 32, 64)}, "image_size": 32}
+    model = build_recipe(recipe).eval()
+    found = survey(model, torch.randn(64, 1, 32, 32))
+    small = narrowed(model, found, plan_widths(found, target_macs=0.5))
+    save_model(small, tmp_path / "narrow", recipe)
+    code, out, _ = run("resolution", tmp_path / "narrow", "--candidates", "32", "--dry-run", "--json", "--data", folder, *GREY)
+    assert code == 0
+    macs = json.loads(out)["surveys"][0]["macs"]
+    assert macs == count_cost(small, (1, 1, 32, 32)).macs < 0.6 * count_cost(model, (1, 1, 32, 32)).macs
+
+
+def test_sizes_that_are_dropped_are_marked(run: Run, folder: Path) -> None:
+    code, out, _ = run("resolution", MODEL, "--data", folder, *TINY, "--candidates", "16,20,28", "--epochs", "20")
+    assert code == 0
+    assert out.count("dropped after round 1") == 2  # in its row and among the reasons
 
 
 def test_own_candidates_and_a_budget(run: Run, folder: Path) -> None:
@@ -78,6 +121,11 @@ def test_own_candidates_and_a_budget(run: Run, folder: Path) -> None:
         (("resnet18", "--candidates", "24,x"), "whole number"),
         ((MODEL, "--candidates", "24", "--budget", "10"), "over the budget of 10"),
         (("resnet_18",), "there is no timm model"),
+        (("resnet18", "--candidates", ""), "--candidates takes different sizes in pixels, whole numbers such as 24,32,48, got ''"),
+        (("resnet18", "--candidates", "24,"), "such as 24,32,48, got '24,'"),
+        (("resnet18", "--candidates", "0,-4"), "such as 24,32,48, got '0,-4'"),
+        (("resnet18", "--candidates", "28", "--trained"), "the trained weights of a saved model, and resnet18 has none"),
+        ((MODEL, "--candidates", "28", "--pay", "nan"), "a number and not negative, got nan"),
     ],
 )
 def test_errors_of_use(run: Run, folder: Path, words: tuple[str, ...], message: str) -> None:

@@ -14,6 +14,7 @@ from capnas.errors import UsageError
 from capnas.measures.receptive import Field, LayerField, border_layers, whole, window
 from capnas.measures.resolution import (
     SizeReading,
+    borderless,
     fitted_accuracy,
     looking_layers,
     price,
@@ -187,6 +188,60 @@ def test_the_choice_is_among_the_longest_trainings_within_the_budget() -> None:
     assert any("standard error of 2.3 points" in text for text in tight.reasons)
     with pytest.raises(UsageError, match="no size is within 5 MACs; the cheapest takes 256,000"):
         recommend(rows, budget=5)
+
+
+def test_between_sizes_of_the_same_macs_the_accuracies_decide() -> None:
+    same = [SizeReading(size=s, macs=1000, accuracy=a, epochs=1) for s, a in ((16, 0.08), (24, 0.24))]
+    assert fitted_accuracy(same) == pytest.approx({16: 0.08, 24: 0.24})
+    found = recommend(same)
+    assert found.size == 24
+    assert found.reasons[0] == "from 16 to 24 px the fitted accuracy changes by +16.0 points at the same MACs: it pays"
+    assert recommend([replace(r, accuracy=0.24 - i / 10) for i, r in enumerate(same)]).size == 16
+    values = ((8, 500, 0.1), (32, 4000, 0.5), (40, 4000, 0.4), (48, 9000, 0.6))
+    line = [SizeReading(size=s, macs=m, accuracy=a, epochs=1) for s, m, a in values]
+    fitted = fitted_accuracy(line)
+    assert fitted[32] - fitted[40] == pytest.approx(0.1)
+    level = {r.size: a for r, a in zip(line, (0.1, 0.45, 0.45, 0.6))}
+    assert (fitted[32] + fitted[40]) / 2 == pytest.approx(fitted_accuracy([replace(r, accuracy=level[r.size]) for r in line])[32])
+
+
+def test_sizes_of_the_same_macs_are_told_apart_at_each_length_of_training() -> None:
+    twice = [
+        SizeReading(size=s, macs=1000, accuracy=a + gain, epochs=e)
+        for e, gain, kept in ((1, 0.0, 3), (3, 0.2, 2))
+        for s, a in ((16, 0.5), (20, 0.4), (24, 0.3))[:kept]
+    ]
+    fitted = fitted_accuracy(twice)
+    assert fitted[16] - fitted[20] == pytest.approx(0.1)
+    assert fitted[20] - fitted[24] == pytest.approx(0.1)
+
+
+def test_no_size_better_than_a_guess_is_said() -> None:
+    rows = [reading(16, 0.11), reading(32, 0.09), reading(64, 0.12)]
+    poor = recommend(rows, images=500, chance=0.1)
+    assert poor.reasons[0] == "no size is better than a guess (10.0 %), and accuracy cannot tell them apart: train for more epochs"
+    assert not any("paying" in reason or "pays" in reason for reason in poor.reasons)
+    assert "it pays" in recommend([*rows[:2], reading(64, 0.2)], images=500, chance=0.1).reasons[0]
+    assert not any("guess" in reason for reason in recommend(rows, images=500).reasons)
+
+
+def test_a_single_size_was_compared_with_nothing() -> None:
+    assert recommend([reading(32, 0.5)]).reasons[0] == "nothing was compared: 32 px is the only size left"
+
+
+@pytest.mark.parametrize("pay", [-0.1, math.nan, math.inf])
+def test_a_price_that_is_no_number_is_refused(pay: float) -> None:
+    for call in (price, recommend, worth):
+        with pytest.raises(UsageError, match=f"a number and not negative, got {pay}"):
+            price(pay, None) if call is price else call([reading(16, 0.5)], pay=pay)
+
+
+def test_a_network_that_mixes_all_positions_has_no_border() -> None:
+    everywhere = LayerField(name="mix", extent=(1.0, 1.0), before=(whole(Field()),) * 2, after=(whole(Field()),) * 2)
+    assert borderless([*chain((16, 16)), *[everywhere] * 3])
+    assert not borderless([*chain((3, 1), (3, 1)), everywhere])  # two convolutions and a classifier
+    assert not borderless([*chain((3, 1), (3, 1), (3, 1)), *[everywhere] * 9])
+    assert not borderless([])
 
 
 def test_halving_keeps_the_sizes_of_most_worth_of_the_last_rung() -> None:

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import torch
+from PIL import Image
 from tiny_space import FILE, images, write_images
 
 from capnas.data import load_data
 from capnas.errors import StudyError, UsageError
-from capnas.saved import save_model
+from capnas.narrowing import narrowed, plan_widths, survey
+from capnas.narrowing.lowrank import factorized, plan_ranks
+from capnas.saved import build_recipe, save_model
 from capnas.search import run_study
 from capnas.search.config import StudyConfig
 from capnas.search.target import data_record, open_target
@@ -67,6 +72,69 @@ def test_a_network_with_a_fixed_input_is_built_for_the_images(tmp_path: Path) ->
     save_model(target.build(), tmp_path / "vit", target.recipe)
     with pytest.raises(UsageError, match="fixed input of 32 px, it cannot be used at 48 px"):
         open_target(str(tmp_path / "vit")).build(image_size=48)
+
+
+def test_a_narrowed_model_is_built_anew_as_narrow_as_it_is(tmp_path: Path) -> None:
+    recipe = {"timm": "resnet10t", "args": {"num_classes": 10, "in_chans": 1, "channels": (8, 16, 32, 64)}, "image_size": 28}
+    model = build_recipe(recipe, seed=9).eval()
+    found = survey(model, torch.randn(64, 1, 28, 28))
+    small = narrowed(model, found, plan_widths(found, target_macs=0.4))
+    save_model(small, tmp_path / "m", recipe)
+    target = open_target(str(tmp_path / "m"))
+    first, again, other = (target.build(seed, image_size=20, trained=False) for seed in (3, 3, 4))
+    state, plain = first.state_dict(), build_recipe(recipe, seed=3).state_dict()
+    assert first.training
+    assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in small.state_dict().items()}
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in state.items())
+    changed = [n for n, t in state.items() if t.shape != plain[n].shape]
+    for name, tensor in state.items():
+        if name not in changed:
+            assert torch.equal(tensor, plain[name])
+        elif tensor.ndim > 1:
+            assert not torch.equal(tensor, other.state_dict()[name])
+            fans = [t[0].numel() for t in (plain[name], tensor)]
+            assert float(tensor.std()) == pytest.approx(float(plain[name].std()) * (fans[0] / fans[1]) ** 0.5, rel=0.25)
+        else:  # of normalizations
+            assert tensor.unique().tolist() == plain[name].unique().tolist()
+    assert any(state[n].ndim > 1 for n in changed)
+    assert torch.equal(target.build()(torch.zeros(1, 1, 28, 28)), small.eval()(torch.zeros(1, 1, 28, 28)))
+
+
+def test_a_factorized_model_is_built_anew_in_its_parts(tmp_path: Path) -> None:
+    recipe = {"timm": "resnet10t", "args": {"num_classes": 10, "in_chans": 1, "channels": (8, 16, 32, 64)}, "image_size": 28}
+    model = build_recipe(recipe, seed=9).eval()
+    split = factorized(model, plan_ranks(model, torch.randn(64, 1, 28, 28), target_macs=0.8))
+    save_model(split, tmp_path / "m", recipe)
+    parts = set(split.state_dict()) - set(model.state_dict())
+    target = open_target(str(tmp_path / "m"))
+    fresh, other = (target.build(seed, trained=False).state_dict() for seed in (3, 4))
+    assert parts
+    assert fresh.keys() == split.state_dict().keys()
+    assert not any(torch.equal(fresh[n], split.state_dict()[n]) or torch.equal(fresh[n], other[n]) for n in parts)
+
+
+def test_a_narrowed_network_with_a_fixed_input_keeps_it(tmp_path: Path) -> None:
+    target = open_target("vit_tiny_patch16_224", image_size=32)
+    model = target.build()
+    model.blocks[0].mlp.fc1 = torch.nn.Linear(192, 96)
+    model.blocks[0].mlp.fc2 = torch.nn.Linear(96, 192)
+    save_model(model, tmp_path / "vit", target.recipe)
+    assert open_target(str(tmp_path / "vit")).build(trained=False)(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+    with pytest.raises(UsageError, match="narrowed with a fixed input of 32 px, it cannot be used at 48 px"):
+        open_target(str(tmp_path / "vit")).build(image_size=48, trained=False)
+
+
+def test_images_of_a_search_over_sizes_are_loaded_at_the_largest(tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    for number in range(24):
+        (tmp_path / str(number % 2)).mkdir(exist_ok=True)
+        Image.fromarray(chance.integers(0, 256, (160, 160), dtype=np.uint8)).save(tmp_path / str(number % 2) / f"{number}.png")
+    config = StudyConfig(space="vgg", data=str(tmp_path), resolutions=(32, 160))
+    fine, plain = config.images(), replace(config, resolutions=None).images()
+    assert (fine.image_size, plain.image_size) == (160, 64)
+    assert fine.std[0] > 2 * plain.std[0]  # noise that a smaller image does not hold
+    assert replace(config, data_options={"image_size": 48}).images().image_size == 48
+    assert replace(config, resolutions=(16, 32)).images().image_size == 32
 
 
 def test_what_is_no_target_says_what_is(folder: Path) -> None:

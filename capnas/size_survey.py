@@ -1,0 +1,129 @@
+"""What each image size means for a network before anything is trained: whether it runs, its cost, layers past the border, unread pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+from torch import nn
+
+from capnas.errors import UsageError
+from capnas.graph.structure import structure
+from capnas.graph.tracing import INPUT, Trace, trace
+from capnas.measures import receptive
+from capnas.measures import resolution as rule
+
+Build = Callable[[int], nn.Module]
+_WIDE = 160  # letters of an error that a refusal repeats
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeSurvey:
+    """What is known of a network at one image size before training.
+
+    Attributes:
+        size: pixels.
+        macs: multiply-accumulates of one image; None where the network cannot run at this size.
+        looking: layers that read neighbours, in the order of execution.
+        unproductive: those past the border: they see nothing that their input has not seen (rule ``"strict"``).
+        borderless: whether the rule on borders says nothing of this network, see `capnas.measures.resolution.borderless`.
+        unread: pixels of each axis that patches leave out at the far end, see `unread_pixels`.
+        refusal: why the size is not trained, or "".
+    """
+
+    size: int
+    macs: int | None = None
+    looking: tuple[str, ...] = ()
+    unproductive: tuple[str, ...] = ()
+    borderless: bool = False
+    unread: int = 0
+    refusal: str = ""
+
+    @property
+    def note(self) -> str:
+        """What to know of a size that is trained, in words, or "".
+
+        >>> SizeSurvey(size=24, unread=8).note
+        '8 of 24 px are not read along each axis: the patches do not fill the image'
+        """
+        return f"{self.unread} of {self.size} px are not read along each axis: the patches do not fill the image" if self.unread else ""
+
+
+def survey_resolutions(
+    build: Build, candidates: Sequence[int], *, in_chans: int, budget: int | None = None, limit: float = rule.UNUSABLE
+) -> tuple[SizeSurvey, ...]:
+    """Borders and cost of each size, without training and without data.
+
+    Args:
+        build: gives the network for a size.
+        candidates: pixels.
+        in_chans: channels of the images.
+        budget: most multiply-accumulates of one image.
+        limit: a size with more than this share of its looking layers past the border is refused, where a larger one is affordable.
+
+    Raises:
+        UsageError: no sizes, no whole numbers, the same size twice, or no size that the network can run at within the budget.
+
+    >>> net = lambda size: nn.Sequential(nn.Conv2d(1, 4, 5, 2), nn.Conv2d(4, 8, 5, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> small, large = survey_resolutions(net, (8, 32), in_chans=1)
+    >>> small.refusal[:68], large.macs, large.refusal
+    ('it cannot run at 8 px: Calculated padded input size per channel: (2 ', 39600, '')
+    """
+    whole = all(isinstance(size, Integral) for size in candidates)
+    if not candidates or not whole or min(candidates) < 1 or len(set(candidates)) < len(candidates):
+        raise UsageError(f"candidates must be whole numbers from 1 on, different sizes in pixels, got {tuple(candidates)}.")
+    rows, whys = [], {}
+    for size in sorted(map(int, candidates)):
+        try:
+            graph = trace_size(build(size), in_chans, size)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            why = textwrap.shorten(str(error), _WIDE, placeholder=" ...") or type(error).__name__
+            rows.append(SizeSurvey(size=size, refusal=f"it cannot run at {size} px: {why}"))
+            continue
+        report = structure(graph)
+        whys[size] = rule.unusable(report.fields, size, limit=limit)
+        over = budget is not None and report.macs > budget
+        row = SizeSurvey(
+            size=size,
+            macs=report.macs,
+            looking=rule.looking_layers(report.fields),
+            unproductive=receptive.border_layers(report.fields, size),
+            borderless=rule.borderless(report.fields),
+            unread=unread_pixels(graph),
+            refusal=f"{report.macs:,} MACs are over the budget of {budget:,}" if over else "",
+        )
+        rows.append(row)
+    affordable = [r for r in rows if not r.refusal]
+    if not affordable:
+        raise UsageError(f"no candidate can be used: {'; '.join(r.refusal for r in rows)}.")
+    best = max((r.size for r in affordable if whys[r.size] is None), default=0)
+    return tuple(dataclasses.replace(r, refusal=whys[r.size] or "") if r in affordable and r.size < best else r for r in rows)
+
+
+def trace_size(model: nn.Module, in_chans: int, size: int) -> Trace:
+    """The trace of a network for one image of ``size`` pixels."""
+    return trace(model, (1, in_chans, size, size))
+
+
+def unread_pixels(graph: Trace) -> int:
+    """Pixels at the far end of an axis that no patch covers: of layers that cut the image itself into patches side by side.
+
+    >>> [unread_pixels(trace(nn.Conv2d(1, 4, 16, 16), (1, 1, size, size))) for size in (16, 24, 32)]
+    [0, 8, 0]
+    """
+    images = {INPUT}
+    left = 0
+    for node in graph.nodes:
+        if not node.inputs or node.inputs[0] not in images:
+            continue
+        if node.shape_only and node.shape == graph.input_shape:
+            images.add(node.index)
+        elif node.op.startswith("aten.convolution") and not node.attrs["transposed"]:
+            kernel, stride = node.input_shapes[1][2:], tuple(node.attrs["stride"])
+            if kernel == stride and math.prod(stride) > 1 and not any(node.attrs["padding"]):
+                left = max(left, *(pixels % step for pixels, step in zip(node.input_shapes[0][2:], stride)))
+    return left
