@@ -2,8 +2,11 @@
 
     python results/evenness/run.py
 
-Architectures of a space are cut into three groups of MACs; within each the evener half is compared with the less even one. Writes
-table.md, evenness.json and evenness.svg. What a search does that is steered to evenness is another question, see results/search.
+Twofold. Architectures of a space are cut into three groups of MACs; within each the evener half is compared with the less even one. And
+steering is simulated: of 20 architectures drawn at random under a limit on MACs, the one that short accuracy names is compared with the
+one that short accuracy plus a weight times evenness (of the untrained network) names, by final accuracy; on the spaces whose short
+trainings are known. Intervals are of other architectures in the place of these (bootstrapped). Writes table.md, evenness.json and
+evenness.svg.
 """
 
 import json
@@ -19,6 +22,10 @@ SPACES = {"nasbench201": "NAS-Bench-201", "nasbench101": "NAS-Bench-101", "macro
           "mbconv": "mbconv, short training"}  # fmt: skip
 READINGS = {"block_saturation_evenness": "blocks, untrained", "saturation_evenness": "layers, untrained", "trained": "layers, trained"}
 GROUPS = ("few MACs", "medium", "many MACs")
+LIMITS = {"cheapest third": 1 / 3, "cheaper two thirds": 2 / 3, "all": 1.0}  # limits on MACs, as quantiles of the space
+WEIGHTS, DRAWN = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0), 20  # of evenness, beside accuracy as a fraction; architectures of one simulated search
+STEERED = ("nasbench201", "nasbench101", "mbconv")  # short accuracy known
+FEW = (0.05, 0.2, 1.0)  # weights in the figure
 
 
 def rows(space):
@@ -46,6 +53,38 @@ def gain(accuracy, even, chance, draws=1000):
 
     spread = [difference(chance.integers(len(accuracy), size=len(accuracy))) for _ in range(draws)]
     return [float(difference(np.arange(len(accuracy)))), *(float(q) for q in np.nanquantile(spread, (0.025, 0.975)))]
+
+
+def steered(short, final, even, weights, chance, searches):
+    """Final accuracy of what the sum names less that of what short accuracy names, points, mean over searches; one number a weight."""
+    drawn = chance.integers(len(final), size=(searches, DRAWN))
+    alone = final[np.take_along_axis(drawn, short[drawn].argmax(1)[:, None], 1)[:, 0]]
+    summed = short[drawn] + np.multiply.outer(weights, even[drawn])  # (weights, searches, DRAWN)
+    named = final[np.take_along_axis(drawn[None], summed.argmax(2)[..., None], 2)[..., 0]]
+    return (named - alone).mean(1)
+
+
+def steering(searches=4000, samples=300):
+    """Space, reading and limit to the gain of each weight of evenness, with a 95 % interval."""
+    chance, found = np.random.default_rng(1), []
+    for space in STEERED:
+        accuracy, macs, readings = rows(space)
+        short = np.array([json.loads(line)["short_accuracy"] for line in (RAW / f"{space}.jsonl").open()], dtype=float)
+        short = short / (100 if short.max() > 1 else 1)
+        for reading in (r for r in readings if r != "trained"):
+            for limit, share in LIMITS.items():
+                ok = np.flatnonzero(macs <= np.quantile(macs, share))
+                parts, even = (short[ok], accuracy[ok]), np.nan_to_num(readings[reading][ok])
+                gains = steered(*parts, even, np.array(WEIGHTS), chance, searches)
+                spread = []
+                for _ in range(samples):
+                    again = chance.integers(len(ok), size=len(ok))
+                    spread.append(steered(*(p[again] for p in parts), even[again], np.array(WEIGHTS), chance, searches // 10))
+                low, high = np.quantile(spread, (0.025, 0.975), axis=0)
+                found.append({"space": space, "reading": reading, "limit": limit, "architectures": len(ok),
+                              "macs": float(macs[ok].max()) * (1e9 if macs.max() < 1e6 else 1), "drawn": DRAWN,
+                              "gains": {str(w): [float(v) for v in row] for w, row in zip(WEIGHTS, zip(gains, low, high))}})  # fmt: skip
+    return found
 
 
 def study():
@@ -77,38 +116,62 @@ def table(found):
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def figure(found):
-    """One line of points a space and reading: gain of the evener half by group of MACs."""
-    width, left, line = 900, 250, 26
-    height = 70 + line * len(found)
-    span = 12.0
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-             f'<rect width="{width}" height="{height}" fill="white"/>',
-             '<text x="10" y="20" font-size="15">Accuracy of the evener half less the other, points, at like MACs</text>']  # fmt: skip
+def steering_table(found):
+    lines = ["", f"Simulated steering, {DRAWN} architectures drawn under a limit on MACs; the one that accuracy + w x evenness names less "
+             "the one that accuracy names, both after the short training, in points of final accuracy:", "",
+             f"| space | evenness of | MACs | architectures | {' | '.join(f'w = {w:g}' for w in WEIGHTS)} |",
+             "| --- | --- | --- | ---: |" + " ---: |" * len(WEIGHTS)]  # fmt: skip
+    for row in found:
+        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["gains"][str(w)]) for w in WEIGHTS]
+        limit = f"at most {row['macs'] / 1e6:,.1f} M ({row['limit']})"
+        lines.append(f"| {SPACES[row['space']]} | {READINGS[row['reading']]} | {limit} | {row['architectures']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def panel(found, names, title, span, step, top):
+    """One line of points a row: a value and its interval in each of the colours, on a scale of -span to span."""
+    width, left, line = 900, 330, 26
+    bottom = top + 50 + line * len(found)
+    parts = [f'<text x="10" y="{top + 20}" font-size="15">{title}</text>']
 
     def x(value):
         return left + (min(max(value, -span), span) + span) / (2 * span) * (width - left - 20)
 
-    for tick in range(-12, 13, 4):
-        parts.append(f'<line x1="{x(tick):.1f}" y1="48" x2="{x(tick):.1f}" y2="{height - 20}" stroke="{"#888" if not tick else "#ddd"}"/>')
-        parts.append(f'<text x="{x(tick):.1f}" y="{height - 6}" text-anchor="middle">{tick:+d}</text>')
-    for i, (name, colour) in enumerate(zip(GROUPS, COLOURS)):
-        parts.append(f'<circle cx="{left + 130 * i}" cy="36" r="4" fill="{colour}"/><text x="{left + 10 + 130 * i}" y="40">{name}</text>')
-    for i, row in enumerate(found):
-        y = 64 + line * i
-        parts.append(f'<text x="10" y="{y + 4}">{SPACES[row["space"]]}: {READINGS[row["reading"]]}</text>')
-        for j, ((value, low, high), colour) in enumerate(zip(row["gains"], COLOURS)):
+    for tick in range(-span, span + 1, step):
+        stroke = "#ddd" if tick else "#888"
+        parts.append(f'<line x1="{x(tick):.1f}" y1="{top + 48}" x2="{x(tick):.1f}" y2="{bottom}" stroke="{stroke}"/>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:+d}</text>')
+    for i, (name, colour) in enumerate(zip(names, COLOURS)):
+        at = left + 130 * i
+        parts.append(f'<circle cx="{at}" cy="{top + 36}" r="4" fill="{colour}"/><text x="{at + 10}" y="{top + 40}">{name}</text>')
+    for i, (label, gains) in enumerate(found):
+        y = top + 64 + line * i
+        parts.append(f'<text x="10" y="{y + 4}">{label}</text>')
+        for j, ((value, low, high), colour) in enumerate(zip(gains, COLOURS)):
             at = y - 6 + 6 * j
             parts.append(f'<line x1="{x(low):.1f}" y1="{at}" x2="{x(high):.1f}" y2="{at}" stroke="{colour}" stroke-width="2"/>')
             parts.append(f'<circle cx="{x(value):.1f}" cy="{at}" r="3.5" fill="{colour}"/>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return parts, bottom + 30
+
+
+def figure(found, steered_rows):
+    """What is there, by group of MACs, above what steering gives, by weight of evenness."""
+    there = [(f"{SPACES[r['space']]}: {READINGS[r['reading']]}", r["gains"]) for r in found]
+    then = [(f"{SPACES[r['space']]}: {READINGS[r['reading']].split(',')[0]}, {r['limit']}", [r["gains"][str(w)] for w in FEW])
+            for r in steered_rows]  # fmt: skip
+    above, middle = panel(there, GROUPS, "Accuracy of the evener half less the other, points, at like MACs", 12, 4, 0)
+    title = f"Steering: best of {DRAWN} by accuracy + w x evenness less the best by accuracy, points, under a limit on MACs"
+    below, end = panel(then, [f"w = {w:g}" for w in FEW], title, 6, 2, middle)
+    head = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 {end}" font-family="sans-serif" font-size="12">',
+            f'<rect width="900" height="{end}" fill="white"/>']  # fmt: skip
+    return "\n".join([*head, *above, *below, "</svg>"]) + "\n"
 
 
 COLOURS = ("#86bfe0", "#2f6db5", "#1b2f52")
 
 if __name__ == "__main__":
-    rows_found = study()
-    (HERE / "evenness.json").write_text(json.dumps(rows_found, indent=1) + "\n")
-    (HERE / "table.md").write_text(table(rows_found))
-    (HERE / "evenness.svg").write_text(figure(rows_found))
-    print(table(rows_found))
+    rows_found, steered_found = study(), steering()
+    (HERE / "evenness.json").write_text(json.dumps({"there": rows_found, "steered": steered_found}, indent=1) + "\n")
+    (HERE / "table.md").write_text(table(rows_found) + steering_table(steered_found))
+    (HERE / "evenness.svg").write_text(figure(rows_found, steered_found))
+    print((HERE / "table.md").read_text())

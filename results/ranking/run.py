@@ -2,11 +2,13 @@
 
     python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures structure,proxies] [--seed S] [--label L]
                                                      [--images N] [--size PIXELS] [--mode train|eval]
+    python results/ranking/run.py baselines SPACE --data DIR [--count N]
     python results/ranking/run.py tables
 
 SPACE: nasbench201, nasbench101, macro, timm, mbconv (draws of train.py). DIR holds the tables and the CIFAR-10 archive. `measure` appends
-one JSON line per architecture to raw/SPACE.jsonl (with the seed and the label in its name where given) and goes on where it stopped;
-`tables` derives table.md and summary.json from what is there.
+one JSON line per architecture to raw/SPACE.jsonl (with the seed and the label in its name where given) and goes on where it stopped.
+`baselines` draws N rows of it and adds naswot and synflow of the same untrained networks on the same images: raw/SPACE-baselines.jsonl.
+`tables` derives table.md and summary.json from what is there; files named `timed` tell the seconds of a space whose rows were not timed.
 """
 
 import argparse
@@ -18,11 +20,13 @@ from pathlib import Path
 import benchmarks
 import numpy as np
 import torch
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import kendalltau, rankdata, spearmanr
 
+from capnas.measures.proxies import naswot, synflow
 from capnas.measures.ranking import partial_spearman
 from capnas.objective.targets import WEIGHTS
 from capnas.profile import profile_model
+from capnas.profile.reading import at_default_initialization
 from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
 
 HERE = Path(__file__).resolve().parent
@@ -73,14 +77,40 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
     (HERE / "raw" / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 
 
+def baselines(space, folder, count):
+    """naswot and synflow alone, beside the scores that the rows of the space hold."""
+    torch.set_num_threads(1)
+    images, size = IMAGES.get(space, (64, 32))
+    published = {(r["arch"], r.get("img_size")): r for _, r in benchmarks.table(space, folder).iterrows()}
+    path, key, rows = HERE / "raw" / f"{space}-baselines.jsonl", lambda r: (r["arch"], r.get("img_size")), records_of(space)
+    known = {key(r) for r in map(json.loads, path.open())} if path.exists() else set()
+    with path.open("a") as out:
+        for record in (rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:count]):
+            if key(record) in known or key(record) not in published:
+                continue
+            side = size or int(record["img_size"])
+            x, _ = benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, 0, side)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = benchmarks.build(space, published[key(record)], WIDTHS.get(space, side if space == "timm" else None))
+            model = at_default_initialization(model, seed=0) if space in OWN else model
+            start = time.process_time()
+            found = {"naswot": naswot(model, x).value, "synflow": synflow(model, x[:1]).value}
+            seconds = time.process_time() - start
+            found = {name: value if np.isfinite(value) else None for name, value in found.items()}
+            row = {k: v for k, v in record.items() if k != "seconds"} | {"scores": record["scores"] | found}
+            out.write(json.dumps(row | {"proxy_seconds": round(seconds, 3)}) + "\n")
+            out.flush()
+
+
 def records_of(name):
     """The rows of raw/NAME.jsonl."""
     return [json.loads(line) for line in (HERE / "raw" / f"{name}.jsonl").open()]
 
 
 def is_varied(name):
-    """Whether a file holds a part of the cells measured with other settings, which sensitivity.py compares."""
-    return name.startswith("nasbench201-") and not name.endswith(("-all", "-trained"))
+    """Whether a file holds a part of a space measured with other settings, which sensitivity.py compares."""
+    return "-" in name and not name.endswith(("-all", "-trained", "-proxies", "-baselines", "-quarter", "-timed"))
 
 
 def costs(record):
@@ -121,9 +151,13 @@ def sized(found):
 
 
 def interval(v, accuracy, draws=200):
+    """Bootstrapped 95 % interval of Spearman's correlation."""
     rng = np.random.default_rng(0)
     picks = [rng.integers(0, len(v), len(v)) for _ in range(draws)]
-    low, high = np.nanquantile([spearmanr(v[i], accuracy[i])[0] for i in picks], [0.025, 0.975])
+    ranks = [rankdata(values[np.stack(picks)], axis=1) for values in (v, accuracy)]
+    x, y = (r - r.mean(1, keepdims=True) for r in ranks)
+    with np.errstate(invalid="ignore"):  # a draw in which the signal does not vary
+        low, high = np.nanquantile((x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1)), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -137,38 +171,102 @@ def matched(v, accuracy, cost):
 
 def judge(v, accuracy, params, cost):
     """All statistics of one signal in one space; None where it does not vary."""
-    top, best = accuracy >= np.median(accuracy), accuracy >= np.quantile(accuracy, 0.9)
-    found = {"spearman": spearmanr(v, accuracy)[0], "kendall": kendalltau(v, accuracy)[0],
-             "top_half": spearmanr(v[top], accuracy[top])[0] if np.ptp(v[top]) else None,
-             "top_tenth": spearmanr(v[best], accuracy[best])[0] if np.ptp(v[best]) else None,
-             "given_params": partial_spearman(v, accuracy, [params]),
-             "given_macs": None if cost is None else partial_spearman(v, accuracy, [cost]),
-             "matched_pairs": matched(v, accuracy, params if cost is None else cost)}  # fmt: skip
+    parts = {"top_half": accuracy >= np.median(accuracy), "top_tenth": accuracy >= np.quantile(accuracy, 0.9)}
+    found = {"spearman": spearmanr(v, accuracy)[0], "kendall": kendalltau(v, accuracy)[0]}
+    for name, part in parts.items():
+        varies = np.ptp(v[part]) > 0
+        found[name] = spearmanr(v[part], accuracy[part])[0] if varies else None
+        found[f"{name}_kendall"] = kendalltau(v[part], accuracy[part])[0] if varies else None
+    found |= {"given_params": partial_spearman(v, accuracy, [params]),
+              "given_macs": None if cost is None else partial_spearman(v, accuracy, [cost]),
+              "given_both": None if cost is None else partial_spearman(v, accuracy, [params, cost]),
+              "matched_pairs": matched(v, accuracy, params if cost is None else cost)}  # fmt: skip
     known = {name: None if value is None or not np.isfinite(value) else float(value) for name, value in found.items()}
-    return known | {"interval": interval(v, accuracy)}
+    top = parts["top_half"]
+    return known | {"interval": interval(v, accuracy),
+                    "top_half_interval": None if known["top_half"] is None else interval(v[top], accuracy[top])}  # fmt: skip
+
+
+def number(value):
+    return "" if value is None else f"{value:.3f}"
+
+
+def ranged(value, spread):
+    """A number with its interval."""
+    return "" if value is None else f"{value:.3f} [{spread[0]:.3f}, {spread[1]:.3f}]"
+
+
+def timing(space, records):
+    """Processor seconds an architecture, of how many; those of a timed sample where the rows themselves were not timed."""
+    times = [r["seconds"] for r in records if "seconds" in r]
+    if not times and (HERE / "raw" / f"{space}-timed.jsonl").exists():
+        times = [r["seconds"] for r in records_of(f"{space}-timed")]
+    return (float(np.mean(times)), len(times)) if times else (None, 0)
+
+
+SHORT = {  # scores after a training: file, then rows with the final accuracies and the scores before it
+    "nasbench201, 1 epoch": ("nasbench201-1-epoch-trained", "nasbench201-all", "accuracy after 200 epochs"),
+    "mbconv, 1 epoch": ("mbconv-1-epoch-trained", "mbconv", "accuracy after 6 epochs"),
+    "mbconv, 6 epochs": ("mbconv-trained", "mbconv", "accuracy after the same 6 epochs"),
+}
+
+
+def after_training():
+    """Scores after a short training beside the same before any: how they rank the final accuracy."""
+    found = {}
+    for label, (file, before, target) in SHORT.items():
+        untrained = {r["arch"]: r for r in records_of(before)}
+        rows = [r for r in records_of(file) if r["status"] == "complete" and r["arch"] in untrained]
+        accuracy = np.array([untrained[r["arch"]]["accuracy"] for r in rows])
+        top, signals = accuracy >= np.median(accuracy), {}
+        for name in rows[0]["after_training"]:
+            if name == "accuracy" and file == f"{before}-trained":
+                continue  # the accuracy that is ranked
+            pair = {"after": [r["after_training"][name] for r in rows], "before": [untrained[r["arch"]]["scores"].get(name) for r in rows]}
+            for when, values in pair.items():
+                if None not in values:
+                    v = np.array(values)
+                    signals.setdefault(name, {})[when] = {"spearman": float(spearmanr(v, accuracy)[0]), "interval": interval(v, accuracy),
+                                                          "top_half": float(spearmanr(v[top], accuracy[top])[0])}  # fmt: skip
+        found[label] = {"architectures": len(rows), "target": target, "signals": signals}
+    return found
+
+
+def trained_lines(found):
+    lines = ["## Scores after a short training", "",
+             "| training | architectures | signal | after: Spearman [95 %] | after: top half | untrained: Spearman | untrained: top half |",
+             "| --- | ---: | --- | --- | ---: | ---: | ---: |"]  # fmt: skip
+    for label, row in found.items():
+        for name, signal in row["signals"].items():
+            after, before = signal["after"], signal.get("before", {"spearman": None, "top_half": None})
+            lines.append(f"| {label}; {row['target']} | {row['architectures']} | {name} | {ranged(after['spearman'], after['interval'])} | "
+                         f"{number(after['top_half'])} | {number(before['spearman'])} | {number(before['top_half'])} |")  # fmt: skip
+    return [*lines, ""]
 
 
 def tables():
-    summary, lines = {"weights": dict(CAPACITY_WEIGHTS), "spaces": {}}, []
+    summary, lines = {"weights": dict(CAPACITY_WEIGHTS), "sum": dict(WEIGHTS), "spaces": {}}, []
     names = sorted(path.stem for path in (HERE / "raw").glob("*.jsonl"))
-    for space in (n for n in names if not n.endswith("-trained") and not is_varied(n)):
+    rest = ("kendall", "top_half", "top_half_kendall", "top_tenth", "top_tenth_kendall", "given_params", "given_macs", "given_both",
+            "matched_pairs")  # fmt: skip
+    for space in (n for n in names if not n.endswith(("-trained", "-timed")) and not is_varied(n)):
         records = records_of(space)
         accuracy = np.array([r["accuracy"] for r in records], dtype=float)
         found = columns(records)
         params, macs = found["params"], found.get("macs")
         rows = {name: judge(v, accuracy, params, macs) for name, v in found.items() if np.ptp(v) > 0}
-        times = [r["seconds"] for r in records if "seconds" in r]  # not of the rows whose measuring was not timed
-        seconds = float(np.mean(times)) if times else None
-        summary["spaces"][space] = {"architectures": len(records), "seconds": seconds, "signals": rows}
-        lines += [f"## {space}: {len(records)} architectures{'' if seconds is None else f', {seconds:.2f} CPU seconds each'}", "",
-                  "| signal | Spearman [95 %] | Kendall | top half | top tenth | given params | given MACs | pairs of like cost |",
-                  "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+        seconds, timed = timing(space, records)
+        summary["spaces"][space] = {"architectures": len(records), "seconds": seconds, "timed": timed, "signals": rows}
+        cost = "" if seconds is None else f", {seconds:.2f} CPU seconds each" + ("" if timed == len(records) else f" (mean of {timed})")
+        lines += [f"## {space}: {len(records)} architectures{cost}", "",
+                  "| signal | Spearman [95 %] | Kendall | top half [95 %] | its Kendall | top tenth | its Kendall | given params "
+                  "| given MACs | given both | pairs of like cost |", "| --- |" + " --- |" * (len(rest) + 1)]  # fmt: skip
         for name, row in sorted(rows.items(), key=lambda item: -item[1]["spearman"]):
-            low, high = row["interval"]
-            cells = ["" if row[n] is None else f"{row[n]:.3f}" for n in ("kendall", "top_half", "top_tenth", "given_params", "given_macs",
-                                                                         "matched_pairs")]  # fmt: skip
-            lines.append(f"| {name} | {row['spearman']:.3f} [{low:.3f}, {high:.3f}] | {' | '.join(cells)} |")
+            cells = [ranged(row[n], row["top_half_interval"]) if n == "top_half" else number(row[n]) for n in rest]
+            lines.append(f"| {name} | {ranged(row['spearman'], row['interval'])} | {' | '.join(cells)} |")
         lines.append("")
+    summary["after_training"] = after_training()
+    lines += trained_lines(summary["after_training"])
     (HERE / "table.md").write_text("\n".join(lines))
     (HERE / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     print("\n".join(lines))
@@ -187,10 +285,16 @@ if __name__ == "__main__":
     run.add_argument("--images", type=int, help="of the probe batch")
     run.add_argument("--size", type=int, help="their side in pixels")
     run.add_argument("--mode", default="train", choices=("train", "eval"), help="state of the norms while measuring")
+    few = commands.add_parser("baselines")
+    few.add_argument("space", choices=("nasbench201", "nasbench101", "macro", "timm", "mbconv"))
+    few.add_argument("--data", required=True)
+    few.add_argument("--count", type=int, default=100)
     commands.add_parser("tables")
     given = parser.parse_args()
     if given.command == "tables":
         tables()
+    elif given.command == "baselines":
+        baselines(given.space, given.data, given.count)
     else:
         measure(given.space, given.data, given.count, tuple(given.measures.split(",")), given.seed, given.label, given.images, given.size,
                 given.mode)  # fmt: skip

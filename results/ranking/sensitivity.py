@@ -1,9 +1,10 @@
-"""How much `capacity_score` depends on what it is measured with: weights and images, batch, resolution, mode, threshold.
+"""How much `capacity_score` depends on what it is measured with: weights and images, batch, resolution, mode; threshold and reading.
 
     python results/ranking/sensitivity.py     # sensitivity.md from raw/
 
-Raw: `run.py measure nasbench201 --count 150 --measures structure` with --seed, --images, --size, --mode and a --label each; fewer
-cells are the first of these. The thresholds and readings are those that every row of the ranking study holds.
+Raw: `run.py measure SPACE --count 150 --measures structure` with --seed, --images, --size, --mode and a --label each; fewer cells are the
+first of these. Thresholds and readings (outputs of the blocks, or of every convolution and dense layer) are those that every row of the
+ranking study holds; readings before or after a norm or an activation were not compared.
 """
 
 from pathlib import Path
@@ -15,6 +16,8 @@ from scipy.stats import spearmanr
 from capnas.measures.evenness import evenness
 
 HERE = Path(__file__).resolve().parent
+SPACES = ("nasbench201", "nasbench101", "macro", "timm", "mbconv")
+LAYERS = {"0.99": ("saturation_mean", "saturation_evenness"), "0.9": ("saturation90_mean", None), "effective rank": ("rank_mean", None)}
 BLOCKS = ("0.99", "0.9", "0.95", None, "0.999", "effective rank")  # columns of the stored blocks; the fourth repeats the first
 
 
@@ -24,28 +27,30 @@ def ranked(values, accuracy):
 
 
 if __name__ == "__main__":
-    full = {r["arch"]: r for r in records_of("nasbench201")}
     lines = ["Usual: seed 0, 64 images of 32 px, train mode. Spearman with final accuracy over all, better half; on the same cells.", "",
-             "| NAS-Bench-201, measured with | cells | Spearman | better half | usual | better half | one with the other | CPU s each |",
+             "| measured with | networks | Spearman | better half | usual | better half | one with the other | CPU s each |",
              "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for name in sorted(p.stem for p in (HERE / "raw").glob("*.jsonl") if is_varied(p.stem)):
-        rows = {r["arch"]: r for r in records_of(name)}
+        full, rows = ({r["arch"]: r for r in records_of(file)} for file in (name.split("-")[0], name))
         cells = [arch for arch in rows if arch in full]
         accuracy = np.array([full[a]["accuracy"] for a in cells])
         usual, values = (columns([found[a] for a in cells])["capacity_score"] for found in (full, rows))
         seconds = np.mean([rows[a]["seconds"] for a in cells])
         both = f"{ranked(values, accuracy)} | {ranked(usual, accuracy)} | {spearmanr(values, usual)[0]:.3f}"
-        lines.append(f"| {name.removeprefix('nasbench201-')} | {len(cells)} | {both} | {seconds:.2f} |")
-    lines += ["", "Block outputs, all rows of each space: mean and evenness by threshold.", "",
-              "| space | threshold | mean: Spearman | better half | evenness: Spearman | better half |",
-              "| --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
-    for space in ("nasbench201", "nasbench101", "macro", "timm", "mbconv"):
+        lines.append(f"| {name.replace('-', ', ', 1)} | {len(cells)} | {both} | {seconds:.2f} |")
+    lines += ["", "All rows of each space: mean and evenness of saturation by reading and threshold (blank: not kept).", "",
+              "| space | read at | threshold | mean: Spearman | better half | evenness: Spearman | better half |",
+              "| --- | --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for space in SPACES:
         rows = records_of(space)
         accuracy = np.array([r["accuracy"] for r in rows], dtype=float)
         blocks = [np.nan_to_num(np.array(r["blocks"], dtype=float)) for r in rows]
         for column, threshold in enumerate(BLOCKS):
             if threshold is not None:
                 mean, even = (np.array([f(b[:, column].tolist()) for b in blocks]) for f in (np.mean, evenness))
-                lines.append(f"| {space} | {threshold} | {ranked(mean, accuracy)} | {ranked(np.nan_to_num(even), accuracy)} |")
+                lines.append(f"| {space} | blocks | {threshold} | {ranked(mean, accuracy)} | {ranked(np.nan_to_num(even), accuracy)} |")
+        for threshold, names in LAYERS.items():
+            cells = [ranked(np.array([r["scores"][n] for r in rows], dtype=float), accuracy) if n else " | " for n in names]
+            lines.append(f"| {space} | layers | {threshold} | {' | '.join(cells)} |")
     (HERE / "sensitivity.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
