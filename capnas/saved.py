@@ -1,8 +1,8 @@
 """A model as a folder without pickle: safetensors for the numbers, a JSON manifest that builds the modules again.
 
 The manifest names a *recipe* (a timm model, or a search space and its parameters) and what the model's modules have other than the
-recipe builds: widths, numbers of heads, added biases, layers split in two. Loading builds the recipe, changes those modules, and reads the
-weights. Nothing is executed but timm's constructors or the space's own code.
+recipe builds: widths, numbers of heads, added biases, layers split in two, number types. Loading builds the recipe, changes those modules,
+and reads the weights. Nothing is executed but timm's constructors or the space's own code.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def save_model(
         The folder.
 
     Raises:
-        UsageError: the folder is in use, or the recipe does not build these modules, so that the model could not be loaded again.
+        UsageError: the folder is in use, or the recipe does not build these modules (or ties weights that differ here), so that the model
+            could not be loaded again.
 
     >>> import tempfile
     >>> recipe = {"timm": "resnet10t", "args": {"num_classes": 3}, "image_size": 32}
@@ -99,17 +100,33 @@ def save_model(
         **_differences(model, build_recipe(recipe)),
         "extra": dict(extra or {}),
     }
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    again = _assemble(json.loads(text))
-    shapes = {name: tuple(t.shape) for name, t in again.state_dict().items()}
-    if wrong := sorted(name for name in shapes.keys() | state.keys() if name not in state or shapes.get(name) != tuple(state[name].shape)):
-        raise UsageError(f"the recipe does not build this model again: {', '.join(wrong[:5])} would differ.")
+    again = _assemble(json.loads(_text(document)))
+    built = again.state_dict()
+    shapes = {name: tuple(t.shape) for name, t in built.items()}
+    wrong = {name for name in shapes.keys() | state.keys() if name not in state or shapes.get(name) != tuple(state[name].shape)}
+    if not wrong:
+        document["dtypes"] = {name: str(t.dtype).removeprefix("torch.") for name, t in state.items() if t.dtype != built[name].dtype}
+        _retype(again, document["dtypes"])
+        again.load_state_dict(state)
+        loaded = again.state_dict()  # differs where the recipe has one parameter and the model two
+        wrong = {name for name, t in state.items() if loaded[name].dtype != t.dtype or not torch.equal(_bits(loaded[name]), _bits(t))}
+    if wrong:
+        raise UsageError(f"the recipe does not build this model again: {', '.join(sorted(wrong)[:5])} would differ.")
     place.mkdir(parents=True, exist_ok=True)
-    for name, content in ((WEIGHTS, save(state)), (MANIFEST, text.encode())):
+    for name, content in ((WEIGHTS, save(state)), (MANIFEST, _text(document).encode())):
         partial = place / f"{name}.partial"
         partial.write_bytes(content)
         os.replace(partial, place / name)
     return place
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor: NaN equals itself."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 def check_free(folder: str | Path, *, force: bool = False) -> None:
@@ -195,7 +212,19 @@ def _assemble(manifest: Mapping[str, Any], seed: int = 0) -> nn.Module:
             module._buffers[leaf] = torch.zeros(shape, dtype=module._buffers[leaf].dtype)  # type: ignore[union-attr]
         else:
             setattr(module, leaf, nn.Parameter(torch.zeros(shape)))
+    _retype(model, manifest.get("dtypes", {}))  # absent in manifests of earlier versions, whose weights are the recipe's type
     return model
+
+
+def _retype(model: nn.Module, dtypes: Mapping[str, str]) -> None:
+    """Give the named parameters and buffers their number type."""
+    for name, dtype in dtypes.items():
+        owner, _, leaf = name.rpartition(".")
+        module, kind = model.get_submodule(owner), getattr(torch, dtype)
+        if leaf in module._buffers:
+            module._buffers[leaf] = module._buffers[leaf].to(kind)  # type: ignore[union-attr]
+        else:
+            getattr(module, leaf).data = getattr(module, leaf).data.to(kind)
 
 
 def _differences(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
@@ -206,6 +235,7 @@ def _differences(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
     attributes: dict[str, dict[str, Any]] = {}
     for name, module in now.items():
         if name in before and name not in replaced:
+            _check_alike(name, module, before[name])
             old = _plain(before[name])
             changed = {k: v for k, v in _plain(module).items() if k not in old or old[k] != v}
             if changed:
@@ -214,6 +244,27 @@ def _differences(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
     mine = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
     shapes = {n: list(shape) for n, shape in mine.items() if old_shapes.get(n) != shape}
     return {"replaced": replaced, "attributes": attributes, "shapes": shapes}
+
+
+def _check_alike(name: str, module: nn.Module, plain: nn.Module) -> None:
+    """Refuse what a manifest cannot tell: a module of another class, or another text such as a padding mode.
+
+    Raises:
+        UsageError: the module computes something else than the recipe's, which its weights would not show.
+    """
+    kind, expected = (
+        type(module).__qualname__,
+        type(plain).__qualname__,
+    )  # a space's file is executed anew, so classes have equal names only
+    if kind != expected:
+        raise UsageError(f"the recipe does not build this model again: {name or 'it'} is a {kind}, the recipe's is a {expected}.")
+    for attribute, value in vars(plain).items():
+        here = vars(module).get(attribute)
+        if isinstance(value, str) and here != value:
+            raise UsageError(
+                f"the recipe does not build this model again: {name or 'its'} {attribute} is {here!r}, the recipe's is {value!r}; "
+                "a manifest holds numbers only, so change the recipe."
+            )
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

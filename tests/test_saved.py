@@ -78,6 +78,65 @@ def test_a_model_of_another_recipe_is_refused(tmp_path: Path) -> None:
         build_recipe({"params": {}})
 
 
+TIED = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, chans, classes):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(chans, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, padding_mode="zeros")
+        self.act, self.head = nn.ReLU(), nn.Linear(4, classes)
+        self.c.weight = self.b.weight
+
+    def forward(self, x):
+        return self.head(self.act(self.c(self.act(self.b(self.a(x))))).mean((2, 3)))
+
+
+def space(trial, *, num_classes, in_chans, image_size):
+    return Net(in_chans, num_classes)
+"""
+
+
+def test_what_the_recipe_would_build_otherwise_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tied.py").write_text(TIED)
+    recipe = {**SPACE, "space": f"{tmp_path / 'tied.py'}:space", "params": {}}
+    model, x = build_recipe(recipe).eval(), torch.randn(2, 1, 8, 8)
+    assert torch.equal(load_model(save_model(model, tmp_path / "m", recipe))(x), model(x))
+    apart = build_recipe(recipe)
+    apart.c.weight = nn.Parameter(apart.b.weight.detach() + 1)
+    with pytest.raises(UsageError, match=r"does not build this model again: b\.weight would differ"):
+        save_model(apart, tmp_path / "n", recipe)
+    for change, reason in (
+        (lambda m: setattr(m.c, "padding_mode", "circular"), "c padding_mode is 'circular', the recipe's is 'zeros'"),
+        (lambda m: setattr(m, "act", nn.GELU()), "act is a GELU, the recipe's is a ReLU"),
+    ):
+        other = build_recipe(recipe)
+        change(other)
+        with pytest.raises(UsageError, match=reason):
+            save_model(other, tmp_path / "n", recipe)
+    assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_number_types_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, x = build_recipe(TIMM).to(dtype).eval(), torch.randn(1, 1, 32, 32, dtype=dtype)
+    model.conv1[0].float()  # of mixed types, too
+    again = load_model(save_model(model, tmp_path / "m", TIMM))
+    assert {n: t.dtype for n, t in again.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
+    model.conv1[0].to(dtype)
+    again = load_model(save_model(model, tmp_path / "n", TIMM))
+    assert torch.equal(again(x), model(x))
+
+
+def test_manifests_without_number_types_are_read(tmp_path: Path) -> None:
+    folder = save_model(build_recipe(SPACE), tmp_path / "m", SPACE)
+    document = json.loads((folder / MANIFEST).read_text())
+    assert document.pop("dtypes") == {}
+    (folder / MANIFEST).write_text(json.dumps(document))
+    assert next(load_model(folder).parameters()).dtype == torch.float32
+
+
 def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(SavedModelError, match="is not a saved model"):
         load_model(tmp_path)

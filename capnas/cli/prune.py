@@ -16,6 +16,7 @@ from capnas.errors import UsageError
 def prune(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
     data: Annotated[str | None, typer.Option(help="Images; the run's or the saved model's without, else fashion-mnist-12k.")] = None,
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, in safetensors.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels; the target's without.")] = None,
     target_macs: Annotated[float | None, typer.Option(metavar="SHARE", help="Keep this share of the multiply-accumulates.")] = None,
     lossless: Annotated[float | None, typer.Option(metavar="SHARE", help="As wide as this share of each layer's variance needs.")] = None,
@@ -45,6 +46,7 @@ def prune(
         from capnas.narrowing.pruning import PruneConfig, calibration_images, make_plan, pretrain
         from capnas.narrowing.pruning import prune as prune_model
         from capnas.saved import check_free, save_model
+        from capnas.search.inspection import load_weights
         from capnas.search.target import data_record, open_target
 
         config = PruneConfig(
@@ -66,10 +68,16 @@ def prune(
             check_free(out, force=force)
         found = open_target(target, data=data, image_size=image_size)
         model = found.build(seed)
-        if not found.trained:
-            if train_epochs:
-                passes = f"{train_epochs} epoch{'s' * (train_epochs > 1)}"
-                say(f"{found.name} has no trained weights; it is trained first, {passes} on {found.data.name}")
+        trained = found.trained or weights is not None
+        if weights is not None:
+            load_weights(model, found, weights)
+        if not trained and train_epochs:
+            passes = f"{train_epochs} epoch{'s' * (train_epochs > 1)}"
+            say(f"{found.name} has no trained weights; it is trained first, {passes} on {found.data.name}")
+        if not trained and dry_run and not train_epochs:
+            say(f"{found.name} has no trained weights: groups, costs and what can be reached are its own, the widths are those of random "
+                "weights and will be others after training (--train-epochs N)")  # fmt: skip
+        elif not trained:
             model = pretrain(model, found.data, config, image_size=found.image_size, say=say)
         if dry_run:
             from capnas.devices import resolve_device
@@ -79,8 +87,6 @@ def prune(
             chosen, _ = make_plan(model.to(where), images, config)
             document: dict[str, Any] = {"target": found.name, "plan": chosen.to_dict()}
         else:
-            if config.widths is not None and not finetune_epochs:
-                say("groups that the plan widens start as copies of their most needed channels; --finetune-epochs N trains them apart")
             result = prune_model(model, found.data, config, image_size=found.image_size, say=say)
             document = {"target": found.name, "plan": result.plan.to_dict(), "report": result.report, "out": str(out)}
             extra = {"target": found.name, "data": data_record(found.data), "trained": True, "report": result.report}
@@ -98,7 +104,7 @@ def show_plan(plan: dict[str, Any]) -> None:
     """The plan as a table, with remarks below it."""
     ranks = bool(plan["groups"]) and "rank" in plan["groups"][0]
     after = "rank" if ranks else "planned"
-    columns = ["layer" if ranks else "group", "width", "needed", after, "saturation", "variance kept" if ranks else "expected"]
+    columns = ["layer" if ranks else "group", "width", "needed", after, "saturation", "variance kept" if ranks else "needed / planned"]
     rows = []
     for g in plan["groups"]:
         cells = [g["name"], short(g["width"]), short(g["needed"]), short(g[after]), short(g["saturation"], 2)]
@@ -114,6 +120,9 @@ def show_plan(plan: dict[str, Any]) -> None:
         f"MACs {short(plan['macs'])} > {short(plan['planned_macs'])} ({plan['planned_macs'] / plan['macs']:.1%}), "
         f"params {short(plan['params'])} > {short(plan['planned_params'])} ({plan['planned_params'] / plan['params']:.1%})"
     )
+    if "least loss" in plan["goal"]:
+        typer.echo("widths go by the loss and not by equal saturation, which keeps less accuracy at the same MACs in most networks "
+                   "(results/pruning); --allocation saturation makes needed / planned even")  # fmt: skip
     if growing := [g["name"] for g in plan["groups"] if g.get("grow")]:
         typer.echo(f"candidates to grow (saturation at the ceiling): {', '.join(growing)}")
     for name, reason in plan["fixed"].items():
@@ -127,6 +136,10 @@ def show_report(report: dict[str, Any]) -> None:
         ["accuracy on validation", short(accuracy["before"]), short(accuracy["pruned"]), short(accuracy.get("finetuned"))],
         ["MACs", short(macs["before"]), short(macs["after"]), "-"],
         ["params", short(params["before"]), short(params["after"]), "-"],
+    ]
+    rows += [
+        [f"saturation, {name}", short(report["saturation"]["before"][name], 2), short(report["saturation"]["after"][name], 2), "-"]
+        for name in ("mean", "evenness")
     ]
     rows += [[f"ms, {name}", short(t["before"], 2), short(t["after"], 2), "-"] for name, t in report["latency_ms"].items()]
     show_table(["", "before", "pruned", "fine-tuned"], rows)

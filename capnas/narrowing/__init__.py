@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from capnas.errors import UsageError
 from capnas.measures.narrowing import mixture
 from capnas.narrowing.applying import Keep, change_widths, kept_channels
-from capnas.narrowing.calibration import REFITTED
+from capnas.narrowing.calibration import refitted
 from capnas.narrowing.correcting import correct
 from capnas.narrowing.groups import CannotNarrow, CoupledGroup
 from capnas.narrowing.planning import Plan, plan_widths, read_widths
@@ -60,7 +60,7 @@ def narrowed(model: nn.Module, found: Survey, plan: Plan, *, refit: bool = True,
     """
     keep = chosen_units(found, plan)
     small = copy.deepcopy(model).eval()
-    fitted = {n: r for n, r in found.readings.items() if _columns(model, n) <= REFITTED}
+    fitted = {n: r for n, r in found.readings.items() if refitted(model.get_submodule(n))}
     if refit:
         for name in found.readings.keys() - fitted.keys():
             _mix(small, found, keep, name)
@@ -69,13 +69,11 @@ def narrowed(model: nn.Module, found: Survey, plan: Plan, *, refit: bool = True,
         _tell_apart(small, plan, seed)
     if refit:
         outputs = {n: kept_channels(found.groups, keep, n, "out", r.outputs.shape[1]) for n, r in fitted.items()}
-        correct(small, fitted, outputs, found.norms, found.images)
+        stay = {n: kept_channels(found.groups, keep, n, "both", len(m)).to(m.device) for n, (m, _) in found.norm_inputs.items()}
+        before = {n: (mean[stay[n]], variance[stay[n]]) for n, (mean, variance) in found.norm_inputs.items()}
+        correct(small, fitted, outputs, found.norms, found.images, before=before)
     _name_features(model, small, found.images[:1])
     return small
-
-
-def _columns(model: nn.Module, name: str) -> int:
-    return int(model.get_submodule(name).weight[0].numel())  # type: ignore[index]
 
 
 def _mix(model: nn.Module, found: Survey, keep: Keep, name: str) -> None:

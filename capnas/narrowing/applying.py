@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas.narrowing.groups import CannotNarrow, CoupledGroup, Coupling, cannot_narrow, find_groups
+from capnas.profile import untouched
 from capnas.recording import CONVS
 
 _DOUBLED = 30_000_000  # parameters beyond which the network is not tried with doubled channels
@@ -25,9 +26,11 @@ def narrowable(model: nn.Module, example: Tensor) -> Coupling:
         example: (B, C, H, W) an input on the model's device.
 
     Raises:
-        CannotNarrow: none can.
+        CannotNarrow: none can, or the network is no classifier that runs on the example: the text says why.
         MissingDependencyError: Torch-Pruning is not installed.
     """
+    if (reason := _unfit(model, example)) is not None:
+        raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {reason}.")
     found = find_groups(model, example)
     if _failure(model, example, found.groups) is None:
         return found
@@ -43,6 +46,32 @@ def narrowable(model: nn.Module, example: Tensor) -> Coupling:
     if not fine:
         raise cannot_narrow(model, fixed)
     return Coupling(groups=tuple(fine), fixed=fixed)
+
+
+def _unfit(model: nn.Module, example: Tensor) -> str | None:
+    """Why nothing could be measured: broken weights, weights of another type than the images, outputs that are no logits; or None."""
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.dtype != example.dtype:
+            return f"{name} is {tensor.dtype} and the images are {example.dtype}; give both one type, such as model.float()"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{name} holds NaN or infinity; give weights of a training that did not diverge"
+    for name, buffer in model.named_buffers():
+        if bool(torch.isnan(buffer).any()):  # not infinity, which masks hold
+            return f"{name} holds NaN; give weights of a training that did not diverge"
+    try:
+        with untouched(model, training=False), torch.no_grad():
+            got = model(example)
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+        return f"it does not run on images of shape {tuple(example.shape)} ({type(error).__name__}: {_one_line(error)})"
+    if not isinstance(got, Tensor):
+        return f"its output is a {type(got).__name__}; wrap it so that it gives one tensor of logits (B, classes)"
+    if got.dim() != 2 or len(got) != len(example):
+        return f"its output has the shape {tuple(got.shape)}, expected logits ({len(example)}, classes)"
+    return None if bool(torch.isfinite(got).all()) else "its outputs are not finite on the images"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) -> str | None:
@@ -61,7 +90,7 @@ def _failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) 
             change_widths(trial, groups, {g.name: _doubled(g, trial) for g in groups})
             gap = float((trial(example) - expected).abs().max())
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-        return f"without a channel it does not run ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        return f"without a channel it does not run ({type(error).__name__}: {_one_line(error)})"
     if gap > 1e-3 * float(expected.abs().max()) + 1e-6:
         return "its channels are read in another order, or together, than Torch-Pruning says: doubled channels change what is computed"
     return None

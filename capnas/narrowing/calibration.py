@@ -20,6 +20,7 @@ WIDEST = 2304  # input columns of a reader beyond which kernel positions are tak
 REFITTED = 4608  # input columns beyond which a reader is not refitted in full
 _ROWS = 8192  # samples kept per layer, more where it is wider
 _VALUES = 2**27  # numbers in the sampled inputs of one layer at most
+NormInputs = tuple[Tensor, Tensor]  # mean and variance of each channel, (C,) and (C,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,11 @@ def readable(module: nn.Module) -> bool:
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
     )
+
+
+def refitted(module: nn.Module) -> bool:
+    """Whether a `readable` layer is refitted in full; one that reads more columns has its weights mixed."""
+    return int(module.weight[0].numel()) <= REFITTED  # type: ignore[index]
 
 
 def sampled(name: str, total: int, width: int) -> Tensor:
@@ -193,6 +199,40 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
     norms = {n: look for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     with untouched(model, training=False), torch.no_grad(), hooked(layers, model), hooked(norms, model, before=True):
         model(example)
+    return found
+
+
+def running_norms(model: nn.Module) -> list[str]:
+    """Batch norms that keep running moments."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+
+
+def channel_moments(x: Tensor) -> NormInputs:
+    """Mean and variance of each channel of (B, C, ...), with N and not N - 1 below, as a batch norm uses them.
+
+    >>> [v.tolist() for v in channel_moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))]
+    [[2.0, 5.0], [1.0, 0.0]]
+    """
+    axes = [i for i in range(x.dim()) if i != 1]
+    return x.mean(axes), x.var(axes, unbiased=False)
+
+
+def norm_inputs(model: nn.Module, images: Tensor) -> dict[str, NormInputs]:
+    """What each batch norm with running moments reads over the images, run as one batch in eval mode; of several calls the first.
+
+    >>> net = nn.Sequential(nn.BatchNorm2d(1))
+    >>> [v.item() for v in norm_inputs(net, torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1))["0"]]
+    [2.0, 1.0]
+    """
+    found: dict[str, NormInputs] = {}
+    names = {m: n for n, m in model.named_modules()}
+
+    def look(module: nn.Module, args: Any) -> None:
+        if names[module] not in found:
+            found[names[module]] = channel_moments(args[0])
+
+    with untouched(model, training=False), torch.no_grad(), hooked(dict.fromkeys(running_norms(model), look), model, before=True):
+        model(images)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Make up for removed channels: every dense layer refitted on what it now reads, batch norms measured again.
+"""Make up for removed channels: every dense layer refitted on what it now reads, batch norms moved along with their inputs.
 
 One pass over the calibration images in the order of the layers: each layer's weights are replaced, by least squares towards what the full
 network's layer put out, before it runs; so the next layer is fitted on the outputs that it will really get (after He, Zhang and Sun,
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capnas.measures.narrowing import refit
-from capnas.narrowing.calibration import Reading, hooked, input_rows
+from capnas.measures.narrowing import moved_norm, refit
+from capnas.narrowing.calibration import NormInputs, Reading, channel_moments, hooked, input_rows, running_norms
 
 
 def correct(
@@ -24,8 +24,8 @@ def correct(
     norms: Mapping[str, str],
     images: Tensor,
     *,
+    before: Mapping[str, NormInputs],
     ridge: float = 1e-3,
-    renew_norms: bool = True,
 ) -> None:
     """Refit a narrowed network in place, in eval mode.
 
@@ -35,8 +35,9 @@ def correct(
         kept_outputs: per layer the output channels that stayed.
         norms: layer to the batch norm straight behind it.
         images: (N, C, H, W), the images of the readings.
+        before: what each batch norm read in the full network, of the channels that stayed; its running mean and variance move by the
+            difference (`capnas.measures.narrowing.moved_norm`).
         ridge: see `capnas.measures.narrowing.refit`.
-        renew_norms: measure the mean and variance of every batch norm again on the refitted outputs.
     """
 
     def fit(name: str) -> Callable[..., None]:
@@ -52,22 +53,50 @@ def correct(
             module.weight.copy_(weight.reshape(module.weight.shape))
             if module.bias is not None:
                 module.bias.copy_(bias)
-            elif name in norms:
-                model.get_submodule(norms[name]).running_mean -= bias.float()  # type: ignore[operator]
-            else:
+            elif norms.get(name) not in before:  # a norm straight behind takes up the mean instead
                 module.bias = nn.Parameter(bias.to(module.weight))
 
         return hook
 
-    def renew(module: Any, args: Any) -> None:
-        x = args[0]
-        axes = [i for i in range(x.dim()) if i != 1]
-        module.running_mean.copy_(x.mean(axes))
-        module.running_var.copy_(x.var(axes, unbiased=False))
+    def move(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            if name not in done:
+                done.add(name)
+                mean, variance = moved_norm(
+                    (module.running_mean, module.running_var), before[name], channel_moments(args[0]), eps=module.eps
+                )
+                module.running_mean.copy_(mean)
+                module.running_var.copy_(variance)
+
+        return hook
 
     done: set[str] = set()
-    norm_names = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     model.eval()
-    fits, renewals = {n: fit(n) for n in readings}, dict.fromkeys(norm_names, renew) if renew_norms else {}
-    with torch.no_grad(), hooked(fits, model, before=True), hooked(renewals, model, before=True):
+    fits, moves = {n: fit(n) for n in readings}, {n: move(n) for n in before}
+    with torch.no_grad(), hooked(fits, model, before=True), hooked(moves, model, before=True):
+        model(images)
+
+
+def measure_norms(model: nn.Module, images: Tensor) -> None:
+    """Measure the running mean and variance of every batch norm anew, in place: what other pruners are given beside `correct`.
+
+    Unlike `correct` it forgets what training had gathered, so that few or small images hurt.
+
+    Args:
+        model: on the images' device; left in eval mode.
+        images: (N, C, H, W), run as one batch.
+
+    >>> net = nn.Sequential(nn.BatchNorm2d(1))
+    >>> measure_norms(net, torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1))
+    >>> net[0].running_mean.item(), net[0].running_var.item()
+    (2.0, 1.0)
+    """
+
+    def measure(module: Any, args: Any) -> None:
+        mean, variance = channel_moments(args[0])
+        module.running_mean.copy_(mean)
+        module.running_var.copy_(variance)
+
+    model.eval()
+    with torch.no_grad(), hooked(dict.fromkeys(running_norms(model), measure), model, before=True):
         model(images)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from capnas.candidates import count_cost
 from capnas.narrowing.groups import CoupledGroup
-from capnas.recording import CONVS
+from capnas.recording import CONVS, MEASURED
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,6 +20,8 @@ class NetworkCost:
     Attributes:
         names: L modules that cost anything.
         macs, params: (L,) of each now, for one image.
+        biases: (L,) which of these parameters are biases of layers that also read a group: they go with the outputs alone.
+        added: (L,) biases that refitting gives to layers that have none and no batch norm straight behind.
         inputs, outputs: (L, G) share of a module's inputs (outputs) that one unit of each group is.
         units: (G,) units now.
     """
@@ -27,13 +29,17 @@ class NetworkCost:
     names: tuple[str, ...]
     macs: Tensor
     params: Tensor
+    biases: Tensor
+    added: Tensor
     inputs: Tensor
     outputs: Tensor
     units: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, groups: Sequence[CoupledGroup], input_shape: tuple[int, ...]) -> NetworkCost:
-        """Count a network, `input_shape` with B = 1."""
+    def of(
+        cls, model: nn.Module, groups: Sequence[CoupledGroup], input_shape: tuple[int, ...], *, added: Sequence[str] = ()
+    ) -> NetworkCost:
+        """Count a network, `input_shape` with B = 1; `added` names the layers that refitting gives a bias."""
         layers = count_cost(model, input_shape).layers
         modules = dict(model.named_modules())
         place = {name: i for i, name in enumerate(layers)}
@@ -55,27 +61,44 @@ class NetworkCost:
                     attention = name.rpartition(".")[0]
                     if attention in place:
                         outputs[place[attention], j] = 1 / group.units
+        biases, gained = (torch.zeros(len(layers), dtype=torch.float64) for _ in range(2))
+        for name, i in place.items():
+            if isinstance(modules[name], MEASURED):
+                biases[i] = 0 if modules[name].bias is None else modules[name].bias.numel()
+                gained[i] = _width(modules[name], "out") if name in added else 0
         return cls(
             names=tuple(layers),
             macs=torch.tensor([float(c.macs) for c in layers.values()], dtype=torch.float64),
             params=torch.tensor([float(c.params) for c in layers.values()], dtype=torch.float64),
+            biases=biases,
+            added=gained,
             inputs=inputs,
             outputs=outputs,
             units=torch.tensor([float(g.units) for g in groups], dtype=torch.float64),
         )
 
     def shares(self, units: Tensor) -> Tensor:
-        """Share of each module's cost that stays, (N, L), for units per group (N, G)."""
+        """Share of each module's MACs that stays, (N, L), for units per group (N, G)."""
         change = units.to(self.units) - self.units
         return (1 + change @ self.inputs.T) * (1 + change @ self.outputs.T)
+
+    def planned_params(self, units: Tensor) -> Tensor:
+        """Parameters of each module, (N, L), for units per group (N, G)."""
+        outputs = 1 + (units.to(self.units) - self.units) @ self.outputs.T
+        return self.shares(units) * (self.params - self.biases) + outputs * (self.biases + self.added)
 
     def total_macs(self, units: Tensor) -> Tensor:
         """MACs of whole networks, (N,), for units per group (N, G)."""
         return self.shares(units) @ self.macs
 
     def total_params(self, units: Tensor) -> Tensor:
-        """Parameters likewise; biases are counted as weights, an error of less than one in a hundred."""
-        return self.shares(units) @ self.params
+        """Parameters of whole networks, (N,), for units per group (N, G)."""
+        return self.planned_params(units).sum(1)
+
+    def fixed_macs(self) -> float:
+        """MACs of the modules that no group reaches."""
+        untouched = (self.inputs.abs().sum(1) + self.outputs.abs().sum(1)) == 0
+        return float(self.macs[untouched].sum())
 
 
 def _width(module: nn.Module, side: str) -> int:

@@ -109,15 +109,16 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
     heads = head_names(model)
     fixed: dict[str, str] = {h: _CLASSES for h in heads if isinstance(modules[h], MEASURED)}
     attentions = {n: m for n, m in modules.items() if _is_attention(m)}
+    tied = shared_parameters(model)
     found: list[list[list[Atom]]] = []
     for writer, units in _dependency_groups(model, example):
-        reason = _refusal(units, modules, heads, attentions)
+        reason = _tied(units, tied) or _refusal(units, modules, heads, attentions)
         if reason:
             for name in {a[0] for u in units for a in u if a[1] == "out"} | {writer}:
                 fixed.setdefault(name, reason)
         else:
             found.append(units)
-    found += [_head_units(n, m) for n, m in attentions.items() if _plain_attention(m)]
+    found += [_head_units(n, m) for n, m in attentions.items() if _plain_attention(m) and not {f"{n}.qkv", f"{n}.proj"} & tied.keys()]
     for units in found:
         for name in {a[0] for u in units for a in u if a[1] == "out"}:
             fixed.pop(name, None)
@@ -126,6 +127,31 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
     if not groups:
         raise cannot_narrow(model, fixed)
     return Coupling(groups=tuple(groups), fixed=fixed)
+
+
+def shared_parameters(model: nn.Module) -> dict[str, str]:
+    """Modules that own a parameter which another module owns too (and such parameters themselves), each with the words that say so.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> net[1].weight = net[0].weight
+    >>> shared_parameters(net)["1"]
+    '0.weight and 1.weight are one parameter'
+    """
+    owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners[id(parameter)].append((name, f"{name}.{leaf}" if name else leaf))
+    found: dict[str, str] = {}
+    for places in owners.values():
+        for module_name, full in places if len(places) > 1 else ():
+            words = f"{places[0][1]} and {places[-1][1]} are one parameter"
+            found.setdefault(module_name, words)
+            found.setdefault(full, words)
+    return found
+
+
+def _tied(units: list[list[Atom]], tied: Mapping[str, str]) -> str | None:
+    return next((tied[name] for name, _, _ in units[0] if name in tied), None)
 
 
 def cannot_narrow(model: nn.Module, fixed: Mapping[str, str]) -> CannotNarrow:
@@ -190,9 +216,7 @@ def _side(module: nn.Module, handler: str) -> Side:
     return "both"
 
 
-def _refusal(
-    units: list[list[Atom]], modules: Mapping[str, nn.Module], heads: set[str], attentions: Mapping[str, nn.Module]
-) -> str | None:
+def _refusal(units: list[list[Atom]], modules: Mapping[str, nn.Module], heads: set[str], attentions: Mapping[str, nn.Module]) -> str | None:
     """Why a group keeps its width, or None."""
     places = {(name, side) for name, side, _ in units[0]}
     if any((f"{n}.qkv", "in") in places for n in attentions):

@@ -16,6 +16,7 @@ from capnas.narrowing.groups import CoupledGroup
 from capnas.narrowing.survey import Survey
 
 Allocation = Literal["loss", "saturation"]
+ALLOCATIONS = ("loss", "saturation")
 CEILING = 0.9  # saturation from which a group is named as one that could use more width
 
 
@@ -27,7 +28,7 @@ class GroupPlan:
         name: of the group, its first layer.
         layers: all layers whose width changes with it.
         width, needed, planned: now; what the data needs (intrinsic dimension); in the plan.
-        saturation: before; ``expected``: needed / planned, at most 1, in the plan.
+        saturation: before; ``expected``: needed / planned, above 1 where the plan is narrower than the data needs.
         utilisation: capacity utilisation (36) of its least used layer; ``over_wide`` where flagged by (50).
         macs, planned_macs, params, planned_params: of the layers that write the group.
         loss: expected increase of the loss of one image, to second order, if this group alone is narrowed.
@@ -109,17 +110,14 @@ def plan_widths(
     """
     if (target_macs is not None) + lossless + (widths is not None) != 1:
         raise UsageError("give exactly one goal: a target of MACs, lossless, or a plan of widths.")
-    if allocation not in ("loss", "saturation"):
-        raise UsageError(one_of("allocation", allocation, ("loss", "saturation")))
-    if round_to < 1:
-        raise UsageError(f"round_to must be at least 1, got {round_to}.")
+    check_division(allocation, round_to)
     options = [
         Widths(now=g.units, needed=n, choices=width_choices(g.units, g.unit_channels, round_to), losses=p.losses)
         for g, n, p in zip(found.groups, found.needed, found.paths)
     ]
     full = float(found.cost.macs.sum())
     if widths is not None:
-        units, goal = _given(found.groups, widths), "the widths of a plan"
+        units, goal = check_widths(found.groups, widths), "the widths of a plan"
     elif lossless:
         units, goal = needed_widths(options), f"every group as wide as {found.threshold:g} of its variance needs"
     else:
@@ -127,15 +125,22 @@ def plan_widths(
         check_target(target_macs)
         least = float(found.cost.total_macs(torch.tensor([[float(o.choices[0]) for o in options]], dtype=torch.float64)))
         if least > target_macs * full:
-            raise UsageError(
-                f"{target_macs:g} of the MACs cannot be reached: with every group at its least width {least / full:.2f} of them remain; "
-                "layers of fixed width cost the rest."
-            )
+            raise UsageError(f"{target_macs:g} of the MACs cannot be reached: {_why_not(found, least / full, full, round_to)}.")
         allocate = least_loss if allocation == "loss" else equal_saturation
         units = allocate(options, found.cost.total_macs, target_macs * full)
         way = "least loss per MAC saved" if allocation == "loss" else "equal saturation"
         goal = f"{target_macs:g} of the MACs, by {way}"
     return _plan(found, units, goal)
+
+
+def _why_not(found: Survey, least: float, full: float, round_to: int) -> str:
+    fixed = found.cost.fixed_macs() / full
+    words = [f"with every group at its least width {least:.2f} of them remain"]
+    if fixed >= 0.005:
+        words.append(f"layers of fixed width cost {fixed:.2f}")
+    if any(g.unit_channels < round_to for g in found.groups):
+        words.append("a smaller --round-to allows narrower groups")
+    return "; ".join(words)
 
 
 def check_target(share: float) -> None:
@@ -146,6 +151,18 @@ def check_target(share: float) -> None:
     """
     if not 0 < share < 1:
         raise UsageError(f"the target is the share of MACs to keep, in (0, 1), got {share}.")
+
+
+def check_division(allocation: str, round_to: int) -> None:
+    """Refuse what does not say how a target is divided over groups.
+
+    Raises:
+        UsageError: an unknown allocation, or a multiple below 1.
+    """
+    if allocation not in ALLOCATIONS:
+        raise UsageError(one_of("allocation", allocation, ALLOCATIONS))
+    if round_to < 1:
+        raise UsageError(f"round_to must be at least 1, got {round_to}.")
 
 
 def read_widths(path: str | Path) -> dict[str, int]:
@@ -169,7 +186,16 @@ def read_widths(path: str | Path) -> dict[str, int]:
     return widths
 
 
-def _given(groups: Sequence[CoupledGroup], widths: Mapping[str, int]) -> list[int]:
+def check_widths(groups: Sequence[CoupledGroup], widths: Mapping[str, int]) -> list[int]:
+    """Units of each group in a plan of widths.
+
+    Args:
+        groups: of the network.
+        widths: channels by group; groups that are not named keep theirs.
+
+    Raises:
+        UsageError: a name that is no group, or a width that is no multiple of the group's unit.
+    """
     known = {g.name: g for g in groups}
     for name, width in widths.items():
         if name not in known:
@@ -181,7 +207,7 @@ def _given(groups: Sequence[CoupledGroup], widths: Mapping[str, int]) -> list[in
 
 def _plan(found: Survey, units: Sequence[int], goal: str) -> Plan:
     wide = torch.tensor([list(units)], dtype=torch.float64)
-    shares = found.cost.shares(wide)[0]
+    shares, by_module = found.cost.shares(wide)[0], found.cost.planned_params(wide)[0]
     place = {name: i for i, name in enumerate(found.cost.names)}
     rows = []
     for i, (group, n) in enumerate(zip(found.groups, units)):
@@ -196,13 +222,13 @@ def _plan(found: Survey, units: Sequence[int], goal: str) -> Plan:
                 needed=round(found.needed[i] * group.unit_channels),
                 planned=n * group.unit_channels,
                 saturation=found.saturation[i],
-                expected=min(1.0, found.needed[i] / n),
+                expected=found.needed[i] / n,
                 utilisation=used if used == used else None,
                 over_wide=found.over_wide[i],
                 macs=round(float(macs.sum())),
                 planned_macs=round(float((macs * shares[own]).sum())),
                 params=round(float(params.sum())),
-                planned_params=round(float((params * shares[own]).sum())),
+                planned_params=round(float(by_module[own].sum())),
                 loss=float(found.paths[i].losses[group.units - n]) if n < group.units else 0.0,
                 grow=found.saturation[i] >= CEILING,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,15 +17,20 @@ from capnas.candidates import count_cost
 from capnas.data import ImageData
 from capnas.devices import resolve_device
 from capnas.errors import CapnasError, UsageError, one_of
+from capnas.measures.evenness import evenness, mean
 from capnas.measures.saturation import THRESHOLD
 from capnas.narrowing import narrowed
+from capnas.narrowing.applying import narrowable
 from capnas.narrowing.lowrank import RankPlan, factorized, plan_ranks
-from capnas.narrowing.planning import Allocation, Plan, check_target, plan_widths
-from capnas.narrowing.survey import survey
+from capnas.narrowing.planning import Allocation, Plan, check_division, check_target, check_widths, plan_widths
+from capnas.narrowing.survey import saturations, survey
+from capnas.profile import untouched
+from capnas.projection import head_names
 from capnas.training import TrainConfig, TrainingResult, evaluate, train
 
 Method = Literal["channels", "lowrank"]
 FINETUNE = TrainConfig(lr=1e-3, warmup_epochs=0.1, record=False)
+_LARGE = 10.0  # times the full network's largest output, from which the narrowed network's is named
 _PIXELS = 2**23  # of calibration images in all: bounds the memory of the pass that runs them as one batch
 
 
@@ -37,8 +43,8 @@ class PruneConfig:
         lossless: share of each layer's variance that its planned width holds, in (0, 1).
         widths: channels by group.
         method: "channels" removes whole channels; "lowrank" splits layers in two by their eigenspaces.
-        allocation: of a target, see `capnas.narrowing.planning.plan_widths`.
-        round_to: channels are a multiple of it.
+        allocation: of a target, see `capnas.narrowing.planning.plan_widths`; for channels only.
+        round_to: channels are a multiple of it; for channels only.
         images: for calibration, from train; fewer where they are large.
         finetune_epochs: passes over train after narrowing.
         train_epochs: passes before it, for a network without trained weights.
@@ -71,6 +77,11 @@ class PruneConfig:
             raise UsageError(one_of("method", self.method, ("channels", "lowrank")))
         if self.method == "lowrank" and self.widths is not None:
             raise UsageError("a plan of widths is for the method channels; lowrank takes --target-macs or --lossless.")
+        check_division(self.allocation, self.round_to)
+        if self.method == "lowrank" and (self.allocation, self.round_to) != (PruneConfig.allocation, PruneConfig.round_to):
+            raise UsageError(
+                "allocation and round_to are for the method channels; lowrank gives every layer the ranks of one share of its variance."
+            )
         if self.lossless is not None and not 0 < self.lossless < 1:
             raise UsageError(f"lossless is the share of the variance to keep, in (0, 1), got {self.lossless}.")
         if self.images < 16:
@@ -86,7 +97,8 @@ class Pruned:
     Attributes:
         model: in eval mode.
         plan: that it follows.
-        report: plain JSON types: accuracy on validation (before, pruned, finetuned), MACs, params, milliseconds per batch.
+        report: plain JSON types: accuracy on validation (before, pruned, finetuned), MACs, params, milliseconds per batch, mean and
+            evenness of the layers' measured saturation before and after, the largest output on a batch of validation before and after.
     """
 
     model: nn.Module
@@ -133,11 +145,18 @@ def pretrain(
     """Train a fresh network before it is narrowed: widths are planned from what trained layers do.
 
     Raises:
-        UsageError: ``config.train_epochs`` is 0.
+        UsageError: ``config.train_epochs`` is 0, or the plan's widths are of another network.
+        CannotNarrow: this network cannot be narrowed, trained or not.
         CapnasError: the training did not complete.
     """
     if not config.train_epochs:
-        raise UsageError("this network has no trained weights, and widths are planned from trained layers: give --train-epochs N.")
+        raise UsageError(
+            "this network has no trained weights, and widths are planned from trained layers: "
+            "give --train-epochs N, or a timm model its --weights FILE.safetensors."
+        )
+    if config.widths is not None:  # before minutes of training
+        example = data.probe(2, seed=config.seed, device=next(model.parameters()).device, image_size=image_size)[0]
+        check_widths(narrowable(model, example).groups, config.widths)
     settings = TrainConfig(epochs=config.train_epochs, seed=config.seed, device=config.device, record=False)
     _train(model, data, settings, image_size, "training", say)
     return model
@@ -158,7 +177,7 @@ def prune(
     Raises:
         CannotNarrow: this network cannot be narrowed; the text says why.
         UsageError: a goal that cannot be reached.
-        CapnasError: fine-tuning diverged.
+        CapnasError: the narrowed network's outputs are not finite, or fine-tuning diverged.
     """
     tell = say or (lambda text: None)
     device, size = resolve_device(config.device), image_size or data.image_size
@@ -168,10 +187,17 @@ def prune(
     start = time.perf_counter()
     plan, carry_out = make_plan(full, images, config)
     tell(f"plan: {plan.goal}; {plan.planned_macs / plan.macs:.1%} of the MACs, {plan.planned_params / plan.params:.1%} of the parameters")
+    if isinstance(plan, Plan) and plan.grows and not config.finetune_epochs:
+        tell("groups that the plan widens start as copies of their most needed channels; --finetune-epochs N trains them apart")
     small = carry_out()
     seconds = time.perf_counter() - start
     shape = (1, *images.shape[1:])
     before, after = count_cost(full, shape), count_cost(small, shape)
+    outputs = largest_outputs(full, small, next(iter(data.batches("validation", 256, device=device, image_size=size)))[0])
+    if outputs["after"] > _LARGE * outputs["before"]:
+        tell(f"warning: on validation images the narrowed network puts out up to {outputs['after']:.3g}, the full one "
+             f"{outputs['before']:.3g}; give more images (--calibration) or a larger target, or fine-tune")  # fmt: skip
+    saturation = {name: _saturation(m, images, config.lossless or THRESHOLD) for name, m in (("before", full), ("after", small))}
     accuracy = {name: evaluate(m, data, "validation", device=config.device, image_size=size)["accuracy"]
                 for name, m in (("before", full), ("pruned", small))}  # fmt: skip
     tell(f"accuracy on validation: {accuracy['before']:.4f} before, {accuracy['pruned']:.4f} after narrowing, without training")
@@ -188,6 +214,8 @@ def prune(
         "accuracy": accuracy,
         "macs": {"before": before.macs, "after": after.macs},
         "params": {"before": before.params, "after": after.params},
+        "saturation": saturation,
+        "outputs": outputs,
         "latency_ms": {f"batch {b}": {"before": t[0], "after": t[1]} for b, t in times.items()},
         "device": str(device),
         "threads": torch.get_num_threads(),
@@ -195,6 +223,39 @@ def prune(
         "finetuning": curve,
     }
     return Pruned(model=small.eval(), plan=plan, report=report)
+
+
+def largest_outputs(full: nn.Module, small: nn.Module, x: Tensor) -> dict[str, float]:
+    """The largest absolute output of both networks on images that neither was corrected on, in eval mode.
+
+    Args:
+        full: as it was.
+        small: narrowed.
+        x: (B, C, H, W) on their device.
+
+    Raises:
+        CapnasError: the narrowed network's outputs are not finite.
+
+    >>> largest_outputs(nn.Identity(), nn.ReLU(), torch.tensor([[-2.0, 1.0]]))
+    {'before': 2.0, 'after': 1.0}
+    """
+    found = []
+    for model in (full, small):
+        with untouched(model, training=False), torch.no_grad():
+            found.append(float(model(x).abs().max()))
+    if not math.isfinite(found[1]):
+        raise CapnasError(
+            f"the narrowed network puts out NaN or infinity on images it was not corrected on (the full one at most {found[0]:.3g}): "
+            "give more calibration images (--calibration) or a larger target."
+        )
+    return {"before": found[0], "after": found[1]}
+
+
+def _saturation(model: nn.Module, images: Tensor, threshold: float) -> dict[str, float]:
+    """Mean and evenness over all layers but the head, as measured."""
+    heads = head_names(model)
+    values = [v for name, v in saturations(model, images, threshold).items() if name not in heads]
+    return {"mean": mean(values), "evenness": evenness(values)}
 
 
 def latencies(models: list[nn.Module], images: Tensor, batch: int, *, rounds: int = 9) -> list[float]:

@@ -15,9 +15,9 @@ from capnas.measures.moments import covariance
 from capnas.measures.narrowing import Reader, RemovalPath, factor, removal_path
 from capnas.measures.saturation import THRESHOLD, intrinsic_dimension, spectrum
 from capnas.narrowing.applying import narrowable
-from capnas.narrowing.calibration import Reading, norms_behind, output_moments, read_layers, readable
+from capnas.narrowing.calibration import NormInputs, Reading, norm_inputs, norms_behind, output_moments, read_layers, readable, refitted
 from capnas.narrowing.costs import NetworkCost
-from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow
+from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, shared_parameters
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +29,7 @@ class Survey:
         cost: of the network by widths.
         readings: of every dense layer, see `capnas.narrowing.calibration.read_layers`.
         norms: layers straight before a batch norm, and that norm.
+        norm_inputs: mean and variance of what each batch norm reads on the images.
         needed: per group the units that hold `threshold` of the variance of each of its writers' outputs.
         saturation: per group needed / units, in [0, 1].
         paths: per group the order in which its units are best removed.
@@ -42,6 +43,7 @@ class Survey:
     cost: NetworkCost
     readings: Mapping[str, Reading]
     norms: Mapping[str, str]
+    norm_inputs: Mapping[str, NormInputs]
     needed: tuple[float, ...]
     saturation: tuple[float, ...]
     paths: tuple[RemovalPath, ...]
@@ -71,7 +73,8 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
     """
     coupling = narrowable(model, images[:2])
     modules = dict(model.named_modules())
-    readings = read_layers(model, [n for n, m in modules.items() if readable(m)], images, seed=seed)
+    tied = shared_parameters(model)  # refitting one layer would change the other
+    readings = read_layers(model, [n for n, m in modules.items() if readable(m) and n not in tied], images, seed=seed)
     fixed, groups, paths = dict(coupling.fixed), [], []
     for group in coupling.groups:
         readers = _readers(group, modules, readings)
@@ -88,13 +91,16 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
         utilisation, wide = capacity.utilisation, capacity.over_wide
     except UsageError:  # second evidence only: a network that it cannot read is narrowed without it
         utilisation, wide = {}, ()
+    norms, moments = norms_behind(model, images[:2]), norm_inputs(model, images)
+    added = [n for n in readings if refitted(modules[n]) and modules[n].bias is None and norms.get(n) not in moments]
     writers = [[p.module for p in g.writers()] for g in groups]
     used = [[utilisation[w] for w in names if w in utilisation] for names in writers]
     return Survey(
         coupling=Coupling(groups=tuple(groups), fixed=fixed),
-        cost=NetworkCost.of(model, groups, (1, *images.shape[1:])),
+        cost=NetworkCost.of(model, groups, (1, *images.shape[1:]), added=added),
         readings=readings,
-        norms=norms_behind(model, images[:2]),
+        norms=norms,
+        norm_inputs=moments,
         needed=tuple(needed),
         saturation=tuple(n / g.units for n, g in zip(needed, groups)),
         paths=tuple(paths),
@@ -122,15 +128,26 @@ def _readers(group: CoupledGroup, modules: Mapping[str, nn.Module], readings: Ma
     return found
 
 
+def saturations(model: nn.Module, images: Tensor, threshold: float = THRESHOLD) -> dict[str, float]:
+    """Share of its outputs that each conv and linear layer needs for a share of their variance, in [0, 1], in eval mode.
+
+    Args:
+        model: left as it is.
+        images: (N, C, H, W) on the model's device.
+        threshold: share of the variance, in (0, 1].
+
+    >>> net = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 2))
+    >>> saturations(net, torch.randn(32, 1))
+    {'0': 0.25, '1': 0.5}
+    """
+    found = {}
+    for name, record in output_moments(model, images).items():
+        values = spectrum(covariance(record.moments))
+        found[name] = intrinsic_dimension(values.eigenvalues, threshold, values.total) / values.width
+    return found
+
+
 def _needed(model: nn.Module, groups: list[CoupledGroup], images: Tensor, threshold: float) -> list[float]:
     """Units that each group's data needs: of several writers the most demanding one's, in their own widths."""
-    records = output_moments(model, images)
-    needed = []
-    for group in groups:
-        shares = []
-        for port in group.writers():
-            if port.module in records:
-                found = spectrum(covariance(records[port.module].moments))
-                shares.append(intrinsic_dimension(found.eigenvalues, threshold, found.total) / found.width)
-        needed.append(group.units * max(shares, default=1.0))
-    return needed
+    shares = saturations(model, images, threshold)
+    return [g.units * max((shares[p.module] for p in g.writers() if p.module in shares), default=1.0) for g in groups]

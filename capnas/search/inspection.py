@@ -21,7 +21,7 @@ from capnas.projection import ProjectionResult, project_model
 from capnas.recording import Reading
 from capnas.scoring import score
 from capnas.search.runs import open_run
-from capnas.search.target import open_target
+from capnas.search.target import Target, open_target
 from capnas.search.trials import Rebuilt, rebuild
 from capnas.training import evaluate, train
 from capnas.weights import InitialWeights
@@ -215,17 +215,28 @@ def _model(target: str, data: str | None, image_size: int | None, weights: str |
     model, trained = found.build(seed), found.trained
     state = "trained weights" if trained else "before training"
     if weights is not None:
-        if "timm" not in found.recipe or trained:
-            raise UsageError("weights are for a timm model given by its name; a saved model has its own.")
-        _load(model, Path(weights), target)
+        load_weights(model, found, weights)
         state, trained = f"weights of {Path(weights).name}", True
     return _Network(model=model, name=found.name, state=state, data=found.data, image_size=found.image_size, trained=trained)
 
 
-def _load(model: nn.Module, path: Path, name: str) -> None:
+def load_weights(model: nn.Module, found: Target, weights: str | Path) -> None:
+    """Put trained weights into a timm model, in place.
+
+    Args:
+        model: built by the target.
+        found: a timm model given by its name.
+        weights: a safetensors file of its state dict.
+
+    Raises:
+        UsageError: the target has weights of its own or is no timm model, or the file cannot be read or does not fit.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path, name = Path(weights), found.name
+    if "timm" not in found.recipe or found.trained:
+        raise UsageError("weights are for a timm model given by its name; a saved model has its own.")
     try:
         state = load_file(str(path))
     except (OSError, SafetensorError) as error:

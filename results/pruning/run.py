@@ -4,7 +4,8 @@
     python results/pruning/run.py cifar --cifar cifar10.zip     # CIFAR-10 as {train,test}/<class>/*.jpg in a zip; a subset of 9,000 + 2,000
     python results/pruning/run.py --derive-only                 # table.md from raw/
 
-Every line of raw/ is one network: model, data, seed, method, kept MACs, accuracy on the test images. What is there is not computed again.
+Every line of raw/ is one network: model, data, seed, method, kept MACs, accuracy on the test images. What is there is not computed again,
+except capnas' networks of a former way to renew batch norms (no "norms": "moved" in the line), whose lines are replaced.
 Rivals: each importance with the same ratio in all layers and with one global ranking (scope), the ratio found by bisection so that the MACs
 are at most the target. ``renewed``: accuracy after batch norm statistics are measured again on the calibration images that capnas uses.
 """
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import io
 import json
+import os
 import platform
 import statistics
 import time
@@ -30,8 +33,7 @@ from torch import nn
 from capnas.candidates import count_cost
 from capnas.data import load_data
 from capnas.narrowing import narrowed, plan_widths, survey
-from capnas.narrowing.calibration import norms_behind
-from capnas.narrowing.correcting import correct
+from capnas.narrowing.correcting import measure_norms
 from capnas.projection import project_model
 from capnas.saved import build_recipe, load_model, save_model
 from capnas.training import TrainConfig, evaluate, train
@@ -39,6 +41,8 @@ from capnas.training import TrainConfig, evaluate, train
 HERE = Path(__file__).resolve().parent
 RATIOS, ROUND = (0.75, 0.5, 0.25), 4
 EPOCHS = {"fashion": 6, "cifar": 10}
+KEY = ("data", "model", "seed", "method", "scope", "ratio", "epochs")  # of which there is one line
+RIVALS_TUNED = 3  # for five epochs, per model
 _R4 = range(4)
 MODELS = {
     "resnet18-narrow": {"space": "resnet", "params": {
@@ -62,8 +66,18 @@ NOTES = """\
 (the default), `capnas saturation` makes saturation even; both refit what reads the removed channels on 1,024 training images, without
 labels and without a gradient step. Rivals are Torch-Pruning's importances, each in its better scope: one ratio for all layers, or one
 global ranking. A dash is a network that was not computed, or that cannot be made (BN scale finds no batch norm in ConvNeXt).
-The head of a column counts the seeds of the unpruned network in that table, of which the last may lack methods; a number without ± is of
-one seed."""
+All rows of a column are of the seeds that its head counts: those of which the unpruned network and `capnas loss` were both computed. A cell
+of fewer says so (n = 1). `kept MACs` is the range over the networks of a row: Torch-Pruning's widths are coarser, so that rivals at a
+target keep somewhat fewer. Five epochs: both allocations of capnas and the three rivals that are best after one, by the mean over
+seeds; the lines so far are of an earlier rule, the best three methods of each seed, so that most rivals lack one."""
+AIMS = """\
+Points, means over seeds, paired by seed. Lost: `capnas loss` at half the MACs without fine-tuning, at most 2. Rival: what the best rival
+loses, at least twice as much (met by how much more than twice). Again: the same with the batch norms of the best rival of each seed
+measured again. Ratios: the least margin of `capnas loss` over the best rival at 75, 50 and 25 %. Tuned: its margin over the best rival
+after 1 and 5 epochs; within the spread over seeds (or one standard error, 0.8) counts as met. A dash: no rival of the same seeds."""
+FORMER = """\
+In this table the rows of capnas (without ConvNeXt, which has none) are of networks whose batch norms were measured anew on the calibration
+images, as an earlier version did; now their moments move with their inputs."""
 
 
 def images_of(name, archive):
@@ -85,6 +99,18 @@ def images_of(name, archive):
         return load_data({"train": part(zipped, "train", 1000), "test": part(zipped, "test", 200)})
 
 
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write(path, lines):
+    """The lines in place of the file's, of two of one network the later, at the place of the first."""
+    unique = {tuple(line[k] for k in KEY): line for line in lines}
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in unique.values()))
+    os.replace(partial, path)
+
+
 class Bench:
     """One trained model, its images, and the lines known of it."""
 
@@ -102,18 +128,24 @@ class Bench:
         self.images, self.labels = data.probe(1024, seed=0)
         self.shape = (1, *self.images.shape[1:])
         self.macs = count_cost(self.model, self.shape).macs
+        self.rule = {"norms": "moved"} if any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules()) else {}
 
     @property
     def lines(self):  # read anew, as several processes may write
-        return [json.loads(line) for line in self.raw.read_text().splitlines()] if self.raw.exists() else []
+        return read(self.raw)
 
     def known(self, **what):
         return any(what.items() <= line.items() for line in self.lines)
 
     def note(self, **what):
+        """Add a line, or replace the one of the same network."""
         line = self.key | what
-        with self.raw.open("a") as out:
-            out.write(json.dumps(line) + "\n")
+        folder = os.open(self.raw.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # other processes may write the same file
+            write(self.raw, [*self.lines, line])
+        finally:
+            os.close(folder)
         print(line, flush=True)
 
     def accuracy(self, model):
@@ -177,13 +209,14 @@ def rival(bench, tp, name, scope, ratio):
 
 def renewed(bench, model):
     model = copy.deepcopy(model)
-    correct(model, {}, {}, norms_behind(model, bench.images[:2]), bench.images)
+    measure_norms(model, bench.images)
     return bench.accuracy(model)
 
 
 def ours(bench, ratios=RATIOS):
     """capnas' networks by allocation and ratio."""
-    missing = [(a, r) for a in ("loss", "saturation") for r in ratios if not bench.known(method=f"capnas {a}", ratio=r, epochs=0)]
+    missing = [(a, r) for a in ("loss", "saturation") for r in ratios
+               if not bench.known(method=f"capnas {a}", ratio=r, epochs=0, **bench.rule)]  # fmt: skip
     if not missing:
         return
     start = time.process_time()
@@ -196,7 +229,8 @@ def ours(bench, ratios=RATIOS):
         spent = time.process_time() - start
         bare = bench.accuracy(narrowed(bench.model, found, plan, refit=False)) if allocation == "loss" else None
         bench.note(method=f"capnas {allocation}", scope="", ratio=ratio, kept=bench.kept(small), epochs=0, accuracy=bench.accuracy(small),
-                   without_refit=bare, survey_seconds=round(measured, 1), narrow_seconds=round(spent, 1), widths=plan.widths)  # fmt: skip
+                   without_refit=bare, survey_seconds=round(measured, 1), narrow_seconds=round(spent, 1), widths=plan.widths,
+                   **bench.rule)  # fmt: skip
 
 
 def rivals(bench, scopes, ratios=RATIOS):
@@ -220,28 +254,44 @@ def rivals(bench, scopes, ratios=RATIOS):
                                renewed=renewed(bench, model) if ratio == 0.5 else None)  # fmt: skip
 
 
-def finetuned(bench, epochs, best=None):
-    """Everything at 50 % after fine-tuning; each rival in the scope that was better without; `best` bounds the number of methods."""
+def best_rivals(lines, count=RIVALS_TUNED):
+    """The rivals that are best after one epoch, by their mean over seeds; only those that were tuned for each seed."""
+    found, seeds = defaultdict(dict), {line["seed"] for line in rows_of(lines, method="unpruned", epochs=1)}
+    for line in rows_of(lines, epochs=1, ratio=0.5):
+        if line["accuracy"] is not None:
+            found[line["method"]][line["seed"]] = line["accuracy"]
+    means = {m: statistics.mean(a.values()) for m, a in found.items() if not m.startswith("capnas") and len(a) == len(seeds)}
+    return sorted(means, key=lambda m: -means[m])[:count]
+
+
+def finetuned(bench, epochs):
+    """Everything at 50 % after fine-tuning, each rival in the scope that was better without; beyond one epoch the best rivals only."""
     import torch_pruning as tp
 
     if not bench.known(method="unpruned", epochs=epochs):
         bench.note(method="unpruned", scope="", ratio=1.0, kept=1.0, epochs=epochs, accuracy=bench.tuned(bench.model, epochs))
-    before = defaultdict(list)
+    scopes = defaultdict(list)
     for line in bench.lines:
-        if line["ratio"] == 0.5 and line["epochs"] == (0 if best is None else 1) and line["accuracy"] is not None:
-            before[line["method"]].append((line["accuracy"], line["scope"]))
-    chosen = sorted(before, key=lambda m: -max(before[m])[0])[:best]
+        if line["ratio"] == 0.5 and line["epochs"] == 0 and line["accuracy"] is not None:
+            scopes[line["method"]].append((line["accuracy"], line["scope"]))
+    rivals = [m for m in scopes if not m.startswith("capnas")]
+    if epochs > 1:
+        files = bench.raw.parent.glob(f"{bench.key['data']}-{bench.key['model']}-*.jsonl")
+        rivals = best_rivals([line for file in files for line in read(file)])  # once per model, so that seeds can be paired
     found = None
-    for method in chosen:
-        if bench.known(method=method, ratio=0.5, epochs=epochs):
+    for method in ("capnas loss", "capnas saturation", *rivals):
+        mine = method.startswith("capnas")
+        rule = bench.rule if mine else {}
+        if bench.known(method=method, ratio=0.5, epochs=epochs, **rule):
             continue
-        scope = max(before[method])[1]
-        if method.startswith("capnas"):
+        scope = max(scopes[method])[1]
+        if mine:
             found = found or survey(bench.model, bench.images)
             small = narrowed(bench.model, found, plan_widths(found, target_macs=0.5, round_to=ROUND, allocation=method.split()[1]))
         else:
             small = rival(bench, tp, method, scope, 0.5)[0]
-        bench.note(method=method, scope=scope, ratio=0.5, kept=bench.kept(small), epochs=epochs, accuracy=bench.tuned(small, epochs))
+        found_at = {"scope": scope, "ratio": 0.5, "kept": bench.kept(small)}
+        bench.note(method=method, **found_at, epochs=epochs, accuracy=bench.tuned(small, epochs), **rule)
 
 
 def lossless(bench):
@@ -266,53 +316,131 @@ def best_scope(lines):
     return best
 
 
-def cell(values):
+def cell(values, count=None):
     values = [100 * v for v in values if v is not None]
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    return f"{statistics.mean(values):.1f}{spread}" + (f" (n = {len(values)})" if len(values) < (count or 0) else "")
 
 
-def derive():
-    lines = [json.loads(line) for path in sorted((HERE / "raw").glob("*.jsonl")) for line in path.read_text().splitlines()]
-    text = ["# Pruning: accuracy on test images, in points of one hundred (mean ± standard deviation over seeds)", "", NOTES, ""]
+def methods_of(lines):
+    own = ["capnas loss", "capnas saturation"]
+    return own + sorted({line["method"] for line in lines} - {"unpruned", "projection", *own})
+
+
+def unpruned(lines, epochs):
+    """Accuracy of the network itself by model and seed; without fine-tuning it stands beside its projection."""
+    wanted, value = ("unpruned", "accuracy") if epochs else ("projection", "before")
+    return {(line["model"], line["seed"]): line[value] for line in rows_of(lines, method=wanted, epochs=epochs)}
+
+
+class Table:
+    """Methods by model at one share of the MACs and one length of fine-tuning, all at the same seeds of a model."""
+
+    def __init__(self, lines, ratio, epochs):
+        self.at = rows_of(lines, ratio=ratio, epochs=epochs)
+        self.epochs, self.ratio, self.base = epochs, ratio, unpruned(lines, epochs)
+        self.found = best_scope(self.at)
+        self.models = [m for m in MODELS if rows_of(lines, model=m)]
+        self.seeds = {m: sorted(s for (n, s) in self.base if n == m and (m, s, "capnas loss") in self.found) for m in self.models}
+
+    def rows(self, model, method):
+        return [self.found[model, s, method] for s in self.seeds[model] if (model, s, method) in self.found]
+
+    def values(self, model, method):
+        return [line["accuracy"] for line in self.rows(model, method)]
+
+    def again(self, model):
+        """Per seed the best rival with its batch norms measured again."""
+        return [max((x.get("renewed") or 0 for x in rows_of(self.at, model=model, seed=s)), default=0) or None for s in self.seeds[model]]
+
+    def lost(self, model, method):
+        """Points lost against the unpruned network, the mean over the seeds that both have, and those points."""
+        pairs = [100 * (self.base[model, line["seed"]] - line["accuracy"]) for line in self.rows(model, method)]
+        return (round(statistics.mean(pairs), 6), pairs) if pairs else (None, [])
+
+    def best_rival(self, model):
+        """Name and mean points lost of the rival that loses least, of those computed for every seed."""
+        rivals = [m for m in methods_of(self.at)[2:] if len(self.rows(model, m)) == len(self.seeds[model])]
+        lost = {m: self.lost(model, m)[0] for m in rivals if self.seeds[model]}
+        return min(lost.items(), key=lambda item: item[1], default=(None, None))
+
+    def text(self):
+        what = "without fine-tuning" if not self.epochs else f"after {self.epochs} epoch{'s' * (self.epochs > 1)} of fine-tuning"
+        counts = {m: len(self.seeds[m]) for m in self.models}
+        header = " | ".join(f"{m} ({n} seed{'s' * (n != 1)})" for m, n in counts.items())
+        text = [f"### {self.ratio:.0%} of the MACs, {what}", "", f"| method | {header} | kept MACs |", "|---|---|" + "---|" * len(counts)]
+
+        def row(name, cells, kept="-"):
+            text.append(f"| {name} | " + " | ".join(cells) + f" | {kept} |")
+
+        row("unpruned", [cell([self.base[m, s] for s in self.seeds[m]]) for m in self.models], "1.00")
+        for method in methods_of(self.at):
+            kept = [line["kept"] for m in self.models for line in self.rows(m, method)]
+            span = f"{min(kept):.2f} to {max(kept):.2f}" if kept else "-"
+            row(method, [cell(self.values(m, method), counts[m]) for m in self.models], span)
+        if not self.epochs:
+            if self.ratio == 0.5:
+                row("best rival, batch norms measured again", [cell(self.again(m), counts[m]) for m in self.models])
+            row("capnas loss, no refitting",
+                [cell([x["without_refit"] for x in self.rows(m, "capnas loss")], counts[m]) for m in self.models])  # fmt: skip
+        own = [x for m in self.models for name in methods_of([]) for x in self.rows(m, name)]
+        former = [x for x in own if x["model"] != "convnext" and x.get("norms") != "moved"]
+        return [*text, "", *([FORMER, ""] if former else [])]
+
+
+def targets(lines):
+    """What was aimed at, and by how much it was met or missed."""
+
+    def verdict(met, by):
+        return f"{'met' if met else 'missed'} by {abs(by):.{1 if abs(by) >= 0.05 else 2}f}"
+
+    def points(value):
+        return f"{round(value, 1) + 0.0:.1f}"  # no minus before a zero
+
+    text = ["## Targets", "", AIMS, "", "| data | model | lost | rival | again | ratios | tuned 1 | tuned 5 |", "|---|" + "---|" * 7]
     for data in sorted({line["data"] for line in lines}, reverse=True):
         here = rows_of(lines, data=data)
-        models = [m for m in MODELS if rows_of(here, model=m)]
-        seeds = {m: sorted({line["seed"] for line in rows_of(here, model=m)}) for m in models}
-        methods = ["capnas loss", "capnas saturation"]
-        methods += sorted({line["method"] for line in here} - {"unpruned", "projection", *methods})
+        tables = {r: Table(here, r, 0) for r in RATIOS}
+        half = tables[0.5]
+        for model in half.models:
+            own, (_, other) = half.lost(model, "capnas loss")[0], half.best_rival(model)
+            again = [100 * (half.base[model, s] - a) for s, a in zip(half.seeds[model], half.again(model)) if a is not None]
+            margins = [t.best_rival(model)[1] - t.lost(model, "capnas loss")[0] for t in tables.values() if t.seeds[model]]
+            cells = [f"{points(own)}, {verdict(own <= 2, 2 - own)}", f"{points(other)}, {verdict(other >= 2 * own, other - 2 * own)}"]
+            least = statistics.mean(again) if again else None
+            cells.append("-" if least is None else f"{points(least)}, {verdict(least >= 2 * own, least - 2 * own)}")
+            cells.append(verdict(min(margins) > 0, min(margins)))
+            for epochs in (1, 5):
+                tuned = Table(here, 0.5, epochs)
+                rival_name, rival_lost = tuned.best_rival(model)
+                if rival_name is None:
+                    cells.append("-")
+                    continue
+                mean, lost = tuned.lost(model, "capnas loss")
+                spread = max([0.8, *(statistics.stdev(p) for p in (lost, tuned.lost(model, rival_name)[1]) if len(p) > 1)])
+                margin = rival_lost - mean
+                cells.append(f"{round(margin, 1) + 0.0:+.1f} over {rival_name}, {'met' if margin >= -spread else 'missed'}")
+            text.append(f"| {data} | {model} | " + " | ".join(cells) + " |")
+    lost = [(100 * (x["before"] - x["accuracy"]), x) for x in rows_of(lines, method="projection")]
+    over = [f"{x['data']} {x['model']} seed {x['seed']} by {by - 1:.1f}" for by, x in lost if round(by, 6) >= 1]
+    text += ["", f"Under 1 point lost on the 99 % eigenspaces, of each model and seed: met by {len(lost) - len(over)} of {len(lost)}"
+             + (f"; missed: {', '.join(over)}." if over else "."), ""]  # fmt: skip
+    return text
+
+
+def derived(lines):
+    """The text of table.md."""
+    text = ["# Pruning: accuracy on test images, in points of one hundred (mean ± standard deviation over seeds)", "", NOTES, ""]
+    text += targets(lines)
+    for data in sorted({line["data"] for line in lines}, reverse=True):
+        here = rows_of(lines, data=data)
         text += [f"## {data}", ""]
         for epochs in sorted({line["epochs"] for line in here}):
             for ratio in RATIOS:
-                at = rows_of(here, ratio=ratio, epochs=epochs)
-                if not at:
-                    continue
-                what = "without fine-tuning" if not epochs else f"after {epochs} epoch{'s' * (epochs > 1)} of fine-tuning"
-                found = best_scope(at)
-                name = "projection" if not epochs else "unpruned"
-                base = {(line["model"], line["seed"]): line["accuracy" if epochs else "before"] for line in rows_of(here, method=name)
-                        if epochs in (0, line["epochs"])}  # fmt: skip
-                counts = {m: sum((m, s) in base for s in seeds[m]) for m in models}
-                header = " | ".join(f"{m} ({n} seed{'s' * (n > 1)})" for m, n in counts.items())
-                text += [f"### {ratio:.0%} of the MACs, {what}", "", f"| method | {header} |", "|---|" + "---|" * len(models)]
-                text.append("| unpruned | " + " | ".join(cell([base.get((m, s)) for s in seeds[m]]) for m in models) + " |")
-                for method in methods:
-                    cells = [cell([found[m, s, method]["accuracy"] for s in seeds[m] if (m, s, method) in found]) for m in models]
-                    text.append(f"| {method} | " + " | ".join(cells) + " |")
-                if not epochs:
-                    if ratio == 0.5:
-                        again = {m: [max((x.get("renewed") or 0 for x in rows_of(at, model=m, seed=s)), default=0) or None
-                                     for s in seeds[m]] for m in models}  # fmt: skip
-                        text.append("| best rival, batch norms measured again | " + " | ".join(cell(again[m]) for m in models) + " |")
-                    bare = {m: [found[m, s, "capnas loss"] for s in seeds[m] if (m, s, "capnas loss") in found] for m in models}
-                    cells = [cell([line["without_refit"] for line in bare[m]]) for m in models]
-                    text.append("| capnas loss, no refitting | " + " | ".join(cells) + " |")
-                kept = {kind: [line["kept"] for line in at if line.get("kept") and line["method"].startswith("capnas") == kind]
-                        for kind in (True, False)}  # fmt: skip
-                words = [f"{'capnas' if mine else 'rivals'} {min(kept[mine]):.2f} to {max(kept[mine]):.2f}" for mine in kept if kept[mine]]
-                text += ["", f"Share of the MACs really kept (widths are whole multiples of {ROUND}): {', '.join(words)}.", ""]
+                if rows_of(here, ratio=ratio, epochs=epochs):
+                    text += Table(here, ratio, epochs).text()
         text += ["### Every layer but the head on its 99 % eigenspace", ""]
         text += ["| model | seed | before | projected | lost | random | directions |", "|---|---|---|---|---|---|---|"]
         for line in rows_of(here, method="projection"):
@@ -321,7 +449,12 @@ def derive():
             values = f"{before:.1f} | {after:.1f} | {before - after:.1f} | {chance:.1f} | {directions}"
             text.append(f"| {line['model']} | {line['seed']} | {values} |")
         text.append("")
-    (HERE / "table.md").write_text("\n".join(text), encoding="utf-8")
+    return "\n".join(text)
+
+
+def derive():
+    lines = [line for path in sorted((HERE / "raw").glob("*.jsonl")) for line in read(path)]
+    (HERE / "table.md").write_text(derived(lines), encoding="utf-8")
 
 
 def main():
@@ -351,8 +484,10 @@ def main():
                     rivals(bench, args.scopes, args.ratios)
                 if "one" in args.steps:
                     finetuned(bench, 1)
-                if "five" in args.steps:
-                    finetuned(bench, 5, best=3)
+        if "five" in args.steps:  # the rivals are chosen over all seeds
+            for seed in args.seeds:
+                for name in args.models:
+                    finetuned(Bench(args.data, data, name, seed, args.folder), 5)
         import timm
         import torch_pruning
 

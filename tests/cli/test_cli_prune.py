@@ -10,6 +10,7 @@ from tiny_space import FILE, write_images
 
 import capnas
 from capnas.saved import build_recipe, save_model
+from capnas.training import evaluate
 
 Run = Callable[..., tuple[int, str, str]]
 RECIPE = {"space": FILE, "params": {"width": 8, "depth": 2, "kind": "plain"}, "num_classes": 3, "in_chans": 1, "image_size": 8}
@@ -36,6 +37,8 @@ def test_plan_edit_prune_and_load(run: Run, saved: Path, tmp_path: Path) -> None
     code, out, err = run("prune", saved, "--plan", tmp_path / "plan.json", "--out", tmp_path / "small", *SHORT)
     assert code == 0, err
     assert "accuracy on validation" in out
+    assert "saturation, evenness" in out
+    assert "groups that the plan widens start as copies" in err
     assert "saved:" in err
     model = capnas.load_model(tmp_path / "small")
     assert (model[0].out_channels, model[2].out_channels) == (10, 4)
@@ -45,7 +48,7 @@ def test_plan_edit_prune_and_load(run: Run, saved: Path, tmp_path: Path) -> None
     code, out, err = run("prune", saved, "--target-macs", "0.6", "--out", tmp_path / "small", *SHORT)
     assert code == 2
     assert "force (--force) to write over it" in err
-    again = ["prune", tmp_path / "small", "--lossless", "0.9", "--method", "lowrank", "--out", tmp_path / "small", "--force", *SHORT]
+    again = ["prune", tmp_path / "small", "--lossless", "0.9", "--method", "lowrank", "--out", tmp_path / "small", "--force", *SHORT[2:]]
     code, out, err = run(*again)
     assert code == 0, err
 
@@ -55,6 +58,33 @@ def test_the_plan_is_shown_as_a_table(run: Run, saved: Path) -> None:
     assert code == 0, err
     assert "0.6 of the MACs, by least loss per MAC saved" in out
     assert "6 keeps its width: it gives the classes" in err
+    assert "widths go by the loss and not by equal saturation" in out
+    assert "needed / planned" in out
+    code, out, err = run("prune", saved, "--target-macs", "0.6", "--allocation", "saturation", "--dry-run", *SHORT)
+    assert code == 0, err
+    assert "widths go by the loss" not in out
+
+
+def test_trained_weights_of_a_timm_model(run: Run, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    data = write_images(tmp_path / "images")
+    images = capnas.load_data(data, image_size=16)
+    recipe = {"timm": "test_resnet", "args": {"num_classes": images.num_classes, "in_chans": images.in_chans}, "image_size": 16}
+    model = build_recipe(recipe, seed=7)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    words = ["prune", "test_resnet", "--data", data, "--image-size", "16", "--target-macs", "0.9", "--calibration", "32", "--device", "cpu"]
+    code, _, err = run(*words, "--out", tmp_path / "small")
+    assert code == 2
+    assert "or a timm model its --weights FILE.safetensors" in err
+    code, out, err = run(*words, "--weights", tmp_path / "w.safetensors", "--out", tmp_path / "small", "--json")
+    assert code == 0, err
+    accuracy = evaluate(model, images, "validation", device="cpu")["accuracy"]
+    assert json.loads(out)["report"]["accuracy"]["before"] == pytest.approx(accuracy)
+    assert sum(p.numel() for p in capnas.load_model(tmp_path / "small").parameters()) == json.loads(out)["plan"]["planned_params"]
+    code, _, err = run("prune", tmp_path / "small", "--weights", tmp_path / "w.safetensors", "--target-macs", "0.9", "--dry-run")
+    assert code == 2
+    assert "weights are for a timm model given by its name" in err
 
 
 def test_errors_of_use(run: Run, saved: Path) -> None:
@@ -75,9 +105,14 @@ def test_a_trial_of_a_run_is_trained_first(run: Run, tmp_path: Path) -> None:
               "--pruner", "off", "--device", "cpu", "--data-option", "image_size=8", "--data-option", "in_chans=1"]  # fmt: skip
     code, _, err = run(*search)
     assert code == 0, err
-    code, _, err = run("prune", f"{tmp_path / 'run'}:best", "--target-macs", "0.7", "--dry-run", *SHORT)
+    code, out, err = run("prune", f"{tmp_path / 'run'}:best", "--target-macs", "0.7", "--dry-run", *SHORT)
+    assert code == 0, err
+    assert "by least loss" in out
+    assert "the widths are those of random weights and will be others after training (--train-epochs N)" in err
+    code, _, err = run("prune", f"{tmp_path / 'run'}:best", "--target-macs", "0.7", "--out", tmp_path / "none", *SHORT)
     assert code == 2
     assert "give --train-epochs N" in err
+    assert not (tmp_path / "none").exists()
     winner = ["prune", f"{tmp_path / 'run'}:best", "--target-macs", "0.7", "--train-epochs", "1", "--json", *SHORT]
     code, out, err = run(*winner, "--out", tmp_path / "small")
     assert code == 0, err

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from capnas.candidates import count_cost
+from capnas.errors import UsageError
 from capnas.narrowing import narrowed, plan_widths, survey
 from capnas.narrowing.applying import change_widths, narrowable
 from capnas.narrowing.costs import NetworkCost
@@ -135,6 +136,29 @@ def test_doubled_units_change_nothing() -> None:
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_layers_beside_shared_parameters_are_narrowed_and_the_shared_ones_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(), Tied())
+    model[4].a = nn.Conv2d(6, 4, 1)
+    x = torch.randn(32, 3, 4, 4)
+    found = survey(model.eval(), x)
+    assert {g.name for g in found.groups} == {"0", "2"}
+    small = narrowed(model, found, plan_widths(found, widths={"2": 4}))
+    assert small[2].out_channels == small[4].a.in_channels == 4
+    assert small[4].c.weight is small[4].b.weight
+    assert torch.equal(small[4].b.weight, model[4].b.weight)
+    with pytest.raises(UsageError, match=r"remain; layers of fixed width cost 0.29; a smaller"):  # 32 of 18 + 36 + 24 + 32
+        plan_widths(found, target_macs=0.01)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "vit_tiny_patch16_224"])
+def test_planned_parameters_are_those_of_the_narrowed_network(name: str) -> None:
+    model, x = build_recipe(recipe(name)).eval(), torch.randn(4, 3, 32, 32)
+    found = survey(model, x)
+    for goal in ({"target_macs": 0.6}, {"widths": {}}):
+        plan = plan_widths(found, round_to=4, **goal)
+        assert plan.planned_params == sum(p.numel() for p in narrowed(model, found, plan).parameters())
+
+
 def test_a_narrowed_network_can_be_exported() -> None:
     x = torch.randn(2, 3, 32, 32)
     small, _ = halve(build_recipe(recipe("resnet18")).eval(), x)
@@ -164,9 +188,54 @@ class Reversed(nn.Module):
         return self.head(self.conv(x).relu().mean((2, 3)).flip(1))
 
 
+class Tied(nn.Module):
+    """Two convs that are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+        self.c.weight = self.b.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.c(self.b(self.a(x)).relu()).relu().mean((2, 3)))
+
+
+class Pair(nn.Module):
+    """Gives its logits in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(64, 2))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.net(x),)
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+
+
+def test_masks_of_infinity_are_no_broken_weights() -> None:
+    net = plain()
+    net.register_buffer("mask", torch.full((2, 2), float("-inf")))
+    assert [g.name for g in narrowable(net.eval(), torch.randn(2, 3, 4, 4)).groups] == ["0"]
+
+
+def broken() -> nn.Module:
+    net = plain()
+    net[1].running_var[2] = float("nan")
+    return net
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
+        (Tied(), "this Tied: b.weight and c.weight are one parameter"),
+        (Pair(), r"this Pair: its output is a tuple; wrap it so that it gives one tensor of logits \(B, classes\)"),
+        (plain()[:2], r"its output has the shape \(2, 4, 4, 4\), expected logits \(2, classes\)"),
+        (broken(), "1.running_var holds NaN; give weights of a training that did not diverge"),
+        (plain().double(), "0.weight is torch.float64 and the images are torch.float32; give both one type, such as model.float()"),
+        (nn.Sequential(nn.Conv2d(1, 4, 1)), r"it does not run on images of shape \(2, 3, 4, 4\) \(RuntimeError: "),
         (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "this Sequential: its only layer has a fixed width, it gives the classes"),
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(128, 2)), "1 normalizes its channels in 2 groups"),
         (Split(), "cannot narrow this Split"),

@@ -8,14 +8,15 @@ import torch
 from tiny_space import FILE, images
 
 from capnas.data import Augment, ImageData, load_data
-from capnas.errors import MissingDependencyError, UsageError
-from capnas.narrowing import pruning
+from capnas.errors import CapnasError, MissingDependencyError, UsageError
+from capnas.narrowing import narrowed, pruning
 from capnas.narrowing.pruning import PruneConfig, calibration_images, pretrain, prune
 from capnas.saved import build_recipe
 from capnas.training import evaluate
 
 RECIPE = {"space": FILE, "params": {"width": 8, "depth": 3, "kind": "plain"}, "num_classes": 3, "in_chans": 1, "image_size": 8}
-SHORT: dict[str, Any] = {"device": "cpu", "round_to": 1, "images": 64}
+CALM: dict[str, Any] = {"device": "cpu", "images": 64}
+SHORT: dict[str, Any] = CALM | {"round_to": 1}
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +45,53 @@ def test_half_the_macs_keep_the_accuracy_and_the_network_is_left_alone(trained: 
     assert all(t["after"] > 0 for t in report["latency_ms"].values())
     assert list(report["latency_ms"]) == ["batch 1", "batch 64"]
     assert any("without training" in line for line in said)
+    assert not any("start as copies" in line or "warning" in line for line in said)
+    assert set(report["saturation"]) == {"before", "after"}
+    assert all(0 < value <= 1 for state in report["saturation"].values() for value in (state["mean"], state["evenness"]))
+    assert report["saturation"]["after"]["mean"] > report["saturation"]["before"]["mean"]
+    assert report["params"]["after"] == result.plan.planned_params
+    assert 0 < report["outputs"]["after"] < 10 * report["outputs"]["before"]
 
 
 def test_low_rank_and_lossless(trained: torch.nn.Module, data: ImageData) -> None:
-    split = prune(trained, data, PruneConfig(target_macs=0.7, method="lowrank", **SHORT))
+    split = prune(trained, data, PruneConfig(target_macs=0.7, method="lowrank", **CALM))
     assert split.report["macs"]["after"] <= 0.7 * split.report["macs"]["before"]
     exact = prune(trained, data, PruneConfig(lossless=0.99, **SHORT))
     assert exact.report["accuracy"]["pruned"] > exact.report["accuracy"]["before"] - 0.1
+
+
+def test_only_a_plan_that_grows_speaks_of_copies(trained: torch.nn.Module, data: ImageData) -> None:
+    for width, expected in ((12, True), (4, False)):
+        said: list[str] = []
+        prune(trained, data, PruneConfig(widths={"0": width}, **SHORT), say=said.append)
+        assert any("start as copies" in line for line in said) is expected
+
+
+def test_outputs_that_explode_are_named_and_broken_ones_refused(
+    trained: torch.nn.Module, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(factor: float) -> Any:
+        def make(*args: Any, **options: Any) -> torch.nn.Module:
+            small = narrowed(*args, **options)
+            with torch.no_grad():
+                small[-1].weight.mul_(factor)
+            return small
+
+        return make
+
+    said: list[str] = []
+    monkeypatch.setattr(pruning, "narrowed", spoilt(1e4))
+    prune(trained, data, PruneConfig(target_macs=0.5, **SHORT), say=said.append)
+    assert any("warning: on validation images the narrowed network puts out up to" in line for line in said)
+    monkeypatch.setattr(pruning, "narrowed", spoilt(float("inf")))
+    with pytest.raises(CapnasError, match="puts out NaN or infinity on images it was not corrected on"):
+        prune(trained, data, PruneConfig(target_macs=0.5, **SHORT))
+
+
+def test_a_plan_of_another_network_is_refused_before_training(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruning, "train", lambda *args, **options: pytest.fail("trained"))
+    with pytest.raises(UsageError, match="a group of the plan must be one of 0, 2, 4; got 'layer1'"):
+        pretrain(build_recipe(RECIPE), data, PruneConfig(widths={"layer1": 4}, train_epochs=1), image_size=8)
 
 
 def test_large_images_are_fewer(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +110,10 @@ def test_large_images_are_fewer(data: ImageData, monkeypatch: pytest.MonkeyPatch
         ({"lossless": 1.5}, r"in \(0, 1\), got 1.5"),
         ({"target_macs": 0.5, "images": 2}, "at least 16 images, got 2"),
         ({"target_macs": 0.5, "finetune_epochs": -1}, "must not be negative"),
+        ({"target_macs": 0.5, "allocation": "bogus"}, "allocation must be one of loss, saturation; got 'bogus'"),
+        ({"target_macs": 0.5, "round_to": 0}, "round_to must be at least 1, got 0"),
+        ({"target_macs": 0.5, "method": "lowrank", "round_to": 4}, "allocation and round_to are for the method channels"),
+        ({"target_macs": 0.5, "method": "lowrank", "allocation": "saturation"}, "allocation and round_to are for the method channels"),
     ],
 )
 def test_what_cannot_be_asked_for(options: dict[str, Any], reason: str) -> None:
