@@ -170,7 +170,8 @@ def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code:
         if texts:
             show_table([name, ""], texts)
     if test is not None and test["status"] == "complete":
-        print(f"test accuracy {test['test_accuracy']:.4f} after {test['epochs']} epochs on train + validation (seed {test['seed']})\n")
+        print(f"test accuracy {test['test_accuracy']:.4f} after {test['epochs']} epochs on train + validation (seed {test['seed']})")
+        print(f"trained network: {test['model']}\n" if test.get("model") else f"{test['reason']}\n")
     elif test is not None:
         print(f"the final training ended as {test['status']}: {test['reason']}\n")
     print(code)

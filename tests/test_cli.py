@@ -135,6 +135,9 @@ def test_retrain_evaluates_once_on_test(run: Run, study: Path) -> None:
     retrained = json.loads(out)["retrained"]
     assert 0 <= retrained["test_accuracy"] <= 1
     assert len(re.findall("epoch ./2", err)) == 2
+    code, out, err = run("prune", retrained["model"], "--target-macs", "0.5", "--round-to", "1", "--dry-run", "--device", "cpu", "--json")
+    assert code == 0, err
+    assert json.loads(out)["target"] == retrained["model"]
 
 
 @pytest.mark.parametrize(

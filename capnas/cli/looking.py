@@ -49,7 +49,7 @@ def best(
     run: Run,
     trial: Annotated[int | None, typer.Option(help="Another trial than the best.")] = None,
     code: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the Python code to a file instead of showing it.")] = None,
-    retrain: Annotated[bool, typer.Option("--retrain", help="Train it longer on train + validation, evaluate it once on test.")] = False,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train it longer on train + validation, test it once, keep it.")] = False,
     epochs: Annotated[int, typer.Option(help="Of --retrain.")] = 20,
     seed: Annotated[int, typer.Option(help="Of --retrain.")] = 0,
     device: Device = "auto",
@@ -74,6 +74,8 @@ def best(
                 device=device,
                 on_epoch=lambda epoch, row: say(f"epoch {epoch}/{epochs}  loss {row['train_loss']:.4f}  ({duration(row['seconds'])})"),
             )
+            if test.get("model") is not None:
+                test = test | {"model": str(found.run.folder / test["model"])}
     if json:
         out_json(document | {"code": script} | ({} if test is None else {"retrained": test}))
         return

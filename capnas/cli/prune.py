@@ -47,7 +47,8 @@ def prune(
         from capnas.narrowing.pruning import prune as prune_model
         from capnas.saved import check_free, save_model
         from capnas.search.inspection import load_weights
-        from capnas.search.target import data_record, open_target
+        from capnas.search.opening import data_record
+        from capnas.search.target import open_target
 
         config = PruneConfig(
             target_macs=target_macs,

@@ -6,12 +6,13 @@ import contextlib
 import csv
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import optuna
 
-from capnas.data import ImageData
+from capnas.data import DataSpec, ImageData
 from capnas.errors import StudyError
 from capnas.objective import Objective
 from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
@@ -138,3 +139,18 @@ def _n_stored(config: StudyConfig) -> int:
     except KeyError:
         return 0
     return len(study.get_trials(deepcopy=False))
+
+
+def data_record(data: ImageData) -> dict[str, Any] | None:
+    """What loads the same images again, in JSON values, for a manifest; None for images that came as arrays.
+
+    >>> from capnas.data import load_data
+    >>> data_record(load_data("fashion-mnist-12k", image_size=16))
+    {'source': 'fashion-mnist-12k', 'options': {'image_size': 16}}
+    """
+    if data.spec.source is None:
+        return None
+    plain = DataSpec(source=data.spec.source)
+    chosen = {f.name: getattr(data.spec, f.name) for f in fields(DataSpec) if f.name not in ("source", "augment", "workers")}
+    chosen["augment"] = False if data.spec.augment is False else None  # an `Augment` cannot be told in JSON
+    return {"source": str(data.spec.source), "options": {k: v for k, v in chosen.items() if v != getattr(plain, k)}}

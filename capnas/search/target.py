@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from capnas._timm import timm
-from capnas.data import DataSpec, ImageData, load_data
+from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED
 from capnas.errors import StudyError, UsageError
 from capnas.saved import MANIFEST, build_recipe, load_model, read_manifest
 from capnas.search.runs import open_run
 from capnas.search.trials import rebuild
-from capnas.spaces import space_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,13 +165,7 @@ def _trial(place: str, which: str, data: str | ImageData | None, image_size: int
             raise
         found = rebuild(run, number)  # other classes or channels make another hash: check with the run's own images
     size = image_size or found.candidate.image_size
-    recipe = {
-        "space": space_spec(found.space),
-        "params": dict(found.evaluation.params),
-        "num_classes": images.num_classes,
-        "in_chans": images.in_chans,
-        "image_size": size,
-    }
+    recipe = found.recipe | {"num_classes": images.num_classes, "in_chans": images.in_chans, "image_size": size}
     return Target(name=f"trial {found.number} of {run.config.name}", data=images, image_size=size, trained=False, recipe=recipe)
 
 
@@ -193,17 +186,3 @@ def _saved(folder: Path, data: str | ImageData | None, image_size: int | None, o
 
 def _images(data: str | ImageData, options: dict[str, Any]) -> ImageData:
     return data if isinstance(data, ImageData) else load_data(data, **options)
-
-
-def data_record(data: ImageData) -> dict[str, Any] | None:
-    """What loads the same images again, in JSON values, for a manifest; None for images that came as arrays.
-
-    >>> data_record(load_data("fashion-mnist-12k", image_size=16))
-    {'source': 'fashion-mnist-12k', 'options': {'image_size': 16}}
-    """
-    if data.spec.source is None:
-        return None
-    plain = DataSpec(source=data.spec.source)
-    chosen = {f.name: getattr(data.spec, f.name) for f in fields(DataSpec) if f.name not in ("source", "augment", "workers")}
-    chosen["augment"] = False if data.spec.augment is False else None  # an `Augment` cannot be told in JSON
-    return {"source": str(data.spec.source), "options": {k: v for k, v in chosen.items() if v != getattr(plain, k)}}

@@ -17,13 +17,14 @@ from torch import nn
 
 from capnas.candidates import Candidate, build_candidate, build_model
 from capnas.data import ImageData
-from capnas.errors import StudyError
+from capnas.errors import StudyError, UsageError
 from capnas.objective.evaluation import Evaluation
 from capnas.profile import Profile
-from capnas.search.opening import DATA, data_changes, data_facts
+from capnas.saved import save_model
+from capnas.search.opening import DATA, data_changes, data_facts, data_record
 from capnas.search.runs import RunResult
 from capnas.search.standalone import standalone_script
-from capnas.spaces import load_space
+from capnas.spaces import load_space, space_spec
 from capnas.training import retrain
 
 RETRAINED = "retrained.json"
@@ -68,6 +69,11 @@ class Rebuilt:
         """The model with the weights that the search started from, or those of another seed."""
         start = (self.evaluation.seed or 0) if seed is None else seed
         return build_model(self.space, self.candidate.params, **self.shape, seed=start)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What `capnas.saved.build_recipe` builds the architecture from, in plain JSON types."""
+        return {"space": space_spec(self.space), "params": dict(self.evaluation.params)} | self.shape
 
     def script(self) -> str:
         """Python source that builds the model with timm and torch alone, see `capnas.search.standalone.standalone_script`."""
@@ -141,8 +147,9 @@ def retrain_trial(
 ) -> dict[str, Any]:
     """Train a trial's architecture anew on train and validation, and evaluate it once on the test split.
 
-    The result is kept in the run's folder (`RETRAINED`); the same study, trial, architecture, epochs and seed again return it without
-    training, so that the test split is read once for each.
+    The result is kept in the run's folder (`RETRAINED`), the trained network beside it as a folder that `capnas.load_model`, ``capnas
+    prune`` and the other commands take. The same study, trial, architecture, epochs and seed again return the result without training, so
+    that the test split is read once for each.
 
     Args:
         found: from `rebuild`.
@@ -152,7 +159,9 @@ def retrain_trial(
         on_epoch: called with the epoch (from 1) and its row of the curve.
 
     Returns:
-        study, trial, hash, epochs, seed, status, reason, test_accuracy, test_loss (None unless status is "complete"), seconds, curve.
+        study, trial, hash, epochs, seed, status, reason, test_accuracy, test_loss (None unless status is "complete"), seconds, curve,
+        model: the network's folder inside that of the run; None where the training did not complete or the space does not build the
+        same network twice (``reason`` then says so).
     """
     path = found.run.folder / RETRAINED
     known = read_retrained(found.run)
@@ -168,15 +177,26 @@ def retrain_trial(
             on_epoch(epoch, row)
 
     config = dataclasses.replace(found.run.config.training(), epochs=epochs, seed=seed, device=device)
-    result, test = retrain(found.model(seed), found.data, config, image_size=found.candidate.image_size, on_epoch=tell)
+    model = found.model(seed)
+    result, test = retrain(model, found.data, config, image_size=found.candidate.image_size, on_epoch=tell)
+    place, reason = None, result.reason
+    if result.status == "complete":
+        folder = f"retrained/trial-{found.number}-epochs-{epochs}-seed-{seed}"
+        extra = {"target": f"trial {found.number} of {key['study']}", "data": data_record(found.data), "trained": True, "retrained": key}
+        try:
+            save_model(model.cpu(), found.run.folder / folder, found.recipe, extra=extra, force=True)
+            place = folder
+        except UsageError as error:
+            reason = f"the trained network is not kept: {error}"
     record = key | {
         "status": result.status,
-        "reason": result.reason,
+        "reason": reason,
         "test_accuracy": test.get("accuracy"),
         "test_loss": test.get("loss"),
         **sizes,
         "seconds": round(result.seconds, 2),
         "device": result.device,
+        "model": place,
         "curve": list(result.curve),
     }
     partial = path.with_suffix(".json.partial")

@@ -17,7 +17,8 @@ from capnas.narrowing.lowrank import factorized, plan_ranks
 from capnas.saved import build_recipe, save_model
 from capnas.search import run_study
 from capnas.search.config import StudyConfig
-from capnas.search.target import data_record, open_target
+from capnas.search.opening import data_record
+from capnas.search.target import open_target
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 OPTIONS = {"image_size": 8, "in_chans": 1}

@@ -13,11 +13,14 @@ from tiny_space import FILE, images, write_images
 
 from capnas.data import ImageData, load_data
 from capnas.errors import CapnasError, StudyError
+from capnas.saved import load_model
 from capnas.search import open_run, run_study
 from capnas.search.config import StudyConfig
 from capnas.search.opening import DATA
 from capnas.search.runs import RunResult
+from capnas.search.target import open_target
 from capnas.search.trials import RETRAINED, read_retrained, rebuild, retrain_trial
+from capnas.training import evaluate
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -80,6 +83,11 @@ def test_retraining_reads_test_once_and_is_kept(run: RunResult, data: ImageData)
     assert record["test_accuracy"] * data.sizes["test"] == pytest.approx(round(record["test_accuracy"] * data.sizes["test"]))
     assert retrain_trial(found, epochs=2, seed=3, on_epoch=lambda epoch, row: seen.append(epoch)) == record
     assert seen == [1, 2]
+    saved = load_model(run.folder / record["model"])
+    with data.final_evaluation() as opened:
+        assert evaluate(saved, opened, "test", device="cpu")["accuracy"] == pytest.approx(record["test_accuracy"])
+    assert not torch.equal(next(saved.parameters()), next(found.model(3).parameters()))
+    assert open_target(str(run.folder / record["model"]), data=data).trained
     retrain_trial(found, epochs=1, seed=3, device="cpu")
     assert [(r["epochs"], r["seed"]) for r in read_retrained(run)] == [(2, 3), (1, 3)]
     assert np.isfinite(json.loads((run.folder / RETRAINED).read_text())[0]["test_loss"])
