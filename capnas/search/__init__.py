@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -78,11 +78,11 @@ def run_study(config: StudyConfig, *, space: Any = None, data: Any = None, on_tr
     partial.replace(folder / "study.toml")
     interrupted = False
     try:
-        with _sigterm_interrupts():
+        with _sigterm_interrupts() as go_on:
             if before >= config.trials:
                 pass
             elif config.workers == 1:
-                work(study, config, objective or make_objective(config, space, data), parallel=False, on_trial=on_trial)
+                work(study, config, objective or make_objective(config, space, data), parallel=False, on_trial=on_trial, go_on=go_on)
             else:
                 _launch(study, config, on_trial)
     except KeyboardInterrupt:
@@ -113,8 +113,8 @@ def worker(config: StudyConfig, *, device: str | None = None, on_trial: TrialCal
         StudyError: See `run_study`.
     """
     config = replace(config, device=device or config.device)
-    with _sigterm_interrupts():
-        return work(open_study(config), config, make_objective(config), parallel=True, on_trial=on_trial)
+    with _sigterm_interrupts() as go_on:
+        return work(open_study(config), config, make_objective(config), parallel=True, on_trial=on_trial, go_on=go_on)
 
 
 def _launch(study: optuna.Study, config: StudyConfig, on_trial: TrialCallback | None) -> None:
@@ -189,11 +189,11 @@ def _child(
     parent = multiprocessing.parent_process()
     settings = replace(StudyConfig.from_dict(config, out=out), storage=storage, device=device)
     try:
-        with _sigterm_interrupts():
+        with _sigterm_interrupts() as go_on:
             study, objective = open_study(settings), make_objective(settings)
             work(
                 study, settings, objective, parallel=True, on_trial=None, since=since,
-                go_on=lambda: parent is None or parent.is_alive(),
+                go_on=lambda: go_on() and (parent is None or parent.is_alive()),
             )  # fmt: skip
     except KeyboardInterrupt:
         os._exit(130)
@@ -211,18 +211,28 @@ def _device(device: str, index: int) -> str:
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C while the block runs; only the main thread may ask for that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _sigterm_interrupts() -> Iterator[Callable[[], bool]]:
+    """Treat SIGTERM as Ctrl-C while the block runs; only the main thread may ask for that.
+
+    What is yielded is to be asked between trials: it raises what code with a bare ``except`` (an import, a space) may have swallowed.
+    """
+    asked: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         raise KeyboardInterrupt
 
+    def go_on() -> bool:
+        if asked:
+            raise KeyboardInterrupt
+        return True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield go_on
+        return
     old = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        yield go_on
     finally:
         signal.signal(signal.SIGTERM, old)
 

@@ -448,6 +448,19 @@ def test_signals_end_cleanly(home: Path, number: signal.Signals, workers: int) -
     assert len(read_csv(folder / "trials.csv")) >= int(count)
 
 
+def test_a_signal_that_a_space_swallows_ends_the_study_all_the_same(tmp_path: Path, data: ImageData) -> None:
+    def deaf(trial: Any, **shape: int) -> nn.Module:
+        if trial.number == 2:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+        return space(trial, **shape)
+
+    result = run_study(config(tmp_path / "run", trials=6, workers=1), space=deaf, data=data)
+    assert result.interrupted
+    assert result.n_finished == 3
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="sees the workers start in /proc")
 def test_ctrl_c_while_the_workers_import_ends_cleanly(home: Path) -> None:
     folder = home / "importing"
