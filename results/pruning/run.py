@@ -69,15 +69,15 @@ global ranking. A dash is a network that was not computed, or that cannot be mad
 All rows of a column are of the seeds that its head counts: those of which the unpruned network and `capnas loss` were both computed. A cell
 of fewer says so (n = 1). `kept MACs` is the range over the networks of a row: Torch-Pruning's widths are coarser, so that rivals at a
 target keep somewhat fewer. Five epochs: both allocations of capnas and the three rivals that are best after one, by the mean over
-seeds; the lines so far are of an earlier rule, the best three methods of each seed, so that most rivals lack one."""
+seeds; the lines of MBConv and ConvNeXt are of an earlier rule, the best three methods of each seed."""
 AIMS = """\
 Points, means over seeds, paired by seed. Lost: `capnas loss` at half the MACs without fine-tuning, at most 2. Rival: what the best rival
 loses, at least twice as much (met by how much more than twice). Again: the same with the batch norms of the best rival of each seed
 measured again. Ratios: the least margin of `capnas loss` over the best rival at 75, 50 and 25 %. Tuned: its margin over the best rival
 after 1 and 5 epochs; within the spread over seeds (or one standard error, 0.8) counts as met. A dash: no rival of the same seeds."""
 FORMER = """\
-In this table the rows of capnas (without ConvNeXt, which has none) are of networks whose batch norms were measured anew on the calibration
-images, as an earlier version did; now their moments move with their inputs."""
+In this table the rows of capnas on {} are of networks whose batch norms were measured anew on the calibration images, as an earlier
+version did; now their moments move with their inputs."""
 
 
 def images_of(name, archive):
@@ -386,8 +386,8 @@ class Table:
             row("capnas loss, no refitting",
                 [cell([x["without_refit"] for x in self.rows(m, "capnas loss")], counts[m]) for m in self.models])  # fmt: skip
         own = [x for m in self.models for name in methods_of([]) for x in self.rows(m, name)]
-        former = [x for x in own if x["model"] != "convnext" and x.get("norms") != "moved"]
-        return [*text, "", *([FORMER, ""] if former else [])]
+        former = sorted({x["model"] for x in own if x["model"] != "convnext" and x.get("norms") != "moved"})  # ConvNeXt has no batch norm
+        return [*text, "", *([FORMER.format(" and ".join(former)), ""] if former else [])]
 
 
 def targets(lines):
