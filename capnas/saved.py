@@ -252,10 +252,7 @@ def _check_alike(name: str, module: nn.Module, plain: nn.Module) -> None:
     Raises:
         UsageError: the module computes something else than the recipe's, which its weights would not show.
     """
-    kind, expected = (
-        type(module).__qualname__,
-        type(plain).__qualname__,
-    )  # a space's file is executed anew, so classes have equal names only
+    kind, expected = type(module).__qualname__, type(plain).__qualname__  # by name: a space's file is executed anew
     if kind != expected:
         raise UsageError(f"the recipe does not build this model again: {name or 'it'} is a {kind}, the recipe's is a {expected}.")
     for attribute, value in vars(plain).items():

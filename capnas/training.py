@@ -47,7 +47,7 @@ class TrainConfig:
         clip_grad: Largest gradient norm, or None.
         seed: Of shuffling, augmentation and dropout. The weights of the model are the caller's.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
-        amp: bfloat16 autocast: "auto" (where the device computes in it), "on" or "off".
+        amp: bfloat16 autocast: "auto" (where it is faster, see `capnas.devices.use_amp`), "on" or "off".
         channels_last: Memory format: "auto", "on" or "off".
         record: Measure saturation while training.
         threshold: Share of the variance in the definition of saturation, in (0, 1].
@@ -168,7 +168,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=use_amp(amp, where)):
+        with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=use_amp(amp, where, model)):
             for x, y in data.batches(split, batch_size, device=where, image_size=image_size):
                 logits = model(_format(x, last)).float()
                 loss_sum += nn.functional.cross_entropy(logits, y, reduction="sum").double()
@@ -205,7 +205,7 @@ def train(
     """
     start = time.perf_counter()
     device = resolve_device(config.device)
-    amp, last = use_amp(config.amp, device), use_channels_last(config.channels_last, device, model)
+    amp, last = use_amp(config.amp, device, model), use_channels_last(config.channels_last, device, model)
     curve: list[dict[str, Any]] = []
     profile: Profile | None = None
     status, reason = "complete", ""

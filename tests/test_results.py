@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import re
 import statistics
@@ -303,3 +305,12 @@ def test_the_texts_tell_what_evenness_gains() -> None:
                *(steered["mbconv", "block_saturation_evenness", "all"][w][0] for w in weights))  # fmt: skip
     check_says(row, "of the layers {} on NAS-Bench-201 and {} on `mbconv` at weight 1",
                *(steered[s, "saturation_evenness", "all"]["1.0"][0] for s in ("nasbench201", "mbconv")))  # fmt: skip
+
+
+def test_the_studies_run_in_the_environment_of_the_tests() -> None:
+    beside = {path.stem for path in RESULTS.rglob("*.py")} | {"delve"}  # a study's own modules; the peer that one study asks for by name
+    for path in sorted(RESULTS.rglob("*.py")):
+        for node in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or "capnas"]
+            for root in {name.partition(".")[0] for name in names} - beside:
+                assert importlib.util.find_spec(root), f"{path.name} imports {root}, which the dev extra does not bring"

@@ -52,7 +52,7 @@ def test_learns_and_reports(data: ImageData) -> None:
     again = evaluate(model, data, "validation", device="cpu")
     assert again["accuracy"] == pytest.approx(result.accuracy)
     assert again["loss"] == pytest.approx(result.curve[-1]["val_loss"])
-    assert (result.device, result.amp, result.channels_last) == ("cpu", use_amp("auto", torch.device("cpu")), True)
+    assert (result.device, result.amp, result.channels_last) == ("cpu", use_amp("auto", torch.device("cpu"), model), True)
 
 
 def test_saturation_of_the_last_epoch_in_both_modes(data: ImageData) -> None:
@@ -185,7 +185,7 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
 
 def test_evaluate_matches_a_plain_loop_and_restores_the_mode(data: ImageData) -> None:
     model = net().train()
-    found = evaluate(model, data, "validation", batch_size=7, device="cpu")
+    found = evaluate(model, data, "validation", batch_size=7, device="cpu", amp="off")  # as the loop below
     assert model.training
     x, y = next(data.batches("validation", 1000))
     model.eval()
@@ -248,12 +248,15 @@ def test_a_step_and_its_recording_stay_on_the_device_of_the_model(data: ImageDat
         assert {t.device for t in held} == {meta}
 
 
-def test_devices() -> None:
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert use_amp("on", cpu)
-    assert not use_amp("off", cpu)
     dense, depthwise = nn.Conv2d(4, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=4))
+    assert [use_amp(s, cpu, depthwise) for s in ("on", "off")] == [True, False]
+    for arithmetic in (True, False):
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda has=arithmetic: has)
+        assert [use_amp("auto", cpu, m) for m in (dense, depthwise, nn.Linear(2, 2))] == [arithmetic, False, False]
     assert [use_channels_last("auto", cpu, m) for m in (dense, depthwise, nn.Linear(2, 2))] == [True, False, False]
     assert use_channels_last("auto", torch.device("cuda"), depthwise)
     assert [use_channels_last(s, cpu, depthwise) for s in ("on", "off")] == [True, False]

@@ -72,13 +72,13 @@ def prune(
         trained = found.trained or weights is not None
         if weights is not None:
             load_weights(model, found, weights)
-        if not trained and train_epochs:
-            passes = f"{train_epochs} epoch{'s' * (train_epochs > 1)}"
-            say(f"{found.name} has no trained weights; it is trained first, {passes} on {found.data.name}")
         if not trained and dry_run and not train_epochs:
             say(f"{found.name} has no trained weights: groups, costs and what can be reached are its own, the widths are those of random "
                 "weights and will be others after training (--train-epochs N)")  # fmt: skip
         elif not trained:
+            if train_epochs:
+                passes = f"{train_epochs} epoch{'s' * (train_epochs > 1)}"
+                say(f"{found.name} has no trained weights; it is trained first, {passes} on {found.data.name}")
             model = pretrain(model, found.data, config, image_size=found.image_size, say=say)
         if dry_run:
             from capnas.devices import resolve_device

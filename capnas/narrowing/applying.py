@@ -14,6 +14,7 @@ from capnas.narrowing.groups import CannotNarrow, CoupledGroup, Coupling, cannot
 from capnas.profile import untouched
 from capnas.recording import CONVS
 
+_FAILURES = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)  # of a network that does not fit its input or its channels
 _DOUBLED = 30_000_000  # parameters beyond which the network is not tried with doubled channels
 Keep = Mapping[str, Sequence[int]]  # group name -> units that stay, ascending; a unit named twice is doubled
 
@@ -61,7 +62,7 @@ def _unfit(model: nn.Module, example: Tensor) -> str | None:
     try:
         with untouched(model, training=False), torch.no_grad():
             got = model(example)
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+    except _FAILURES as error:
         return f"it does not run on images of shape {tuple(example.shape)} ({type(error).__name__}: {_one_line(error)})"
     if not isinstance(got, Tensor):
         return f"its output is a {type(got).__name__}; wrap it so that it gives one tensor of logits (B, classes)"
@@ -89,7 +90,7 @@ def _failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) 
             trial = copy.deepcopy(model).eval()
             change_widths(trial, groups, {g.name: _doubled(g, trial) for g in groups})
             gap = float((trial(example) - expected).abs().max())
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+    except _FAILURES as error:
         return f"without a channel it does not run ({type(error).__name__}: {_one_line(error)})"
     if gap > 1e-3 * float(expected.abs().max()) + 1e-6:
         return "its channels are read in another order, or together, than Torch-Pruning says: doubled channels change what is computed"

@@ -120,8 +120,8 @@ class Objective:
         check_pool(gate, pool)
         share = best_share(gates := parse_gate(gate))
         self.bounds = [g for g in gates if isinstance(g, Bound)]
-        self.weights = check_weights(weights, (*self.names, *(() if share is None else (share.name,))))
-        ranked = {} if share is None else ranking(share, self.names, self.weights)
+        self.weights = check_weights(weights, self.names, share)
+        ranked = ranking(share, self.names, self.weights)
         needed = wanted(self.names, self.weights)
         early = {n.removeprefix(INIT) for n in (*needed, *ranked) if n.startswith(INIT)} | {g.name for g in self.bounds}
         self._pixels = {"before": "coverage" in early, "after": "coverage" in needed}

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from capnas.errors import StudyError, UsageError
 from capnas.objective.evaluation import ATTRIBUTE, VERSION
 from capnas.objective.gates import BestShare, Measured, best_share, parse_gate
-from capnas.objective.targets import value_of
+from capnas.objective.targets import weighted
 
 MEASURED = "measured"  # status of a candidate that was measured and not trained
 GATE = "gate"  # constraint of every trial of a search with a share
@@ -149,7 +149,7 @@ class Selection:
         return self._measured(stored) if known else None
 
     def _measured(self, found: Mapping[str, Any]) -> Measured:
-        score = value_of("combined", {**found["metrics"], "accuracy": 0.0}, self.weights)
+        score = weighted(found["metrics"], self.weights)
         costs = tuple(float(found["metrics"][name]) for name in self.costs)
         return Measured(key=(found["hash"], found["image_size"]), score=score, costs=costs)
 

@@ -57,8 +57,19 @@ def check_values(values: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def check_weights(weights: Mapping[str, float] | None, names: Sequence[str] = ("combined",)) -> dict[str, float]:
-    """The weights of the sum among `names` (values, or what a gate goes by): given ones, else `PRINCIPLED` or `WEIGHTS`.
+def summed(names: Sequence[str], share: BestShare | None = None) -> set[str]:
+    """The sums among the values and what a gate goes by.
+
+    >>> summed(("accuracy", "macs"), BestShare(name="combined", share=0.1))
+    {'combined'}
+    """
+    return {*SUMS} & {*names, *(() if share is None else (share.name,))}
+
+
+def check_weights(
+    weights: Mapping[str, float] | None, names: Sequence[str] = ("combined",), share: BestShare | None = None
+) -> dict[str, float]:
+    """The weights of the sum among the values or in the gate, see `summed`: given ones, else `PRINCIPLED` or `WEIGHTS`.
 
     Raises:
         UsageError: An unknown score or cost, a weight that is not finite, or weights where nothing is a sum.
@@ -68,11 +79,12 @@ def check_weights(weights: Mapping[str, float] | None, names: Sequence[str] = ("
             raise UsageError(one_of("weights", name, (*COSTS, *_SCORES)))
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise UsageError(f"the weight of {name} must be a finite number, got {weight!r}.")
-    if weights is not None and not {*SUMS} & {*names}:
+    sums = summed(names, share)
+    if weights is not None and not sums:
         raise UsageError(f"weights are of the terms of {' or '.join(SUMS)}, and the search has neither: its values are {', '.join(names)}.")
     if weights is not None:
         return dict(weights)
-    return dict(PRINCIPLED if "principled" in names else WEIGHTS)
+    return dict(PRINCIPLED if "principled" in sums else WEIGHTS)
 
 
 def wanted(names: Sequence[str], weights: Mapping[str, float]) -> set[str]:
@@ -81,15 +93,15 @@ def wanted(names: Sequence[str], weights: Mapping[str, float]) -> set[str]:
     >>> sorted(wanted(("combined", "macs"), {"init_naswot": 0.1}))
     ['init_naswot']
     """
-    needed = set(weights) if any(name in SUMS for name in names) else set()
+    needed = set(weights) if summed(names) else set()
     return (needed | set(names)) & set(_SCORES)
 
 
-def ranking(share: BestShare, names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
+def ranking(share: BestShare | None, names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
     """The weights that a share goes by: 1 for one score, for a sum those of its terms that are known before training.
 
     Args:
-        share: The gate.
+        share: The gate; nothing goes by anything without one.
         names: Values of the search.
         weights: Of the sum that the gate names.
 
@@ -100,9 +112,11 @@ def ranking(share: BestShare, names: Sequence[str], weights: Mapping[str, float]
         >>> ranking(BestShare(name="combined", share=0.1), ("accuracy",), {"init_naswot": 0.1, "rank_mean": 1.0, "macs": 1e-9})
         {'init_naswot': 0.1, 'macs': 1e-09}
     """
+    if share is None:
+        return {}
     if share.name not in SUMS:
         return {INIT + share.name: 1.0}
-    if others := {*SUMS} & {*names} - {share.name}:
+    if others := summed(names) - {share.name}:
         raise UsageError(f"the gate {share.name}:best and the value {others.pop()} are different sums: name the same one.")
     known = {name: weight for name, weight in weights.items() if name.startswith(INIT) or name in COSTS}
     if not known:
@@ -132,10 +146,17 @@ def value_of(name: str, metrics: Mapping[str, float | None], weights: Mapping[st
     >>> value_of("combined", {"accuracy": 0.75, "macs": 2_000_000}, {"macs": 0.125e-6})
     0.5
     """
-    if name in SUMS:
-        weighted = ((w if direction_of(s) == "maximize" else -w) * _number(metrics.get(s)) for s, w in weights.items())
-        return _number(metrics.get("accuracy")) + sum(weighted)
-    return _number(metrics.get(name))
+    accuracy = _number(metrics.get("accuracy"))
+    return accuracy + weighted(metrics, weights) if name in SUMS else _number(metrics.get(name))
+
+
+def weighted(metrics: Mapping[str, float | None], weights: Mapping[str, float]) -> float:
+    """The sum of scores and costs, each oriented so that higher is better; NaN where one is missing.
+
+    >>> weighted({"rank_mean": 0.5, "tail_fraction": 0.25}, {"rank_mean": 1.0, "tail_fraction": 2.0})
+    0.0
+    """
+    return sum((w if direction_of(s) == "maximize" else -w) * _number(metrics.get(s)) for s, w in weights.items())
 
 
 def worst_value(name: str, seen: Sequence[float]) -> float:

@@ -13,9 +13,9 @@ from typing import Any
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED, TIMM_PREFIXES
 from capnas.errors import StudyError, UsageError, one_of
-from capnas.objective.gates import SUMS, best_share, parse_gate
+from capnas.objective.gates import best_share, parse_gate
 from capnas.objective.pool import check_pool
-from capnas.objective.targets import check_values, check_weights, direction_of, ranking, wanted
+from capnas.objective.targets import check_values, check_weights, direction_of, ranking, summed, wanted
 from capnas.scoring import Direction
 from capnas.search.samplers import PRUNERS, SAMPLERS, check_sampler
 from capnas.search.storages import hide_password
@@ -101,11 +101,9 @@ class StudyConfig:
         check_sampler(self.sampler, self.pruner, len(self.values))
         check_pool(self.gate, self.pool)
         share = best_share(parse_gate(self.gate))
-        names = (*self.values, *(() if share is None else (share.name,)))
-        weights = check_weights(self.weights, names)
-        if share is not None:
-            ranking(share, self.values, weights)
-        if self.weights is None and {*SUMS} & {*names}:  # stored with the study: later defaults leave it alone
+        weights = check_weights(self.weights, self.values, share)
+        ranking(share, self.values, weights)
+        if self.weights is None and summed(self.values, share):  # stored with the study: later defaults leave it alone
             object.__setattr__(self, "weights", weights)
         self.training()
 
@@ -197,7 +195,7 @@ class StudyConfig:
     @property
     def rates_capacity(self) -> bool:
         """Whether a value or the gate holds `capacity_score`, whose definition may differ between versions."""
-        names = {*wanted((*self.values, *(gates := [gate.name for gate in parse_gate(self.gate)])), self.weights or {}), *gates}
+        names = wanted((*self.values, *(gate.name for gate in parse_gate(self.gate))), self.weights or {})
         return any(name.endswith("capacity_score") for name in names)
 
     def conflicts(self, stored: Mapping[str, Any]) -> list[str]:

@@ -41,6 +41,7 @@ from capnas.training import TrainConfig, evaluate, train
 HERE = Path(__file__).resolve().parent
 RATIOS, ROUND = (0.75, 0.5, 0.25), 4
 EPOCHS = {"fashion": 6, "cifar": 10}
+PLAIN = {"device": "cpu", "amp": "off", "record": False}  # float32, so that machines differ in the last digits alone
 KEY = ("data", "model", "seed", "method", "scope", "ratio", "epochs")  # of which there is one line
 RIVALS_TUNED = 3  # for five epochs, per model
 _R4 = range(4)
@@ -122,7 +123,7 @@ class Bench:
         if not (place / "manifest.json").exists():
             model = build_recipe(recipe, seed=seed)
             start = time.process_time()
-            result = train(model, data, TrainConfig(epochs=EPOCHS[data_name], seed=seed, device="cpu", record=False))
+            result = train(model, data, TrainConfig(epochs=EPOCHS[data_name], seed=seed, **PLAIN))
             save_model(model, place, recipe, extra={"status": result.status, "cpu_seconds": time.process_time() - start})
         self.model = load_model(place)
         self.images, self.labels = data.probe(1024, seed=0)
@@ -150,14 +151,14 @@ class Bench:
 
     def accuracy(self, model):
         with self.data.final_evaluation() as opened:
-            return evaluate(model, opened, "test", device="cpu")["accuracy"]
+            return evaluate(model, opened, "test", device="cpu", amp="off")["accuracy"]
 
     def kept(self, model):
         return count_cost(model, self.shape).macs / self.macs
 
     def tuned(self, model, epochs):
         model = copy.deepcopy(model)
-        settings = TrainConfig(epochs=epochs, lr=1e-3, warmup_epochs=0.1, seed=0, device="cpu", record=False)
+        settings = TrainConfig(epochs=epochs, lr=1e-3, warmup_epochs=0.1, seed=0, **PLAIN)
         train(model, self.data, settings, evaluate_on=None)
         return self.accuracy(model)
 
@@ -269,7 +270,8 @@ def finetuned(bench, epochs):
     import torch_pruning as tp
 
     if not bench.known(method="unpruned", epochs=epochs):
-        bench.note(method="unpruned", scope="", ratio=1.0, kept=1.0, epochs=epochs, accuracy=bench.tuned(bench.model, epochs))
+        bench.note(method="unpruned", scope="", ratio=1.0, kept=1.0, epochs=epochs, before=bench.accuracy(bench.model),
+                   accuracy=bench.tuned(bench.model, epochs))  # fmt: skip
     scopes = defaultdict(list)
     for line in bench.lines:
         if line["ratio"] == 0.5 and line["epochs"] == 0 and line["accuracy"] is not None:

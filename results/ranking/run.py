@@ -12,6 +12,7 @@ one JSON line per architecture to raw/SPACE.jsonl (with the seed and the label i
 """
 
 import argparse
+import functools
 import json
 import platform
 import time
@@ -35,11 +36,18 @@ OWN = ("timm", "mbconv")  # initialized by their authors' rules: measured at tor
 WIDTHS = {"nasbench101": 64}  # channels of the first stage where not the published number: half of 128 (raw/nasbench101-quarter: 32)
 
 
+def built(space, row, side, seed):
+    """An untrained network of a space, for images of `side` pixels where it comes from timm."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return benchmarks.build(space, row, WIDTHS.get(space, side if space == "timm" else None))
+
+
 def measure(space, folder, count, measures, seed, label, images=None, size=None, mode="train"):
     torch.set_num_threads(1)
     rows = benchmarks.table(space, folder, count)
     images, size = (given or usual for given, usual in zip((images, size), IMAGES.get(space, (64, 32))))
-    archive, probe = Path(folder) / "cifar10_jpeg.zip", {}
+    probe = functools.cache(lambda side: benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, seed, side))
     path = HERE / "raw" / f"{'-'.join([space, *([f'seed{seed}'] if seed else []), *([label] if label else [])])}.jsonl"
     path.parent.mkdir(exist_ok=True)
     known = {(row["arch"], row.get("img_size")) for row in map(json.loads, path.open())} if path.exists() else set()
@@ -49,14 +57,11 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
             if (row["arch"], row.get("img_size")) in known:
                 continue
             side = size or int(row["img_size"])
-            if side not in probe:
-                probe = {side: benchmarks.cifar(archive, images, seed, side)}
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = benchmarks.build(space, row, WIDTHS.get(space, side if space == "timm" else None))
+            model = built(space, row, side, seed)
+            x, y = probe(side)
             start = time.process_time()
             try:
-                found = profile_model(model, *probe[side], mode=mode, measures=("saturation", *measures), seed=seed,
+                found = profile_model(model, x, y, mode=mode, measures=("saturation", *measures), seed=seed,
                                       initialize=space in OWN)  # fmt: skip
             except Exception as error:
                 print(row["arch"], type(error).__name__, str(error)[:100], flush=True)
@@ -83,16 +88,14 @@ def baselines(space, folder, count):
     images, size = IMAGES.get(space, (64, 32))
     published = {(r["arch"], r.get("img_size")): r for _, r in benchmarks.table(space, folder).iterrows()}
     path, key, rows = HERE / "raw" / f"{space}-baselines.jsonl", lambda r: (r["arch"], r.get("img_size")), records_of(space)
+    probe = functools.cache(lambda side: benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, 0, side))
     known = {key(r) for r in map(json.loads, path.open())} if path.exists() else set()
     with path.open("a") as out:
         for record in (rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:count]):
             if key(record) in known or key(record) not in published:
                 continue
             side = size or int(record["img_size"])
-            x, _ = benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, 0, side)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = benchmarks.build(space, published[key(record)], WIDTHS.get(space, side if space == "timm" else None))
+            x, model = probe(side)[0], built(space, published[key(record)], side, 0)
             model = at_default_initialization(model, seed=0) if space in OWN else model
             start = time.process_time()
             found = {"naswot": naswot(model, x).value, "synflow": synflow(model, x[:1]).value}
