@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,7 +182,9 @@ def retrain_trial(
     result, test = retrain(model, found.data, config, image_size=found.candidate.image_size, on_epoch=tell)
     place, reason = None, result.reason
     if result.status == "complete":
-        folder = f"retrained/trial-{found.number}-epochs-{epochs}-seed-{seed}"
+        others = {r.get("model") for r in known}  # of another study or of a trial that was another architecture then: theirs stay
+        name = f"retrained/trial-{found.number}-epochs-{epochs}-seed-{seed}"
+        folder = next(n for i in itertools.count(1) if (n := f"{name}-{i}" if i > 1 else name) not in others)
         extra = {"target": f"trial {found.number} of {key['study']}", "data": data_record(found.data), "trained": True, "retrained": key}
         try:
             save_model(model.cpu(), found.run.folder / folder, found.recipe, extra=extra, force=True)

@@ -141,7 +141,9 @@ def test_a_retraining_of_another_study_or_architecture_is_not_taken(run: RunResu
     stale: dict[str, object]
     for stale in (record | {"study": "other"}, record | {"hash": "other"}, old | {"n_params": 7}):
         (tmp_path / RETRAINED).write_text(json.dumps([stale | {"test_accuracy": -1.0}]))
-        assert retrain_trial(found, epochs=1, device="cpu")["test_accuracy"] >= 0
+        again = retrain_trial(found, epochs=1, device="cpu")
+        assert again["test_accuracy"] >= 0
+        assert again["model"] == record["model"] + "-2"  # the network of the other stays
         assert len(read_retrained(found.run)) == 2
     (tmp_path / RETRAINED).write_text(json.dumps([old | {"test_accuracy": -1.0}]))
     assert retrain_trial(found, epochs=1, device="cpu")["test_accuracy"] == -1
