@@ -8,6 +8,8 @@ from torch import nn
 from capnas.errors import UsageError
 
 SWITCHES = ("auto", "on", "off")
+# the last two from cuBLAS and cuDNN, which ask for memory of their own
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed", "allocation_failed")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -78,10 +80,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
     True
+    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    True
     >>> is_out_of_memory(RuntimeError("shapes do not match"))
     False
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text or "out of memory" in text)
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)

@@ -22,6 +22,7 @@ from capnas.data import ImageData
 from capnas.devices import SWITCHES, is_out_of_memory, resolve_device, use_amp, use_channels_last
 from capnas.errors import UsageError, check_types, one_of
 from capnas.measures.evenness import evenness, mean
+from capnas.measures.probing import seeded
 from capnas.profile import Profile
 from capnas.recording import Recorder
 
@@ -132,14 +133,6 @@ class _Diverged(Exception):
     """The loss is not a number or beyond reason; the text says which."""
 
 
-@contextlib.contextmanager
-def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
 def _format(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
 
@@ -209,7 +202,7 @@ def train(
     curve: list[dict[str, Any]] = []
     profile: Profile | None = None
     status, reason = "complete", ""
-    with _own_random_state(config.seed, device):
+    with seeded(config.seed, [device]):
         try:
             model.to(device)
             if last:

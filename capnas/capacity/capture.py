@@ -31,6 +31,8 @@ ACTIVATIONS = frozenset((
     "relu", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardtanh", "hardsigmoid", "sigmoid", "tanh",
     "softplus",
 ))  # fmt: skip
+# names that only accelerators give to an operation: the trace, made on the meta device, has the general one
+_GENERAL = {f"aten.{library}_batch_norm.default": "aten.native_batch_norm.default" for library in ("cudnn", "miopen")}
 _ROWS, _PLACES = 4096, 16  # rows for the output decoupling, positions for the gate decoupling
 
 
@@ -103,7 +105,10 @@ class MomentReader(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         node = self.nodes[self.place] if self.place < len(self.nodes) else None
-        if node is None or str(func) != node.op:
+        if str(func) == "aten._fused_rms_norm.default":  # one operation on accelerators, in the trace the steps that it is made of
+            with self:
+                return func.decompose(*args, **kwargs)
+        if node is None or _GENERAL.get(str(func), str(func)) != node.op:
             return func(*args, **kwargs)
         if base_name(node) in ACTIVATIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self.keep(node, func, args, kwargs)

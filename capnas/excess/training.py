@@ -17,6 +17,7 @@ from capnas.devices import resolve_device
 from capnas.errors import UsageError, check_types
 from capnas.excess.network import Limits, PaperNetwork
 from capnas.measures.excess import distance_to_init, group_norm_21, margins
+from capnas.measures.probing import seeded
 
 _CHUNK = 512
 
@@ -153,8 +154,7 @@ def train_run(
                 weight = network.weight(operator)
                 weight.copy_(operator.start(weight, limits[operator.name]))
     start = {o.name: network.weight(o).detach().clone() for o in network.operators}
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, [where]):
         finite = _descend(network, data, start, limits, recipe, seed, where, image_size)
     model.eval()
     if finite and limits is not None:

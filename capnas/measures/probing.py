@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,10 +66,8 @@ def put_back(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
     flags = [(p, p.requires_grad) for p in model.parameters()]
     tables = [m._buffers for m in model.modules()]
     buffers = [(held, k, b, None if b.is_meta else b.clone()) for held in tables for k, b in held.items() if b is not None]
-    cuda = {t.device.index or 0 for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
     try:
-        with torch.random.fork_rng(devices=sorted(cuda)):
-            torch.manual_seed(seed)
+        with seeded(seed, (t.device for t in [*model.parameters(), *model.buffers()])):
             yield
     finally:
         for module, training in modes:
@@ -81,6 +79,27 @@ def put_back(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
                 held[key] = buffer
                 if before is not None:
                     buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """A fixed seed inside, on the CPU and these devices alone (``torch.manual_seed`` would reseed all); on CPU and CUDA as before outside.
+
+    >>> with seeded(1):
+    ...     first = torch.rand(1)
+    >>> with seeded(1):
+    ...     torch.equal(first, torch.rand(1))
+    True
+    """
+    places = set(devices)
+    cuda = sorted({torch.cuda.current_device() if d.index is None else d.index for d in places if d.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        for kind in {d.type for d in places} - {"cpu", "cuda", "meta"}:
+            torch.get_device_module(kind).manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager

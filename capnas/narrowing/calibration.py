@@ -155,7 +155,8 @@ def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed:
                 rows = gradient.reshape(-1, gradient.shape[-1]) if isinstance(module, nn.Linear) else gradient.transpose(0, 1).flatten(1).T
                 curvatures[name] = curvatures.get(name, 0) + (rows.T @ rows).double() / len(images)
 
-            y.register_hook(fold)
+            if y.requires_grad:  # else it does not depend on the images
+                y.register_hook(fold)
 
         return hook
 

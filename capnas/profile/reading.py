@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
 from capnas.graph.tracing import Trace, trace
-from capnas.measures.probing import put_back
+from capnas.measures.probing import put_back, seeded
 from capnas.measures.saturation import THRESHOLD
 from capnas.profile.enriching import enrich
 from capnas.profile.rows import MEASURES, Profile
@@ -111,24 +111,25 @@ def at_default_initialization(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """A copy of a model whose layers start as torch starts them, whatever the model's authors chose.
 
     Every layer is reset by its own ``reset_parameters`` in the order of the modules. Norms that start at zero and layer scales that start
-    small, both of which switch residual branches off, start at one. Other parameters (class tokens, position codes) stay.
+    small, both of which switch residual branches off, start at one. Other parameters (class tokens, position codes) stay. A model that lies
+    on one device starts from numbers of the CPU's generator, so that all devices give the same weights.
 
     >>> layer = nn.utils.skip_init(nn.Linear, 4, 2)
     >>> first, second = (at_default_initialization(nn.Sequential(layer), seed=3) for _ in range(2))
     >>> bool((first[0].weight == second[0].weight).all()), float(first[0].weight.detach().abs().max()) <= 0.5
     (True, True)
     """
-    fresh = copy.deepcopy(model)
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), torch.no_grad():
-        torch.manual_seed(seed)
+    fresh, devices = copy.deepcopy(model), {p.device for p in model.parameters()}
+    if len(devices) == 1:
+        fresh.cpu()
+    with seeded(seed, devices), torch.no_grad():
         for module in fresh.modules():
             if callable(getattr(module, "reset_parameters", None)) and not any(module.children()):
                 module.reset_parameters()  # type: ignore[operator]
             for name, parameter in module.named_parameters(recurse=False):
                 if re.fullmatch(_LAYER_SCALE, name) and parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
                     parameter.fill_(1.0)
-    return fresh
+    return fresh.to(devices.pop()) if len(devices) == 1 else fresh
 
 
 @contextmanager

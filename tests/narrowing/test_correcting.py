@@ -258,3 +258,15 @@ def test_a_deep_network_with_fresh_norms_is_narrowed_without_exploding() -> None
         together, alone = small(x), torch.cat([small(one) for one in x.split(1)])
         assert float(together.abs().max()) < 10 * float(model(x).abs().max())
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_that_reads_no_image_is_left_out() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.question, self.ask, self.read = nn.Parameter(torch.ones(1, 4)), nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.read(x.flatten(1) * self.ask(self.question))
+
+    assert set(read_layers(Asks(), ["ask", "read"], torch.randn(8, 2, 2, 2))) == {"read"}
