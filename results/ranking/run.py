@@ -28,7 +28,7 @@ from capnas.measures.ranking import partial_spearman
 from capnas.objective.targets import WEIGHTS
 from capnas.profile import profile_model
 from capnas.profile.reading import at_default_initialization
-from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
+from capnas.scoring import CAPACITY_WEIGHTS, COSTS, SCORES, measures_for, score
 
 HERE = Path(__file__).resolve().parent
 IMAGES = {"timm": (16, None), "mbconv": (64, 24)}  # images of the probe batch and their size; None: the size that the table lists
@@ -51,7 +51,8 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
     path = HERE / "raw" / f"{'-'.join([space, *([f'seed{seed}'] if seed else []), *([label] if label else [])])}.jsonl"
     path.parent.mkdir(exist_ok=True)
     known = {(row["arch"], row.get("img_size")) for row in map(json.loads, path.open())} if path.exists() else set()
-    names = [n for n in SCORES if set(measures_for([n])) <= {"saturation", *measures} and n != "capacity_slack"]
+    before = len(known)
+    names = [n for n in SCORES if set(measures_for([n])) <= {"saturation", *measures} and n not in ("capacity_slack", *COSTS)]
     with path.open("a") as out:
         for _, row in rows.iterrows():
             if (row["arch"], row.get("img_size")) in known:
@@ -78,8 +79,10 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
                       "blocks": np.round(np.array(blocks, dtype=float), 4).tolist()}  # fmt: skip
             out.write(json.dumps(record) + "\n")
             out.flush()
-    environment = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
-    (HERE / "raw" / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+            known.add((row["arch"], row.get("img_size")))
+    if len(known) > before:  # else the versions are those of the rows that are there
+        environment = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
+        (HERE / "raw" / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 
 
 def baselines(space, folder, count):

@@ -140,9 +140,10 @@ def read(path):
 
 
 def append(path, row):
-    """One more row."""
+    """One more row, and the versions that gave it."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+    write_environment(HERE / "environment.json", device="cpu")
 
 
 def run(given):
@@ -158,7 +159,6 @@ def run(given):
             if (given.case, method, seed, 100 + seed) not in again:
                 append(RETRAINED, retrained(given.case, done[0], 100 + seed, data, given))
             print(given.case, method, seed, "done", flush=True)
-    write_environment(HERE / "environment.json", device="cpu")
 
 
 def derive():

@@ -340,7 +340,8 @@ def search(data, scores, seeds, methods, processes):
             file.flush()
             if count % 20 == 0:
                 print(f"{count} of {len(tasks)}", file=sys.stderr, flush=True)
-    write_environment(HERE / "environment.json", workers=processes, device="cpu")
+    if tasks:
+        write_environment(HERE / "environment.json", workers=processes, device="cpu")
 
 
 def time_scores(data, count=30):

@@ -1,0 +1,181 @@
+"""What each signal is worth for choosing among candidates of the real searches: random draws, each trained shortly and then fully.
+
+    python results/search/draws.py train --case fashion --draws 100
+    python results/search/draws.py train --case cifar10 --cifar ZIP --draws 100
+    python results/search/draws.py table                               # draws.md and draws.json from raw/ again
+
+Draws are of the space, the data and the limit on MACs of real.py. For each: scores before training, accuracy on the validation images
+after the short training of a search and the scores then, and, as a benchmark, the accuracy of the full training from new weights on 10,000
+images that neither the searches nor the final evaluations see. One JSON line a draw in raw/draws-CASE.jsonl; goes on where it stopped.
+"""
+
+import argparse
+import io
+import json
+import time
+import zipfile
+
+import numpy as np
+import optuna
+import torch
+from real import CASES, HERE, images, read
+from scipy.stats import spearmanr
+
+from capnas.candidates import Infeasible, build_candidate, build_model
+from capnas.data import load_data
+from capnas.objective.targets import WEIGHTS, value_of
+from capnas.profile import profile_model
+from capnas.scoring import COSTS, SCORES, measures_for, score
+from capnas.spaces import load_space
+from capnas.training import TrainConfig, evaluate, train
+
+FRESH, POOL = 10_000, 10  # images of the benchmark; draws of which one is named
+FINAL_EPOCHS = {"fashion": 6, "cifar10": 10}
+MEASURES = ("saturation", "structure", "capacity")
+NAMES = [n for n in SCORES if set(measures_for([n])) <= {*MEASURES} and n not in ("capacity_slack", *COSTS)]
+
+
+def fresh(case, data, archive):
+    """Images for the benchmark, as the test split of a data set of their own."""
+    if case == "fashion":
+        full = load_data("fashion-mnist")
+        known = {image.numpy().tobytes() for image in data.pool.images}
+        pool = [(image.numpy(), int(label)) for image, label in zip(full.pool.images, full.pool.labels)]
+        rows = [pool[i] for i in torch.cat([full.index["train"], full.index["validation"]]).tolist()]
+        found = [(image, label) for image, label in rows if image.tobytes() not in known][-FRESH:]
+        x, y = np.stack([image.squeeze(0) for image, _ in found]), np.array([label for _, label in found])
+    else:
+        from PIL import Image
+
+        with zipfile.ZipFile(archive) as file:
+            names = sorted(n for n in file.namelist() if n.startswith("train/") and n.endswith(".jpg"))
+            taken = set(names[:: len(names) // 6000])  # as real.images
+            names = [n for n in names if n not in taken][:: (len(names) - len(taken)) // FRESH][:FRESH]
+            classes = sorted({n.split("/")[-2] for n in names})
+            x = np.stack([np.asarray(Image.open(io.BytesIO(file.read(n))).convert("RGB")) for n in names])
+            y = np.array([classes.index(n.split("/")[-2]) for n in names])
+    return load_data({"train": (x[::10], y[::10]), "val": (x, y)}, mean=data.mean, std=data.std)
+
+
+def drawn(space, number, shape, limit):
+    """The first candidate of a seed that can be built and keeps the limit."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=number))
+    while True:
+        try:
+            candidate = build_candidate(space, study.ask(), **shape)
+        except Infeasible:
+            continue
+        if candidate.macs <= limit:
+            return candidate
+
+
+def accuracy(model, held_out):
+    with held_out.final_evaluation() as opened:
+        return evaluate(model, opened, "test", device="cpu")["accuracy"]
+
+
+def run(given):
+    case = CASES[given.case]
+    data = images(given.case, given.cifar, given.runs)
+    held_out = fresh(given.case, data, given.cifar)
+    space, shape = load_space(case["space"]), {k: getattr(data, k) for k in ("num_classes", "in_chans", "image_size")}
+    path = HERE / "raw" / f"draws-{given.case}.jsonl"
+    for number in range(len(read(path)), given.draws):
+        candidate = drawn(space, number, shape, case["max_macs"])
+        model = build_model(space, candidate.params, **shape, seed=number)
+        x, y = data.probe(64, seed=0)
+        start = time.process_time()
+        before = score(profile_model(model, x, y, measures=MEASURES, mode="train", initialize=True), NAMES)
+        measured = time.process_time()
+        short = train(model, data, TrainConfig(epochs=1, seed=number, device="cpu"))
+        trained = time.process_time()
+        after = score(short.profile, [n for n in NAMES if measures_for([n]) == ("saturation",)]) if short.profile else {}
+        again = build_model(space, candidate.params, **shape, seed=1000 + number)
+        plain = TrainConfig(epochs=FINAL_EPOCHS[given.case], seed=1000 + number, device="cpu", record=False)
+        full = train(again, data, plain, split="train+validation", evaluate_on=None)
+        row = {
+            "draw": number, "params_drawn": dict(candidate.params), "params": candidate.n_params, "macs": candidate.macs,
+            "status": [short.status, full.status], "short_accuracy": short.accuracy,
+            "accuracy": accuracy(again, held_out), "scores": before, "scores_after": after,
+            "seconds": {"measure": round(measured - start, 2), "short": round(trained - measured, 2),
+                        "full": round(time.process_time() - trained, 2)},
+        }  # fmt: skip
+        row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # no NaN in the file
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(number, candidate.macs, row["short_accuracy"], row["accuracy"], row["seconds"], flush=True)
+
+
+INTRODUCTION = f"""\
+Random draws under the limit on MACs of the searches. Spearman with the accuracy after the full training, on 10,000 images that nothing
+else sees; and that accuracy, in points, of the draw that a signal names out of {POOL} (means over 5,000 pools)."""
+
+
+def signals(rows):
+    """Signal name to one value a draw, higher expected better; where all draws have one and it varies."""
+    found = {"accuracy of the short training": [r["short_accuracy"] for r in rows], "macs": [r["macs"] for r in rows],
+             "params": [r["params"] for r in rows], "combined": [combined(r) for r in rows],
+             "combined, what it knows before training": [combined(r) - r["short_accuracy"] for r in rows]}  # fmt: skip
+    for label, part in (("", "scores"), ("after: ", "scores_after")):
+        for name in rows[0][part]:
+            sign = 1 if SCORES[name].direction == "maximize" else -1
+            found[label + name] = [None if r[part][name] is None else sign * r[part][name] for r in rows]
+    return {name: np.array(v) for name, v in found.items() if None not in v and np.ptp(v) > 0}
+
+
+def combined(row):
+    """The default value of a search."""
+    known = {f"init_{name}": value for name, value in row["scores"].items()} | row["scores_after"] | {"accuracy": row["short_accuracy"]}
+    return value_of("combined", known | {"macs": row["macs"], "params": row["params"]}, WEIGHTS)
+
+
+def picked(values, accuracy, pool=POOL, draws=5000):
+    """Mean accuracy of the draw that a signal names out of some."""
+    rng = np.random.default_rng(0)
+    pools = np.stack([rng.choice(len(values), pool, replace=False) for _ in range(draws)])
+    return float(accuracy[pools[np.arange(draws), values[pools].argmax(1)]].mean())
+
+
+def table():
+    lines, summary = [INTRODUCTION, ""], {}
+    for case, setting in CASES.items():
+        rows = [r for r in read(HERE / "raw" / f"draws-{case}.jsonl") if r["status"] == ["complete"] * 2]
+        if not rows:
+            continue
+        accuracy = np.array([r["accuracy"] for r in rows])
+        best = picked(accuracy, accuracy)
+        spread = f"Accuracy {100 * accuracy.min():.1f} to {100 * accuracy.max():.1f}, standard deviation {100 * accuracy.std(ddof=1):.2f}"
+        lines += [f"## {case}: space {setting['space']}, {len(rows)} draws", "",
+                  f"{spread}; the best of {POOL} has {100 * best:.1f}, a random one {100 * accuracy.mean():.1f}.", "",
+                  f"| signal | Spearman [95 %] | named out of {POOL} |", "| --- | --- | --- |"]  # fmt: skip
+        found = signals(rows)
+        ranks = {name: spearmanr(v, accuracy)[0] for name, v in found.items()}
+        summary[case] = {"draws": len(rows), "deviation": float(accuracy.std(ddof=1)), "spearman": {n: float(r) for n, r in ranks.items()}}
+        for name in sorted(ranks, key=lambda n: -ranks[n]):
+            low, high = interval(found[name], accuracy)
+            lines.append(f"| {name} | {ranks[name]:.2f} [{low:.2f}, {high:.2f}] | {100 * picked(found[name], accuracy):.2f} |")
+        lines.append("")
+    (HERE / "draws.md").write_text("\n".join(lines))
+    (HERE / "draws.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+def interval(v, accuracy, draws=1000):
+    """Bootstrapped 95 % interval of Spearman's correlation."""
+    rng = np.random.default_rng(0)
+    picks = (rng.integers(0, len(v), len(v)) for _ in range(draws))
+    found = [spearmanr(v[i], accuracy[i])[0] for i in picks if np.ptp(v[i]) > 0]
+    return np.quantile(found, [0.025, 0.975])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("train", "table"))
+    parser.add_argument("--case", choices=list(CASES), default="fashion")
+    parser.add_argument("--cifar", help="zip archive of CIFAR-10 as JPEG")
+    parser.add_argument("--runs", default="runs/search-real", help="folder for unpacked images")
+    parser.add_argument("--draws", type=int, default=100)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    table() if options.command == "table" else run(options)
