@@ -20,8 +20,12 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 WIDE = 160  # columns of a table that goes into a file or a pipe
 
 
-def number(text: str) -> int:
+def number(text: str, option: str = "") -> int:
     """A whole number written as 8000000, 8e6, 8_000_000, 8M, 1.5G or 300k.
+
+    Args:
+        text: What was written.
+        option: Where, for the error.
 
     Raises:
         UsageError: anything else.
@@ -35,7 +39,7 @@ def number(text: str) -> int:
     except ValueError:
         value = None
     if value is None or not value.is_integer():
-        raise UsageError(f"a whole number is written like 8000000, 8e6, 8M or 300k, got {text!r}.")
+        raise UsageError(f"{option}: a whole number is written like 8000000, 8e6, 8M or 300k, got {text!r}.".removeprefix(": "))
     return int(value)
 
 
@@ -149,11 +153,16 @@ def run_document(result: Any) -> dict[str, Any]:
     }
 
 
+def no_value(result: Any) -> str:
+    """What to say of a run without a result."""
+    return f"no trial gave a value; see why with: capnas report {shlex.quote(str(result.folder))}"
+
+
 def show_run(result: Any) -> None:
     """The best trials of a `capnas.search.RunResult` and where to go on from there."""
     names, where = result.config.values, shlex.quote(str(result.folder))
     if not result.front:
-        print(f"no trial gave a value; see why with: capnas report {where}")
+        print(no_value(result))
         return
     rows = [[str(t.number), *map(short, t.values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t in result.front[:20]]
     title = "best trial" if len(names) == 1 else f"Pareto set, {len(result.front)} trials"

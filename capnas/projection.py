@@ -63,7 +63,7 @@ def head_names(model: nn.Module) -> set[str]:
 
 @contextmanager
 def projected(model: nn.Module, projections: Mapping[str, Projection]) -> Iterator[None]:
-    """Replace the outputs of named conv and linear layers by their projection while the context lasts.
+    """Replace the outputs of named conv and linear layers by their projection while the context lasts (Shenk et al.).
 
     >>> layer = nn.Sequential(nn.Linear(2, 2))
     >>> flat = Projection(basis=torch.zeros(2, 0), mean=torch.tensor([3.0, 4.0]))
@@ -97,7 +97,7 @@ def project_model(
     threshold: float = THRESHOLD,
     seed: int = 0,
 ) -> ProjectionResult:
-    """Measure what the network loses when every layer but the head keeps only its lossless eigenspace.
+    """Measure what the network loses when every layer but the head keeps only its eigenspace, after Shenk et al.
 
     Args:
         model: a trained classifier; left untouched.

@@ -48,7 +48,7 @@ class LayerRecord:
         positions: rows that one image gives in one call (height times width of a map, tokens of a sequence, 1 of a vector).
         finite: False when an output held NaN or infinite values.
         mean: (D,) float64, of the rows used.
-        spread: (D, D) float64, their scatter around the mean; (D, S), the centred rows themselves, where S is below a third of D.
+        spread: (D, D) float64, their scatter around the mean; (D, S), the centred rows themselves, where S is below D.
     """
 
     name: str
@@ -263,6 +263,18 @@ def _feature_axis(tensor: Tensor, widths: frozenset[int], channels_last_maps: bo
     return 1 if first else -1
 
 
+def block_pattern(pattern: str) -> re.Pattern[str]:
+    """What `find_blocks` takes, compiled.
+
+    Raises:
+        UsageError: it is no regular expression.
+    """
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise UsageError(f"blocks must be a regular expression, {pattern!r} is none: {error}.") from None
+
+
 def find_blocks(model: nn.Module, pattern: str | None = None) -> Iterator[str]:
     """Names of a network's repeated units: residual blocks, inverted residuals, transformer blocks, cells.
 
@@ -271,14 +283,14 @@ def find_blocks(model: nn.Module, pattern: str | None = None) -> Iterator[str]:
     layers (VGG), the activations are read, the last step of each conv-norm-activation unit.
 
     Raises:
-        UsageError: `pattern` matches no module.
+        UsageError: `pattern` is no regular expression or matches no module.
 
     >>> list(find_blocks(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))))
     ['0', '1']
     """
     modules = dict(model.named_modules())
     if pattern is not None:
-        names = [n for n in modules if n and re.fullmatch(pattern, n)]
+        names = [n for n in modules if n and block_pattern(pattern).fullmatch(n)]
         if not names:
             raise UsageError(f"no module name full-matches the block pattern {pattern!r}; names look like {', '.join(list(modules)[1:6])}.")
     else:

@@ -79,6 +79,7 @@ _CAPACITY: tuple[tuple[str, str], ...] = (
     ("usage", "independent constraints per parameter (ours, after Donier)"),
     ("capacity_slack", "share of the a-priori class of weights that a short training left unused (ours, a proxy of excess capacity)"),
 )
+COSTS = ("params", "macs")  # known of every candidate, measured or not
 _BASELINES = ("synflow", "naswot", "zico", "snip", "grad_norm")
 
 # Weights of `capacity_score`, for every space: rounded from fits on three published benchmarks, the last chosen on timm and `mbconv`,
@@ -88,18 +89,23 @@ CAPACITY_WEIGHTS: Mapping[str, float] = MappingProxyType(
 )
 
 _NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
-    ("complexity", "maximize", math.inf, "C of the layer algebra, bits: how finely the network can cut its input (reconstructed)"),
-    ("log2_paths", "maximize", math.inf, "log2 of the paths from input to an output unit, the layer algebra's K (reconstructed)"),
-    ("log2_gain", "maximize", math.inf, "log2_paths with an average over n values counted at its gain 1/n instead of n paths (ours)"),
-    ("shortest_depth", "minimize", math.inf, "weight layers on the shortest path: deep without shortcuts, gradients shatter (ours)"),
-    ("intrinsic_power", "minimize", math.inf, "log2 of the layer algebra's P: less is more compression on the way (reconstructed)"),
-    ("log10_lipschitz", "minimize", math.inf, "log10 of the product of the layers' operator norms; norm layers not counted"),
-    ("synflow", "maximize", math.inf, "baseline: log synaptic flow (Tanaka et al., 2020)"),
-    ("naswot", "maximize", math.inf, "baseline: log-determinant of activation overlaps (Mellor et al., 2021)"),
-    ("zico", "maximize", math.inf, "baseline: inverse variation of gradients (Li et al., 2023)"),
-    ("snip", "maximize", math.inf, "baseline: connection sensitivity (Lee et al., 2019)"),
-    ("grad_norm", "maximize", math.inf, "baseline: sum of the layers' gradient norms (Abdelfattah et al., 2021)"),
-)
+    ("complexity", "maximize", 0,
+     "C of the layer algebra, bits: how finely the network can cut its input (after Badias & Banerjee, reconstructed)"),
+    ("log2_paths", "maximize", -math.inf, "log2 of the paths from input to an output unit, the layer algebra's K (reconstructed)"),
+    ("log2_gain", "maximize", -math.inf, "log2_paths with an average over n values counted at its gain 1/n instead of n paths (ours)"),
+    ("shortest_depth", "minimize", 0, "weight layers on the shortest path: deep without shortcuts, gradients shatter (ours)"),
+    ("intrinsic_power", "minimize", -math.inf,
+     "log2 of the layer algebra's P: less is more compression on the way (after Badias & Banerjee, reconstructed)"),
+    ("log10_lipschitz", "minimize", -math.inf,
+     "log10 of the product of the operator norms of layers and batch norms; other norms left out"),
+    ("synflow", "maximize", -math.inf, "baseline: log synaptic flow (Tanaka et al., 2020)"),
+    ("naswot", "maximize", 0, "baseline: log-determinant of activation overlaps (Mellor et al., 2021)"),
+    ("zico", "maximize", -math.inf, "baseline: inverse variation of gradients (Li et al., 2023)"),
+    ("snip", "maximize", 0, "baseline: connection sensitivity (Lee et al., 2019)"),
+    ("grad_norm", "maximize", 0, "baseline: sum of the layers' gradient norms (Abdelfattah et al., 2021)"),
+    ("params", "minimize", 0, "parameters of the network, shared ones once: a cost"),
+    ("macs", "minimize", 0, "multiply-accumulates of one image: a cost"),
+)  # fmt: skip
 
 
 def _dimension(profile: Profile) -> float:
@@ -156,8 +162,8 @@ def _table() -> Mapping[str, Score]:
         for name, meaning in _CAPACITY
     ]
     rows += [
-        Score(name=name, direction=direction, low=-math.inf, high=high, meaning=meaning, compute=partial(_of_network, name=name))
-        for name, direction, high, meaning in _NETWORK
+        Score(name=name, direction=direction, low=low, high=math.inf, meaning=meaning, compute=partial(_of_network, name=name))
+        for name, direction, low, meaning in _NETWORK
     ]
     rows += [
         Score(name=f"log2_{name}", direction="maximize", low=0, high=math.inf, meaning=f"baseline: log2 of {meaning}, the size alone",
@@ -179,7 +185,7 @@ def measures_for(names: Iterable[str]) -> tuple[str, ...]:
     wanted = set(names)
     needs = {
         "structure": ("capacity_score", "complexity", "log2_paths", "log2_gain", "shortest_depth", "intrinsic_power", "log2_params",
-                      "log2_macs"),
+                      "log2_macs", *COSTS),
         "norms": ("log10_lipschitz",),
         "capacity": tuple(name for name, _ in _CAPACITY if name != "capacity_slack"),
         "proxies": _BASELINES,

@@ -24,7 +24,7 @@ from capnas.errors import UsageError, check_types, one_of
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.probing import seeded
 from capnas.profile import Profile
-from capnas.recording import Recorder
+from capnas.recording import Recorder, block_pattern
 
 SCHEDULES = ("cosine", "poly", "step", "constant", "none")
 MAX_LOSS = 100.0  # far above ln(classes): a step beyond it is an explosion, not a bad start
@@ -52,6 +52,7 @@ class TrainConfig:
         channels_last: Memory format: "auto", "on" or "off".
         record: Measure saturation while training.
         threshold: Share of the variance in the definition of saturation, in (0, 1].
+        blocks: Regular expression of the units that are read as blocks, see `capnas.recording.find_blocks`.
 
     Raises:
         UsageError: A value of another kind or out of its range; the text says which.
@@ -76,6 +77,7 @@ class TrainConfig:
     channels_last: str = "auto"
     record: bool = True
     threshold: float = 0.99
+    blocks: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
@@ -91,6 +93,8 @@ class TrainConfig:
             raise UsageError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
         if not 0 < self.threshold <= 1:
             raise UsageError(f"threshold must be in (0, 1], got {self.threshold}.")
+        if self.blocks is not None:
+            block_pattern(self.blocks)
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise UsageError(f"clip_grad must be above 0 or None, got {self.clip_grad}.")
         if self.schedule not in SCHEDULES:
@@ -283,7 +287,8 @@ def _epochs(
     )
     smoothing = config.label_smoothing
     loss_of = import_timm("timm.loss").LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
-    with Recorder(model, seed=config.seed, train_interval=3) if config.record else contextlib.nullcontext() as recorder:
+    watching = Recorder(model, blocks=config.blocks, seed=config.seed, train_interval=3) if config.record else contextlib.nullcontext()
+    with watching as recorder:
         for epoch in range(config.epochs):
             start = time.perf_counter()
             model.train()

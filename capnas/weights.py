@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,10 +10,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from capnas.graph.tracing import Trace
-from capnas.measures.excess import distance_to_init, group_norm_21
+from capnas.measures.excess import distance_to_init, group_norm_21, norm_layer_constant
 from capnas.measures.operator_norms import OperatorNorm, linear_norm, operator_norm
+from capnas.measures.proxies import is_norm
 from capnas.measures.slack import LayerMotion, capacity_slack
 from capnas.recording import CONVS
+
+_NORM_OPS = ("batch_norm", "layer_norm", "group_norm")
 
 
 def weight_norms(
@@ -21,13 +25,13 @@ def weight_norms(
     """Operator norm of every convolution and linear layer that the forward pass calls, at the input size that it sees.
 
     The convention of Graf et al. (arXiv 2202.08070) is cyclic padding; here each layer keeps the padding it was built with, because
-    the constant should be that of the map that is used. Norm layers are not counted: fold them first (`capnas.measures.excess.fold_norm`)
-    where their scale matters.
+    the constant should be that of the map that is used. Norm layers are maps of their own, see `norm_layer_constants`.
 
     Args:
         model: any module; only read.
         trace: of the same model, see `capnas.graph.tracing.trace`.
-        bounded: also find upper bounds of the norms that are iterated; they are infinite without.
+        bounded: also find upper bounds of the norms of convolutions that are iterated; without, those are infinite and the value is
+            certified from below alone.
         tolerance: relative error of those, see `capnas.measures.operator_norms.operator_norm`.
         weights: by module name, instead of the module's own.
 
@@ -53,6 +57,31 @@ def weight_norms(
             norm = _conv_norm(module, weight, node.input_shapes[0][2:], node.attrs, bounded, tolerance)
             if node.module not in found or norm.value > found[node.module].value:
                 found[node.module] = norm
+    return found
+
+
+def norm_layer_constants(model: nn.Module, trace: Trace) -> dict[str, float | None]:
+    """Lipschitz constant of every norm layer that the forward pass calls, counted as a map of its own; in execution order.
+
+    Batch norm has that of its map in eval mode, max |gamma| / sqrt(running variance + eps), whatever mode the model is in. Layer, group
+    and RMS norm, and batch and instance norm without running moments, divide by a spread of the sample or batch at hand: their slope has
+    no useful bound for all inputs (max |gamma| / sqrt(eps)), and they have None, as has a norm whose moments are not finite.
+
+    >>> from capnas.graph.tracing import trace
+    >>> net = nn.Sequential(nn.BatchNorm1d(3, eps=3.0), nn.LayerNorm(3))
+    >>> norm_layer_constants(net, trace(net, (2, 3)))
+    {'0': 0.5, '1': None}
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, float | None] = {}
+    for node in trace.nodes:
+        module: Any = modules.get(node.module)
+        if module is not None and (is_norm(module) or any(name in node.op for name in _NORM_OPS)):
+            found.setdefault(node.module, None)
+            variance = getattr(module, "running_var", None)
+            if "batch_norm" in node.op and isinstance(variance, Tensor):
+                constant = norm_layer_constant(module.weight, variance, module.eps)
+                found[node.module] = constant if math.isfinite(constant) else None
     return found
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -56,6 +57,20 @@ def test_modules_stay_small() -> None:
     lines = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in MODULES}
     assert statistics.median(lines.values()) <= 220
     assert not {str(path): n for path, n in lines.items() if n > 352}
+
+
+def test_functions_of_the_theories_say_whose_they_are() -> None:
+    plumbing = {"activation_codes", "axes", "convolution", "moments", "probing", "singular"}  # state nothing of a theory
+    source = re.compile(r"\b(ours?|reconstruct\w*|textbook|papers?|authors'?|et al|rfa_toolbox|delve|(19|20)\d\d)\b|arXiv", re.IGNORECASE)
+    silent, seen = [], 0
+    for path in (p for p in MODULES if p.parent.name == "measures" and p.stem not in plumbing):
+        for part in ast.parse(path.read_text()).body:
+            if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
+                seen += 1
+                if not source.search(ast.get_docstring(part) or ""):
+                    silent.append(f"{path.stem}.{part.name}")
+    assert seen > 100
+    assert not silent
 
 
 def test_no_module_imports_timm_past_the_guard() -> None:

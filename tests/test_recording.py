@@ -247,6 +247,8 @@ def test_blocks_by_pattern() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
     assert list(find_blocks(model, r"0\.1")) == ["0.1"]
     assert set(record(model, noise(3, 4), blocks=r"0\.1", reading="blocks")) == {"block:0.1"}
+    with pytest.raises(UsageError, match=r"^blocks must be a regular expression, '\(' is none: missing \), unterminated subpattern"):
+        record(model, noise(3, 4), blocks="(")
     with pytest.raises(UsageError, match=r"full-matches the block pattern 'stage'; names look like 0, 0\.0"):
         list(find_blocks(model, "stage"))
     with pytest.raises(UsageError, match="reading must be one of blocks, both, modules"):
@@ -298,6 +300,9 @@ def test_reference_models(shared: Path, name: str, mode: str) -> None:
     model = fill({"mlp": mlp, "vgg8": lambda: tool.VGGLike(8), "resnet18_8": lambda: tool.ResNet18Like(8)}[name]())  # type: ignore[attr-defined]
     seen = record(model, vectors(256) if name == "mlp" else images(32), mode=mode, reading="modules", values_per_call=None)
     assert set(seen) == set(reference["layers"])
+    shares = [[saturation(covariance(found.moments), legacy=legacy) for found in seen.values()] for legacy in (False, True)]
+    assert np.mean(shares[0]) == pytest.approx(reference["mean_saturation_textbook"], rel=1e-12)
+    assert np.mean(shares[1]) == pytest.approx(reference["mean_saturation_delve"], rel=1e-12)
     compared = 0
     for layer, expected in reference["layers"].items():
         spec = spectrum(covariance(seen[layer].moments))
@@ -335,13 +340,17 @@ def test_few_rows_are_decomposed_on_their_own_side(decay: float) -> None:
         record = recorder.pop("train")[""]
         every = torch.cat([model(few) for few in x.split(20)]).double()
         assert recorder.pop("train")[""].covariance.shape == (60, 60)
-        for few in x.repeat(2, 1).split(20):
+        for few in x.repeat(4, 1).split(20):
+            model(few)
+        most = recorder.pop("train")[""]
+        for few in x.repeat(6, 1).split(20):
             model(few)
         many = recorder.pop("train")[""]
     assert record.covariance.shape == (60, 60)
+    assert most.covariance.shape == (240, 240)  # the cheaper side still
     assert many.covariance.shape == (300, 300)  # folded once they were no longer few
     exact = torch.linalg.eigvalsh(torch.cov(every.T, correction=0))
-    for found in (record.covariance, many.covariance, covariance(record.moments)):
+    for found in (record.covariance, most.covariance, many.covariance, covariance(record.moments)):
         kept = torch.linalg.eigvalsh(found)[-20:]
         torch.testing.assert_close(kept, exact[-20:], rtol=1e-5, atol=1e-6 * float(exact[-1]))
     torch.testing.assert_close(record.moments.mean, every.mean(0), rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from capnas.search_spaces import nasbench201
 
 from capnas.errors import UsageError
 from capnas.profile import LayerProfile, Profile, profile_model
-from capnas.scoring import SCORES, measures_for, score
+from capnas.scoring import COSTS, SCORES, measures_for, score
 
 
 def profile(*saturations: float | None, blocks: tuple[float, ...] = ()) -> Profile:
@@ -49,6 +49,9 @@ def test_directions_ranges_and_meanings() -> None:
         assert spec.direction in ("maximize", "minimize")
         assert spec.low <= values[name] <= spec.high or math.isnan(values[name])
         assert len(spec.meaning) > 20
+    assert {name for name, spec in SCORES.items() if spec.low == -math.inf} == {
+        "capacity_score", "log2_paths", "log2_gain", "intrinsic_power", "log10_lipschitz", "synflow", "zico"
+    }  # logarithms, and sums of terms of either sign  # fmt: skip
     assert SCORES["tail_fraction"].oriented(0.2) == -0.2
     assert SCORES["saturation_evenness"].oriented(0.2) == 0.2
 
@@ -121,3 +124,6 @@ def test_size_counts_in_doublings() -> None:
     values = score(found, ["log2_macs", "log2_params"])
     assert values["log2_macs"] == pytest.approx(math.log2(36 * 4 * 27 + 2 * 4 * 36))
     assert values["log2_params"] == pytest.approx(math.log2(4 * 27 + 2 * 4 * 36 + 2))
+    assert score(found, ["params", "macs"]) == {"params": 4 * 27 + 2 * 4 * 36 + 2, "macs": 36 * 4 * 27 + 2 * 4 * 36}
+    assert {SCORES[name].direction for name in COSTS} == {"minimize"}
+    assert measures_for(COSTS) == ("saturation", "structure")

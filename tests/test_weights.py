@@ -8,7 +8,7 @@ from torch import nn
 from capnas._timm import timm
 from capnas.graph.tracing import trace
 from capnas.measures.excess import distance_to_init
-from capnas.weights import InitialWeights, weight_norms
+from capnas.weights import InitialWeights, norm_layer_constants, weight_norms
 
 
 def dense_norm(layer: nn.Module, shape: tuple[int, ...]) -> float:
@@ -81,6 +81,29 @@ def test_parametrized_layers_have_a_norm_and_a_motion() -> None:
         model[0].parametrizations.weight.original0.mul_(3)
     motion = start.motion(model, graph)["0"]
     assert (motion.norm_start, motion.norm_end) == pytest.approx((expected, 3 * expected), rel=1e-5)
+
+
+def test_norm_layers_have_the_constant_of_their_map_in_eval_mode_or_none() -> None:
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch, self.live, self.broken = nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4)
+            self.group, self.rms, self.unused = nn.GroupNorm(2, 4), nn.RMSNorm(4), nn.BatchNorm1d(4)
+            self.tracked = nn.InstanceNorm1d(4, track_running_stats=True)  # reshapes before it divides
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.batch(self.rms(self.group(self.broken(self.live(self.batch(x))))))
+            return self.tracked(x[..., None].expand(-1, -1, 2))
+
+    model = Norms()
+    torch.nn.init.uniform_(model.batch.weight, -3, 3)
+    torch.nn.init.uniform_(model.batch.running_var, 0.1, 5)
+    torch.nn.init.constant_(model.broken.running_var, float("nan"))
+    found = norm_layer_constants(model, trace(model, (2, 4)))
+    batch, tracked = found.pop("batch"), found.pop("tracked")
+    assert found == dict.fromkeys(("live", "broken", "group", "rms"))
+    assert tracked == pytest.approx(1, abs=1e-5)
+    assert batch == pytest.approx(dense_norm(model.batch.eval(), (4,)), rel=1e-6)
 
 
 def test_layers_that_share_a_weight_share_its_copy() -> None:

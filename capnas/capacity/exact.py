@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from capnas.measures.layer_capacity import exact_shares, population_ridge, scale
 
 PARAMS = 2048  # of all layers: one dense float64 solve of this size takes a second or two
 _ROWS = 8 * PARAMS  # samples times outputs; the memory of the tangents
+# parameters times responses where (34) takes about as long as the other measures of a profile: 10 to 40 ms for two dense layers on a core
+_CHEAP = 2**17
 
 
 class _Tangents(LayerTaps):
@@ -75,9 +78,24 @@ def _tangent(call: dict[str, Any], slope: Tensor, batch: int) -> Tensor:
     func, given = call["func"], call["given"]
     groups, channel = groups_of(func, given), -1 if func is F.linear else 1
     slopes = slope.float().movedim(channel, -1).reshape(batch, -1, groups, slope.shape[channel] // groups)  # (B, Q, G, b)
-    every = torch.arange(slopes.shape[0] * slopes.shape[1], device=slope.device)
-    rows = input_rows(func, given, call["shape"], every).unflatten(1, (batch, -1))  # (G, B, Q, a)
+    if "rows" not in call:  # the same for every output
+        every = torch.arange(slopes.shape[0] * slopes.shape[1], device=slope.device)
+        call["rows"] = input_rows(func, given, call["shape"], every).unflatten(1, (batch, -1))  # (G, B, Q, a)
+    rows = call["rows"]
     return scale_free(torch.einsum("gnqa,nqgb->ngba", rows, slopes).flatten(1), given["weight"])
+
+
+def affordable(sizes: Mapping[str, int], responses: int) -> bool:
+    """Whether :func:`exact_capacity` costs about as much as the rest of a profile: parameters times responses of at most 2^17 (ours).
+
+    Args:
+        sizes: weight name to the number of parameters of every layer that is to have a capacity.
+        responses: samples times outputs.
+
+    >>> affordable({"0.weight": 100}, 1000), affordable({"0.weight": 1000}, 1000)
+    (True, False)
+    """
+    return sum(sizes.values()) * responses <= _CHEAP
 
 
 def exact_capacity(

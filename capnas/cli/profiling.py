@@ -27,6 +27,9 @@ def profile(
     mode: Annotated[str | None, typer.Option(help="train or eval; without, eval for trained weights, else train.")] = None,
     threshold: Annotated[float, typer.Option(help="Share of the variance that k explains.")] = 0.99,
     reading: Annotated[str, typer.Option(help="modules, blocks or both.")] = "both",
+    blocks: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Names of the units to read as blocks, as a regular expression; found without.")
+    ] = None,
     initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network before training instead.")] = False,
     weights: Annotated[str | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, in safetensors.")] = None,
     project: Annotated[
@@ -53,6 +56,7 @@ def profile(
             threshold=threshold,
             reading=reading,  # type: ignore[arg-type]
             measures=MEASURES if measures == "all" else [name.strip() for name in measures.split(",") if name.strip()],
+            blocks=blocks,
             initial=initial,
             weights=weights,
             project=project,
@@ -100,7 +104,8 @@ def _further(taken: Any) -> dict[str, Cell]:
         if taken.receptive is not None:
             columns["unproductive"] = lambda r: _marks(r.name, taken.receptive)
     wanted: tuple[tuple[str, Cell], ...] = (
-        ("norm", lambda r: short(r.norm, 3)), ("distance", lambda r: short(r.distance, 3)), ("capacity", lambda r: short(r.capacity, 1)),
+        ("norm", lambda r: short(r.norm, 3)), ("distance", lambda r: short(r.distance, 3)),
+        ("capacity", lambda r: short(r.capacity, 1) + (" exact" if r.capacity_method == "exact" else "")),
         ("utilisation", lambda r: short(r.utilisation) + (" over-wide" if r.over_wide else "")),
         ("decoupling", lambda r: short(r.decoupling, 3)),
     )  # fmt: skip
@@ -134,8 +139,9 @@ def _say_fields(report: Any) -> None:
         return
     size = "x".join(map(str, dict.fromkeys(report.image_size)))
     print(f"critical at {size} px, own field beyond the image: {', '.join(report.critical) or 'none'}")
+    meanings = {"strict": " (the papers', without 1x1 layers)", "toolbox": " (rfa_toolbox)"}
     for rule, names in report.border.items():
-        print(f"unproductive by the {rule} rule: {', '.join(names) or 'none'}")
+        print(f"unproductive by the {rule} rule{meanings.get(rule, '')}: {', '.join(names) or 'none'}")
     if report.feasible is not None:
         lower = f" ({_field([(low, low) for low, _ in report.functional])} by the functional bound)" if report.functional else ""
         print(f"feasible image sizes: {_field(report.feasible)} px{lower}")

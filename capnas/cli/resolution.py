@@ -62,7 +62,7 @@ def resolution(
         def build(size: int) -> Any:
             return found.build(seed, image_size=size, trained=trained)
 
-        limit = None if budget is None else number(budget)
+        limit = None if budget is None else number(budget, "--budget")
         if dry_run:
             surveys = survey_resolutions(build, sizes, in_chans=found.data.in_chans, budget=limit)
             advice = {

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from capnas.cli.app import Count, Device, Json, app, quiet
-from capnas.console import Progress, number, out_json, pairs, run_document, say, show_run
+from capnas.console import Progress, no_value, number, out_json, pairs, run_document, say, show_run
 from capnas.errors import UsageError
 
 
@@ -35,6 +35,9 @@ def search(
     ] = None,
     pool: Annotated[int | None, typer.Option(help="Candidates to measure before the first training, with a gate best.")] = None,
     resolutions: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to search jointly.")] = None,
+    blocks: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Names of the units to read as blocks, as a regular expression; found without.")
+    ] = None,
     sampler: Annotated[str, typer.Option(help="tpe, random, nsga2, nsga3, gp, qmc or cmaes.")] = "tpe",
     pruner: Annotated[str, typer.Option(help="median, hyperband or off.")] = "median",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -64,11 +67,12 @@ def search(
             epochs=epochs,
             values=tuple(v.strip() for v in values.split(",")),
             weights=None if weights is None else pairs([weights], "--weights"),
-            max_params=None if max_params is None else number(max_params),
-            max_macs=None if max_macs is None else number(max_macs),
+            max_params=None if max_params is None else number(max_params, "--max-params"),
+            max_macs=None if max_macs is None else number(max_macs, "--max-macs"),
             gate=gate,
             pool=pool,
-            resolutions=None if resolutions is None else tuple(number(r) for r in resolutions.split(",")),
+            resolutions=None if resolutions is None else tuple(number(r, "--resolutions") for r in resolutions.split(",")),
+            blocks=blocks,
             sampler=sampler,
             pruner=pruner,
             seed=seed,
@@ -87,6 +91,8 @@ def search(
         out_json(run_document(result))
     else:
         show_run(result)
+    if json and not result.front:
+        say(no_value(result))
     if result.interrupted:
         say(f"Interrupted with {result.n_finished} of {trials} trials finished. Resume with: {_command()}")
         raise SystemExit(130)  # not typer.Exit: `main` says "interrupted" after that one

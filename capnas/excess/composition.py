@@ -96,7 +96,7 @@ def composition(trace: Trace) -> tuple[Stage, ...]:
 
 
 def blocks(stages: Sequence[Stage], layers: Mapping[str, WeightLayer]) -> tuple[Block, ...]:
-    """The stages with the constants of their layers filled in, for `capnas.measures.excess.capacity_bounds`.
+    """The stages with the constants of their layers filled in, for the paper's `capnas.measures.excess.capacity_bounds`.
 
     >>> stage = Stage(branches=((Step(layer="a"),), ()))
     >>> blocks([stage], {"a": WeightLayer(norm=2.0, distance=1.0, weights=9)})[0].shortcut

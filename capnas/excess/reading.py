@@ -115,7 +115,7 @@ def _distance(state: LayerState) -> float:
 
 
 def holds(rises: Sequence[tuple[float, float]], *, tolerance: float, hold: Hold) -> bool:
-    """Whether errors stay on a par: the mean rise over seeds is at most the tolerance, for training, validation or both.
+    """Whether errors stay on a par (our rule): the mean rise over seeds is at most the tolerance, for training, validation or both.
 
     Args:
         rises: (training, validation) of each seed.
@@ -142,7 +142,7 @@ def read(
     tolerance: float = 0.01,
     hold: Hold = "validation",
 ) -> Reading:
-    """Judge every setting of a grid and take the tightest that holds.
+    """Judge every setting of a grid and take the tightest that holds: the protocol reconstructed.
 
     Args:
         runs: Unconstrained ones and, of each setting that was trained, one per seed.
@@ -204,7 +204,7 @@ def read(
 
 
 def rise(run: Run, free: Run) -> tuple[float, float]:
-    """Training and validation error of a run minus those of the unconstrained one."""
+    """Training and validation error of a run minus those of the unconstrained one; ours."""
     return run.train_error - free.train_error, run.validation_error - free.validation_error
 
 

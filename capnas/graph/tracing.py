@@ -258,6 +258,7 @@ def _quiet(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             module.training = training
 
 
+@torch.inference_mode(False)  # inside that mode torch takes operations apart before the recorder sees them
 def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype | None = None) -> Trace:
     """Record the dataflow graph of ``model(x)`` for an x of ``input_shape`` (B, C, H, W), in eval mode.
 

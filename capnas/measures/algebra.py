@@ -145,7 +145,7 @@ def pool_leaf(kind: Literal["max", "average"], units: int, *, kernel: int, posit
 
 
 def average_gain(taps: float, pool_gain: PoolGain = "paths") -> float:
-    """log2 K of an average over ``taps`` units; see `pool_leaf`.
+    """log2 K of an average over ``taps`` units; see `pool_leaf`. Reconstructed.
 
     Raises:
         UsageError: for an unknown gain.
@@ -159,7 +159,7 @@ def average_gain(taps: float, pool_gain: PoolGain = "paths") -> float:
 
 
 def activation_leaf(units: int, *, positions: int = 1) -> Term:
-    """An activation that no linear layer feeds (after a sum, or before the layer): one hyperplane a channel, ``C_loc = units``, ``K = 1``.
+    """An activation that no linear layer feeds (reconstruction, section 2.2): one hyperplane a channel, ``C_loc = units``, ``K = 1``.
 
     >>> activation_leaf(64, positions=49).complexity_positions
     3136.0
@@ -168,7 +168,7 @@ def activation_leaf(units: int, *, positions: int = 1) -> Term:
 
 
 def log2_add(values: Iterable[float]) -> float:
-    """log2 of the sum of ``2^value``, without overflow; the empty sum is -inf.
+    """log2 of the sum of ``2^value``, without overflow; the empty sum is -inf. Textbook arithmetic.
 
     >>> log2_add([3.0, 3.0]), log2_add([1500.0, -math.inf]), log2_add([])
     (4.0, 1500.0, -inf)
@@ -188,7 +188,7 @@ def series(*terms: Term) -> Term:
 
 
 def add(*terms: Term) -> Term:
-    """Branches whose outputs are summed: C adds (common refinement of the partitions, an upper count), K adds; without arguments the zero.
+    """Branches whose outputs are summed (reconstruction, section 2.4): C (an upper count) and K add; without arguments the zero.
 
     >>> add(linear_leaf(4, 4), IDENTITY, ZERO).log2_fan_in == math.log2(5)
     True
@@ -227,7 +227,7 @@ def concat(terms: Sequence[Term], units: Sequence[int]) -> Term:
 
 
 def mean_fan_in(log2_fan_ins: Sequence[float], units: Sequence[int]) -> float:
-    """log2 of the mean of K over output units.
+    """log2 of the mean of K over output units. Reconstructed (section 2.4).
 
     >>> round(2 ** mean_fan_in([1.0, 3.0, 3.0], [2, 1, 1]), 9)
     5.0

@@ -24,7 +24,7 @@ Convention = Literal["W", "C", "R", "O"]
 
 
 def constraint_matrix(jacobian: Tensor, covariance: Tensor | None = None, *, convention: Convention = "W") -> Tensor:
-    """The matrix whose columns are the directions pinned by training (equation 3), float64, shape (D * M, P).
+    """The matrix whose columns are the directions pinned by training (our equation 3), float64, shape (D * M, P).
 
     The total capacity does not depend on the convention, the allocation does: ``"W"`` (default) takes the symmetric root of the
     covariance (component i of the whitened input stays closest to input i), ``"C"`` its Cholesky factor (attribution to innovations, for
@@ -52,7 +52,7 @@ def constraint_matrix(jacobian: Tensor, covariance: Tensor | None = None, *, con
 def constraint_basis(
     jacobian: Tensor, covariance: Tensor | None = None, *, convention: Convention = "W", tolerance: float = 1e-9
 ) -> Tensor:
-    """Orthonormal basis Q (D * M, K) of the constraints (equation 4): left singular vectors above ``tolerance`` times the largest.
+    """Orthonormal basis Q (D * M, K) of the constraints (our equation 4): left singular vectors above ``tolerance`` of the largest.
 
     Arguments as for :func:`constraint_matrix`.
 
@@ -142,7 +142,7 @@ def subspace_capacity(
     mu: float = 0.0,
     tolerance: float = 1e-9,
 ) -> float:
-    """Capacity of the input subspace spanned by ``basis`` (D, A): ``tr(B^T Q Q^T B)``, in [0, min(A M, K)] (equations 5, 8, 11).
+    """Capacity of the input subspace spanned by ``basis`` (D, A): ``tr(B^T Q Q^T B)``, in [0, min(A M, K)] (our equations 5, 8, 11).
 
     Over the parts of any orthogonal decomposition of the input space the values sum to the total capacity (6).
 

@@ -24,7 +24,7 @@ SquaredOp = Callable[..., Tensor]
 def push(
     capacity: Tensor, second_moments: Sequence[Tensor], op_sq: SquaredOp, bias_sq: Tensor | float = 0.0
 ) -> tuple[tuple[Tensor, ...], float]:
-    """Capacity on the output of one operation to capacity on each of its inputs (38).
+    """Capacity on the output of one operation to capacity on each of its inputs (38): ours, after Donier.
 
     Args:
         capacity: ``k_out``, of the shape of the output map, (C, H, W) or (N, C) or any other.
@@ -62,7 +62,7 @@ def push(
 def push_ports(
     capacity: Mapping[int, Tensor], second_moments: Sequence[Tensor], op_sq: Callable[..., Any]
 ) -> tuple[tuple[Tensor, ...], float]:
-    """`push` through an operation with several outputs, of which some carry capacity.
+    """`push` through an operation with several outputs, of which some carry capacity. Ours.
 
     Args:
         capacity: ``k_out`` by the number of the output.
@@ -96,7 +96,7 @@ def push_ports(
 def conv_squared(weight: Tensor, **options: Any) -> SquaredOp:
     """Convolution in one or two dimensions with squared kernels; options ``stride``, ``padding``, ``dilation``, ``groups`` as in torch.
 
-    Of a weight (C_out, C_in / groups, *kernel) the map from (C_in, *sides) to (C_out, *sides'), in float64.
+    Ours, of (38). Of a weight (C_out, C_in / groups, *kernel) the map from (C_in, *sides) to (C_out, *sides'), in float64.
 
     Raises:
         UsageError: for a weight without one or two kernel axes.
@@ -113,7 +113,7 @@ def conv_squared(weight: Tensor, **options: Any) -> SquaredOp:
 
 
 def linear_squared(weight: Tensor) -> SquaredOp:
-    """Linear layer on the last axis: ``s @ (W^2)^T``, for a weight (out, in) the map from (..., in) to (..., out) in float64.
+    """Linear layer on the last axis: ``s @ (W^2)^T``, for a weight (out, in) the map from (..., in) to (..., out) in float64. Ours (38).
 
     >>> linear_squared(torch.tensor([[1.0, 2.0]]))(torch.ones(3, 2)).tolist()
     [[5.0], [5.0], [5.0]]
@@ -123,7 +123,7 @@ def linear_squared(weight: Tensor) -> SquaredOp:
 
 
 def average_pool_squared(kernel: int | tuple[int, int], **options: Any) -> SquaredOp:
-    """Average pooling of ``(C, H, W)``: squared taps ``1 / a^2`` (independent inputs); options as ``torch.nn.functional.avg_pool2d``.
+    """Average pooling of ``(C, H, W)``: squared taps ``1 / a^2`` (ours, 38); options as ``torch.nn.functional.avg_pool2d``.
 
     >>> average_pool_squared(2)(torch.ones(1, 2, 2)).item()
     0.25
@@ -138,7 +138,7 @@ def average_pool_squared(kernel: int | tuple[int, int], **options: Any) -> Squar
 
 
 def global_mean_squared(axes: tuple[int, ...] = (-2, -1)) -> SquaredOp:
-    """Mean over whole axes: each tap weighs ``1 / n^2``.
+    """Mean over whole axes: each tap weighs ``1 / n^2``. Ours (38).
 
     >>> global_mean_squared()(torch.ones(3, 2, 2)).tolist()
     [0.25, 0.25, 0.25]
@@ -211,7 +211,7 @@ def push_max_pool(capacity: Tensor, indices: Tensor, input_shape: Sequence[int])
 
 
 def push_concat(capacity: Tensor, sizes: Sequence[int], axis: int = 0) -> tuple[Tensor, ...]:
-    """Concatenation: each input takes its own slice back, of ``sizes`` along ``axis`` of the output map (C, H, W) or (N, C), in float64.
+    """Concatenation: each input takes its own slice back (ours, 38), of ``sizes`` along ``axis`` of a map (C, H, W) or (N, C), in float64.
 
     >>> [part.tolist() for part in push_concat(torch.tensor([1.0, 2.0, 3.0]), [1, 2])]
     [[1.0], [2.0, 3.0]]
@@ -224,7 +224,7 @@ def inject(
 ) -> Tensor:
     """Where on its input map the capacity of one layer's parameters sits (39): each parameter's unit spread over the positions it reads.
 
-    The capacity is split evenly over the weights. A weight that meets no signal (zero gradient or zero input everywhere) has no place;
+    Ours. The capacity is split evenly over the weights. A weight without a signal (zero gradient or zero input everywhere) has no place;
     its part is spread over the other weights, so that the sum is conserved.
 
     Args:

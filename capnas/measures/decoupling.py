@@ -60,7 +60,7 @@ class Decoupling:
 
 
 def analytic_decoupling(activation: str | Activation) -> Decoupling:
-    """Decoupling of an activation at pre-activations ``z ~ N(0, 1)``, weakly correlated across units.
+    """Decoupling of an activation at pre-activations ``z ~ N(0, 1)``, weakly correlated across units. Ours (19a), (19b).
 
     ``d_out = 1 - Cov(a, z)^2 / (Var a Var z)`` (19b) and ``d_gate = 1 - (E a')^2 / E a'^2`` (19a), by Gauss-Legendre quadrature on short
     panels, exact to about 1e-6 for smooth functions and for kinks at multiples of one eighth.
@@ -112,7 +112,7 @@ def _integrate(function: Activation) -> Decoupling:
 
 
 def relu_gate_decoupling(correlation: Tensor) -> Tensor:
-    """Decoupling of two ReLU gates whose pre-activations have this correlation: ``arccos(rho) / pi`` (19a), in [0, 1].
+    """Decoupling of two ReLU gates whose pre-activations have this correlation: ``arccos(rho) / pi`` (19a), in [0, 1]. Ours.
 
     Any shape; entry by entry. Correlations are clipped to [-1, 1].
 
@@ -204,17 +204,56 @@ def coherent_share(gradients: Tensor) -> float:
         >>> coherent_share(torch.ones(4, 3))
         1.0
     """
+    pairs = gradient_pairs(gradients)
+    return float(pairs.sum()) / (len(pairs) * (len(pairs) - 1))
+
+
+def gradient_pairs(gradients: Tensor) -> Tensor:
+    """``g_i . g_j / E |g|^2`` between the gradients of different samples, (S, S) float64 with a zero diagonal; their mean is S (24, ours).
+
+    Args:
+        gradients: (S, D), as for :func:`coherent_share`.
+
+    Raises:
+        UsageError: as there.
+
+    >>> gradient_pairs(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).tolist()
+    [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
     if gradients.ndim != 2 or len(gradients) < 2:
         raise UsageError(f"gradients must have shape (S, D) with at least two samples, got {tuple(gradients.shape)}.")
     rows = gradients.double()
-    count, energy = len(rows), float(rows.square().sum(1).mean())
-    if not energy > 0:
+    products = rows @ rows.T
+    energy = products.diagonal().mean()
+    if not float(energy) > 0:
         raise UsageError("gradients must not all be zero or NaN; the coherent share is undefined.")
-    return (float(rows.mean(0).square().sum()) - energy / count) / energy * count / (count - 1)
+    return (products / energy).fill_diagonal_(0)
+
+
+def coherent_error(pairs: Sequence[Tensor]) -> float:
+    """Standard error of S on a finite batch when nothing is coherent, the floor below which S cannot be told from 0 (24, ours).
+
+    S is the mean of ``a_ij = g_i . g_j / E |g|^2`` over the pairs of N samples. Of shattered gradients the ``a_ij`` have mean 0 and are
+    uncorrelated between pairs, so ``Var S = 2 E a^2 / (N (N - 1))``, with E a^2 read off the same pairs. Projections of the same samples
+    are not independent: their pairs are averaged before they are squared. M groups of other samples are, and divide the variance by M.
+
+    Args:
+        pairs: for each group of samples the (N, N) pairs of :func:`gradient_pairs`, averaged over the projections that it sent back.
+
+    Returns:
+        A number above 0, about ``(2 / (M N (N - 1) r))^(1/2)`` at r effective directions of the gradients; NaN without groups.
+
+    >>> round(coherent_error([gradient_pairs(torch.ones(4, 3))]), 3)
+    0.408
+    """
+    spread = [2 * float(p.square().sum()) / (len(p) * (len(p) - 1)) ** 2 for p in pairs]
+    return math.sqrt(sum(spread)) / len(spread) if spread else math.nan
 
 
 def shattering(share: float, *, floor: float = 1e-6) -> float:
-    """``Lambda = -ln S`` (24), 0 for a linear response and large for a shattered one; S is clipped to [floor, 1].
+    """``Lambda = -ln S`` (24), 0 for a linear response and large for a shattered one; S is clipped to [floor, 1] (ours).
+
+    A measured S is only known down to its `coherent_error`: with that as the floor Lambda is a lower bound where S is not above it.
 
     >>> round(shattering(0.25), 3)
     1.386
@@ -251,7 +290,7 @@ def predicted_function_share(out: Sequence[float]) -> float:
 def residual_share(branch: Tensor, stream: Tensor) -> float:
     """``r_l = E|branch|^2 / (E|branch|^2 + E|stream|^2)`` of one residual addition (31), in [0, 1]; its sum over depth R should be O(1).
 
-    Both are tensors of any shape, whose entries are averaged; 0 where both are zero.
+    Ours. Both are tensors of any shape, whose entries are averaged; 0 where both are zero.
 
     >>> residual_share(torch.ones(2, 3), torch.ones(2, 3))
     0.5

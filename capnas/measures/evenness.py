@@ -17,7 +17,7 @@ TAIL_SHARE = 0.25
 
 
 def present(values: Iterable[float | None]) -> list[float]:
-    """The finite values, in order.
+    """The finite values, in order. Ours.
 
     >>> present([0.5, None, float("nan"), 0.25])
     [0.5, 0.25]
@@ -36,7 +36,7 @@ def mean(values: Iterable[float | None]) -> float:
 
 
 def gini(values: Iterable[float | None]) -> float:
-    """Gini coefficient, mean absolute difference over twice the mean: 0 when all are equal, to 1 - 1/L when one holds all.
+    """Gini coefficient, mean absolute difference over twice the mean: 0 when all are equal, to 1 - 1/L when one holds all. Textbook.
 
     >>> gini([1, 1, 1]), gini([0, 0, 0, 1])
     (0.0, 0.75)
@@ -49,7 +49,7 @@ def gini(values: Iterable[float | None]) -> float:
 
 
 def evenness(values: Iterable[float | None]) -> float:
-    """1 - Gini, in (0, 1]: 1 when every layer works alike. All layers dead gives 0: nothing is shared where nothing is done.
+    """1 - Gini, in (0, 1]: 1 when every layer works alike. All layers dead gives 0: nothing is shared where nothing is done. Ours.
 
     >>> evenness([0.4, 0.4, 0.4])
     1.0
@@ -65,7 +65,7 @@ def evenness(values: Iterable[float | None]) -> float:
 
 
 def coefficient_of_variation(values: Iterable[float | None]) -> float:
-    """Standard deviation (divided by L) over the mean: 0 when even; NaN without layers or when all are 0.
+    """Standard deviation (divided by L) over the mean: 0 when even; NaN without layers or when all are 0. Textbook.
 
     >>> coefficient_of_variation([1, 3])
     0.5
@@ -99,7 +99,7 @@ def tail_length(values: Iterable[float | None], share: float = TAIL_SHARE) -> in
 
 
 def tail_fraction(values: Iterable[float | None], share: float = TAIL_SHARE) -> float:
-    """Tail length over the number of layers, in [0, 1); NaN without layers.
+    """Tail length over the number of layers, in [0, 1); NaN without layers. The threshold is ours.
 
     >>> tail_fraction([0.3, 0.6, 0.5, 0.1])
     0.25

@@ -104,7 +104,7 @@ def group_norm_21(weight: Tensor) -> float:
 
 
 def filter_norm(weight: Tensor) -> float:
-    """The sum over outputs of the L2 norm of everything else, as in earlier bounds; for a weight (C_out, ...).
+    """The sum over outputs of the L2 norm of everything else, as in earlier bounds (Bartlett et al., 2017); for a weight (C_out, ...).
 
     No more than `group_norm_21`, no less than that over the square root of the number of taps.
 
@@ -115,7 +115,7 @@ def filter_norm(weight: Tensor) -> float:
 
 
 def distance_to_init(weight: Tensor, init: Tensor) -> float:
-    """B = || K - K0 ||_{2,1} of a weight and its value at initialization, both (C_out, C_in / groups, *kernel) or (out, in).
+    """B = || K - K0 ||_{2,1} of a weight and its initial value (the paper's b), both (C_out, C_in / groups, *kernel) or (out, in).
 
     Raises:
         UsageError: for different shapes.
@@ -133,7 +133,7 @@ def fold_norm(weight: Tensor, gamma: Tensor | None, variance: Tensor, eps: float
 
     The paper's networks have no norm layers; folding is our extension and exact in evaluation mode. Fold the initial weight with the
     initial gamma and variance (1 and 1 in torch), so that the distance measures the layer with its norm. The alternative is to count the
-    norm layer as a map of its own with `norm_layer_constant`, which is coarser.
+    norm layer as a map of its own with `norm_layer_constant`, which is coarser; profiles do that.
 
     Args:
         weight: (C_out, ...).
@@ -158,7 +158,7 @@ def fold_norm(weight: Tensor, gamma: Tensor | None, variance: Tensor, eps: float
 
 
 def norm_layer_constant(gamma: Tensor | None, variance: Tensor, eps: float = 1e-5) -> float:
-    """The Lipschitz constant of a norm layer counted on its own: max |gamma| / sqrt(variance + eps).
+    """The Lipschitz constant of a norm layer counted on its own: max |gamma| / sqrt(variance + eps). Our extension.
 
     Exact for batch norm in evaluation mode. For layer, group or RMS norm pass the smallest variance (mean square) seen per sample: the
     result then bounds the local slope on the data seen, not the global one, which is max |gamma| / sqrt(eps).
@@ -175,7 +175,7 @@ def norm_layer_constant(gamma: Tensor | None, variance: Tensor, eps: float = 1e-
 
 
 def chain(layers: Iterable[WeightLayer]) -> tuple[Block, ...]:
-    """A plain network: each layer a block without shortcut.
+    """A plain network: each layer a block without shortcut. The paper's case without residuals.
 
     >>> chain([WeightLayer(norm=2.0)])[0].shortcut
     0.0
@@ -263,7 +263,7 @@ def margins(logits: Tensor, targets: Tensor) -> Tensor:
 def simplex_classifier(classes: int, features: int) -> Tensor:
     """The fixed classifier of the paper, (classes, features): the rows are the vertices of a regular simplex.
 
-    They have unit norm; the operator norm is sqrt(C / (C - 1)).
+    They have unit norm; the operator norm is sqrt(C / (C - 1)). In float64.
 
     Raises:
         UsageError: for fewer than classes - 1 features.
@@ -279,7 +279,7 @@ def simplex_classifier(classes: int, features: int) -> Tensor:
     rows = torch.zeros(classes, features, dtype=torch.float64)
     for k in range(1, classes):  # column k separates vertex k from those before it (Helmert's matrix)
         rows[:k, k - 1], rows[k, k - 1] = 1 / math.sqrt(k * (k + 1)), -math.sqrt(k / (k + 1))
-    return (rows * math.sqrt(classes / (classes - 1))).float()
+    return rows * math.sqrt(classes / (classes - 1))
 
 
 def _norm_scale(gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def halving(count: int) -> tuple[int, ...]:
-    """How many of `count` sizes each rung trains.
+    """How many of `count` sizes each rung trains: successive halving (Jamieson and Talwalkar, 2016).
 
     >>> halving(6), halving(4), halving(2), halving(1)
     ((6, 3, 2), (4, 2), (2,), (1,))
@@ -21,7 +21,7 @@ def halving(count: int) -> tuple[int, ...]:
 
 
 def shared_passes(macs: Sequence[int], *, left: float, most: int) -> int:
-    """Passes of a training that shares its weights between sizes: for two thirds of what is left, and so that each size can follow alone.
+    """Passes of a training shared between sizes (ours): for two thirds of what is left, and so that each size can follow alone.
 
     Args:
         macs: of each size, multiply-accumulates of one image; a pass takes their mean.

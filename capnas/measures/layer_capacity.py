@@ -34,7 +34,7 @@ class LayerCapacity:
 
 
 def scale_free(tangents: Tensor, weight: Tensor) -> Tensor:
-    """Tangents times the root mean square of the layer's weights (33): rescaling a layer then leaves its capacity unchanged.
+    """Tangents times the root mean square of the layer's weights (33): rescaling a layer then leaves its capacity unchanged. Ours.
 
     Use the weight's scale for the layer's bias too.
 
@@ -45,7 +45,7 @@ def scale_free(tangents: Tensor, weight: Tensor) -> Tensor:
 
 
 def exact_layer_capacity(blocks: Mapping[str, Tensor], *, mu: float | None = None) -> LayerCapacity:
-    """``c_l = tr((Theta + mu I)^-1 Theta_l)`` with ``Theta_l = T_l T_l^T`` (34), solved on the smaller of R x R and P x P.
+    """``c_l = tr((Theta + mu I)^-1 Theta_l)`` with ``Theta_l = T_l T_l^T`` (34), solved on the smaller of R x R and P x P. Ours.
 
     Use it only with at least about as many rows as parameters: with far fewer, Theta is close to a multiple of the identity and the shares
     only report gradient energy (the marginal values then vanish). Otherwise use :func:`kfac_capacity`.
@@ -74,7 +74,7 @@ def exact_layer_capacity(blocks: Mapping[str, Tensor], *, mu: float | None = Non
 
 
 def exact_shares(blocks: Mapping[str, Tensor], *, mu: float | None = None) -> dict[str, float]:
-    """The ``share`` of :func:`exact_layer_capacity` alone, by layer name: one solve instead of one and two for each layer (34).
+    """The ``share`` of :func:`exact_layer_capacity` alone, by layer name: one solve instead of one and two for each layer (34). Ours.
 
     Args:
         blocks: per layer the tangents T_l (R, P_l), as there.
@@ -109,7 +109,7 @@ def _shares(layers: Mapping[str, Tensor], ridge: float) -> dict[str, float]:
 
 
 def population_ridge(blocks: Mapping[str, Tensor], outputs: int, *, share: float = 1e-3) -> float:
-    """A ridge for :func:`exact_layer_capacity` that does not fade with the batch: ``share * tr(Theta) / outputs``.
+    """A ridge for :func:`exact_layer_capacity` that does not fade with the batch: ``share * tr(Theta) / outputs``. Ours.
 
     The default ridge of (34) is relative to one row, so that with many samples every direction that is not exactly zero counts as used.
     This one is relative to a sample mean: capacities converge as the batch grows, and the over-wide rule (50) is checked with it.
@@ -143,7 +143,14 @@ def kfac_spectrum(inputs: Tensor, responses: Tensor, weight_rms: float = 1.0) ->
 
 
 def common_ridge(spectra: Sequence[Tensor], *, share: float = 1e-3, top: int = 20) -> float:
-    """The one ridge of all layers: ``share`` times the mean of the ``top`` largest eigenvalues over all layers (35)."""
+    """The one ridge of all layers: ``share`` times the mean of the ``top`` largest eigenvalues over all layers (35). Ours.
+
+    Raises:
+        UsageError: without layers.
+
+    >>> common_ridge([torch.tensor([4.0]), torch.tensor([2.0])])
+    0.003
+    """
     if not spectra:
         raise UsageError("spectra must hold at least one layer, got none.")
     largest = torch.cat([spectrum.topk(min(top, len(spectrum))).values for spectrum in spectra])
@@ -151,7 +158,7 @@ def common_ridge(spectra: Sequence[Tensor], *, share: float = 1e-3, top: int = 2
 
 
 def kfac_capacity(spectra: Mapping[str, Tensor], *, mu: float | None = None) -> dict[str, float]:
-    """``c_l = sum x / (x + mu)`` over a layer's eigenvalues (35): an estimate of the exact ``solo`` capacity, high by up to a third.
+    """``c_l = sum x / (x + mu)`` over a layer's eigenvalues (35): an estimate of the exact ``solo`` capacity, high by up to a third. Ours.
 
     Args:
         spectra: per layer the eigenvalues from :func:`kfac_spectrum`.
@@ -159,6 +166,9 @@ def kfac_capacity(spectra: Mapping[str, Tensor], *, mu: float | None = None) -> 
 
     Returns:
         Capacity per layer in [0, P_l]; zeros when no layer has a tangent.
+
+    Raises:
+        UsageError: without layers and without a ridge.
 
     Example:
         >>> kfac_capacity({"a": torch.tensor([1.0, 1.0, 0.0])}, mu=1.0)
@@ -171,7 +181,7 @@ def kfac_capacity(spectra: Mapping[str, Tensor], *, mu: float | None = None) -> 
 
 
 def utilisation(capacity: Mapping[str, float], n_params: Mapping[str, int]) -> dict[str, float]:
-    """``u_l = c_l / P_l`` (36), in [0, 1]; layers without parameters are left out.
+    """``u_l = c_l / P_l`` (36), in [0, 1]; layers without parameters are left out. Ours.
 
     >>> utilisation({"a": 3.0}, {"a": 4})
     {'a': 0.75}
@@ -180,7 +190,7 @@ def utilisation(capacity: Mapping[str, float], n_params: Mapping[str, int]) -> d
 
 
 def over_wide(used: Mapping[str, float]) -> tuple[str, ...]:
-    """Layers whose utilisation is below half of the best (50); of the upper quartile when there are more than eight layers.
+    """Layers whose utilisation is below half of the best (50); of the upper quartile when there are more than eight layers. Ours.
 
     Extra channels add parameters but no independent constraint, as in the dense and dilated stacks of
     :mod:`capnas.measures.linear_architectures`. Provisional thresholds: confirm with :func:`elasticity` before shrinking.
@@ -196,16 +206,22 @@ def over_wide(used: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def elasticity(capacity: float, n_params: float, narrow_capacity: float, narrow_params: float) -> float:
-    """``d ln c / d ln P`` between a layer and its narrower copy (50); below 0.6 the layer's width buys little capacity.
+    """``d ln c / d ln P`` between a layer and its narrower copy (50); below 0.6 the layer's width buys little capacity. Ours.
+
+    Raises:
+        UsageError: for a capacity or a number of parameters that is not positive, or two copies of one size.
 
     >>> round(elasticity(10.0, 100, 10.0, 50), 3)
     0.0
     """
+    if not min(capacity, n_params, narrow_capacity, narrow_params) > 0 or n_params == narrow_params:
+        given = f"capacities {capacity:g} and {narrow_capacity:g}, parameters {n_params:g} and {narrow_params:g}"
+        raise UsageError(f"elasticity needs positive capacities and two different positive numbers of parameters; got {given}.")
     return math.log(capacity / narrow_capacity) / math.log(n_params / narrow_params)
 
 
 def spectral_rank(matrix: Tensor) -> float:
-    """Effective rank ``(sum eig)^2 / sum eig^2`` of a positive semi-definite factor (50), in [1, a]; 0 for the zero matrix.
+    """Effective rank ``(sum eig)^2 / sum eig^2`` of a positive semi-definite factor (50), in [1, a]; 0 for the zero matrix. Ours.
 
     Evidence of width to spare when below 0.3 of the size of A_l or B_l (untested threshold).
 

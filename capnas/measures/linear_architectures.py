@@ -33,7 +33,7 @@ class LinearArchitecture:
 
 
 def window(length: int, width: int) -> LinearArchitecture:
-    """One causal convolution over ``length`` lags with ``width`` taps, its parameters; equal numbers give the fully connected model (12).
+    """One causal convolution over ``length`` lags with ``width`` taps, its parameters (ours); equal numbers: fully connected (12).
 
     >>> window(4, 2).response(torch.tensor([3.0, 5.0])).tolist()
     [3.0, 5.0, 0.0, 0.0]
@@ -46,7 +46,7 @@ def window(length: int, width: int) -> LinearArchitecture:
 
 
 def dilated_stack(length: int, dilations: Sequence[int], *, channels: int = 1, kernel: int = 2) -> LinearArchitecture:
-    """Causal convolutions in series, ``channels`` wide between one input and one output channel.
+    """Causal convolutions in series, ``channels`` wide between one input and one output channel. Ours.
 
     Parameters are the layers in order, each (out, in, kernel) flattened. Lags beyond ``length`` are cut off. With all dilations 1 this is
     the dense stack of (13), with dilations 1, 2, 4, ... and kernel 2 the tensor train of (14).
@@ -89,7 +89,7 @@ def dilated_stack(length: int, dilations: Sequence[int], *, channels: int = 1, k
 def diagonal_rnn(length: int, states: int) -> LinearArchitecture:
     """Diagonal linear recurrence ``phi_tau = sum_h b_h a_h^tau`` with poles ``a = tanh(u)``; parameters are u, then the gains b.
 
-    The tanh keeps training stable and leaves the allocation unchanged, which no invertible reparametrisation affects (8).
+    Ours. The tanh keeps training stable and leaves the allocation unchanged, which no invertible reparametrisation affects (8).
 
     >>> theta = torch.cat([torch.tensor([0.5]).atanh(), torch.tensor([4.0])])
     >>> diagonal_rnn(3, 1).response(theta).tolist()
@@ -114,7 +114,7 @@ def diagonal_rnn(length: int, states: int) -> LinearArchitecture:
 def dense_rnn(length: int, states: int) -> LinearArchitecture:
     """Linear recurrence ``phi_tau = c^T A^tau b`` over D = ``length`` lags, of capacity min(D, 2 states) (16).
 
-    The parameters (states^2 + 2 states,) are A (states, states) flattened, b (states,) and c (states,).
+    Ours. The parameters (states^2 + 2 states,) are A (states, states) flattened, b (states,) and c (states,).
 
     >>> dense_rnn(3, 1).response(torch.tensor([0.5, 2.0, 2.0])).tolist()
     [4.0, 2.0, 1.0]
@@ -136,7 +136,7 @@ def dense_rnn(length: int, states: int) -> LinearArchitecture:
 
 
 def averaged_conv(length: int, kernel: int) -> LinearArchitecture:
-    """A convolution without padding followed by the mean over positions (17): all but one unit of its capacity sits on the borders.
+    """A convolution without padding followed by the mean over positions (17): all but one unit of its capacity sits on the borders. Ours.
 
     The parameters (kernel,) are the taps; the response (length,) is, for each cell, the sum of the taps that reach it over the positions.
 
@@ -155,7 +155,7 @@ def averaged_conv(length: int, kernel: int) -> LinearArchitecture:
 
 
 def stack_capacity(kernels: Sequence[int]) -> int:
-    """Capacity of a one-channel stack of dense convolutions (13): taps minus scale redundancy, which is also its receptive field.
+    """Capacity of a one-channel stack of dense convolutions (13): taps minus scale redundancy, which is also its receptive field. Ours.
 
     >>> stack_capacity([3] * 6)
     13
@@ -177,7 +177,7 @@ def tensor_train_capacity(levels: int, channels: int) -> int:
 
 
 def dilated_allocation(weights: Tensor) -> Tensor:
-    """Allocation over the 2^L lags of a one-channel stack of kernel 2 and dilations 1, 2, 4, ... on white input (15).
+    """Allocation over the 2^L lags of a one-channel stack of kernel 2 and dilations 1, 2, 4, ... on white input (15). Ours.
 
     Args:
         weights: (L, 2) taps, the layer of dilation 1 first.

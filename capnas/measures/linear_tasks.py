@@ -57,7 +57,7 @@ class LinearFit:
 
 
 def linear_task(name: str, length: int = 64) -> LinearTask:
-    """One of the tasks T1 to T5.
+    """One of the tasks T1 to T5. Ours (section 6).
 
     T1 to T3 have white input and the targets exp(-tau / 8), 1 / (1 + tau) and ones at lags 0-3 and 48-51; T4 and T5 are the one-step
     prediction of a Gaussian process of autocovariance (1 + k)^-0.5 and 0.97^k cos(2 pi k / 20) + 0.1 [k = 0].
@@ -93,7 +93,7 @@ def linear_task(name: str, length: int = 64) -> LinearTask:
 def train_linear(
     architecture: LinearArchitecture, task: LinearTask, *, starts: int = 6, seed: int = 0, max_evaluations: int = 500
 ) -> LinearFit:
-    """Trust-region least squares on the whitened error from ``starts`` random points; the best end point is kept.
+    """Trust-region least squares on the whitened error from ``starts`` random points; the best end point is kept. Ours (section 6).
 
     Local optima and ties are possible (one-channel stacks on T3 have a continuum of equal optima); compare allocations within 0.3 per
     region, and only qualitatively where ``degenerate`` is set.

@@ -87,7 +87,7 @@ def from_shifted_sums(count: int, shift: Tensor, total: Tensor, products: Tensor
 class Sums:
     """Shifted sums of batches of rows (D, S), updated in place: float32 products, float64 totals.
 
-    Rows that are fewer than a third of the features are kept as they are, since samples are then the cheaper side.
+    Rows that are fewer than the features are kept as they are, since samples are then the cheaper side; they take less than the sums would.
 
     >>> sums = Sums(6)
     >>> sums.add(torch.arange(6.0)[:, None], seen=1)
@@ -110,7 +110,7 @@ class Sums:
         if self.shift is None:
             self.shift = rows.mean(1, keepdim=True)
         self.kept.append(rows.sub_(self.shift))
-        if 3 * self.count > self.width:
+        if self.count >= self.width:  # never as many as features, so that the shape tells rows from a scatter
             self.fold()
 
     def fold(self) -> None:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capnas.measures.saturation import leading_eigenvectors
+from capnas.measures.singular import EXACT_EIGENVALUES
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
@@ -54,7 +57,7 @@ class RemovalPath:
 
 
 def removal_path(readers: Sequence[Reader], *, ridge: float = 1e-3, steps: int = 128) -> RemovalPath:
-    """Remove the units of a group one after another, each time those that the readers miss least once they are refitted.
+    """Remove the units of a group one after another, each time those that the readers miss least once they are refitted. Ours.
 
     For one reader with weights W, input covariance A and curvature G the loss is 1/2 tr(G dW A dW^T). Removing the columns u and refitting
     the rest changes it by 1/2 tr(G W_u (A^-1_uu)^-1 W_u^T), and W and A^-1 have closed updates: the elimination is exact for the subset it
@@ -138,31 +141,35 @@ def _solve(blocks: Tensor, right: Tensor) -> Tensor:
 
 
 def factor(matrix: Tensor) -> Tensor:
-    """Some S (D, D) with S^T S equal to a positive semi-definite matrix (D, D), in float64.
+    """Some S (D, D) with S^T S equal to a positive semi-definite matrix (D, D), in float64. Textbook.
 
-    Cholesky's where it exists, else the symmetric root, which costs more.
+    Cholesky's where it exists, else the symmetric root, which costs more: a matrix wider than 2,048 is rather lifted to where it exists,
+    by at most 1e-4 of its mean diagonal.
 
     >>> factor(torch.diag(torch.tensor([4.0, 1.0]))).round(decimals=6).tolist()
     [[2.0, 0.0], [0.0, 1.0]]
     """
     even = (matrix + matrix.T).double() / 2
-    lifted = even + 1e-10 * float(even.diagonal().mean()) * torch.eye(len(even), dtype=even.dtype, device=even.device)
-    lower, info = torch.linalg.cholesky_ex(lifted)
-    return root(even) if int(info) else lower.T.contiguous()
+    identity = torch.eye(len(even), dtype=even.dtype, device=even.device)
+    for lift in (1e-10,) if len(even) <= EXACT_EIGENVALUES else (1e-10, 1e-8, 1e-6, 1e-4):
+        lower, info = torch.linalg.cholesky_ex(even + lift * float(even.diagonal().mean()) * identity)
+        if not int(info):
+            return lower.T.contiguous()
+    return root(even)
 
 
 def root(matrix: Tensor) -> Tensor:
-    """The symmetric square root (D, D) of a positive semi-definite matrix (D, D), in float64.
+    """The (textbook) symmetric square root (D, D) of a positive semi-definite matrix, in float64; above 2,048 that of its leading part.
 
     >>> root(torch.diag(torch.tensor([4.0, 0.0]))).tolist()
     [[2.0, 0.0], [0.0, 0.0]]
     """
-    values, vectors = torch.linalg.eigh((matrix + matrix.T).double() / 2)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    values, vectors = leading_eigenvectors((matrix + matrix.T).double() / 2)
+    return (vectors * values.sqrt()) @ vectors.T
 
 
 def refit(inputs: Tensor, targets: Tensor, prior: Tensor, *, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Weights and bias that map a reader's actual inputs to the outputs it should have, by least squares.
+    """Weights and bias that map a reader's actual inputs to the outputs it should have, by least squares. Ours.
 
     Minimizes mean |W x + c - y|^2 + r |W - prior|^2 with r = ``ridge`` times the mean variance of the inputs.
 
@@ -193,7 +200,7 @@ def refit(inputs: Tensor, targets: Tensor, prior: Tensor, *, ridge: float = 1e-3
 def moved_norm(
     running: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], *, eps: float = 1e-5, most: float = 16.0
 ) -> tuple[Tensor, Tensor]:
-    """The running mean and variance with which a batch norm puts out what it did, though its inputs have changed.
+    """The running mean and variance with which a batch norm puts out what it did, though its inputs have changed. Ours.
 
     Over the same images, outputs have the mean and the variance that they had: v' = v * now / before for the variance, and for the mean
     m' = now - s (before - m) with s the ratio of the new standard deviation to the old. Inputs that did not change leave both as they
@@ -218,7 +225,7 @@ def moved_norm(
 
 
 def mixture(second: Tensor, kept: Tensor, *, ridge: float = 1e-3) -> Tensor:
-    """What each channel is of the kept ones, by least squares: M (C, K) with x ~ M x_kept.
+    """What each channel is of the kept ones, by least squares: M (C, K) with x ~ M x_kept. Ours.
 
     Args:
         second: (C, C) second moments about zero.
@@ -237,7 +244,7 @@ def mixture(second: Tensor, kept: Tensor, *, ridge: float = 1e-3) -> Tensor:
 
 
 def gram(x: Tensor, y: Tensor | None = None, *, chunk: int = 4096) -> Tensor:
-    """x^T y (or x^T x) in float64 for rows (S, D) and (S, O), without a float64 copy of all rows.
+    """x^T y (or x^T x) in float64 for rows (S, D) and (S, O), without a float64 copy of all rows. Textbook.
 
     >>> gram(torch.tensor([[1.0, 2.0]])).tolist()
     [[1.0, 2.0], [2.0, 4.0]]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from capnas.errors import UsageError, one_of
 from capnas.measures.convolution import Convolution, Padding, Sizes, convolution, per_axis
-from capnas.measures.singular import largest_singular_value, leading_eigenvalue, root
+from capnas.measures.singular import EXACT_EIGENVALUES, largest_singular_value, leading_eigenvalue, root
 
 METHODS = ("auto", "patches", "fourier", "dense", "power")
 
@@ -47,7 +47,7 @@ class OperatorNorm:
 
 
 def linear_norm(weight: Tensor, *, method: str = "auto", tolerance: float = 1e-4, dtype: torch.dtype | None = None) -> OperatorNorm:
-    """The largest singular value of a matrix of shape (out, in); arguments as for `operator_norm`.
+    """The largest singular value of a matrix of shape (out, in), the paper's s of a dense layer; arguments as for `operator_norm`.
 
     Raises:
         UsageError: for non-finite weights, an unknown method or one that does not apply.
@@ -76,12 +76,12 @@ def operator_norm(
     bounded: bool = True,
     dtype: torch.dtype | None = None,
 ) -> OperatorNorm:
-    """The Lipschitz constant of x -> conv(x) in l2, without bias, for one input size.
+    """The Lipschitz constant of x -> conv(x) in l2, without bias, for one input size: the paper's s (Sedghi et al., 2019, with strides).
 
     The method "auto" takes the first that applies: "patches" (no input cell is read twice: 1x1 kernels, patch embeddings, linear layers),
     where the norm is that of the flattened weight; "fourier" (circular padding and a stride that divides the side: the aliased blocks);
-    "dense" (small: the explicit matrix); else "power", a thick-restarted Lanczos iteration on A^T A or A A^T with the true adjoint from a
-    fixed start, per group in parallel.
+    "dense" (small: the explicit matrix); else, and where a side to be decomposed is above 2,048, "power", a thick-restarted Lanczos
+    iteration on A^T A or A A^T with the true adjoint from a fixed start, per group in parallel.
 
     Args:
         weight: (C_out, C_in / groups, *kernel); of a transposed convolution (C_in, C_out / groups, *kernel) as in torch.
@@ -202,7 +202,7 @@ def ring_bound(conv: Convolution) -> float:
 
 
 def max_pool_constant(kernel: Sizes, stride: Sizes, axes: int = 2) -> float:
-    """The l2 Lipschitz constant of max pooling: the square root of the most windows that share a cell, prod_axis ceil(k / s).
+    """The l2 Lipschitz constant of max pooling (ours): the square root of the most windows that share a cell, prod_axis ceil(k / s).
 
     Raises:
         UsageError: for a size that is not positive, or another number of sizes than axes.
@@ -216,17 +216,19 @@ def max_pool_constant(kernel: Sizes, stride: Sizes, axes: int = 2) -> float:
 def _choose(conv: Convolution) -> str:
     groups, rows, columns = conv.groups, conv.weight.shape[0] // conv.groups, conv.weight.shape[1]
     taps, inputs, outputs = (math.prod(sides) for sides in (conv.weight.shape[2:], conv.input_shape[1:], conv.output_shape[1:]))
-    if all(axis.disjoint for axis in conv.axes) and groups * _gram_work(rows, columns * taps) <= _WORK["patches"]:
+    disjoint, periodic = all(axis.disjoint for axis in conv.axes), all(axis.periodic for axis in conv.axes)
+    if disjoint and groups * _gram_work(rows, columns * taps) <= _WORK["patches"]:
         return "patches"
-    if all(axis.periodic for axis in conv.axes) and groups * outputs * _gram_work(rows, columns * inputs // outputs) <= _WORK["fourier"]:
+    # patches are periodic too, but their blocks would be the same weight in complex numbers, once per frequency
+    if periodic and not disjoint and groups * outputs * _gram_work(rows, columns * inputs // outputs) <= _WORK["fourier"]:
         return "fourier"
     if groups * _gram_work(rows * outputs, columns * inputs) <= _WORK["dense"]:
         return "dense"
     return "power"
 
 
-def _gram_work(rows: int, columns: int) -> int:
-    return min(rows, columns) ** 2 * max(rows, columns)
+def _gram_work(rows: int, columns: int) -> float:
+    return min(rows, columns) ** 2 * max(rows, columns) if min(rows, columns) <= EXACT_EIGENVALUES else math.inf
 
 
 def _transposed_output(
@@ -275,6 +277,4 @@ def _unfolded_side(blocks: Tensor, rows: tuple[bool, ...]) -> int:
 def _unfolded_norm(blocks: Tensor, rows: tuple[bool, ...]) -> float:
     """The largest singular value over the groups of (groups, C_out, C_in, *kernel), each kernel axis sent to the rows or the columns."""
     to_rows, to_columns = [3 + i for i, row in enumerate(rows) if row], [3 + i for i, row in enumerate(rows) if not row]
-    unfolded = blocks.permute(0, 1, *to_rows, 2, *to_columns).flatten(1, 1 + len(to_rows)).flatten(2)
-    unfolded = unfolded.mT if unfolded.shape[1] > unfolded.shape[2] else unfolded
-    return root(torch.linalg.eigvalsh((unfolded @ unfolded.mT).double()).max())
+    return largest_singular_value(blocks.permute(0, 1, *to_rows, 2, *to_columns).flatten(1, 1 + len(to_rows)).flatten(2))

@@ -29,7 +29,7 @@ class PixelMap:
 
 
 def parameter_scales(params: Mapping[str, Tensor]) -> dict[str, float]:
-    """Root mean square of each parameter's layer (33), of tensors of any shape; a bias takes the scale of the weight of the same module.
+    """Root mean square of each parameter's layer (ours, 33), of tensors of any shape; a bias takes the scale of its module's weight.
 
     >>> parameter_scales({"fc.weight": torch.full((2, 2), 2.0), "fc.bias": torch.zeros(2)})
     {'fc.weight': 2.0, 'fc.bias': 2.0}
@@ -42,7 +42,7 @@ def parameter_scales(params: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def tangents(model: Model, params: Mapping[str, Tensor], inputs: Tensor, scales: Mapping[str, float] | None = None) -> dict[str, Tensor]:
-    """Derivatives of every output by every parameter, per parameter name (B * M, P_l), float64, times the scales (33).
+    """Derivatives of every output by every parameter, per parameter name (B * M, P_l), float64, times the scales (33). Ours.
 
     Args:
         model: ``model(params, x)`` of one sample without batch axis, giving (M,) outputs; pure, as with ``torch.func.functional_call``.
@@ -65,7 +65,7 @@ def exact_pixel_map(
 ) -> PixelMap:
     """Capacity of each input entry: ``sum_n x_n * d/dx_n < R_n, d f(x_n)/d theta >`` with ``R = (Theta + mu I)^-1 T`` held fixed (37).
 
-    For piecewise linear networks without biases the entries sum to the effective dimension exactly (Euler); what is missing otherwise is
+    Ours. For piecewise linear networks without biases the entries sum to the effective dimension (Euler); what is missing otherwise is
     reported as ``bias``. LayerNorm, softmax and GELU must have their gates detached by the caller for the map to be conservative. Entries
     may be negative. Whiten the inputs for convention W of the linear theory; otherwise the map is its oblique form.
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capnas.errors import UsageError
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 # what a user's model may raise in a forward or backward pass: a score turns it into a flag
@@ -126,6 +128,25 @@ def swapped(model: nn.Module, replacements: Mapping[int, Tensor]) -> Iterator[No
     finally:
         for held, key, tensor in places:
             held[key] = tensor
+
+
+def gradable(model: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, as copies where they come from inference mode; call it outside that mode, which ``torch.inference_mode(False)`` leaves.
+
+    Raises:
+        UsageError: the model itself was made in inference mode, so that no gradient can run through its weights.
+
+    >>> with torch.inference_mode():
+    ...     x = torch.ones(2)
+    >>> x.is_inference(), gradable(nn.Identity(), x)[0].is_inference()
+    (True, False)
+    """
+    if any(t.is_inference() for t in [*model.parameters(), *model.buffers()]):
+        raise UsageError(
+            "the model was made under torch.inference_mode(): its weights take no gradient, and outside of it no change. "
+            "Build or load it outside."
+        )
+    return tuple(t.clone() if t.is_inference() else t for t in tensors)
 
 
 def linear_weights(model: nn.Module) -> list[Tensor]:

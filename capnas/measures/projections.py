@@ -22,7 +22,7 @@ _GIVEN_AWAY = 1e-6  # share of a constraint that the final step may leave unused
 
 
 def project_group_ball(delta: Tensor, radius: float) -> Tensor:
-    """The nearest point with (2,1) group norm at most `radius`: all groups shrink by one threshold, found exactly by sorting.
+    """The nearest point with (2,1) group norm at most `radius` (Graf et al.): all groups shrink by one threshold, found by sorting (ours).
 
     Args:
         delta: (C_out, C_in / groups, *kernel) or (out, in); groups run along axis 1.
@@ -47,7 +47,7 @@ def project_group_ball(delta: Tensor, radius: float) -> Tensor:
 
 
 def project_distance(weight: Tensor, init: Tensor, radius: float) -> Tensor:
-    """The nearest weight within (2,1) distance `radius` of `init`; shapes as for `project_group_ball`.
+    """The nearest weight within (2,1) distance `radius` of `init` (Graf et al.); shapes as for `project_group_ball`.
 
     Raises:
         UsageError: for a negative radius.
@@ -59,7 +59,7 @@ def project_distance(weight: Tensor, init: Tensor, radius: float) -> Tensor:
 
 
 def project_lipschitz(kernel: Tensor, radius: float, *, groups: int = 1) -> Tensor:
-    """The nearest kernel on a periodic grid whose stride-1 circular convolution has norm at most `radius`.
+    """The nearest kernel on a periodic grid whose stride-1 circular convolution has norm at most `radius` (Graf et al., 2022).
 
     The singular values are clipped, frequency by frequency.
 
@@ -90,7 +90,7 @@ def project_lipschitz(kernel: Tensor, radius: float, *, groups: int = 1) -> Tens
 
 
 def embed(weight: Tensor, grid: Sizes, *, dilation: Sizes = 1) -> Tensor:
-    """The kernel with its taps at the corner of a grid of zeros, (C_out, C_in / groups, *grid), on which norms and distances are unchanged.
+    """The kernel with its taps at the corner of a grid of zeros (C_out, C_in / groups, *grid), as Graf et al. do; norms stay as they are.
 
     Raises:
         UsageError: for a grid smaller than the dilated kernel.
@@ -104,7 +104,7 @@ def embed(weight: Tensor, grid: Sizes, *, dilation: Sizes = 1) -> Tensor:
 
 
 def crop(kernel: Tensor, taps: Sequence[int], *, dilation: Sizes = 1) -> Tensor:
-    """The taps of a kernel on a grid, (C_out, C_in / groups, *taps): with `embed`, the projection onto kernels of that support.
+    """The taps of a kernel on a grid, (C_out, C_in / groups, *taps); with `embed`, Graf et al.'s projection onto kernels of that support.
 
     Raises:
         UsageError: for a grid smaller than the dilated taps.

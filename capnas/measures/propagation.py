@@ -99,7 +99,7 @@ def propagate_markov(
 ) -> tuple[Tensor, float]:
     """One Markov step (22): capacity (J,) on the outputs to capacity (I,) on the inputs, float64, and the amount taken by the bias.
 
-    Arguments as for :func:`markov_matrix`.
+    After Donier, reconstructed. Arguments as for :func:`markov_matrix`.
 
     >>> kappa, leak = propagate_markov(torch.ones(1), torch.tensor([[1.0, 1.0]]))
     >>> kappa.tolist(), leak

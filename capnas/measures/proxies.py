@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
 from capnas.measures.activation_codes import CodeOverlap, all_finite
-from capnas.measures.probing import FAILURES, Loss, first_tensor, linear_weights, reason, swapped, untouched, weight_gradients
+from capnas.measures.probing import FAILURES, Loss, first_tensor, gradable, linear_weights, reason, swapped, untouched, weight_gradients
 
 _NORMS = re.compile("norm", re.IGNORECASE)
 _IDENTITIES = re.compile(
@@ -180,7 +180,7 @@ def zico(model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, los
 
 
 def params(model: nn.Module) -> Proxy:
-    """Number of parameters, shared ones once.
+    """Number of parameters, shared ones once. Textbook.
 
     >>> params(nn.Linear(3, 2)).value
     8.0
@@ -189,7 +189,7 @@ def params(model: nn.Module) -> Proxy:
 
 
 def macs(model: nn.Module, inputs: Tensor) -> Proxy:
-    """Multiply-accumulates of one sample of the inputs' shape: half of torch's flop count, attention included. Nothing is computed.
+    """Multiply-accumulates of one sample of the inputs' shape: half of torch's flop count (textbook), attention included.
 
     >>> macs(nn.Linear(3, 2), torch.zeros(5, 3)).value
     6.0
@@ -211,19 +211,22 @@ def macs(model: nn.Module, inputs: Tensor) -> Proxy:
 PROXIES = ("synflow", "naswot", "zico", "snip", "grad_norm", "params", "macs")
 
 
+@torch.inference_mode(False)  # gradients run here whatever surrounds the call
 def baseline_proxies(
     model: nn.Module, inputs: Tensor, targets: Tensor | None = None, *, loss: Loss | None = None, names: Sequence[str] = PROXIES
 ) -> dict[str, Proxy]:
-    """Several baselines in one call, by name.
+    """Several baselines in one call, by name. From the papers named at each.
 
     Raises:
-        UsageError: for an unknown name.
+        UsageError: for an unknown name, or a model that was made in inference mode.
 
     >>> sorted(baseline_proxies(nn.Linear(3, 2), torch.zeros(4, 3), names=["params", "macs"]))
     ['macs', 'params']
     """
     if unknown := next((n for n in names if n not in PROXIES), None):
         raise UsageError(one_of("names", unknown, PROXIES))
+    inputs, *rest = gradable(model, inputs, *([] if targets is None else [targets]))
+    targets = rest[0] if rest else None
     shared = _in_one_pass(model, inputs, targets, loss) if len(_SHARED & set(names)) > 1 else {}
     rules: dict[str, Callable[[], Proxy]] = {
         "synflow": lambda: synflow(model, inputs),
@@ -307,7 +310,7 @@ def _flows(model: nn.Module, inputs: Tensor, dtype: torch.dtype, scale: float) -
         if id(p) in weights:
             flowing.append(state[id(p)].requires_grad_(True))
     state |= {id(b): b.detach().to(dtype) if b.is_floating_point() else b.detach().clone() for b in model.buffers()}
-    handles = [m.register_forward_hook(_pass) for m in model.modules() if _is_norm(m) or _IDENTITIES.fullmatch(type(m).__name__)]
+    handles = [m.register_forward_hook(_pass) for m in model.modules() if is_norm(m) or _IDENTITIES.fullmatch(type(m).__name__)]
     handles += [m.register_forward_hook(_open) for m in model.modules() if scale != 1 and _GATES.fullmatch(type(m).__name__)]
     try:
         with untouched(model), swapped(model, state), torch.enable_grad():
@@ -328,6 +331,11 @@ def _open(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return torch.ones_like(output) if isinstance(output, Tensor) else output
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm layer, by its class or, without children, by the name of its class. Ours.
+
+    >>> is_norm(nn.LayerNorm(2)), is_norm(nn.Linear(2, 2))
+    (True, False)
+    """
     known = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
     return isinstance(module, known) or (bool(_NORMS.search(type(module).__name__)) and not list(module.children()))

@@ -10,7 +10,7 @@ from scipy import stats
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation in [-1, 1]; ties get mean ranks.
+    """Spearman's rank correlation in [-1, 1]; ties get mean ranks. Textbook (Spearman, 1904).
 
     NaN with fewer than three pairs, without variation, or with a value that is not finite.
 
@@ -21,7 +21,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def partial_spearman(x: Sequence[float], y: Sequence[float], controls: Sequence[Sequence[float]]) -> float:
-    """Spearman's correlation of x and y with other quantities held fixed: what x says beyond them.
+    """Spearman's correlation of x and y with other quantities held fixed: what x says beyond them. Textbook.
 
     The ranks of x and y are freed of their linear dependence on the ranks of the controls, and what is left is correlated (the
     common definition of a partial rank correlation).
@@ -54,7 +54,7 @@ def partial_spearman(x: Sequence[float], y: Sequence[float], controls: Sequence[
 
 
 def chance_level(n: int, controls: int = 0, probability: float = 0.05) -> float:
-    """The rank correlation that n unrelated pairs exceed, in size, with this probability; NaN without a degree of freedom.
+    """The rank correlation that n unrelated pairs exceed, in size, with this probability; NaN without a degree of freedom. Textbook.
 
     >>> round(chance_level(10), 2), round(chance_level(100), 2)
     (0.63, 0.2)

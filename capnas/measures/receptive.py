@@ -67,7 +67,7 @@ class LayerField:
 
 
 def window(field: Field, kernel: int, stride: int = 1, dilation: int = 1) -> Field:
-    """Field after a convolution or a pooling window.
+    """Field after a convolution or a pooling window. By the recursion of the papers.
 
     Raises:
         UsageError: for a kernel, a stride or a dilation below 1.
@@ -107,7 +107,7 @@ def transposed_window(field: Field, kernel: int, stride: int = 1, dilation: int 
 
 
 def resampled(field: Field, factor: float, taps: int = 1) -> Field:
-    """Field after interpolation to ``factor`` times the size from ``taps`` neighbours (nearest 1, linear 2, cubic 4).
+    """Field after interpolation to ``factor`` times the size from ``taps`` neighbours (nearest 1, linear 2, cubic 4). Ours.
 
     >>> resampled(Field(jump=8.0), 2.0, taps=2)
     Field(low=9.0, high=9.0, jump=4.0)
@@ -117,7 +117,7 @@ def resampled(field: Field, factor: float, taps: int = 1) -> Field:
 
 
 def whole(field: Field) -> Field:
-    """Field after an operation over the whole axis: global pooling, attention over all tokens, a dense layer on the flattened map.
+    """Field after an operation over the whole axis, infinite as in the papers: global pooling, attention, a dense layer on the flat map.
 
     >>> whole(Field(jump=8.0)).low
     inf
@@ -126,7 +126,7 @@ def whole(field: Field) -> Field:
 
 
 def merge(fields: Sequence[Field]) -> Field:
-    """Field of a sum or a concatenation: the least ``low``, the greatest ``high``, the jump of the first.
+    """Field of a sum or a concatenation: the least ``low``, the greatest ``high``, the jump of the first. Ours.
 
     Raises:
         UsageError: without fields.
@@ -175,11 +175,11 @@ def border_layers(layers: Sequence[LayerField], image_size: int | tuple[int, ...
         image_size: pixels, one number or one for each axis.
         rule: one of
 
-            * ``"longest"``: from the first layer whose **input** has r_max > image (the papers' rule for sequential networks);
-            * ``"shortest"``: from the first layer on which **every** layer's own r_min > image (the papers' rule with skips);
-            * ``"longest_with_1x1"``, ``"shortest_with_1x1"``: the same two over all convolutions, 1x1 too. Pass only the
-              layers of the main path: a 1x1 shortcut would count as well;
-            * ``"strict"``: the papers' rule, that is ``"longest"`` where r_min = r_max everywhere, otherwise ``"shortest"``;
+            * ``"longest"``: from the first layer whose **input** has r_max > image;
+            * ``"shortest"``: from the first layer on which **every** layer's own r_min > image;
+            * ``"longest_with_1x1"``, ``"shortest_with_1x1"``: the same two over all convolutions, 1x1 too, which are the papers'
+              rules, for sequential networks and with skips. Pass only the layers of the main path: a 1x1 shortcut would count as well;
+            * ``"strict"``: ours, the papers' rules without 1x1 layers: ``"longest"`` where r_min = r_max everywhere, else ``"shortest"``;
             * ``"notebook"``: from the layer after the first with r_max > image, else the last (the authors' plotting code);
             * ``"toolbox"``: rfa_toolbox 1.7.0, layer by layer and **not strict**: image <= r_min of the input and image < own r_min, or an
               input map no larger than the kernel (our map size: image / jump, rounded up).

@@ -95,7 +95,7 @@ class Recommendation:
 
 
 def looking_layers(layers: Sequence[LayerField]) -> tuple[str, ...]:
-    """Names of the learned layers that read neighbours, those that the border speaks of; empty for token mixers and dense networks.
+    """Names of the learned layers that read neighbours, those that the border speaks of; empty for token mixers and dense networks. Ours.
 
     >>> from capnas.measures.receptive import Field, window
     >>> conv = LayerField(name="conv", extent=(3,), before=(Field(),), after=(window(Field(), 3),))
@@ -109,7 +109,7 @@ def looking_layers(layers: Sequence[LayerField]) -> tuple[str, ...]:
 def borderless(layers: Sequence[LayerField]) -> bool:
     """Whether the rule on borders says nothing: fewer than three layers look around, and most of the learned layers see the whole image.
 
-    So it is with transformers and mixers behind their patches: attention and token mixing join all positions at once.
+    Ours. So it is with transformers and mixers behind their patches: attention and token mixing join all positions at once.
 
     >>> from capnas.measures.receptive import Field, whole, window
     >>> everything = (whole(Field()),)
@@ -124,7 +124,7 @@ def borderless(layers: Sequence[LayerField]) -> bool:
 
 
 def unproductive_share(layers: Sequence[LayerField], size: int) -> float:
-    """Share of the looking layers that are past the border at an image size (rule ``"strict"``), in [0, 1]; 0 without such layers.
+    """Share of the looking layers that are past the border at an image size (rule ``"strict"``), in [0, 1]; 0 without such layers. Ours.
 
     Raises:
         UsageError: for a size below 1.
@@ -140,7 +140,7 @@ def unproductive_share(layers: Sequence[LayerField], size: int) -> float:
 
 
 def smallest_productive(layers: Sequence[LayerField], share: float = 0.0) -> int:
-    """Smallest image size at which at most `share` of the looking layers are past the border.
+    """Smallest image size at which at most `share` of the looking layers are past the border. Ours.
 
     >>> from capnas.measures.receptive import Field, window
     >>> fields = [Field(), window(Field(), 3), window(window(Field(), 3), 3)]
@@ -183,7 +183,7 @@ def unusable(layers: Sequence[LayerField], size: int, *, limit: float = UNUSABLE
 
 
 def steadied(readings: Sequence[SizeReading]) -> tuple[float, ...]:
-    """Accuracies as their cross-entropies predict them: on the least squares line through the readings of the same epochs.
+    """Accuracies as their cross-entropies predict them: on the least squares line through the readings of the same epochs. Ours.
 
     The line never rises with the loss: where accuracy and cross-entropy tell the opposite all sizes get the mean. Readings are left
     as they are where the loss of one of the same epochs is not known.
@@ -208,7 +208,7 @@ def steadied(readings: Sequence[SizeReading]) -> tuple[float, ...]:
 def fitted_accuracy(readings: Sequence[SizeReading]) -> dict[int, float]:
     """Accuracies without most of their noise: `steadied`, then a level for each number of epochs plus one curve, concave in log2(MACs).
 
-    Weighted least squares (weights are the epochs: longer trainings say more), with the concavity as a constraint (non-negative hinges).
+    Ours: least squares weighted by the epochs (longer trainings say more), with the concavity as a constraint (non-negative hinges).
 
     Args:
         readings: several sizes, and several numbers of epochs of the same size where they were kept.
@@ -247,7 +247,7 @@ def fitted_accuracy(readings: Sequence[SizeReading]) -> dict[int, float]:
 
 
 def price(pay: float | None, budget: int | None) -> float:
-    """What a doubling of MACs has to bring: `pay` where it is given, else nothing within a budget and `PAY` without one.
+    """What a doubling of MACs has to bring: `pay` where it is given, else nothing within a budget and `PAY` without one. Ours.
 
     Raises:
         UsageError: for a ``pay`` that is negative or not finite.
@@ -261,7 +261,7 @@ def price(pay: float | None, budget: int | None) -> float:
 
 
 def worth(readings: Sequence[SizeReading], pay: float = PAY) -> dict[int, float]:
-    """Fitted accuracy minus ``pay`` for each doubling of MACs over the cheapest size.
+    """Fitted accuracy minus ``pay`` for each doubling of MACs over the cheapest size. Ours.
 
     Raises:
         UsageError: for a ``pay`` that is negative or not finite, or without readings.
@@ -277,7 +277,7 @@ def worth(readings: Sequence[SizeReading], pay: float = PAY) -> dict[int, float]
 
 
 def survivors(readings: Sequence[SizeReading], keep: int, pay: float = PAY) -> tuple[int, ...]:
-    """The sizes of most worth among those with the most epochs, in ascending order: what a rung of successive halving keeps.
+    """The sizes of most worth among those with the most epochs, in ascending order: what a rung of successive halving keeps. Ours.
 
     Raises:
         UsageError: for a ``pay`` that is negative or not finite, or without readings.
@@ -301,7 +301,7 @@ def recommend(
     images: int | None = None,
     chance: float | None = None,
 ) -> Recommendation:
-    """The smallest size at which inference is spread evenly and accuracy has stopped paying for MACs; the rule is in the module's text.
+    """The smallest size at which inference is spread evenly and accuracy has stopped paying for MACs; our rule, in the module's text.
 
     Args:
         readings: of every size and every number of epochs; the choice is among those of the most epochs.

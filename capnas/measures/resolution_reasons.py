@@ -20,7 +20,7 @@ def comparison(
     pay: float,
     guessed: float | None = None,
 ) -> list[str]:
-    """Why neither the next smaller nor the next larger size, or why that cannot be said.
+    """Why neither the next smaller nor the next larger size, or why that cannot be said. Ours.
 
     Args:
         final: readings of the longest training by size in pixels, ascending.

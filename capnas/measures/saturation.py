@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from capnas.measures.moments import Moments, covariance
+from capnas.measures.singular import EXACT_EIGENVALUES
 
 THRESHOLD = 0.99
-EXACT_EIGENVALUES = 2048  # widest covariance that is decomposed in full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def saturation(cov: Tensor, threshold: float = THRESHOLD, *, legacy: bool = Fals
 
 
 def saturation_of(spec: Spectrum, threshold: float = THRESHOLD, *, legacy: bool = False) -> float:
-    """Saturation from a spectrum that is already there; several thresholds cost one decomposition.
+    """Saturation (Shenk et al.) from a spectrum that is already there; several thresholds cost one decomposition.
 
     Raises:
         ValueError: the threshold is outside (0, 1].
@@ -146,7 +146,7 @@ def saturation_of(spec: Spectrum, threshold: float = THRESHOLD, *, legacy: bool 
 
 
 def threshold_margin(spec: Spectrum, threshold: float = THRESHOLD) -> float:
-    """Distance of the threshold from the nearest cumulative share: near 0, k hangs on rounding and may be one off.
+    """Distance of the threshold from the nearest cumulative share: near 0, k hangs on rounding and may be one off. Ours.
 
     >>> round(threshold_margin(spectrum(torch.diag(torch.tensor([0.9, 0.08, 0.02])))), 6)
     0.01
@@ -176,7 +176,7 @@ def effective_rank(cov: Tensor) -> float:
 
 
 def simpson_index(cov: Tensor) -> float:
-    """Sum of squared variance shares of a covariance (D, D), 1 / effective rank, in [1/D, 1]: 1 when one direction holds all; 0 if dead.
+    """Textbook sum of squared variance shares of a covariance (D, D), 1 / effective rank, in [1/D, 1]: 1 for one direction; 0 if dead.
 
     Raises:
         ValueError: the matrix is not square.
@@ -225,18 +225,14 @@ def lossless_projection(moments: Moments, threshold: float = THRESHOLD) -> Proje
     [[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]]
     """
     cov = covariance(moments)
-    total = float(cov.diagonal().clamp_min(0).sum())
-    subspace = _leading_subspace(cov, EXACT_EIGENVALUES) if len(cov) > EXACT_EIGENVALUES else None
-    cov = cov if subspace is None else subspace.T @ cov @ subspace
-    values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
-    vectors = vectors if subspace is None else subspace @ vectors
-    values = values.flip(0).clamp_min(0)
-    k = intrinsic_dimension(values, threshold, total if subspace is not None else None)
-    return Projection(basis=vectors.flip(1)[:, :k].contiguous(), mean=moments.mean)
+    values, vectors = leading_eigenvectors(cov)
+    total = float(cov.diagonal().clamp_min(0).sum()) if len(values) < len(cov) else None
+    k = intrinsic_dimension(values, threshold, total)
+    return Projection(basis=vectors[:, :k].contiguous(), mean=moments.mean)
 
 
 def random_projection(moments: Moments, k: int, seed: int = 0) -> Projection:
-    """The control of the projection experiment: k random orthonormal directions around the same mean.
+    """The control of the projection experiment: k random orthonormal directions around the same mean. In the papers' code.
 
     >>> random_projection(Moments.empty(3), 2).basis.shape
     torch.Size([3, 2])
@@ -244,6 +240,19 @@ def random_projection(moments: Moments, k: int, seed: int = 0) -> Projection:
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(moments.width, k, dtype=torch.float64, generator=generator)
     return Projection(basis=torch.linalg.qr(directions)[0].to(moments.mean.device), mean=moments.mean)
+
+
+def leading_eigenvectors(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Textbook eigenvalues (n,) in descending order, negatives set to 0, and eigenvectors (D, n) of a covariance; n is D, at most 2,048.
+
+    >>> leading_eigenvectors(torch.diag(torch.tensor([1.0, 3.0])))[0].tolist()
+    [3.0, 1.0]
+    """
+    subspace = _leading_subspace(cov, EXACT_EIGENVALUES) if len(cov) > EXACT_EIGENVALUES else None
+    cov = cov if subspace is None else subspace.T @ cov @ subspace
+    values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
+    vectors = vectors if subspace is None else subspace @ vectors
+    return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
 def _leading_subspace(cov: Tensor, size: int) -> Tensor:

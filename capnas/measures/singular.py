@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+EXACT_EIGENVALUES = 2048  # widest matrix that is decomposed in full
 _EIGENVALUES_WORK = 2e8  # multiply-adds per eigendecomposition pass up to which all matrices of a batch are decomposed
 _BASIS, _KEPT = 24, 6  # vectors of the Krylov basis, and those kept at a restart
 
@@ -17,6 +18,7 @@ def largest_singular_value(matrices: Tensor) -> float:
 
     When all eigenvalues would cost too much, a few Krylov steps find the leading matrix, one eigendecomposition gives its norm v, and a
     Cholesky factorisation of v^2 I - M^H M proves that another matrix stays below it; only those without the proof are decomposed as well.
+    No eigendecomposition has a side above 2,048, see `largest_eigenvalue`.
 
     >>> round(largest_singular_value(torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0], [4.0, 0.0]]])), 6)
     5.0
@@ -25,20 +27,43 @@ def largest_singular_value(matrices: Tensor) -> float:
         matrices = matrices.mH
     matrices = matrices.to(torch.complex128 if matrices.is_complex() else torch.float64)
     batch, side, _ = matrices.shape
-    if batch == 1 or batch * side**3 <= _EIGENVALUES_WORK:
+    if batch == 1:
+        return root(largest_eigenvalue(matrices[0] @ matrices[0].mH))
+    if batch * side**3 <= _EIGENVALUES_WORK:
         return root(torch.linalg.eigvalsh(matrices @ matrices.mH).max())
     start = torch.ones(batch, side, dtype=matrices.dtype, device=matrices.device)
     rough, *_ = leading_eigenvalue(lambda v: (matrices @ (matrices.mH @ v[..., None]))[..., 0], start, tolerance=1e-2, max_steps=12)
     order = torch.argsort(rough, descending=True)
-    best = torch.linalg.eigvalsh(matrices[order[0]] @ matrices[order[0]].mH)[-1]
+    best = largest_eigenvalue(matrices[order[0]] @ matrices[order[0]].mH)
     identity = torch.eye(side, dtype=matrices.dtype, device=matrices.device)
     for part in order[1:].split(max(1, int(2**24 // side**2))):
         gram = matrices[part] @ matrices[part].mH
         unproven = torch.linalg.cholesky_ex(best * (1 + 1e-12) * identity - gram)[1] > 0
         for block in gram[unproven]:
             if torch.linalg.cholesky_ex(best * (1 + 1e-12) * identity - block)[1] > 0:
-                best = torch.maximum(best, torch.linalg.eigvalsh(block)[-1])
+                best = torch.maximum(best, largest_eigenvalue(block))
     return root(best)
+
+
+def largest_eigenvalue(matrix: Tensor) -> Tensor:
+    """The largest eigenvalue of a Hermitian positive semi-definite matrix (n, n) in double precision; shape ().
+
+    Beyond a side of 2,048 it is iterated, and raised by the least power of ten from 1e-12 on, relatively, at which a Cholesky
+    factorisation proves that no eigenvalue is larger.
+
+    >>> largest_eigenvalue(torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64))).item()
+    4.0
+    """
+    side = len(matrix)
+    if side <= EXACT_EIGENVALUES:
+        return torch.linalg.eigvalsh(matrix)[-1]
+    start = torch.randn(1, side, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).to(matrix.device)
+    found, *_ = leading_eigenvalue(lambda v: (matrix @ v[..., None])[..., 0], start, tolerance=1e-12, max_steps=2000)
+    value, slack = found[0], 1e-12
+    identity = torch.eye(side, dtype=matrix.dtype, device=matrix.device)
+    while value > 0 and slack < 1 and torch.linalg.cholesky_ex(value * (1 + slack) * identity - matrix)[1] > 0:
+        slack *= 10
+    return value * (1 + slack)
 
 
 def leading_eigenvalue(

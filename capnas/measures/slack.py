@@ -71,7 +71,7 @@ def slack_decades(layers: Sequence[LayerMotion]) -> float:
 
 
 def capacity_slack(layers: Sequence[LayerMotion], *, fit: float = 1.0) -> float:
-    """How much of the a-priori class a short training left unused, in [0, 1]; more is more excess capacity.
+    """How much of the a-priori class a short training left unused, in [0, 1]; more is more excess capacity. Ours, a proxy.
 
     fit / (1 + 10^-decades) with `slack_decades`: 1 when the task was learnt without moving, 0.5 when it took as much as the initial radius,
     towards 0 when the weights left it far behind or nothing was learnt. Excess capacity only counts where the error holds, hence the
@@ -95,7 +95,7 @@ def capacity_slack(layers: Sequence[LayerMotion], *, fit: float = 1.0) -> float:
 
 
 def first_order_slack(weights: Sequence[Tensor], gradients: Sequence[Tensor], *, margin: float = 1.0) -> float:
-    """Slack without training, in [0, 1]: the share of the class that a linearised network does not need to raise its mean margin.
+    """Slack without training, in [0, 1]: the share of the class that a linearised network does not need to raise its mean margin. Ours.
 
     Within u initial radii of every layer the mean margin m grows, to first order, by at most u sum_i r_i || dm/dK_i ||_{2,inf}, since the
     largest group norm is dual to the sum of group norms. So u = margin / sum_i r_i || dm/dK_i ||_{2,inf} is the least share of the class

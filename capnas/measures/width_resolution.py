@@ -16,7 +16,7 @@ Cell = tuple[float, int]
 
 
 def cross(cells: Mapping[Cell, float], *, width: float | None = None, resolution: int | None = None) -> tuple[Cell, ...]:
-    """The cells of one row and one column of a grid of (width, resolution).
+    """The cells of one row and one column of a grid of (width, resolution). Ours.
 
     Args:
         cells: the grid; only its keys are read.
@@ -32,7 +32,7 @@ def cross(cells: Mapping[Cell, float], *, width: float | None = None, resolution
 
 
 def predicted_grid(known: Mapping[Cell, float]) -> dict[Cell, float]:
-    """Accuracy of every cell from the accuracies of a cross.
+    """Accuracy of every cell from the accuracies of a cross. Ours.
 
     Args:
         known: accuracy in (0, 1) by (width, resolution): a full row and a full column, see `cross`.
@@ -58,7 +58,7 @@ def predicted_grid(known: Mapping[Cell, float]) -> dict[Cell, float]:
 
 
 def best_within(values: Mapping[Cell, float], macs: Mapping[Cell, float], budget: float) -> Cell:
-    """The cell of greatest value among those within a budget of MACs.
+    """The cell of greatest value among those within a budget of MACs. Ours.
 
     Raises:
         UsageError: no cell is within the budget.

@@ -35,7 +35,7 @@ class Widths:
 
 
 def width_choices(units: int, per_unit: int, round_to: int) -> tuple[int, ...]:
-    """Numbers of units whose channels are a multiple of ``round_to``, and the present number.
+    """Numbers of units whose channels are a multiple of ``round_to``, and the present number. Ours.
 
     Groups narrower than twice ``round_to`` are rounded to half of it, and so on, so that they can be narrowed at all.
 
@@ -50,7 +50,7 @@ def width_choices(units: int, per_unit: int, round_to: int) -> tuple[int, ...]:
 
 
 def needed_widths(groups: Sequence[Widths]) -> list[int]:
-    """The least choice of each group that holds what its data needs.
+    """The least choice of each group that holds what its data needs. Ours.
 
     >>> needed_widths([Widths(now=16, needed=4.5, choices=(4, 8, 16))])
     [8]
@@ -59,7 +59,7 @@ def needed_widths(groups: Sequence[Widths]) -> list[int]:
 
 
 def equal_saturation(groups: Sequence[Widths], cost: CostOf, target: float) -> list[int]:
-    """Units per group at which needed / planned is as even as the choices allow, for a cost of at most ``target``.
+    """Units per group at which needed / planned is as even as the choices allow, for a cost of at most ``target``. Ours.
 
     A group is as wide as its need divided by the common saturation s; s rises until the cost fits. Groups that would need more than they
     have keep what they have.
@@ -93,7 +93,7 @@ def equal_saturation(groups: Sequence[Widths], cost: CostOf, target: float) -> l
 
 
 def least_loss(groups: Sequence[Widths], cost: CostOf, target: float) -> list[int]:
-    """Units per group for a cost of at most ``target``, narrowed step by step where the loss per cost saved is least.
+    """Units per group for a cost of at most ``target``, narrowed step by step where the loss per cost saved is least. Ours.
 
     Each step looks at every narrower choice of every group, so that a group may jump over a width that is bad for it; what a step saves
     beyond the target does not count. In the end, what is left of the target widens groups again where that helps most.

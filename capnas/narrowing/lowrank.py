@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from capnas.candidates import count_cost
 from capnas.errors import UsageError
 from capnas.measures.moments import Moments, covariance
-from capnas.measures.saturation import THRESHOLD, intrinsic_dimension
+from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
 from capnas.narrowing.calibration import output_moments, readable
 from capnas.narrowing.groups import CannotNarrow
 from capnas.narrowing.planning import check_target
@@ -90,10 +90,10 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
     names = [n for n in names if n in records]
     if not names:
         raise CannotNarrow(f"cannot split this {type(model).__name__}: it has no plain dense conv or linear layer beside its head.")
-    spectra = {n: torch.linalg.eigvalsh(covariance(records[n].moments)).flip(0).clamp_min(0) for n in names}
+    spectra = {n: spectrum(records[n].covariance) for n in names}
 
     def ranks(share: float) -> dict[str, int]:
-        return {n: max(1, intrinsic_dimension(spectra[n], share)) for n in names}
+        return {n: _needed(spectra[n], share, records[n].width) for n in names}
 
     def planned(rank: Mapping[str, int]) -> tuple[dict[str, int], int]:
         macs = {n: _factored(modules[n], cost.layers[n].macs, rank[n]) for n in names}
@@ -114,18 +114,18 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
     macs, total = planned(chosen)
     rows = []
     for name in names:
-        layer, values = cost.layers[name], spectra[name]
-        needed, split = max(1, intrinsic_dimension(values, threshold)), macs[name] < layer.macs
-        rank = chosen[name] if split else len(values)
+        layer, width, values = cost.layers[name], records[name].width, spectra[name].eigenvalues
+        needed, split = _needed(spectra[name], threshold, width), macs[name] < layer.macs
+        rank = chosen[name] if split else width
         params = _parameters(modules[name], rank) if split else layer.params
         rows.append(
             LayerRank(
                 name=name,
-                width=len(values),
+                width=width,
                 needed=needed,
                 rank=rank,
-                saturation=needed / len(values),
-                kept=float(values[:rank].sum() / values.sum().clamp_min(1e-30)),
+                saturation=needed / width,
+                kept=float(values[:rank].sum()) / max(spectra[name].total, 1e-30) if split else 1.0,
                 macs=layer.macs,
                 planned_macs=macs[name] if split else layer.macs,
                 params=layer.params,
@@ -168,10 +168,10 @@ def split_layer(layer: nn.Module, moments: Moments, rank: int) -> nn.Sequential:
     Args:
         layer: not changed.
         moments: of its outputs, (D,).
-        rank: k, at most D.
+        rank: k, at most D and 2,048.
     """
     module = cast(Any, layer)
-    vectors = torch.linalg.eigh(covariance(moments))[1].flip(1)[:, :rank].contiguous().to(module.weight.device)
+    vectors = leading_eigenvectors(covariance(moments))[1][:, :rank].contiguous().to(module.weight.device)
     mean = moments.mean.to(module.weight.device)
     bias = torch.zeros_like(mean) if module.bias is None else module.bias.detach().double()
     constant = vectors @ (vectors.T @ (bias - mean)) + mean
@@ -188,6 +188,14 @@ def split_layer(layer: nn.Module, moments: Moments, rank: int) -> nn.Sequential:
         second.weight.copy_(vectors.reshape(second.weight.shape))
         second.bias.copy_(constant)
     return nn.Sequential(first, second).to(module.weight)
+
+
+def _needed(found: Spectrum, share: float, width: int) -> int:
+    """Directions of a layer that hold a share of its variance; all of them where those that were found hold less."""
+    partial = len(found.eigenvalues) < found.width
+    if partial and found.total > 0 and found.shares[-1] < share:
+        return width
+    return max(1, intrinsic_dimension(found.eigenvalues, share, found.total))
 
 
 def _factored(module: Any, macs: int, rank: int) -> int:

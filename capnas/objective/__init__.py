@@ -14,6 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import optuna
@@ -27,12 +28,12 @@ from capnas.graph.structure import structure
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
 from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation
-from capnas.objective.gates import Bound, best_share, parse_gate
+from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
-from capnas.objective.targets import COSTS, INIT, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
+from capnas.objective.targets import INIT, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
 from capnas.profile import Profile, enrich, profile_model
-from capnas.scoring import measures_for, score
+from capnas.scoring import COSTS, measures_for, score
 from capnas.spaces import load_space
 from capnas.training import TrainConfig, train
 from capnas.weights import InitialWeights
@@ -60,6 +61,7 @@ class Objective:
         pool: Candidates that are measured before the first training; then the best of them are trained first. Needs a gate ``best``.
         resolutions: Image sizes to search jointly, as the parameter ``image_size``. A size that leaves more than half of an architecture's
             layers past the receptive-field border, where a larger one does not, is skipped for it: the trial ends as "infeasible".
+        blocks: Regular expression of the units that are read as blocks, see `capnas.recording.find_blocks`; that of ``train`` where None.
         seed: Of weights, shuffling and augmentation, the same for every candidate: common random numbers make differences between
             candidates less noisy than seeds of their own would. Threads (``n_jobs``) take turns; processes run side by side.
         device: See `capnas.training.TrainConfig`.
@@ -104,6 +106,7 @@ class Objective:
         gate: str | Mapping[str, float] | None = None,
         pool: int | None = None,
         resolutions: Sequence[int] | None = None,
+        blocks: str | None = None,
         seed: int = 0,
         device: str = "auto",
         train: TrainConfig | None = None,
@@ -111,8 +114,8 @@ class Objective:
         probe_images: int = 64,
     ) -> None:
         for name, limit in (("max_params", max_params), ("max_macs", max_macs), ("probe_images", probe_images)):
-            if limit is not None and not limit > 0:
-                raise UsageError(f"{name} must be above 0, got {limit}.")
+            if limit is not None and not (isinstance(limit, Real) and limit > 0):
+                raise UsageError(f"{name} must be above 0, got {limit!r}.")
         if resolutions is not None and (not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions)):
             raise UsageError(f"resolutions must be different sizes in pixels, got {tuple(resolutions)}.")
         self.names = check_values(values)
@@ -125,17 +128,15 @@ class Objective:
         needed = wanted(self.names, self.weights)
         early = {n.removeprefix(INIT) for n in (*needed, *ranked) if n.startswith(INIT)} | {g.name for g in self.bounds}
         self._pixels = {"before": "coverage" in early, "after": "coverage" in needed}
-        self.measures = {
-            "before": measures_for(early),
-            "after": measures_for(needed),
-        }
+        self.measures = {"before": measures_for(early), "after": measures_for(needed)}
         self._slack = "capacity_slack" in needed
         self.limits = {name: limit for name, limit in (("params", max_params), ("macs", max_macs)) if limit is not None}
         self.resolutions = None if resolutions is None else tuple(resolutions)
         self.stopping = stopping
         self.probe_images = probe_images
         base = train or TrainConfig()
-        self.train = dataclasses.replace(base, epochs=base.epochs if epochs is None else epochs, seed=seed, device=device)
+        epochs, blocks = base.epochs if epochs is None else epochs, base.blocks if blocks is None else blocks
+        self.train = dataclasses.replace(base, epochs=epochs, blocks=blocks, seed=seed, device=device)
         resolve_device(device)
         self.space: Callable[..., Any] = load_space(space)
         self.data = data if isinstance(data, ImageData) else load_data(data)
@@ -158,10 +159,12 @@ class Objective:
             try:
                 status, reason = self._stages(trial, found)
             except BaseException as error:
-                status = "failed" if isinstance(error, Exception) else "interrupted"
                 text = " ".join(str(error).split())[:500]
-                self._store(trial, found, status, f"{type(error).__name__}: {text}" if text else type(error).__name__)
-                raise
+                if not is_out_of_memory(error):
+                    status = "failed" if isinstance(error, Exception) else "interrupted"
+                    self._store(trial, found, status, f"{type(error).__name__}: {text}" if text else type(error).__name__)
+                    raise
+                status, reason = "out_of_memory", text
             return self._settle(trial, found, status, reason)
 
     def _stages(self, trial: Any, found: dict[str, Any]) -> tuple[str, str]:
@@ -189,10 +192,10 @@ class Objective:
                 model = build_model(self.space, candidate.params, **shape, seed=self.train.seed).to(resolve_device(self.train.device))
                 x, y = data.probe(self.probe_images, seed=self.train.seed, device=resolve_device(self.train.device), image_size=size)
                 found["profile"] = profile_model(
-                    model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, initialize=True,
-                    graph=candidate.trace, pixels=self._pixels["before"], seed=self.train.seed,
+                    model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, blocks=self.train.blocks,
+                    initialize=True, graph=candidate.trace, pixels=self._pixels["before"], exact_capacity=False, seed=self.train.seed,
                 )  # fmt: skip
-                scores = score(found["profile"])
+                scores = score(found["profile"], UNTRAINED)
                 metrics |= {INIT + name: value for name, value in scores.items()}
             refusals = [text for gate in self.bounds if (text := gate.refusal(scores)) is not None]
             if refusals:
@@ -201,10 +204,6 @@ class Objective:
                 return MEASURED, place
         except Infeasible as error:  # what shapes alone do not tell
             return "infeasible", str(error)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return "out_of_memory", str(error).splitlines()[0][:300]
         start = InitialWeights.of(model) if self._slack else None
         with _timed(found, "training"):
             result = train(model, data, self.train, image_size=size, on_epoch=self._judge(trial, found))
@@ -216,12 +215,12 @@ class Objective:
                 with _timed(found, "capacity"):
                     profile = enrich(
                         profile, model, x, y, measures=self.measures["after"], graph=candidate.trace, start=start,
-                        pixels=self._pixels["after"], seed=self.train.seed,
+                        pixels=self._pixels["after"], exact_capacity=False, seed=self.train.seed,
                     )  # fmt: skip
                     if start is not None:
                         profile = profile.with_network(capacity_slack=start.slack(model, candidate.trace))
             found["profile"] = profile
-            metrics |= score(profile)
+            metrics |= score(profile) | {name: metrics[name] for name in COSTS}
         if result.status == "complete":
             missing = [n for n in self.names if not math.isfinite(value_of(n, metrics, self.weights))]
             if missing:
@@ -246,7 +245,7 @@ class Objective:
             accuracy.append(row["accuracy"])
             last = epoch == self.train.epochs
             if single is not None and single not in COSTS and not single.startswith(INIT):
-                now = found["metrics"] | row | ({} if profile is None else score(profile))
+                now = ({} if profile is None else score(profile)) | found["metrics"] | row
                 # what is measured only at the end is left out for every trial alike, so that curves compare
                 known = {name: weight for name, weight in self.weights.items() if math.isfinite(now.get(name) or math.nan)}
                 value = value_of(single, now, known)
@@ -329,7 +328,8 @@ class Objective:
 
     def _fingerprint(self) -> str:
         """Of all that decides the outcome of a training besides the architecture; where it runs does not count."""
-        how = {k: v for k, v in dataclasses.asdict(self.train).items() if k not in ("device", "amp", "channels_last")}
+        unread = ("device", "amp", "channels_last", *(() if self.train.blocks else ("blocks",)))  # older studies know no blocks
+        how = {k: v for k, v in dataclasses.asdict(self.train).items() if k not in unread}
         images = {"name": self.data.name, "sizes": dict(self.data.sizes), "mean": list(self.data.mean), "std": list(self.data.std)}
         return hashlib.sha256(json.dumps([how, images], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -16,9 +17,11 @@ from capnas.graph.tracing import Trace, trace
 from capnas.measures.probing import FAILURES, reason, untouched
 from capnas.measures.proxies import PROXIES, baseline_proxies
 from capnas.measures.receptive import LayerField, border_layers, critical_layers, feasible_range
-from capnas.profile.rows import FieldReport, Profile
-from capnas.weights import InitialWeights, weight_norms
+from capnas.profile.rows import NEVER_CALLED, FieldReport, Profile
+from capnas.weights import InitialWeights, norm_layer_constants, weight_norms
 
+# measure, column and name of what a row may lack
+_COLUMNS = (("structure", "complexity", "complexity, receptive field"), ("norms", "norm", "norm"), ("capacity", "capacity", "capacity"))
 _NORM_TOLERANCE = 3e-4  # enough for a table, with a fifth less work than the 1e-4 of the excess measures
 
 
@@ -32,6 +35,7 @@ def enrich(
     graph: Trace | None = None,
     start: InitialWeights | None = None,
     pixels: bool = True,
+    exact_capacity: bool | None = None,
     seed: int = 0,
 ) -> Profile:
     """A profile with further measures of the same model in the same state.
@@ -45,10 +49,11 @@ def enrich(
         graph: the model's trace where it is already at hand, see `capnas.graph.tracing.trace`.
         start: the weights before training, for the distance of each layer.
         pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
+        exact_capacity: as for `profile_model`.
         seed: of anything random.
 
     Raises:
-        UsageError: a measure needs the graph and the model cannot be traced.
+        UsageError: a measure needs the graph and the model cannot be traced, or gradients and its weights allow none.
     """
     if traced := [name for name in ("structure", "norms", "capacity") if name in measures]:
         try:
@@ -62,7 +67,11 @@ def enrich(
         if "norms" in measures:
             profile = with_norms(profile, model, graph)
         if "capacity" in measures:
-            profile = with_capacity(profile, capacity_map(model, inputs, mode=profile.mode, pixels=pixels, seed=seed, graph=graph))
+            options: dict[str, Any] = {"mode": profile.mode, "pixels": pixels, "exact": exact_capacity, "seed": seed, "graph": graph}
+            profile = with_capacity(profile, capacity_map(model, inputs, **options))
+            if start is None and "capacity_slack" not in profile.network:
+                untrained = "needs a training from known weights: the trials of a search have it"
+                profile = replace(profile, flags={**profile.flags, "capacity_slack": untrained})
     if "proxies" in measures:
         names = [name for name in PROXIES if name != "macs" or graph is None]
         baselines = baseline_proxies(model, inputs, targets, names=names)
@@ -70,6 +79,7 @@ def enrich(
         profile = replace(profile, flags={**profile.flags, **{n: found.flag for n, found in baselines.items() if found.flag}})
         if graph is not None:
             profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
+    profile = with_reasons(profile, model, graph)
     return profile if start is None else with_distances(profile, start.distances(model))
 
 
@@ -120,10 +130,11 @@ def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
     """The profile with each layer's capacity and the network's capacity scores, see `capnas.capacity.capacity_map`.
 
     A layer that has a row but no capacity joins ``skipped`` with a reason that begins with "capacity: ". ``network`` gains ``coherent``
-    (S), ``shattering`` (-ln S) and ``residual_sum`` (R, 0 without residual additions) too, which are no scores; ``flags`` says of
-    ``coverage`` where the network is too linear for the sweep behind it.
+    (S), ``shattering`` (-ln S) and ``residual_sum`` (R, 0 without residual additions) too, which are no scores; ``flags`` says where the
+    network is too linear for the sweep behind ``coverage``, too shattered for ``propagation``, and without sums for ``scaling``.
     """
-    rows, skipped = [], {name: reason for name, reason in profile.skipped.items() if not reason.startswith("capacity: ")}
+    measured = {row.name for row in profile.layers}
+    rows, skipped = [], {name: reason for name, reason in profile.skipped.items() if name not in measured}
     for row in profile.layers:
         if row.name in found.capacity:
             used, wide = found.utilisation.get(row.name), row.name in found.over_wide
@@ -136,25 +147,71 @@ def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
     groups = [[name for name in found.capacity if name.startswith(block.name + ".")] for block in profile.blocks]
     scores = found.scores([g for g in groups if g] or None)
     audit = {"coherent": found.coherent, "shattering": found.shattering, "residual_sum": found.residual_sum}
-    flags = {name: text for name, text in profile.flags.items() if name != "coverage"}
+    flags = {name: text for name, text in profile.flags.items() if name not in ("coverage", "propagation", "scaling")}
+    return replace(profile, layers=tuple(rows), skipped=skipped, flags=flags | _limits(found)).with_network(**scores, **audit)
+
+
+def _limits(found: CapacityMap) -> dict[str, str]:
+    """What limits the capacity scores, by the name of the score."""
+    flags = {}
     if found.near_linear and found.pixels is not None:
-        flags["coverage"] = f"swept as if no unit's response were linear, but a share of {found.coherent:.2f} is (above 0.5)"
-    return replace(profile, layers=tuple(rows), skipped=skipped, flags=flags).with_network(**scores, **audit)
+        measured = [of.out for of in found.decoupling.values() if math.isfinite(of.out)]
+        mean = f" and a mean decoupling of {sum(measured) / len(measured):.2f}" if measured else ""
+        flags["coverage"] = (
+            f"assumes full decoupling (S = 0, decoupling 1), measured were S = {found.coherent:.2f}{mean}: most of the response is linear"
+        )
+    if found.shattered:
+        flags["propagation"] = f"S is within the noise of {found.samples} images, {found.coherent_error:.1g}: propagation is a bound"
+    elif math.isnan(found.coherent):
+        flags["propagation"] = "no gradient reaches the input"
+    if not found.residual:
+        flags["scaling"] = "the network has no residual additions, whose shares R it compares with 1"
+    return flags
+
+
+def with_reasons(profile: Profile, model: nn.Module, graph: Trace | None = None) -> Profile:
+    """The profile whose ``skipped`` says of every layer which columns of the measures taken it lacks, and why.
+
+    With the graph also of which layers that were never called another module or function uses the weight.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    own = {place: [names[id(p)] for p in m.parameters(recurse=False)] for place, m in model.named_modules()}
+    used = {name for node in graph.nodes for name in node.params} if graph is not None else set()
+    skipped = dict(profile.skipped)
+    for name, text in profile.skipped.items():
+        if text.endswith(NEVER_CALLED) and (read := [p for p in own.get(name, []) if p in used]):
+            skipped[name] = f"{text.removesuffix(NEVER_CALLED)}is not called itself: another module or function uses {' and '.join(read)}"
+    for row in profile.layers:
+        lacking = [label for measure, column, label in _COLUMNS if measure in profile.measures and getattr(row, column) is None]
+        shared = [p for p in own.get(row.name, []) if p.rpartition(".")[0] != row.name]
+        why = f"{row.kind} shares {shared[0]}" if shared else f"{row.kind} is not on the way from the input to the output"
+        given = skipped.pop(row.name, "").partition(": ")[2]
+        if lacking:
+            skipped[row.name] = f"{', '.join(lacking)}: {given or why}"
+    return replace(profile, skipped=skipped)
 
 
 def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
-    """The profile with the operator norm of each layer, see `capnas.weights.weight_norms`.
+    """The profile with the operator norm of each layer, see `capnas.weights.weight_norms`, and the sum of their logarithms.
 
-    Exact, or iterated until two estimates of the distance to the true value stay below 3e-4 of it (from below, no upper bound is computed;
-    ``weight_norms(..., bounded=True)`` does). Norm layers are neither folded nor counted.
+    Norms are exact to rounding, or, where ``norm_method`` is "power", lower estimates: iterated until two estimates of the distance to the
+    true value stay below 3e-4 of it, which is no upper bound; ``weight_norms(..., bounded=True)`` computes one. ``log10_lipschitz`` counts
+    batch norms as maps of their own, see `capnas.weights.norm_layer_constants`; the flag of that name tells which other norm layers it
+    leaves out. Constants of 0, as of a batch norm that starts at 0, are left out too.
     """
     with untouched(model):  # parametrized weights move where they are read in train mode
-        norms = weight_norms(model, graph, tolerance=_NORM_TOLERANCE)
+        norms, counted = weight_norms(model, graph, tolerance=_NORM_TOLERANCE), norm_layer_constants(model, graph)
     rows = [replace(r, norm=norms[r.name].value, norm_method=norms[r.name].method) if r.name in norms else r for r in profile.layers]
-    log10 = sum(math.log10(n.value) for n in norms.values() if n.value > 0)
+    log10 = sum(math.log10(constant) for constant in [*(n.value for n in norms.values()), *counted.values()] if constant)
     late = [name for name, norm in norms.items() if not norm.converged]
-    flags = {"log10_lipschitz": f"norms that did not settle to {_NORM_TOLERANCE:g}: {', '.join(late)}"} if late else {}
-    return replace(profile, layers=tuple(rows), flags={**profile.flags, **flags}).with_network(log10_lipschitz=log10)
+    kinds = Counter(type(model.get_submodule(name)).__name__ for name, constant in counted.items() if constant is None)
+    said = [f"norms that did not settle to {_NORM_TOLERANCE:g}: {', '.join(late)}"] if late else []
+    if kinds:
+        listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        said.append(f"norm layers left out, as their slope has no bound but by the data: {listed}")
+    flags = {name: text for name, text in profile.flags.items() if name != "log10_lipschitz"}
+    flags |= {"log10_lipschitz": "; ".join(said)} if said else {}
+    return replace(profile, layers=tuple(rows), flags=flags).with_network(log10_lipschitz=log10)
 
 
 def with_distances(profile: Profile, distances: Mapping[str, float]) -> Profile:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
 from capnas.graph.tracing import Trace, trace
-from capnas.measures.probing import put_back, seeded
+from capnas.measures.probing import gradable, put_back, seeded
 from capnas.measures.saturation import THRESHOLD
 from capnas.profile.enriching import enrich
 from capnas.profile.rows import MEASURES, Profile
@@ -37,6 +37,7 @@ def profile_model(
     initialize: bool = False,
     graph: Trace | None = None,
     pixels: bool = True,
+    exact_capacity: bool | None = None,
     seed: int = 0,
 ) -> Profile:
     """Profile a model on a batch of inputs, leaving the model untouched.
@@ -58,10 +59,14 @@ def profile_model(
             that are to be compared need one initialization; a search measures all its candidates so.
         graph: the model's trace where it is already at hand.
         pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
+        exact_capacity: read capacity by its exact form (34) wherever that applies, to small networks, or by the estimate (35) alone; where
+            it costs about as much as the rest of the profile when absent, see `capnas.capacity.capacity_map`. Each row names its method.
+            The two are not to be compared: a search uses the estimate alone.
         seed: of the initialization, of position sampling and of anything random in the forward pass.
 
     Raises:
-        UsageError: unknown measure, reading or block pattern, a threshold out of its range.
+        UsageError: unknown measure, reading or block pattern, a threshold out of its range, or a model that was made in inference mode,
+            where a measure needs gradients or the call is outside of that mode.
 
     >>> _ = torch.manual_seed(1)
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
@@ -83,6 +88,8 @@ def profile_model(
         except Exception as error:  # whatever a model's own code raises; saturation does not need the graph
             measures, untraced = ("saturation",), {"structure": f"the model cannot be traced: {type(error).__name__}: {error}"}
     model = at_default_initialization(model, seed=seed) if initialize else model
+    if not torch.is_inference_mode_enabled():
+        gradable(model)
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
 
     def record(given: Sequence[Tensor]) -> dict[str, LayerRecord]:
@@ -99,7 +106,9 @@ def profile_model(
         records = record(batches)
     profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
     profile = replace(profile, skipped={**profile.skipped, **untraced})
-    return enrich(profile, model, batches[0], targets, measures=measures, graph=graph, pixels=pixels, seed=seed)
+    return enrich(
+        profile, model, batches[0], targets, measures=measures, graph=graph, pixels=pixels, exact_capacity=exact_capacity, seed=seed
+    )  # fmt: skip
 
 
 def _channels_last(batch: Tensor) -> Tensor:
@@ -107,6 +116,7 @@ def _channels_last(batch: Tensor) -> Tensor:
     return batch.to(memory_format=torch.channels_last) if batch.ndim == 4 and batch.device.type == "cpu" else batch
 
 
+@torch.inference_mode(False)  # else no gradient could run through the copy
 def at_default_initialization(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """A copy of a model whose layers start as torch starts them, whatever the model's authors chose.
 

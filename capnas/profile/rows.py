@@ -16,6 +16,7 @@ from capnas.recording import MEASURED, LayerRecord
 
 VERSION = 1
 MEASURES = ("saturation", "structure", "norms", "capacity", "proxies")
+NEVER_CALLED = "was never called in the forward pass"
 FEW_ROWS = 10  # rows below this multiple of the width are flagged: they cap the rank
 THRESHOLDS = (0.9, 0.95, 0.99, 0.999)
 
@@ -48,7 +49,8 @@ class LayerProfile:
         log2_fan_in: log2 of the layer's own path count K; `log2_paths` is that from the model input to one of its units.
         log2_compression: log2 of output over input units of one position, the layer's own intrinsic power P; above 0 it expands.
         receptive_field: (r_min, r_max) of its output along each image axis, in pixels; infinite values are stored as ``None``.
-        norm: operator norm at the input size it sees (measure "norms"); `norm_method` says how it was found.
+        norm: operator norm at the input size it sees (measure "norms"); `norm_method` says how it was found: "power" is a lower estimate
+            that settled to 3e-4, certified from below only, the others are exact to rounding.
         distance: (2,1) distance of the weight from initialization, where the initial weights are known.
         capacity: c_l, what the layer could fit (measure "capacity", an estimate after Donier, see `capnas.capacity`).
         capacity_method: "k-fac" or "exact", see `capnas.capacity.CapacityMap`; the two are not to be compared.
@@ -97,8 +99,8 @@ class FieldReport:
     Attributes:
         image_size: pixels along each axis.
         critical: expanding layers whose own r_min exceeds the image.
-        border: rule to the layers that it predicts to be unproductive; ``"strict"`` is the papers' rule and ``"toolbox"`` that of
-            rfa_toolbox, see `capnas.measures.receptive.border_layers`.
+        border: rule to the layers that it predicts to be unproductive; ``"strict"`` is the papers' rule without 1x1 layers and
+            ``"toolbox"`` that of rfa_toolbox, see `capnas.measures.receptive.border_layers`.
         feasible: smallest and largest feasible image size along each axis; None where no field is finite.
         functional: the same with the toolbox's lower bound.
     """
@@ -128,13 +130,15 @@ class Profile:
     Attributes:
         layers: conv and linear modules in execution order.
         blocks: repeated units in execution order.
-        skipped: parametrised modules that were not measured, name to reason; "capacity: ..." for a layer whose row has no capacity only.
+        skipped: parametrised modules that were not measured, name to reason; a reason for a layer with a row begins with the columns that
+            the row lacks, as in "capacity: ...".
         mode: "train" or "eval", the model's mode while it was read.
         threshold: share of the variance that k explains.
         rows: how rows are formed, always "channelwise": every position of every sample.
         network: numbers of the whole network by name: ``params`` and ``macs`` (of one image), ``complexity``, ``log2_paths`` and
             ``intrinsic_power`` (log2 P) of the layer algebra after Badias & Banerjee (reconstructed), ``log10_lipschitz`` (sum of log10
-            operator norms), capacity scores and the audit numbers `coherent`, `shattering` and `residual_sum`, baselines.
+            operator norms of layers and batch norms), capacity scores and the audit numbers `coherent`, `shattering` and `residual_sum`,
+            baselines.
         receptive: critical and border layers and feasible image sizes (measure "structure"); None where it was not measured.
         flags: what limits a number of `network`, by its name: why it is NaN, or what it is short of.
     """
@@ -220,7 +224,7 @@ def skipped_modules(model: nn.Module, measured: set[str]) -> dict[str, str]:
             continue
         kind = type(module).__name__
         if isinstance(module, MEASURED):
-            reasons[name] = f"{kind} was never called in the forward pass"
+            reasons[name] = f"{kind} {NEVER_CALLED}"
         elif "norm" in kind.lower():
             reasons[name] = f"{kind} rescales the layer before it"
         else:

@@ -22,7 +22,7 @@ from capnas.errors import MissingDependencyError
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
 from capnas.report.figures import figures
-from capnas.scoring import SCORES
+from capnas.scoring import COSTS, SCORES
 from capnas.search.runs import RunResult
 from capnas.search.trials import read_retrained
 
@@ -242,12 +242,12 @@ def _correlations(complete: Sequence[Evaluation]) -> list[dict[str, Any]]:
     accuracy = [math.nan if (a := e.metrics.get("accuracy")) is None else a for e in complete]
     controls = [[float(e.n_params or 0) for e in complete], [float(e.macs or 0) for e in complete]]
     found = []
-    for name in ("params", "macs", *SCORES, *(f"init_{s}" for s in SCORES)):
+    for name in dict.fromkeys((*COSTS, *SCORES, *(f"init_{s}" for s in SCORES))):
         values = [math.nan if (v := e.metrics.get(name)) is None else float(v) for e in complete]
         alone = spearman(values, accuracy)
         if math.isnan(alone):
             continue
-        partial = math.nan if name in ("params", "macs") or len(complete) < _FEW else partial_spearman(values, accuracy, controls)
+        partial = math.nan if name in COSTS or len(complete) < _FEW else partial_spearman(values, accuracy, controls)
         level = chance_level(len(complete))
         row = {"score": name, "spearman": round(alone, 3), "partial": None if math.isnan(partial) else round(partial, 3)}
         found.append(row | {"chance": None if math.isnan(level) else round(level, 3), "trials": len(complete)})

@@ -40,7 +40,7 @@ class StudyConfig:
         study: Name of the study and its folder; from space and data where None.
         trials: Finished trials in all, over all sessions and workers. With a gate that asks for a share only trained ones
             count, not those that are too large, infeasible or merely measured.
-        epochs, values, weights, max_params, max_macs, gate, pool, resolutions, seed, device: See `capnas.Objective`.
+        epochs, values, weights, max_params, max_macs, gate, pool, resolutions, blocks, seed, device: See `capnas.Objective`.
         sampler: One of tpe, random, nsga2, nsga3, gp, qmc, cmaes (cmaes with one value only).
         pruner: "median", "hyperband" (one value only) or "off".
         storage: None for a journal in the run's folder; else an Optuna storage URL, ``grpc://host:port``, or the path of a
@@ -72,6 +72,7 @@ class StudyConfig:
     gate: str | None = None
     pool: int | None = None
     resolutions: tuple[int, ...] | None = None
+    blocks: str | None = None
     sampler: str = "tpe"
     pruner: str = "median"
     seed: int = 0
@@ -89,10 +90,12 @@ class StudyConfig:
         object.__setattr__(self, "resolutions", None if self.resolutions is None else tuple(self.resolutions))
         for name in ("trials", "workers", "max_params", "max_macs", "pool"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, got {value}.")
+            if value is not None and not (isinstance(value, int | float) and value >= 1):
+                raise UsageError(f"{name} must be at least 1, got {value!r}.")
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, got {self.seed}.")
+        if self.seed >= 2**32:  # a limit of NumPy, which the samplers draw from
+            raise UsageError(f"seed must be below 2**32, got {self.seed}.")
         if self.resolutions is not None and (not self.resolutions or min(self.resolutions) < 1):
             raise UsageError(f"resolutions must be sizes in pixels, got {self.resolutions}.")
         for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
@@ -127,11 +130,11 @@ class StudyConfig:
 
     def training(self) -> TrainConfig:
         """The training of one trial."""
-        known = {f.name for f in fields(TrainConfig)} - {"epochs", "seed", "device"}
+        known = {f.name for f in fields(TrainConfig)} - {"epochs", "blocks", "seed", "device"}
         for name in self.train:
             if name not in known:
                 raise UsageError(one_of("train", name, known))
-        return TrainConfig(epochs=self.epochs, seed=self.seed, device=self.device, **self.train)
+        return TrainConfig(epochs=self.epochs, blocks=self.blocks, seed=self.seed, device=self.device, **self.train)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values without those that are None or belong to one session (``out``).

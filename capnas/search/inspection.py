@@ -85,6 +85,7 @@ class _Network:
     trained: bool
     profile: Profile | None = None
     start: InitialWeights | None = None
+    blocks: str | None = None
 
 
 def inspect_target(
@@ -97,6 +98,7 @@ def inspect_target(
     threshold: float = 0.99,
     reading: Reading = "both",
     measures: Sequence[str] = DEFAULT,
+    blocks: str | None = None,
     initial: bool = False,
     weights: str | Path | None = None,
     project: float | None = None,
@@ -106,7 +108,8 @@ def inspect_target(
 ) -> Inspection:
     """Profile a timm model, a saved model or a trial; a trial's profile after training is the stored one where that is enough.
 
-    A search keeps no weights. What needs those of a trial (norms, capacity, proxies, a projection) trains it again as the search did.
+    A search keeps no weights. What needs those of a trial (norms, capacity, proxies, other blocks, a projection) trains it again as the
+    search did.
 
     Args:
         target: a name that ``timm.create_model`` takes, ``RUN:NUMBER`` or ``RUN:best``, or the folder of a saved model.
@@ -117,6 +120,7 @@ def inspect_target(
         threshold: of the intrinsic dimension.
         reading: "modules", "blocks" or "both".
         measures: any of `capnas.profile.MEASURES`; saturation always.
+        blocks: regular expression of the units to read as blocks, see `capnas.recording.find_blocks`; by default a trial's are its run's.
         initial: profile a trial's network before training instead.
         weights: a safetensors file for a timm model.
         project: the share of variance of the eigenspaces that every layer but the head is projected on, in (0, 1].
@@ -125,7 +129,7 @@ def inspect_target(
         tell: called with the epoch and its row of the curve while a trial is trained again.
 
     Raises:
-        UsageError: the target is none of these, a measure is unknown, or weights are missing or do not fit.
+        UsageError: the target is none of these, a measure is unknown, no block has such a name, or weights are missing or do not fit.
         StudyError: the run has no such trial, or the trial was never trained.
     """
     if batch < 1:
@@ -137,11 +141,12 @@ def inspect_target(
         raise UsageError(f"project must be a share of the variance in (0, 1], got {project}.")
     chosen = tuple(name for name in MEASURES if name in {"saturation", *measures})
     place, colon, which = target.rpartition(":")
-    if colon and not Path(target).is_dir():
+    of_search = bool(colon) and not Path(target).is_dir()
+    if of_search:
         if data is not None or weights is not None:
             raise UsageError("a trial uses the images of its run and weights trained as the search did: leave out data and weights.")
-        again = project is not None or bool(set(chosen) - set(_WITHOUT_WEIGHTS))
-        found = _trial(place, which, target, initial, again, image_size, seed, device, tell)
+        again = project is not None or blocks is not None or bool(set(chosen) - set(_WITHOUT_WEIGHTS))
+        found = _trial(place, which, target, initial, again, image_size, blocks, seed, device, tell)
     else:
         found = _model(target, data, image_size, weights, seed)
     if project is not None and not found.trained:
@@ -156,15 +161,25 @@ def inspect_target(
         using: Literal["train", "eval"] = mode or ("eval" if found.trained else "train")
         if not found.trained:  # as a search measures its candidates
             model, state = at_default_initialization(model, seed=seed), f"{state} at torch's default initialization"
-        profile = profile_model(model, x, y, threshold=threshold, reading=reading, mode=using, seed=seed)
+        profile = profile_model(model, x, y, threshold=threshold, reading=reading, blocks=blocks or found.blocks, mode=using, seed=seed)
         state = f"{state}, {len(x)} images of {found.data.name}"
-    profile = enrich(profile, model, x, y, measures=chosen, graph=graph, seed=seed, start=found.start)
+    exact = False if of_search else None  # a trial's scores compare with those of its run
+    profile = enrich(profile, model, x, y, measures=chosen, graph=graph, exact_capacity=exact, seed=seed, start=found.start)
     projection = None if project is None else _project(model, found.data, project, size, seed, device)
     return _inspection(model, graph, found, state, profile, projection)
 
 
 def _trial(
-    place: str, which: str, text: str, initial: bool, again: bool, image_size: int | None, seed: int, device: str, tell: Tell | None
+    place: str,
+    which: str,
+    text: str,
+    initial: bool,
+    again: bool,
+    image_size: int | None,
+    blocks: str | None,
+    seed: int,
+    device: str,
+    tell: Tell | None,
 ) -> _Network:
     if which != "best" and not which.isdigit():
         raise UsageError(f"a trial is given as RUN:NUMBER or RUN:best, got {text!r}.")
@@ -173,20 +188,22 @@ def _trial(
     if initial:
         size = image_size or found.candidate.image_size
         model = found.model(seed)
-        return _Network(model=model, name=name, state="before training", data=found.data, image_size=size, trained=False)
+        return _Network(
+            model=model, name=name, state="before training", data=found.data, image_size=size, trained=False, blocks=found.run.config.blocks
+        )
     if found.evaluation.profile is None:
         reason = f"it ended as {found.evaluation.status}"
         raise StudyError(f"{name} stored no profile ({reason}); --initial profiles its network before training.")
     size, epochs = found.candidate.image_size, len(found.evaluation.curve)
     if again:
-        return _train_again(found, name, epochs, device, tell)
+        return _train_again(found, name, epochs, blocks, device, tell)
     state = f"after {epochs} epochs of the search" if epochs else "before training"
     return _Network(
         model=found.model(), name=name, state=state, data=found.data, image_size=size, trained=epochs > 0, profile=found.evaluation.profile
     )
 
 
-def _train_again(found: Rebuilt, name: str, epochs: int, device: str, tell: Tell | None) -> _Network:
+def _train_again(found: Rebuilt, name: str, epochs: int, blocks: str | None, device: str, tell: Tell | None) -> _Network:
     """The trial's network after the training that the search gave it: the same weights on the same machine, none were kept."""
     if epochs == 0:
         raise StudyError(f"{name} was never trained in the search; --initial profiles its network before training.")
@@ -198,7 +215,8 @@ def _train_again(found: Rebuilt, name: str, epochs: int, device: str, tell: Tell
             tell(epoch, row)
         return "as far as the search went" if epoch == epochs else None
 
-    config = dataclasses.replace(found.run.config.training(), device=device)
+    config = found.run.config.training()
+    config = dataclasses.replace(config, device=device, blocks=blocks or config.blocks)
     result = train(model, found.data, config, image_size=found.candidate.image_size, on_epoch=stop)
     if result.profile is None or len(result.curve) < epochs:
         raise StudyError(f"training {name} again ended as {result.status}: {result.reason}.")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from optuna.storages import JournalStorage, journal
 from capnas.errors import CapnasError, MissingDependencyError, StudyError
 
 HIDDEN = "***"
+GRACE = 10  # seconds after which the lock of a process that was killed is freed
 PATIENCE = 10.0  # seconds for a proxy to answer; a call on a dead one has no end or a message for programmers
 
 
@@ -34,7 +36,8 @@ def open_storage(url: str | None, folder: Path) -> Any:
             return proxy
         return optuna.storages.get_storage(url)
     except ImportError as error:
-        advice = "pip install capnas[distributed]"
+        known = str(url).startswith(("postgresql", "grpc"))
+        advice = "pip install capnas[distributed]" if known else "install the one that SQLAlchemy names for this database"
         raise MissingDependencyError(f"the storage {hide_password(url)} needs a driver: {advice} ({error}).") from error
     except CapnasError:
         raise
@@ -51,8 +54,11 @@ def open_storage(url: str | None, folder: Path) -> Any:
 
 def _journal(path: Path) -> journal.JournalFileBackend:
     """Optuna's journal, first cut back to its last whole line: a process killed while writing leaves half of one, which nobody can read."""
+    path = path.absolute()  # the lock is a link to this path, read from beside the file
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = journal.JournalFileOpenLock(str(path)) if os.name == "nt" else journal.JournalFileSymlinkLock(str(path), grace_period=10)
+    _free_dangling(path)
+    path.touch()  # before any lock: Optuna waits for ever for one whose link leads nowhere, which a killed process leaves
+    lock = journal.JournalFileOpenLock(str(path)) if os.name == "nt" else journal.JournalFileSymlinkLock(str(path), grace_period=GRACE)
     if path.is_file() and not _whole(path):
         lock.acquire()
         try:
@@ -63,6 +69,17 @@ def _journal(path: Path) -> journal.JournalFileBackend:
         finally:
             lock.release()
     return journal.JournalFileBackend(str(path), lock_obj=lock)
+
+
+def _free_dangling(path: Path) -> None:
+    """Remove a lock that leads nowhere once it is older than the time after which Optuna frees others."""
+    lock = Path(f"{path}.lock")
+    while lock.is_symlink() and not lock.exists():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.lstat().st_mtime > GRACE:
+                lock.unlink()
+            else:
+                time.sleep(0.5)
 
 
 def _whole(path: Path) -> bool:

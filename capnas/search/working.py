@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from capnas.errors import CapnasError, StudyError
@@ -75,6 +76,11 @@ def work(
     Raises:
         StudyError: The images have changed, or `MAX_FAILURES` trials in a row, of whichever worker, ended in an error.
     """
+
+    def sampler(*draws: int) -> BaseSampler:
+        pool = config.pool or 0
+        return make_sampler(config.sampler, seed=config.seed, draws=draws, trials=config.trials, pool=pool, parallel=parallel)
+
     ran, own, error = 0, int.from_bytes(os.urandom(4), "big"), None
     since = len(study.get_trials(deepcopy=False)) if since is None else since
     while go_on():
@@ -97,14 +103,11 @@ def work(
         if ran == 0:
             check_data(study, objective)
         settled = sum(map(is_settled, trials))
-        draws = (settled, own, ran) if parallel else (settled,)
-        study.sampler = make_sampler(
-            config.sampler, seed=config.seed, draws=draws, trials=config.trials, pool=config.pool or 0, parallel=parallel
-        )
+        study.sampler = sampler(settled, own, ran) if parallel else sampler(settled)
         if objective.selection is not None:
             objective.selection.check(study)
             objective.selection.queue_next(study)
-        number, error = _one(study, objective, config.trials)
+        number, error = _one(study, objective, config.trials, sampler if parallel else None)
         if on_trial is not None:
             on_trial(study, study.get_trials(deepcopy=False)[number])
         if isinstance(error, CapnasError):
@@ -127,10 +130,14 @@ def _reason(trial: FrozenTrial) -> str:
     return (trial.user_attrs.get(EVALUATION) or {}).get("reason", "an error that left no text")[:300]
 
 
-def _one(study: optuna.Study, objective: Objective, limit: int) -> tuple[int, Exception | None]:
+def _one(
+    study: optuna.Study, objective: Objective, limit: int, sampler: Callable[[int], BaseSampler] | None
+) -> tuple[int, Exception | None]:
     """Run one trial; its number and the error that ended it, if one did. Optuna's own loop would log each with a traceback."""
     trial = study.ask()
     try:
+        if sampler is not None:  # what is drawn without regard to other trials then depends on seed and number, not on who draws it
+            study.sampler = sampler(trial.number)
         earlier = (t for t in study.get_trials(deepcopy=False) if t.number < trial.number)
         if superseded(trial) or sum(is_finished(t) or t.state == TrialState.RUNNING for t in earlier) >= limit:
             lost = Evaluation(status="interrupted", reason="another worker drew this or the last trial first", params=trial.params)

@@ -1,6 +1,7 @@
 """Excess capacity of two small networks on an easy and a harder task of equal size and shape.
 
     python results/excess/run.py --cifar PATH             # about 10 core minutes; goes on where it stopped
+    python results/excess/run.py --cifar PATH --fresh     # all of it again
     python results/excess/run.py --table-only             # table.md and figure.svg from raw/ again
 
 PATH is CIFAR-10 as a folder, or a zip of one, with train/CLASS/*.jpg. The easy task is the embedded fashion-mnist-12k. Both are cut to
@@ -8,10 +9,12 @@ PATH is CIFAR-10 as a folder, or a zip of one, with train/CLASS/*.jpg. The easy 
 """
 
 import argparse
+import functools
 import io
 import json
 import os
 import platform
+import shutil
 import statistics
 import time
 import zipfile
@@ -59,20 +62,26 @@ def task(name, path):
     return load_data(source, image_size=SIZE, in_chans=3, validation=VALIDATION)
 
 
-def train(path, networks, tasks):
+def tell(where, run):
+    """A run that was trained just now, on the console and by the environment."""
+    print(where, run.seed, run.lipschitz, run.distance, run.train_error, run.validation_error, f"{run.seconds:.1f} s", flush=True)
+    environment = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+                   "cores": os.cpu_count(), "processor": platform.machine()}  # fmt: skip
+    (HERE / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+
+
+def train(path, networks, tasks, fresh):
     spent = time.process_time()
     for task_name in tasks:
         data = task(task_name, path)
         for name in networks:
             out = HERE / "raw" / f"{name}-{task_name}"
             model = NETWORKS[name](data.num_classes, data.in_chans, data.image_size)
-            tell = lambda run, where=out.name: print(where, run.seed, run.lipschitz, run.distance, run.train_error, run.validation_error,  # noqa: E731
-                                                     f"{run.seconds:.1f} s", flush=True)  # fmt: skip
+            if fresh:
+                shutil.rmtree(out, ignore_errors=True)
             excess_capacity(model, data, lipschitz=FACTORS, distance=FACTORS, seeds=SEEDS, recipe=RECIPE,
-                            tolerance=TOLERANCE, device="cpu", name=name, out=out, on_run=tell)  # fmt: skip
-            environment = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-                           "cores": os.cpu_count(), "processor": platform.machine()}  # fmt: skip
-            (HERE / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+                            tolerance=TOLERANCE, device="cpu", name=name, out=out,
+                            on_run=functools.partial(tell, out.name))  # fmt: skip
     print(f"CPU seconds: {time.process_time() - spent:.0f}")
 
 
@@ -180,10 +189,11 @@ if __name__ == "__main__":
     parser.add_argument("--networks", default="plain,residual")
     parser.add_argument("--tasks", default="fashion,cifar")
     parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="forget the runs that are there, of these networks and tasks")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if not given.table_only:
         if given.cifar is None and "cifar" in given.tasks:
             parser.error("--cifar PATH is needed: CIFAR-10 as a folder or a zip with train/CLASS/*.jpg")
-        train(given.cifar, given.networks.split(","), given.tasks.split(","))
+        train(given.cifar, given.networks.split(","), given.tasks.split(","), given.fresh)
     write_table()

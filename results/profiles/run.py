@@ -1,6 +1,7 @@
 """Profile of 25 timm families with every measure: what is measured, what is skipped and why, and how long it takes.
 
     python results/profiles/run.py                  # a few minutes on two idle cores, one thread; measures what raw/families.jsonl lacks
+    python results/profiles/run.py --fresh          # measures everything again
     python results/profiles/run.py --table-only     # table.md from raw/families.jsonl again
 
 Each model is built as timm builds it, untrained, for ten classes and small images, and profiled in train mode on one batch of noise.
@@ -90,12 +91,15 @@ def table(rows):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
+    given = parser.parse_args()
     RAW.parent.mkdir(exist_ok=True)
+    if given.fresh and not given.table_only:
+        RAW.unlink(missing_ok=True)
     done = [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.exists() else []
-    if not parser.parse_args().table_only:
+    if not given.table_only:
         torch.set_num_threads(1)
         environment = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__, "threads": 1}
-        (HERE / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
         for family, options in FAMILIES.items():
             if family in {row["model"] for row in done}:
                 continue
@@ -103,5 +107,6 @@ if __name__ == "__main__":
             done.append(row)
             with RAW.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            (HERE / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
             print(family, row["cpu_seconds"], row["errors"] or "", flush=True)
     table(sorted(done, key=lambda row: list(FAMILIES).index(row["model"])))

@@ -146,6 +146,7 @@ def write(kind, row):
     RAW.mkdir(exist_ok=True)
     with (RAW / f"{kind}.jsonl").open("a") as f:
         f.write(json.dumps(row) + "\n")
+    environment()
 
 
 def environment():
@@ -163,7 +164,6 @@ if __name__ == "__main__":
     parser.add_argument("--table-only", action="store_true")
     given = parser.parse_args()
     if not given.table_only:
-        environment()
         run(given.only, given.seeds)
     from table import write_all
 

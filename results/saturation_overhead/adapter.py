@@ -8,12 +8,12 @@ from capnas.recording import Recorder
 
 
 class Capnas:
-    """Recording as a search uses it: module outputs, sampled positions of every third step."""
+    """Recording as a search uses it: outputs of modules and blocks, sampled positions of every third step."""
 
     options: ClassVar = {"train_interval": 3}
 
     def __init__(self, model, seed=0):
-        self.recorder = Recorder(model, reading="modules", seed=seed, **self.options)
+        self.recorder = Recorder(model, seed=seed, **self.options)
         self.recorder.__enter__()
 
     def epoch_end(self):

@@ -383,6 +383,19 @@ def test_coherent_share_and_residual_sum() -> None:
     assert capacity_map(Scaled(), torch.randn(20, 4)).residual == {"model": pytest.approx(0.2)}
 
 
+def test_error_of_the_coherent_share_counts_samples_and_directions() -> None:
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    one, many = (capacity_map(linear, images(count), pixels=False) for count in (12, 48))
+    # every pair of samples is alike: 2 / (N (N - 1)), for three groups of 16 divided by three
+    assert (one.coherent_error, many.coherent_error) == (pytest.approx((2 / 132) ** 0.5), pytest.approx((2 / 240 / 3) ** 0.5))
+    assert (one.samples, many.samples) == (12, 48)
+    assert not one.shattered
+    pair = capacity_map(linear, images(2), pixels=False)
+    assert pair.shattered  # one pair tells nothing
+    assert pair.shattering == pytest.approx(0, abs=1e-6)
+
+
 def test_zero_scales_are_read_as_one_and_zero_heads_are_looked_through() -> None:
     torch.manual_seed(0)
 

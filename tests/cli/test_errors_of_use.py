@@ -62,6 +62,15 @@ def test_data_options_are_checked(run: Run, option: str, says: str, tmp_path: Pa
     assert refused(run, "search", FILE, "--out", tmp_path / "run", "--data-option", option, *QUICK) == f"error: {says}"
 
 
+@pytest.mark.parametrize(
+    ("pattern", "says"), [("(", "blocks must be a regular expression, '(' is none"), ("stage", "full-matches the block pattern 'stage'")]
+)
+def test_patterns_of_blocks_are_checked(run: Run, pattern: str, says: str, tmp_path: Path) -> None:
+    some = [*QUICK[:-1], "9999", "--blocks", pattern]
+    assert says in refused(run, "search", FILE, "--out", tmp_path / "run", *some)
+    assert says in refused(run, "profile", "resnet10t", "--batch", 2, "--image-size", 32, "--device", "cpu", "--blocks", pattern)
+
+
 def test_numbers_without_end_are_refused(run: Run, tmp_path: Path) -> None:
     assert "got '1e400'" in refused(run, "search", FILE, "--out", tmp_path / "run", "--max-macs", "1e400")
 

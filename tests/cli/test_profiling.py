@@ -33,9 +33,18 @@ def test_what_is_left_out_is_said_with_the_fields_and_the_skipped(found: Inspect
     show_profile(found)
     out = capsys.readouterr().out
     assert "left out: norms, capacity, proxies" in out
-    assert "unproductive by the strict rule: layer2.0.conv2, layer3.0.conv1" in out
-    assert "unproductive by the toolbox rule: layer3.0.conv2" in out
+    assert "unproductive by the strict rule (the papers', without 1x1 layers): layer2.0.conv2, layer3.0.conv1" in out
+    assert "unproductive by the toolbox rule (rfa_toolbox): layer3.0.conv2" in out
     assert "not measured: 14 x BatchNorm2d rescales the layer before it" in out
+
+
+def test_an_exact_capacity_is_told_from_an_estimate(found: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
+    import dataclasses
+
+    first, second, *_ = found.profile.layers
+    rows = tuple(dataclasses.replace(r, capacity=3.0, capacity_method=how) for r, how in ((first, "exact"), (second, "k-fac")))
+    show_profile(dataclasses.replace(found, profile=dataclasses.replace(found.profile, layers=rows)))
+    assert capsys.readouterr().out.count("3 exact") == 1
 
 
 def test_a_projection_is_told_with_its_control(found: Inspection, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,10 @@ def test_reference_networks_at_224_pixels(net: str, networks: dict[str, dict]) -
     row = networks[net]
     with torch.device("meta"):
         model = getattr(models, net)(weights=None)
-    report = report_of(model, (1, 3, 224, 224))
+    graph = trace(model, (1, 3, 224, 224))
+    report = structure(graph)
+    rectified = [node.shape for node in graph.nodes if node.op.split(".")[1].startswith(("relu", "hardtanh"))]
+    assert sum(map(math.prod, rectified)) == row["relu_units"]
     assert report.weights == row["params"] == sum(p.numel() for p in model.parameters())
     assert report.macs == row["macs"]
     assert report.depth == row["weight_layers_longest_path"]

@@ -26,6 +26,14 @@ def only(graph: Trace, op: str) -> list[Node]:
     return [n for n in graph.nodes if n.op.startswith(f"aten.{op}.")]
 
 
+def test_inference_mode_leaves_no_trace() -> None:
+    model = small_cnn()
+    plain = trace(model, (1, 3, 8, 8))
+    with torch.inference_mode():
+        assert trace(model, (1, 3, 8, 8)) == plain
+        assert len(trace(small_cnn(), (1, 3, 8, 8)).nodes) == len(plain.nodes)
+
+
 def test_residual_block_dataflow() -> None:
     conv, norm, relu, add = trace(Residual(), (2, 4, 6, 6)).nodes
     assert [n.op for n in (conv, norm, relu, add)] == [

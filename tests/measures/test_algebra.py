@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kendalltau
 
 from capnas.errors import UsageError
 from capnas.measures.algebra import (
@@ -32,6 +33,7 @@ from capnas.measures.algebra import (
     series,
     vc_comparator,
 )
+from capnas.measures.ranking import spearman
 
 terms = st.builds(
     Term,
@@ -75,6 +77,15 @@ def test_residual_and_concat_of_the_reference(reference: dict) -> None:
     (c_a, k_a), (c_b, k_b) = case["identity"], case["branch"]
     both = concat([Term(log2_fan_in=k_a), Term(log2_fan_in=k_b)], [c_a, c_b])
     assert both.log2_fan_in == pytest.approx(case["log2K"], rel=1e-14)
+
+
+def test_rank_correlations_of_the_reference(reference: dict) -> None:
+    rows = reference["networks"]
+    top1 = [row["top1"] for row in rows]
+    assert len(reference["spearman_kendall_with_top1"]) == 7
+    for name, expected in reference["spearman_kendall_with_top1"].items():
+        values = [row[name] for row in rows]
+        assert [spearman(values, top1), kendalltau(values, top1).statistic] == pytest.approx(expected, abs=5.001e-4), name
 
 
 def test_region_bounds_of_the_reference(reference: dict) -> None:

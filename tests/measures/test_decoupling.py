@@ -14,8 +14,10 @@ from capnas.errors import UsageError
 from capnas.measures.decoupling import (
     ACTIVATIONS,
     analytic_decoupling,
+    coherent_error,
     coherent_share,
     gate_decoupling,
+    gradient_pairs,
     output_decoupling,
     predicted_function_share,
     predicted_gradient_share,
@@ -133,6 +135,25 @@ def test_coherent_share_is_unbiased() -> None:
     assert np.mean(shares) == pytest.approx(energy / (energy + 4 * 40), abs=0.02)
     noise = [coherent_share(torch.randn(8, 40, generator=generator)) for _ in range(400)]
     assert abs(np.mean(noise)) < 0.01
+
+
+def test_coherent_share_is_the_bias_corrected_share_of_the_mean() -> None:
+    rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(1)).double() + 1
+    energy = rows.square().sum(1).mean()
+    corrected = (rows.mean(0).square().sum() - energy / 9) / energy * 9 / 8
+    assert coherent_share(rows) == pytest.approx(float(corrected))
+
+
+def test_error_of_the_coherent_share_is_its_spread_over_batches() -> None:
+    generator = torch.Generator().manual_seed(4)
+    scale = torch.linspace(0.1, 1, 40)  # directions of unlike strength
+    batches = [[gradient_pairs(scale * torch.randn(8, 40, generator=generator)) for _ in range(3)] for _ in range(600)]
+    for groups in (1, 3):  # of other samples
+        shares = [np.mean([float(p.sum()) / 56 for p in batch[:groups]]) for batch in batches]
+        errors = [coherent_error(batch[:groups]) for batch in batches]
+        assert np.mean(np.square(errors)) == pytest.approx(np.var(shares), rel=0.15)
+    assert math.isnan(coherent_error([]))
+    assert shattering(-0.1, floor=coherent_error(batches[0])) == pytest.approx(-math.log(coherent_error(batches[0])))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])

@@ -50,13 +50,17 @@ def test_reference_distances(shared) -> None:
         weight = init + drawn(case["shape"], case["seed_delta"], case["scale"])
         assert distance_to_init(weight, init) == pytest.approx(case["dist21"], rel=1e-10)
         assert filter_norm(weight - init) == pytest.approx(case["dist21_filter"], rel=1e-10)
+        assert filter_norm((weight - init).reshape(1, -1)) == pytest.approx(case["dist_fro"], rel=1e-10), "of one filter: Frobenius"
+        assert float((weight - init).abs().flatten(1).sum(1).max()) == pytest.approx(case["max_L1_filter"], rel=1e-10)
     for case in reference(shared)["conv"]:
         weight = drawn(case["shape"], case["seed"], case["scale"])
         assert group_norm_21(weight) == pytest.approx(case.get("norm21", case.get("norm21_original")), rel=1e-10)
         if "norm21_filter" in case:
             assert filter_norm(weight) == pytest.approx(case["norm21_filter"], rel=1e-10)
     for case in reference(shared)["linear"]:
-        assert group_norm_21(drawn(case["shape"], case["seed"], case["scale"])) == pytest.approx(case["norm21_rows"], rel=1e-10)
+        weight = drawn(case["shape"], case["seed"], case["scale"])
+        assert group_norm_21(weight) == pytest.approx(case["norm21_rows"], rel=1e-10)
+        assert filter_norm(weight.reshape(1, -1)) == pytest.approx(case["frobenius"], rel=1e-10)
 
 
 def test_reference_psi(shared) -> None:
@@ -77,15 +81,25 @@ def test_reference_bounds_of_plain_networks(shared) -> None:
 
 def test_the_authors_coded_bounds_differ_as_said_and_we_follow_the_theorem(shared) -> None:
     for case in reference(shared)["bounds"]["cases"]:
-        c, w, n = np.array(case["C_tilde"]), np.array(case["params"]), case["n"]
-        club = 4 / n + 12 * math.log(n) / math.sqrt(n) * math.sqrt(math.log(2 * w.max())) * (c ** (2 / 3)).sum() ** 1.5
+        n, w = case["n"], np.array(case["params"])
+        bounds = capacity_bounds(plain(case), data_norm=case["norm_X_frobenius"], samples=n, margin=case["gamma"])
+        c = 10 ** np.array(bounds.constants)
+
+        def unceiled(c: np.ndarray, w: np.ndarray, growth: float, n: int = n) -> float:
+            return 4 / n + 12 * growth / math.sqrt(n) * math.sqrt(math.log(2 * w.max())) * (c ** (2 / 3)).sum() ** 1.5
+
+        club = unceiled(c, w, math.log(n))
         assert club == pytest.approx(case["club_as_coded_float64"], rel=1e-9)
+        assert unceiled(c, w, sum(1 / m for m in range(1, n))) == pytest.approx(case["club_theorem_without_ceil"], rel=1e-9)
+        sides, kernel = np.array([*case["d_in"], 1.0]), np.array(case["kernel"])
+        outputs, taken = sides[1:], sides[:-1] * sides[1:] / kernel
+        bartlett = unceiled(c * outputs**2 / kernel, w * taken**2, math.log(n))
+        assert bartlett == pytest.approx(case["bartlett_as_coded_float64"], rel=1e-9)
         spade = 0.0
         for x, count in zip(c, w):
             beta = (len(c) * x) ** 2
             spade += 2 * count * (math.log(1 + beta) + (zeta(1.5) ** (1 / 3) * zeta(1.5, 1 + 1 / beta**2) if beta else 0.0))
         assert 12 / math.sqrt(n) * math.sqrt(spade) == pytest.approx(case["spade_as_coded_float64"], rel=1e-9)
-        bounds = capacity_bounds(plain(case), data_norm=case["norm_X_frobenius"], samples=n, margin=case["gamma"])
         assert abs(10**bounds.club / club - 1) > 0.04, "ln n for the harmonic number, no ceiling"
         assert abs(10**bounds.spade / case["spade_as_coded_float64"] - 1) > 0.01, "another psi, no ceiling"
 
@@ -122,12 +136,16 @@ def test_reference_bounds_of_the_residual_network(shared) -> None:
     assert bounds.constants[-1] == -math.inf, "the classifier is fixed"
     assert 10**bounds.club == pytest.approx(case["club"], rel=1e-9)
     assert 10**bounds.spade == pytest.approx(case["spade"], rel=1e-9)
+    terms = 10 ** np.array(bounds.constants) * case["gamma"] * math.sqrt(case["n"]) / (4 * case["norm_X"])
+    assert (terms ** (2 / 3)).sum() ** 1.5 == pytest.approx(case["residual_aware_spectral_complexity"], rel=1e-9)
+    shares = sum((layer.distance / layer.norm) ** (2 / 3) for layer in layers)  # coded: as if there were no shortcuts
+    assert 10**bounds.lipschitz * shares**1.5 == pytest.approx(case["naive_spectral_complexity_as_coded"], rel=1e-9)
 
 
 def test_reference_constants(shared) -> None:
     constants = reference(shared)["constants"]
     for classes, norm in constants["simplex_classifier_lip"].items():
-        assert linear_norm(simplex_classifier(int(classes), 256)).value == pytest.approx(norm, rel=1e-6)
+        assert linear_norm(simplex_classifier(int(classes), 256)).value == pytest.approx(norm, rel=1e-10)
     concat = Block(branches=((WeightLayer(norm=1.0),),), shortcut=1.0, join="concat")
     bounds = capacity_bounds([concat, *chain([WeightLayer(norm=1.0, weights=1)])], data_norm=1.0, samples=2, margin=1.0)
     assert 10**bounds.lipschitz == pytest.approx(constants["concat_of_two_1_lipschitz"], rel=1e-12)

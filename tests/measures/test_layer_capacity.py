@@ -208,6 +208,9 @@ def test_small_pieces() -> None:
         (lambda: exact_layer_capacity({"a": torch.ones(2, 1), "b": torch.ones(3, 1)}), r"share their number of rows, got \[2, 3\]"),
         (lambda: exact_layer_capacity({"a": torch.zeros(2, 2)}), "not all zero"),
         (lambda: common_ridge([]), "at least one layer"),
+        (lambda: kfac_capacity({}), "at least one layer"),
+        (lambda: elasticity(0, 100, 1, 50), "positive capacities .*; got capacities 0 and 1, parameters 100 and 50"),
+        (lambda: elasticity(2, 50, 1, 50), "two different positive numbers of parameters; got .* 50 and 50"),
     ],
 )
 def test_errors_say_what_to_do(call, message: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capnas.measures.moments import Moments, covariance, merge, moments_of, update
+from capnas.measures.moments import Moments, Sums, covariance, merge, moments_of, update
 
 
 def rows(count: int, width: int = 3, mean: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -39,6 +39,19 @@ def test_any_split_into_batches_gives_the_same_moments(sizes: list[int], mean: f
     if running.count:
         torch.testing.assert_close(running.mean, whole.mean)
         torch.testing.assert_close(running.scatter, whole.scatter, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [1, 7, 19, 20, 21, 60])
+def test_rows_are_kept_while_they_are_the_cheaper_side_and_nothing_hangs_on_it(count: int) -> None:
+    x = rows(count, 20, 5.0).double()
+    sums = Sums(20)
+    for part in x.split(7):
+        sums.add(part.T.clone(), len(part))
+    mean, spread = sums.mean_and_spread()
+    assert spread.shape == (20, min(count, 20))
+    whole = moments_of(x)
+    torch.testing.assert_close(mean, whole.mean)
+    torch.testing.assert_close(spread if count >= 20 else spread @ spread.T, whole.scatter)
 
 
 def test_merge_is_associative_and_has_a_neutral_element() -> None:

@@ -93,6 +93,24 @@ def test_root_squares_to_the_matrix() -> None:
     assert float(factor(torch.zeros(3, 3)).abs().max()) == 0
 
 
+def test_wide_matrices_without_a_factor_are_lifted_and_never_decomposed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(8, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = rows.T @ rows - 1e-7 * torch.eye(40, dtype=torch.float64)  # what rounding leaves of a flat one
+    sides: list[int] = []
+    full = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: (sides.append(len(m)), full(m))[1])
+    narrow = factor(matrix)
+    assert sides == [40]
+    monkeypatch.setattr("capnas.measures.narrowing.EXACT_EIGENVALUES", 12)
+    monkeypatch.setattr("capnas.measures.saturation.EXACT_EIGENVALUES", 12)
+    wide = factor(matrix)
+    assert sides == [40]
+    for found in (narrow, wide, root(matrix)):
+        torch.testing.assert_close(found.T @ found, matrix, atol=1e-4, rtol=1e-4)
+    assert float(factor(torch.zeros(40, 40)).abs().max()) == 0
+    assert set(sides) == {40, 12}
+
+
 def test_refit_is_least_squares_with_an_intercept() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 4, generator=generator) + 3, torch.randn(60, 2, generator=generator)

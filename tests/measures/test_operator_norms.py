@@ -9,6 +9,7 @@ import torch
 from reference_excess import drawn, matrix_by_loops, reference
 
 from capnas.errors import UsageError
+from capnas.measures import operator_norms
 from capnas.measures.convolution import convolution
 from capnas.measures.operator_norms import linear_norm, max_pool_constant, operator_norm, overlap_bound, ring_bound, unfolding_bound
 
@@ -75,6 +76,17 @@ def test_reference_fourier_values_include_strides_and_kernels_larger_than_the_im
         assert unfolding_bound(weight) == pytest.approx(case["upper_bound_4_unfoldings"], rel=1e-10)
         assert float(weight.norm()) == pytest.approx(case["frobenius"], rel=1e-12)
     assert seen == 6
+
+
+def test_reference_forward_passes(shared) -> None:
+    cases = [case for case in reference(shared)["conv"] if "forward_check" in case]
+    assert len(cases) == 11
+    for case in cases:
+        check = case["forward_check"]
+        weight, x = drawn(case["shape"], case["seed"], case["scale"]), drawn(check["input_shape"], check["input_seed"])
+        conv = convolution(weight, case["d"], stride=case["stride"], padding=case["shape"][2] // 2, padding_mode="circular")
+        assert float(conv.forward(x).norm()) == pytest.approx(check["output_l2"], rel=1e-10), case["name"]
+        assert float((conv.matrix()[0] @ x.flatten()).norm()) == pytest.approx(check["output_l2"], rel=1e-10), case["name"]
 
 
 def test_the_authors_stride_1_value_is_not_the_norm_of_a_strided_layer_and_we_follow_the_layer(shared) -> None:
@@ -174,6 +186,31 @@ def test_auto_takes_the_cheapest_exact_method_and_says_so(shape, size, options, 
     norm = operator_norm(torch.randn(*shape), size, **options)
     assert (norm.method, norm.converged) == (method, True)
     assert (norm.steps > 0) == (norm.upper > norm.lower) == (method == "power")
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "options"),
+    [
+        ((1400, 1400), None, {}),
+        ((1400, 1400, 1, 1), 1, {}),
+        ((2300, 2300, 3), 1, {"padding": 1, "padding_mode": "circular"}),
+        ((2100, 2100, 3), 2, {"padding": 1, "padding_mode": "circular"}),
+    ],
+    ids=["linear", "pointwise", "one cell", "two cells"],
+)
+def test_wide_layers_are_iterated_and_not_decomposed(shape, size, options, monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = convolution(torch.empty(shape if size else (*shape, 1), device="meta"), size or 1, **options)
+    assert operator_norms._choose(conv) == "power"
+
+
+def test_only_what_is_no_patch_goes_by_fourier_whatever_its_size() -> None:
+    periodic = {"padding": 1, "padding_mode": "circular"}
+    assert operator_norms._choose(convolution(torch.empty(1600, 1600, 3, device="meta"), 2, **periodic)) == "fourier"
+    weight = torch.randn(1500, 1500, generator=torch.Generator().manual_seed(0))
+    norm = linear_norm(weight)
+    assert norm.method == "power"
+    assert norm.converged
+    assert norm.value == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=2e-4)
 
 
 def test_single_precision_iteration_on_a_real_size_agrees_with_double_and_its_bounds_enclose_it() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from capnas.measures import singular
-from capnas.measures.singular import largest_singular_value, leading_eigenvalue, root
+from capnas.measures.singular import largest_eigenvalue, largest_singular_value, leading_eigenvalue, root
 
 
 def matrices(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -31,6 +31,26 @@ def test_pruning_finds_a_leading_matrix_that_the_rough_iteration_ranks_last(monk
     hidden = torch.block_diag(*[torch.tensor([[5.0, -4.0], [-4.0, 5.0]])] * 2)  # 9 is hidden from the start of all ones, which only sees 1
     batch = torch.stack([3 * torch.eye(4), hidden, 2 * torch.eye(4)])
     assert largest_singular_value(batch) == pytest.approx(9.0, rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_wide_matrices_are_iterated_and_certified_from_above(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    batch = matrices(3, 30, 40, dtype=dtype)
+    truth = [float(torch.linalg.svdvals(matrix)[0]) for matrix in batch]
+    hidden = torch.block_diag(*[torch.tensor([[5.0, -4.0], [-4.0, 5.0]], dtype=dtype)] * 15)
+    sides, full = [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda m: (sides.append(m.shape[-1]), full(m))[1])
+    monkeypatch.setattr(singular, "EXACT_EIGENVALUES", 20)
+    monkeypatch.setattr(singular, "_EIGENVALUES_WORK", 0)
+    assert largest_singular_value(batch[:1]) == pytest.approx(truth[0], rel=1e-10)
+    assert largest_singular_value(batch) == pytest.approx(max(truth), rel=1e-10)
+    found = float(largest_eigenvalue(hidden))
+    assert 9 <= found < 9 * (1 + 1e-9)
+    assert float(largest_eigenvalue(0 * hidden)) == 0
+    assert sides == []
+    # an iteration cut short is too low: the proof lifts it
+    monkeypatch.setattr(singular, "leading_eigenvalue", lambda *args, **options: (torch.tensor([8.9], dtype=torch.float64), None, 1, False))
+    assert 9 <= float(largest_eigenvalue(hidden)) < 10
 
 
 def test_zero_matrices_have_norm_zero() -> None:

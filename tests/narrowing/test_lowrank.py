@@ -33,6 +33,30 @@ def test_a_split_layer_is_its_projected_outputs_exactly(layer: nn.Module) -> Non
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_wide_layers_are_split_without_their_whole_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 2)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(1.7 ** -torch.arange(40.0)[:, None])
+    x = torch.randn(200, 64)
+    whole = plan_ranks(model, x, threshold=0.99).groups[0]
+    sides: list[int] = []
+    for name in ("eigh", "eigvalsh"):
+        full = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda m, full=full: (sides.append(len(m)), full(m))[1])
+    monkeypatch.setattr("capnas.measures.saturation.EXACT_EIGENVALUES", 12)
+    plan = plan_ranks(model, x, threshold=0.99)
+    assert (plan.groups[0].rank, plan.groups[0].kept) == (whole.rank, pytest.approx(whole.kept))
+    assert whole.rank < whole.width == plan.groups[0].width
+    small = factorized(model, plan)
+    rows = model[0](x).detach()
+    torch.testing.assert_close(small[0](x), lossless_projection(moments_of(rows), 0.99)(rows), rtol=1e-4, atol=1e-4)
+    assert set(sides) == {12}
+    assert plan_ranks(model, x, threshold=0.9999999).groups[0].needed == 40  # twelve directions hold less: all are taken to be needed
+    plan_ranks(model, x[:9])
+    assert sides[-1] == 9  # samples are the cheaper side
+
+
 def test_ranks_meet_the_target_and_the_model_comes_back(tmp_path: Path) -> None:
     model, x = build_recipe(RECIPE).eval(), torch.randn(8, 1, 32, 32)
     plan = plan_ranks(model, x, target_macs=0.6)

@@ -21,6 +21,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
 from capnas.objective.evaluation import Evaluation
+from capnas.profile import profile_model
 from capnas.scoring import score
 from capnas.training import TrainConfig
 
@@ -54,6 +55,15 @@ def evaluations(study: optuna.Study) -> list[Evaluation]:
     return found  # type: ignore[return-value]
 
 
+def test_capacity_of_candidates_of_every_size_is_read_alike(data: ImageData) -> None:
+    study = run(objective(data, values=("capacity_balance", "init_usage")), SMALL, LARGE)
+    for evaluation in evaluations(study):
+        assert {row.capacity_method for row in evaluation.profile.layers} == {"k-fac"}
+    trial = FixedTrial(SMALL)
+    model, x = space(trial, num_classes=3, in_chans=1, image_size=8), torch.randn(16, 1, 8, 8)
+    assert {row.capacity_method for row in profile_model(model, x, measures=("capacity",)).layers} == {"exact"}  # were it not a search
+
+
 def test_a_complete_trial(data: ImageData) -> None:
     o = objective(data, values=("accuracy", "saturation_evenness", "macs"))
     assert o.directions == ["maximize", "maximize", "minimize"]
@@ -74,6 +84,8 @@ def test_a_complete_trial(data: ImageData) -> None:
     assert score(found.profile)["saturation_evenness"] == found.metrics["saturation_evenness"]
     assert found.profile.mode == "eval"
     assert found.metrics["init_rank_mean"] != found.metrics["rank_mean"]
+    assert (found.metrics["params"], found.metrics["macs"]) == (cost.params, cost.macs)  # also where the profile knows neither
+    assert "init_params" not in found.metrics
     assert set(found.seconds) == {"cost", "structure", "training"}
     assert (found.seed, found.image_size) == (0, 8)
     assert trial.constraints == {"valid": -1.0}
@@ -121,10 +133,35 @@ def test_combined_value_is_accuracy_plus_weighted_scores(data: ImageData) -> Non
     m = evaluations(study)[0].metrics
     scores = 0.5 * m["saturation_evenness"] - 0.25 * m["tail_fraction"]
     assert study.best_value == pytest.approx(m["accuracy"] + scores - 1e-5 * m["params"])
+    assert study.trials[0].intermediate_values[2] == study.best_value
     assert m["params"] > 100
     assert objective(data, values="combined").weights == {
         "init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003
     }  # fmt: skip
+
+
+def test_blocks_go_by_the_pattern_before_and_after_training(data: ImageData) -> None:
+    def named(name: str, **changes: Any) -> tuple[list[str], Objective]:
+        o = objective(data, epochs=1, values=name, **changes)
+        found = evaluations(run(o, LARGE))[0]
+        assert found.profile is not None
+        assert math.isfinite(found.values[name])
+        return [row.name for row in found.profile.blocks], o
+
+    (found, plain), (chosen, o) = (named("block_saturation_mean", **changes) for changes in ({}, {"blocks": "[24]"}))
+    assert (found, chosen) == (["1", "3", "5"], ["2", "4"])
+    assert o.settings != plain.settings
+    by_training = TrainConfig(batch_size=32, lr=1e-2, blocks="[24]")
+    assert named("block_saturation_mean", train=by_training)[0] == chosen
+    gated = objective(data, values="init_block_saturation_mean", blocks="[24]", gate="saturation_mean>2")
+    before = evaluations(run(gated, LARGE))[0].profile
+    assert before is not None
+    assert [row.name for row in before.blocks] == chosen
+
+
+def test_a_study_from_before_there_were_patterns_of_blocks_has_the_same_settings() -> None:
+    plain = load_data(images(), mean=(0.5,), std=(0.5,))
+    assert Objective(space, plain, device="cpu").settings == "556d62c0d176b79d"
 
 
 def test_over_budget_is_pruned_with_its_violation_before_any_weight_exists(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +217,13 @@ def test_samplers_that_ignore_pruned_trials_get_the_worst_values_and_a_violation
 
 
 def test_worst_values_before_any_are_finite(data: ImageData) -> None:
-    o = objective(data, values=("accuracy", "val_loss", "saturation_evenness", "tail_fraction", "saturation_variation", "params", "macs"))
-    study = run(o, LARGE | {"kind": "bad"}, sampler=samplers()["nsga2"])
-    assert study.trials[0].values == [0.0, 100.0, 0.0, 1.0, 1000.0, 1e12, 1e15]
+    expected = {
+        "accuracy": 0.0, "val_loss": 100.0, "saturation_evenness": 0.0, "tail_fraction": 1.0, "saturation_variation": 1000.0,
+        "params": 1e12, "macs": 1e15, "complexity": 0.0, "shortest_depth": 1000.0, "init_grad_norm": 0.0, "init_snip": 0.0,
+        "init_zico": -1000.0,
+    }  # fmt: skip
+    study = run(objective(data, values=tuple(expected)), LARGE | {"kind": "bad"}, sampler=samplers()["nsga2"])
+    assert dict(zip(expected, study.trials[0].values)) == expected
 
 
 def test_duplicate_reuses_the_first_result(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +331,17 @@ def test_out_of_memory_in_any_stage_ends_the_trial(data: ImageData, after: int) 
     assert [(e.status, e.reason) for e in evaluations(study)] == [("out_of_memory", "CUDA out of memory.")] * 2
 
 
+def test_out_of_memory_after_the_training_ends_the_trial(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("capnas.objective.enrich", full)
+    study = run(objective(data, space, values=("accuracy", "depth_evenness")), SMALL, LARGE)
+    found = evaluations(study)
+    assert [(e.status, e.reason) for e in found] == [("out_of_memory", "CUDA out of memory.")] * 2
+    assert all(e.curve for e in found)
+
+
 def test_an_error_passes_and_is_stored(data: ImageData) -> None:
     o = objective(data, broken(LookupError("no such\n thing")))
     study = optuna.create_study(directions=o.directions)
@@ -394,6 +446,7 @@ def test_wrong_directions_name_the_right_ones(data: ImageData) -> None:
         ({"gate": "saturation_men>1"}, "gate has no .*Did you mean 'saturation_mean'"),
         ({"gate": "saturation_mean>high"}, "the gate on saturation_mean needs a number, got 'high'"),
         ({"max_macs": 0}, "max_macs must be above 0, got 0"),
+        ({"max_macs": "8M"}, "max_macs must be above 0, got '8M'"),
         ({"resolutions": (8, 8)}, r"resolutions must be different sizes in pixels, got \(8, 8\)"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"device": "tpu9"}, 'device must be "auto"'),

@@ -157,6 +157,23 @@ def test_structure_norms_and_proxies_in_one_call() -> None:
     assert Profile.from_dict(stored).network == dict(profile.network)
 
 
+def test_batch_norms_count_in_the_lipschitz_constant_and_other_norms_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.GroupNorm(1, 4), nn.Flatten(), nn.Linear(144, 2))
+    nn.init.constant_(model[1].running_var, 1e-4 - 1e-5)  # the map of eval mode: times 100
+
+    def measured() -> Profile:
+        return profile_model(model, noise(8, 1, 8, 8), mode="train", measures=("norms",))
+
+    profile = measured()
+    layers = sum(math.log10(row.norm) for row in profile.layers)
+    assert profile.network["log10_lipschitz"] == pytest.approx(layers + 2, abs=1e-3)
+    assert profile.flags["log10_lipschitz"].endswith("no bound but by the data: 2 x GroupNorm")
+    nn.init.zeros_(model[1].weight)
+    assert measured().network["log10_lipschitz"] == pytest.approx(layers, abs=1e-3)
+    model[2], model[3] = nn.Identity(), nn.Identity()
+    assert "log10_lipschitz" not in measured().flags
+
+
 def test_unmeasured_columns_stay_empty() -> None:
     profile = profile_model(small_resnet(), noise(2, 3, 32, 32), measures=("saturation",))
     assert profile.layers[0].norm is None

@@ -18,8 +18,8 @@ def full() -> StudyConfig:
     return StudyConfig(
         space="my spaces/net.py:build", data="torch/cifar10", study='a "quoted" ä \\ 😀', trials=7, epochs=2, values=("combined", "macs"),
         weights={"saturation_evenness": 0.1, "tail_fraction": 1e-5}, max_params=10**6, max_macs=10**8, gate="saturation_mean>=0.2",
-        resolutions=(28, 32), sampler="nsga2", pruner="off", seed=3, storage="sqlite:///x.db", workers=2, device="cpu",
-        train={"lr": 0.01, "clip_grad": 1.0, "record": True}, data_options={"download": False, "root": "x"},
+        resolutions=(28, 32), blocks=r"layer\d\.\d", sampler="nsga2", pruner="off", seed=3, storage="sqlite:///x.db", workers=2,
+        device="cpu", train={"lr": 0.01, "clip_grad": 1.0, "record": True}, data_options={"download": False, "root": "x"},
     )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def test_names_and_folders() -> None:
 def test_training_takes_the_further_fields() -> None:
     train = full().training()
     assert (train.lr, train.clip_grad, train.epochs, train.seed, train.device) == (0.01, 1.0, 2, 3, "cpu")
+    assert train.blocks == r"layer\d\.\d"
 
 
 def test_passwords_are_not_written() -> None:
@@ -82,6 +83,8 @@ def test_conflicts_ignore_what_may_change() -> None:
     stored = full().to_dict()
     changed = StudyConfig.from_dict(stored | {"trials": 99, "workers": 1, "device": "auto"})
     assert changed.conflicts(stored) == []
+    older = {name: value for name, value in stored.items() if name != "blocks"}
+    assert full().conflicts(older) == [r"blocks was 'not set', now 'layer\\d\\.\\d'"]
     assert StudyConfig.from_dict(stored | {"sampler": "tpe"}).conflicts(stored) == ["sampler was 'nsga2', now 'tpe'"]
 
 
@@ -94,11 +97,15 @@ def test_conflicts_ignore_what_may_change() -> None:
         ({"pruner": "hyperband", "values": ("accuracy", "macs")}, "pruner hyperband works with one value, got 2: use median or off"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"max_macs": 0}, "max_macs must be at least 1, got 0"),
+        ({"max_macs": "8M"}, "max_macs must be at least 1, got '8M'"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
         ({"values": ("acc",)}, "values must be one of"),
         ({"resolutions": ()}, "resolutions must be sizes in pixels"),
         ({"train": {"lrate": 1}}, "train must be one of .*got 'lrate'"),
         ({"train": {"lr": -1}}, "lr must be finite and not negative, got -1"),
+        ({"train": {"blocks": "x"}}, "train must be one of .*got 'blocks'"),
+        ({"blocks": "["}, r"blocks must be a regular expression, '\[' is none: unterminated character set"),
         ({"gate": "nonsense"}, "a gate is a comparison"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
     ],
@@ -125,7 +132,7 @@ def test_refuses_texts(text: str, message: str) -> None:
 def test_the_defaults_are_the_same_from_python_and_from_the_command() -> None:
     given = {name: parameter.default for name, parameter in inspect.signature(Objective).parameters.items()}
     config = StudyConfig(space="resnet")
-    for name in ("values", "gate", "pool", "weights", "max_params", "max_macs", "resolutions", "seed", "device"):
+    for name in ("values", "gate", "pool", "weights", "max_params", "max_macs", "resolutions", "blocks", "seed", "device"):
         default = WEIGHTS if name == "weights" else given[name]
         assert getattr(config, name) == default, name
     assert config.values == ("combined",)

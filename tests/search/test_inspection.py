@@ -62,6 +62,9 @@ def test_a_trial_shows_what_the_search_stored_and_on_request_the_network_before_
     assert fresh.state.startswith("before training")
     assert [r.name for r in stored.profile.layers] == [r.name for r in fresh.profile.layers]
     assert [r.effective_rank for r in stored.profile.layers] != [r.effective_rank for r in fresh.profile.layers]
+    others = [inspect_target(f"{folder}:best", blocks="0", initial=initial, device="cpu") for initial in (True, False)]
+    assert [[r.name for r in found.profile.blocks] for found in others] == [["0"]] * 2 != [[r.name for r in stored.profile.blocks]] * 2
+    assert [r.effective_rank for r in others[1].profile.layers] == [r.effective_rank for r in stored.profile.layers]
 
 
 @pytest.mark.parametrize(

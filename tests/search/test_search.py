@@ -28,8 +28,9 @@ from capnas.data import ImageData, load_data
 from capnas.errors import CapnasError, SpaceError, StudyError
 from capnas.objective.evaluation import Evaluation
 from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, worker
-from capnas.search.opening import DATA
+from capnas.search.opening import DATA, open_study
 from capnas.search.runs import is_finished
+from capnas.search.working import make_objective, work
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 
@@ -282,6 +283,20 @@ def test_two_workers_reach_the_number_and_not_more(tmp_path: Path, home: Path, m
     assert sorted(seen) == [t.number for t in trials]
     assert len({t.system_attrs["capnas:claim"]["pid"] for t in trials if is_finished(t)}) == 2
     assert os.getpid() not in {t.system_attrs["capnas:claim"]["pid"] for t in trials if is_finished(t)}
+
+
+def test_what_workers_draw_at_random_follows_from_seed_and_number(tmp_path: Path, data: ImageData) -> None:
+    def drawn(folder: str, seed: int) -> list[dict[str, Any]]:
+        settings = config(tmp_path / folder, sampler="random", max_macs=1, trials=6, seed=seed)
+        settings.folder.mkdir()
+        study = open_study(settings)
+        work(study, settings, make_objective(settings, space, data), parallel=True, on_trial=None)
+        return [t.params for t in study.trials]
+
+    first = drawn("first", 0)
+    assert first == drawn("again", 0)
+    assert first != drawn("other", 1)
+    assert len({tuple(params.items()) for params in first}) > 1
 
 
 def test_workers_report_their_error_once(tmp_path: Path, data: ImageData) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import optuna
@@ -29,6 +31,21 @@ def test_journal_elsewhere_and_empty_journal(tmp_path: Path) -> None:
     optuna.create_study(storage=open_storage(str(tmp_path / "x.log"), tmp_path), study_name="s")
     assert (tmp_path / "x.log").stat().st_size > 0
     assert not (tmp_path / "journal.log").exists()
+
+
+def test_the_lock_of_a_killed_process_is_freed_in_a_folder_named_relatively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    lock = Path("run/journal.log.lock")
+    lock.symlink_to("run/journal.log")  # leads nowhere, as one does that a process leaves with a relative path
+    long_ago = time.time() - 60
+    os.utime(lock, (long_ago, long_ago), follow_symlinks=False)
+    storage = open_storage(None, Path("run"))
+    assert not lock.is_symlink()
+    for backend in (storage, open_storage("run/other.log", Path("run"))):
+        assert backend._backend._lock.acquire()  # and is killed here: those who wait see how old it is
+        assert all(link.exists() for link in Path("run").glob("*.lock"))
+        backend._backend._lock.release()
 
 
 def test_a_storage_that_does_not_answer() -> None:

@@ -1,0 +1,156 @@
+"""What a profile says of its own limits: flags of scores, reasons for empty columns, the method behind a capacity, gradients anywhere."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from cases import small_cnn
+from torch import Tensor, nn
+
+from capnas._timm import timm
+from capnas.capacity import capacity_map
+from capnas.capacity.exact import affordable
+from capnas.errors import UsageError
+from capnas.profile import MEASURES, enrich, profile_model
+from capnas.scoring import score
+from capnas.weights import InitialWeights
+
+CLASSES = torch.arange(16) % 2
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def dense(*widths: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(widths[:-1])]
+    return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.act, self.head = nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.act(self.branch(x)))
+
+
+class Tied(nn.Module):
+    """Its second layer has the weight of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.tied, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.tied.weight = self.stem.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.tied(torch.relu(self.stem(x)))))
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attention, self.head, self.spare = nn.Linear(6, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 2), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).unsqueeze(0)
+        return self.head((x + self.attention(x, x, x)[0])[0])
+
+
+def test_a_coherent_share_within_the_noise_bounds_propagation_and_is_said() -> None:
+    found = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = timm.create_model("resnet18", channels=(16, 16, 32, 32), num_classes=10)
+        x = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        found.append(profile_model(model, x, mode="train", measures=("capacity",), pixels=False))
+    assert len({profile.network["coherent"] < 0 for profile in found}) == 2  # it is noise
+    values = [profile.network["propagation"] for profile in found]
+    assert max(values) < 1.1 * min(values)
+    assert all("noise of 64 images" in profile.flags["propagation"] for profile in found)
+    clear = profile_model(Residual(), noise(64, 8), measures=("capacity",))
+    assert clear.network["shattering"] == pytest.approx(-math.log(clear.network["coherent"]))
+    assert "propagation" not in clear.flags
+
+
+def test_flags_say_why_a_score_is_not_a_number() -> None:
+    plain, residual = (profile_model(model, noise(16, 8), measures=("capacity",)) for model in (dense(8, 8, 2), Residual()))
+    assert {name for name in ("scaling", "capacity_slack") if math.isnan(score(plain)[name])} <= set(plain.flags)
+    assert "no residual additions" in plain.flags["scaling"]
+    assert "scaling" not in residual.flags
+    assert "training" in residual.flags["capacity_slack"]
+    model = Residual()
+    trained = enrich(profile_model(model, noise(16, 8)), model, noise(16, 8), measures=("capacity",), start=InitialWeights.of(model))
+    assert "capacity_slack" not in trained.flags  # the caller knows it
+
+
+def test_coverage_of_a_near_linear_network_is_said_to_assume_full_decoupling() -> None:
+    model, x = Residual(), noise(40, 8)
+    profile, found = profile_model(model, x, measures=("capacity",), mode="eval"), capacity_map(model, x, mode="eval")
+    assert found.near_linear
+    assert "assumes full decoupling" in profile.flags["coverage"]
+    for number in (found.coherent, found.decoupling["act"].out):
+        assert f"{number:.2f}" in profile.flags["coverage"]
+
+
+@pytest.mark.parametrize(
+    ("measures", "lacking"),
+    [(("structure",), "complexity, receptive field"), (("capacity",), "capacity"), (MEASURES, "complexity, receptive field, capacity")],
+)
+def test_every_absent_measure_of_a_shared_weight_is_explained(measures: tuple[str, ...], lacking: str) -> None:
+    profile = profile_model(Tied(), noise(16, 6), CLASSES, measures=measures)
+    assert dict(profile.skipped) == {"tied": f"{lacking}: Linear shares stem.weight"}
+    again = enrich(profile, Tied(), noise(16, 6), CLASSES, measures=MEASURES)
+    assert dict(again.skipped) == {"tied": "complexity, receptive field, capacity: Linear shares stem.weight"}
+
+
+def test_a_weight_that_a_function_reads_is_not_said_to_be_idle() -> None:
+    skipped = profile_model(Attends(), noise(16, 6)).skipped
+    assert "another module or function uses attention.out_proj.weight" in skipped["attention.out_proj"]
+    assert skipped["spare"] == "Linear was never called in the forward pass"
+
+
+def test_capacity_is_exact_where_that_is_cheap_and_the_rows_say_so() -> None:
+    small, x = dense(5, 4, 2), noise(40, 5)
+
+    def methods(model: nn.Module, **options: bool) -> set[str | None]:
+        return {row.capacity_method for row in profile_model(model, x, measures=("capacity",), mode="eval", **options).layers}
+
+    assert methods(small) == {"exact"}
+    assert methods(small, exact_capacity=False) == {"k-fac"}
+    large = dense(5, 50, 50)  # 2,800 parameters
+    assert methods(large, exact_capacity=True) == methods(large) == {"k-fac"}
+    between = dense(5, 12, 40)
+    assert not affordable({"": sum(p.numel() for p in between.parameters())}, 40 * 40)
+    assert methods(between) == {"k-fac"}
+    assert methods(between, exact_capacity=True) == {"exact"}
+    profile = profile_model(small, x, measures=("capacity",), mode="eval")
+    assert [row.capacity for row in profile.layers] == list(capacity_map(small, x, mode="eval", exact=True).capacity.values())
+
+
+@pytest.mark.parametrize("initialize", [False, True])
+def test_inference_mode_changes_no_measure(initialize: bool) -> None:
+    model, x = small_cnn(), noise(16, 3, 32, 32)
+    plain = profile_model(model, x, CLASSES, measures=MEASURES, mode="train", initialize=initialize)
+    with torch.inference_mode():
+        inside = profile_model(model, x.clone(), CLASSES.clone(), measures=MEASURES, mode="train", initialize=initialize)
+        assert torch.is_inference_mode_enabled()
+    assert inside.to_dict() == plain.to_dict()
+
+
+def test_a_model_made_in_inference_mode_is_refused_where_gradients_are_needed() -> None:
+    x = noise(16, 3, 32, 32)
+    with torch.inference_mode():
+        model = small_cnn()
+        assert profile_model(model, x).measures == ("saturation", "structure")
+        with pytest.raises(UsageError, match=r"made under torch\.inference_mode.* Build or load it outside"):
+            profile_model(model, x, measures=("capacity",))
+        with pytest.raises(UsageError, match=r"made under torch\.inference_mode"):
+            profile_model(model, x, CLASSES, measures=("proxies",))
+    with pytest.raises(UsageError, match=r"made under torch\.inference_mode"):
+        profile_model(model, x)
