@@ -83,10 +83,11 @@ def search(
             train=pairs(train or [], "--train"),
             data_options=pairs(data_option or [], "--data-option"),
         )
-        say(f"searching {space} on {data}: {trials} trials, {epochs} epochs, optimizing {', '.join(config.values)}, into {config.folder}")
+        start = f"searching {space} on {data}: {trials} trials, {epochs} epochs, optimizing "
+        start += f"{', '.join(config.values)}, into {config.folder}"
         progress = Progress(total=trials, names=config.values, directions=config.directions)
         with progress:
-            result = run_study(config, on_trial=progress.on_trial)
+            result = run_study(config, on_start=lambda: say(start), on_trial=progress.on_trial)
     if json:
         out_json(run_document(result))
     else:

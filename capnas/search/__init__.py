@@ -32,7 +32,14 @@ __all__ = ["ATTRIBUTE", "SCORE", "RunResult", "StudyConfig", "open_run", "run_st
 _POLL = 0.3  # seconds
 
 
-def run_study(config: StudyConfig, *, space: Any = None, data: Any = None, on_trial: TrialCallback | None = None) -> RunResult:
+def run_study(
+    config: StudyConfig,
+    *,
+    space: Any = None,
+    data: Any = None,
+    on_start: Callable[[], None] | None = None,
+    on_trial: TrialCallback | None = None,
+) -> RunResult:
     """Run a study until it has ``config.trials`` finished trials, or resume one.
 
     The same call again resumes: finished trials are kept, those of killed processes are given up (`sweep`), and with one worker the
@@ -42,6 +49,7 @@ def run_study(config: StudyConfig, *, space: Any = None, data: Any = None, on_tr
         config: The study.
         space: The space itself, where ``config.space`` is only its name; needs one worker.
         data: The images themselves, where ``config.data`` is only their name; needs one worker.
+        on_start: Called once space, images and storage are there, before the first trial.
         on_trial: Called with the study and each trial that ends, in this process.
 
     Returns:
@@ -71,12 +79,20 @@ def run_study(config: StudyConfig, *, space: Any = None, data: Any = None, on_tr
     if config.workers == 1 and not (folder / "study.toml").is_file():
         objective = make_objective(config, space, data)  # those of the data as well
     folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(config)
+    try:
+        study = open_study(config)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # empty, unless the study's own files say what is wrong
+        raise
     before = count_finished(study)
     partial = folder / "study.toml.partial"
     partial.write_text(config.to_toml(), encoding="utf-8")
     partial.replace(folder / "study.toml")
     interrupted = False
+    if on_start is not None:
+        on_start()
     try:
         with _sigterm_interrupts() as go_on:
             if before >= config.trials:

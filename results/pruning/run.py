@@ -70,7 +70,8 @@ global ranking. A dash is a network that was not computed, or that cannot be mad
 All rows of a column are of the seeds that its head counts: those of which the unpruned network and `capnas loss` were both computed. A cell
 of fewer says so (n = 1). `kept MACs` is the range over the networks of a row: Torch-Pruning's widths are coarser, so that rivals at a
 target keep somewhat fewer. Five epochs: both allocations of capnas and the three rivals that are best after one, by the mean over
-seeds; the lines of MBConv and ConvNeXt are of an earlier rule, the best three methods of each seed."""
+seeds. What is fine-tuned on CIFAR-10, and for five epochs MBConv and ConvNeXt, starts from models trained again with the same recipe and
+seeds, which are the same to 1.1 points (`before` in the lines of the unpruned networks); all methods of a column start from one model."""
 AIMS = """\
 Points, means over seeds, paired by seed. Lost: `capnas loss` at half the MACs without fine-tuning, at most 2. Rival: what the best rival
 loses, at least twice as much (met by how much more than twice). Again: the same with the batch norms of the best rival of each seed

@@ -38,6 +38,14 @@ def refused(run: Run, *words: object) -> str:
     return errors[0]
 
 
+def test_what_cannot_start_says_one_line_and_leaves_no_folder(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for words in (("nosuch",), (FILE, "--data", tmp_path / "nowhere"), (FILE, "--storage", "sqlite:////nowhere/x.db")):
+        code, _, err = run("search", *words, "--out", out, *QUICK)
+        assert (code, len(err.splitlines())) == (2, 1), err
+        assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [("lr=abc", "lr must be a number, got 'abc'."), ("batch_size=abc", "batch_size must be a whole number, got 'abc'."),
@@ -149,7 +157,7 @@ def test_an_interrupt_is_told_once_wherever_it_comes(run: Run, study: Path, monk
         raise KeyboardInterrupt
 
     stopped = replace(open_run(study), interrupted=True)
-    monkeypatch.setattr("capnas.search.run_study", lambda config, on_trial: stopped)
+    monkeypatch.setattr("capnas.search.run_study", lambda config, **options: stopped)
     code, _, err = run("search", FILE, "--out", study, *QUICK)
     assert code == 130
     assert err.splitlines()[-1].startswith("Interrupted with 1 of 1 trials finished. Resume with: ")
