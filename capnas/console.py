@@ -39,7 +39,8 @@ def number(text: str, option: str = "") -> int:
     except ValueError:
         value = None
     if value is None or not value.is_integer():
-        raise UsageError(f"{option}: a whole number is written like 8000000, 8e6, 8M or 300k, got {text!r}.".removeprefix(": "))
+        where = f"{option}: " if option else ""
+        raise UsageError(f"{where}a whole number is written like 8000000, 8e6, 8M or 300k, got {text!r}.")
     return int(value)
 
 

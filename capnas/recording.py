@@ -290,7 +290,8 @@ def find_blocks(model: nn.Module, pattern: str | None = None) -> Iterator[str]:
     """
     modules = dict(model.named_modules())
     if pattern is not None:
-        names = [n for n in modules if n and block_pattern(pattern).fullmatch(n)]
+        named = block_pattern(pattern)
+        names = [n for n in modules if n and named.fullmatch(n)]
         if not names:
             raise UsageError(f"no module name full-matches the block pattern {pattern!r}; names look like {', '.join(list(modules)[1:6])}.")
     else:

@@ -174,6 +174,7 @@ def _table() -> Mapping[str, Score]:
 
 
 SCORES: Mapping[str, Score] = _table()
+PROFILED = tuple(name for name in SCORES if name not in COSTS)  # what only a profile tells
 
 
 def measures_for(names: Iterable[str]) -> tuple[str, ...]:

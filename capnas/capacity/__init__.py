@@ -21,7 +21,7 @@ from capnas.capacity.sweep import Sweeper
 from capnas.errors import UsageError
 from capnas.graph.tracing import Trace, trace
 from capnas.measures import capacity_scores
-from capnas.measures.decoupling import Decoupling, coherent_error, gradient_pairs, shattering
+from capnas.measures.decoupling import Decoupling, coherent_error, gradient_pairs, pair_mean, shattering
 from capnas.measures.layer_capacity import common_ridge, kfac_capacity, over_wide, utilisation
 from capnas.measures.probing import gradable
 from capnas.recording import MEASURED
@@ -241,7 +241,7 @@ def _backward(
         if not pairs and taps.last_input is not None and taps.last_input.requires_grad:
             pairs = _project(taps.last_input, leaf, taps, projections, seed)  # a head that starts at zero: look through its inputs
     taps.last_input = None  # it would keep the whole graph
-    shares = [float(p.sum()) / (len(p) * (len(p) - 1)) for p in pairs]
+    shares = [pair_mean(p) for p in pairs]
     return taps, (sum(shares) / len(shares) if shares else math.nan, coherent_error(pairs))
 
 

@@ -90,10 +90,10 @@ def search(
             result = run_study(config, on_start=lambda: say(start), on_trial=progress.on_trial)
     if json:
         out_json(run_document(result))
+        if not result.front:
+            say(no_value(result))
     else:
         show_run(result)
-    if json and not result.front:
-        say(no_value(result))
     if result.interrupted:
         say(f"Interrupted with {result.n_finished} of {trials} trials finished. Resume with: {_command()}")
         raise SystemExit(130)  # not typer.Exit: `main` says "interrupted" after that one

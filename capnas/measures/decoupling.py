@@ -204,7 +204,15 @@ def coherent_share(gradients: Tensor) -> float:
         >>> coherent_share(torch.ones(4, 3))
         1.0
     """
-    pairs = gradient_pairs(gradients)
+    return pair_mean(gradient_pairs(gradients))
+
+
+def pair_mean(pairs: Tensor) -> float:
+    """S (24, ours) from the (N, N) pairs of :func:`gradient_pairs`: their mean over different samples.
+
+    >>> pair_mean(gradient_pairs(torch.ones(4, 3)))
+    1.0
+    """
     return float(pairs.sum()) / (len(pairs) * (len(pairs) - 1))
 
 

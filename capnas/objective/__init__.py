@@ -33,7 +33,7 @@ from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
 from capnas.objective.targets import INIT, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
 from capnas.profile import Profile, enrich, profile_model
-from capnas.scoring import COSTS, measures_for, score
+from capnas.scoring import COSTS, PROFILED, measures_for, score
 from capnas.spaces import load_space
 from capnas.training import TrainConfig, train
 from capnas.weights import InitialWeights
@@ -220,7 +220,7 @@ class Objective:
                     if start is not None:
                         profile = profile.with_network(capacity_slack=start.slack(model, candidate.trace))
             found["profile"] = profile
-            metrics |= score(profile) | {name: metrics[name] for name in COSTS}
+            metrics |= score(profile, PROFILED)
         if result.status == "complete":
             missing = [n for n in self.names if not math.isfinite(value_of(n, metrics, self.weights))]
             if missing:
@@ -245,7 +245,7 @@ class Objective:
             accuracy.append(row["accuracy"])
             last = epoch == self.train.epochs
             if single is not None and single not in COSTS and not single.startswith(INIT):
-                now = ({} if profile is None else score(profile)) | found["metrics"] | row
+                now = found["metrics"] | row | ({} if profile is None else score(profile, PROFILED))
                 # what is measured only at the end is left out for every trial alike, so that curves compare
                 known = {name: weight for name, weight in self.weights.items() if math.isfinite(now.get(name) or math.nan)}
                 value = value_of(single, now, known)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from capnas.errors import UsageError, one_of
-from capnas.scoring import COSTS, SCORES
+from capnas.scoring import PROFILED, SCORES
 
-UNTRAINED = tuple(name for name in SCORES if name not in ("capacity_slack", *COSTS))  # the first is of a training, costs have limits
+UNTRAINED = tuple(name for name in PROFILED if name != "capacity_slack")  # which is a score of a training
 SUMS = ("combined", "principled")  # values that are weighted sums; before training a share goes by their terms that are known then
 RANKED_BY = "capacity_score"  # of ``best:10%``, where no score is named
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}

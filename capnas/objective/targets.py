@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from capnas.errors import UsageError, one_of
 from capnas.objective.gates import SUMS, UNTRAINED, BestShare
-from capnas.scoring import COSTS, SCORES, Direction
+from capnas.scoring import COSTS, PROFILED, SCORES, Direction
 
 INIT = "init_"
 # Calibrated on short trainings of two published benchmarks and a timm space, see results/ranking/combined.md: a short training undervalues
@@ -22,7 +22,7 @@ INIT = "init_"
 WEIGHTS: Mapping[str, float] = {
     "init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003
 }  # fmt: skip
-_SCORES = (*(name for name in SCORES if name not in COSTS), *(INIT + name for name in UNTRAINED))
+_SCORES = (*PROFILED, *(INIT + name for name in UNTRAINED))
 # One score of each theory, chosen and weighted on short trainings of two spaces, see results/ranking/principled.md.
 PRINCIPLED: Mapping[str, float] = {"init_block_saturation_evenness": 0.05, "depth_evenness": 0.02, "capacity_slack": 0.02}
 PARETO = ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")

@@ -21,8 +21,9 @@ from optuna.trial import FrozenTrial
 from capnas.errors import MissingDependencyError
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
+from capnas.objective.gates import UNTRAINED
 from capnas.report.figures import figures
-from capnas.scoring import COSTS, SCORES
+from capnas.scoring import COSTS, PROFILED
 from capnas.search.runs import RunResult
 from capnas.search.trials import read_retrained
 
@@ -242,7 +243,7 @@ def _correlations(complete: Sequence[Evaluation]) -> list[dict[str, Any]]:
     accuracy = [math.nan if (a := e.metrics.get("accuracy")) is None else a for e in complete]
     controls = [[float(e.n_params or 0) for e in complete], [float(e.macs or 0) for e in complete]]
     found = []
-    for name in dict.fromkeys((*COSTS, *SCORES, *(f"init_{s}" for s in SCORES))):
+    for name in (*COSTS, *PROFILED, *(f"init_{s}" for s in UNTRAINED)):
         values = [math.nan if (v := e.metrics.get(name)) is None else float(v) for e in complete]
         alone = spearman(values, accuracy)
         if math.isnan(alone):

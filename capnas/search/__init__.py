@@ -83,8 +83,7 @@ def run_study(
         study = open_study(config)
     except BaseException:
         if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # empty, unless the study's own files say what is wrong
+            discard(folder, whole=True)
         raise
     before = count_finished(study)
     partial = folder / "study.toml.partial"

@@ -59,7 +59,7 @@ def _journal(path: Path) -> journal.JournalFileBackend:
     _free_dangling(path)
     path.touch()  # before any lock: Optuna waits for ever for one whose link leads nowhere, which a killed process leaves
     lock = journal.JournalFileOpenLock(str(path)) if os.name == "nt" else journal.JournalFileSymlinkLock(str(path), grace_period=GRACE)
-    if path.is_file() and not _whole(path):
+    if not _whole(path):
         lock.acquire()
         try:
             text = path.read_bytes()

@@ -25,10 +25,11 @@ from scipy.stats import kendalltau, rankdata, spearmanr
 
 from capnas.measures.proxies import naswot, synflow
 from capnas.measures.ranking import partial_spearman
+from capnas.objective.gates import UNTRAINED
 from capnas.objective.targets import WEIGHTS
 from capnas.profile import profile_model
 from capnas.profile.reading import at_default_initialization
-from capnas.scoring import CAPACITY_WEIGHTS, COSTS, SCORES, measures_for, score
+from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
 
 HERE = Path(__file__).resolve().parent
 IMAGES = {"timm": (16, None), "mbconv": (64, 24)}  # images of the probe batch and their size; None: the size that the table lists
@@ -52,7 +53,7 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
     path.parent.mkdir(exist_ok=True)
     known = {(row["arch"], row.get("img_size")) for row in map(json.loads, path.open())} if path.exists() else set()
     before = len(known)
-    names = [n for n in SCORES if set(measures_for([n])) <= {"saturation", *measures} and n not in ("capacity_slack", *COSTS)]
+    names = [n for n in UNTRAINED if set(measures_for([n])) <= {"saturation", *measures}]
     with path.open("a") as out:
         for _, row in rows.iterrows():
             if (row["arch"], row.get("img_size")) in known:

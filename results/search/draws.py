@@ -23,16 +23,17 @@ from scipy.stats import spearmanr
 
 from capnas.candidates import Infeasible, build_candidate, build_model
 from capnas.data import load_data
+from capnas.objective.gates import UNTRAINED
 from capnas.objective.targets import WEIGHTS, value_of
 from capnas.profile import profile_model
-from capnas.scoring import COSTS, SCORES, measures_for, score
+from capnas.scoring import SCORES, measures_for, score
 from capnas.spaces import load_space
 from capnas.training import TrainConfig, evaluate, train
 
 FRESH, POOL = 10_000, 10  # images of the benchmark; draws of which one is named
 FINAL_EPOCHS = {"fashion": 6, "cifar10": 10}
 MEASURES = ("saturation", "structure", "capacity")
-NAMES = [n for n in SCORES if set(measures_for([n])) <= {*MEASURES} and n not in ("capacity_slack", *COSTS)]
+NAMES = [n for n in UNTRAINED if set(measures_for([n])) <= {*MEASURES}]
 
 
 def fresh(case, data, archive):
