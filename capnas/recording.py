@@ -11,6 +11,7 @@ import math
 import random
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
-from capnas.measures.moments import Moments, Sums
+from capnas.measures.lattice import Lattice
+from capnas.measures.moments import Moments, Scratch, Sums
 
 Reading = Literal["modules", "blocks", "both"]
 Mode = Literal["train", "eval"]
@@ -28,8 +30,8 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d
 MEASURED = (*CONVS, nn.Linear)
 _LISTS = (nn.Sequential, nn.ModuleList)
 _STAGE_CHILDREN = ("blocks", "layers", "cells", "stages", "units")
-_NARROW = 64  # features below which a layer is cheap to read, and one dimension of k more or less shows
-_LEAST_SAMPLES = 16  # samples of a batch that are kept when positions are sampled
+_NOTHING = nullcontext()
+_NARROW = 64  # features below which one dimension of k more or less shows
 _FLOAT32_NOISE = 1e-13  # variance over squared mean below which float32 outputs are constant up to rounding
 
 
@@ -84,8 +86,9 @@ class Recorder:
         blocks: a regular expression that full-matches the names of the units to read as blocks; found by `find_blocks` when absent.
         values_per_call: bound on the numbers copied from one layer in one forward call: `max(values_per_call, 3 * width**2)`, that is
             rows in inverse proportion to the width, and no fewer than 3 per feature; None uses every row.
-        train_interval: in training mode a layer is read in every n-th forward pass of the model only, the first one always; one of fewer
-            than 64 features, or with fewer rows a pass than features, in all, and so is evaluation. A search takes 3.
+        train_interval: in training mode a layer is read in every n-th forward pass of the model only, the first one always; one with no
+            more rows a pass than features in all, and so is evaluation. Layers below 64 features take n times as many rows, or are
+            read in every pass where they have not as many. A search takes 3.
         seed: of the lattice offsets.
 
     Raises:
@@ -118,11 +121,12 @@ class Recorder:
         self._passes = -1  # a model that is run by its parts only never counts, and every pass is read
         self._reads = True
         self._images: int | None = None  # of the running pass
-        self._light: set[str] = set()
+        self._few: set[str] = set()
         self._positions: dict[tuple[str, str, str], int] = {}
         self._random = random.Random(seed)
         self._handles: list[Any] = []
         self._sums: dict[tuple[str, str, str], Sums] = {}
+        self._scratch = Scratch()
         modules = dict(model.named_modules())
         self.layers = [n for n, m in modules.items() if isinstance(m, MEASURED)] if reading != "blocks" else []
         self.blocks = list(find_blocks(model, blocks)) if reading != "modules" else []
@@ -179,54 +183,51 @@ class Recorder:
     def _hook(self, name: str, reading: str) -> Any:
         is_conv = isinstance(self._modules[name], CONVS)
         widths = self._block_axis.get(name, frozenset())
+        lattices: dict[tuple[Any, Any], Lattice] = {}  # by shape and strides; one layer sees few
+
+        def lattice_of(module: nn.Module, tensor: Tensor) -> Lattice:
+            if reading == "modules":
+                axis = -len(module.kernel_size) - 1 if is_conv else -1  # type: ignore[arg-type]
+            else:
+                axis = _feature_axis(tensor, widths, self._channels_last_maps)
+            width = tensor.shape[axis]
+            rows = tensor.numel() // width
+            budget = None if self.values_per_call is None else max(self.values_per_call // width, 3 * width)
+            if width < _NARROW and budget is not None:  # as many rows in fewer passes take less time, where a pass has as many
+                budget *= self.train_interval
+            if rows <= width or (width < _NARROW and (budget is None or rows < 0.75 * budget)):
+                self._few.add(name)
+            return Lattice(tensor, axis, budget)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             # gradient checkpointing runs the forward again inside the backward pass: that is the same batch, not a new one
-            if not (self._reads or name in self._light) or torch._C._current_graph_task_id() != -1:
+            if not (self._reads or name in self._few) or torch._C._current_graph_task_id() != -1:
                 return
             tensor = _first_tensor(output)
             if tensor is None or tensor.dim() < 2 or not tensor.is_floating_point() or tensor.numel() == 0:
                 return
-            with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+            device = tensor.device.type
+            modes = torch.is_autocast_enabled(device) or torch.is_inference_mode_enabled()  # as a rule none, and leaving none is not free
+            with _plainly(device) if modes else _NOTHING:
                 tensor = tensor.detach()
-                if reading == "modules":
-                    axis = -len(module.kernel_size) - 1 if is_conv else -1  # type: ignore[arg-type]
-                else:
-                    axis = _feature_axis(tensor, widths, self._channels_last_maps)
+                laid = tensor.shape, tensor.stride()
+                lattice = lattices.get(laid) or lattices.setdefault(laid, lattice_of(module, tensor))
                 key = ("train" if self.model.training else "eval", reading, name)
-                width = tensor.shape[axis]
+                width, rows = lattice.width, lattice.rows
                 sums = self._sums.get(key)
                 if sums is None or sums.width != width:
-                    sums = self._sums[key] = Sums(width)
-                    if width < _NARROW or tensor.numel() <= width * width:
-                        self._light.add(name)
-                self._positions[key] = max(1, tensor.numel() // width // (self._images or tensor.shape[0]))
-                budget = None if self.values_per_call is None else max(self.values_per_call // width, 3 * width)
-                sums.add(_rows(tensor, axis, budget, self._random), tensor.numel() // width)
+                    sums = self._sums[key] = Sums(width, self._scratch)
+                self._positions[key] = max(1, rows // (self._images or tensor.shape[0]))
+                sums.add(lattice.of(tensor, self._random), rows)
 
         return hook
 
 
-def _rows(tensor: Tensor, axis: int, budget: int | None, chance: random.Random) -> Tensor:
-    """A fresh (D, S) float32 (or float64) copy of at most about `budget` rows, on a lattice with a random offset."""
-    axis %= tensor.dim()
-    width = tensor.shape[axis]
-    if axis == tensor.dim() - 1:
-        flat = tensor.reshape(1, -1, width).transpose(1, 2)  # (1, D, rows)
-    else:
-        flat = tensor.reshape(-1, width, math.prod(tensor.shape[axis + 1 :]))  # (B, D, positions)
-    samples, _, positions = flat.shape
-    step = 1 if budget is None else max(1, round(samples * positions / budget))
-    skip = max(1, min(step, samples // _LEAST_SAMPLES))  # fewer samples, denser positions: strided reads cost whole cache lines
-    flat, step = flat[chance.randrange(skip) :: skip], min(step // skip, positions)
-    line = tensor.shape[-1] if axis != tensor.dim() - 1 else 1
-    while step > 1 and math.gcd(step, line) > 1:  # a step that divides the map's width would read fixed columns only
-        step -= 1
-    flat = flat[:, :, chance.randrange(step) :: step]
-    rows = flat.transpose(0, 1).reshape(width, -1)
-    if rows.dtype not in (torch.float32, torch.float64):
-        return rows.float()
-    return rows.clone() if rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() else rows
+@contextmanager
+def _plainly(device: str) -> Iterator[None]:
+    """Outside autocast, and outside inference mode, since what is made inside cannot be written outside."""
+    with torch.autocast(device, enabled=False), torch.inference_mode(False):
+        yield
 
 
 def _first_tensor(output: Any) -> Tensor | None:

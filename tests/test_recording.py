@@ -85,6 +85,15 @@ def test_training_reads_wide_layers_every_nth_pass(mode: str, interval: int, wid
     torch.testing.assert_close(part.moments.scatter, whole.moments.scatter, rtol=1e-4, atol=1e-3)
 
 
+def test_narrow_maps_are_read_every_nth_pass_with_n_times_the_rows() -> None:
+    model, batches = nn.Sequential(nn.Conv2d(1, 8, 1)), noise(6 * 32, 1, 64, 64).split(32)
+    often = record(model, *batches, values_per_call=2**14)["0"]
+    seldom = record(model, *batches, values_per_call=2**14, train_interval=3)["0"]
+    assert (often.calls, seldom.calls) == (6, 2)
+    for seen in (often, seldom):
+        assert seen.moments.count == pytest.approx(6 * 2**14 / 8, rel=0.2)
+
+
 def test_a_module_called_twice_is_read_at_both_calls_of_a_pass() -> None:
     layer = nn.Linear(64, 64)
     assert record(nn.Sequential(layer, nn.ReLU(), layer), *noise(240, 64).split(80), train_interval=2)["0"].calls == 4

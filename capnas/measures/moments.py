@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_PANEL = 64  # features whose products are taken at once
+_RECENT = 2**17  # rows after which products are added to the float64 sums
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
@@ -84,10 +87,52 @@ def from_shifted_sums(count: int, shift: Tensor, total: Tensor, products: Tensor
     return Moments(count=count, mean=shift.double() + offset, scatter=scatter)
 
 
+class Scratch:
+    """Memory that layers after one another copy their rows into, and a vector of ones to sum them with."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def get(self, kind: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`count` numbers, ones when first asked for; the memory of one kind is shared."""
+        held = self._held.get((kind, dtype, device))
+        if held is None or len(held) < count:
+            held = self._held[kind, dtype, device] = torch.ones(count, dtype=dtype, device=device)
+        return held[:count]
+
+
+class _Recent:
+    """Total and products of the last rows (D, S) of one shape, in their own precision.
+
+    Every view is made once: in a training step a handful of views costs what the products of a narrow layer cost.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype, scratch: Scratch) -> None:
+        width, count = len(like), like.numel()
+        self.shape, self.rows = like.shape, 0
+        self.copy = scratch.get("rows", count, dtype, like.device).view(like.shape)
+        self.flat = self.copy.view(width, -1)
+        self.ones = scratch.get("ones", count // width, dtype, like.device)
+        self.total, self.products = self.flat.new_zeros(width), self.flat.new_zeros(width, width)
+        ends = [slice(i, i + _PANEL) for i in range(0, width, _PANEL)]  # of a symmetric matrix the upper half is enough
+        self.panels = [(self.products[end, end.start :], self.flat[end], self.flat[end.start :].T) for end in ends]
+
+    def take(self, rows: Tensor, shift: Tensor) -> None:
+        torch.sub(rows, shift, out=self.copy)
+        self.total.addmv_(self.flat, self.ones)
+        for products, some, rest in self.panels:
+            products.addmm_(some, rest)
+        self.rows += self.flat.shape[1]
+
+
 class Sums:
-    """Shifted sums of batches of rows (D, S), updated in place: float32 products, float64 totals.
+    """Shifted sums of batches of rows (D, S), updated in place: products in the rows' own precision, totals in float64.
 
     Rows that are fewer than the features are kept as they are, since samples are then the cheaper side; they take less than the sums would.
+
+    Args:
+        width: D, the number of features.
+        scratch: memory to share with other layers.
 
     >>> sums = Sums(6)
     >>> sums.add(torch.arange(6.0)[:, None], seen=1)
@@ -97,38 +142,59 @@ class Sums:
     (torch.Size([6, 2]), 15.5)
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, scratch: Scratch | None = None) -> None:
         self.width, self.count, self.seen, self.calls = width, 0, 0, 0
         self.kept: list[Tensor] = []
         self.shift: Tensor | None = None
-        self.total: Tensor | None = None
-        self.products: Tensor | None = None
+        self._scratch = Scratch() if scratch is None else scratch
+        self._recent: _Recent | None = None
+        self._total: Tensor | None = None  # of the rows before, as the products in float64
+        self._products: Tensor | None = None
 
     def add(self, rows: Tensor, seen: int) -> None:
-        """Take in rows (D, S), a fresh copy that may be overwritten."""
-        self.seen, self.calls, self.count = self.seen + seen, self.calls + 1, self.count + rows.shape[1]
+        """Take in rows (D, ...), of any strides; they are copied."""
+        self.seen, self.calls, self.count = self.seen + seen, self.calls + 1, self.count + rows.numel() // self.width
         if self.shift is None:
-            self.shift = rows.mean(1, keepdim=True)
-        self.kept.append(rows.sub_(self.shift))
-        if self.count >= self.width:  # never as many as features, so that the shape tells rows from a scatter
-            self.fold()
+            precise = torch.promote_types(rows.dtype, torch.float32)
+            self.shift = rows.mean(tuple(range(1, rows.dim())), keepdim=True, dtype=precise)
+        if self.count < self.width:  # never as many as features, so that the shape tells rows from a scatter
+            self.kept.append((rows - self.shift).reshape(self.width, -1))
+            return
+        kept, self.kept = self.kept, []
+        for part in kept:
+            self._take(part, torch.zeros_like(part[:, :1]))
+        self._take(rows, self.shift)
 
-    def fold(self) -> None:
-        """Add the kept rows to the sums."""
-        for rows in self.kept:
-            double = torch.float64 if rows.device.type != "mps" else torch.float32
-            total, products = rows.sum(1), rows @ rows.T
-            self.total = total.to(double) if self.total is None else self.total.add_(total)
-            self.products = products.to(double) if self.products is None else self.products.add_(products)
-        self.kept.clear()
+    def _take(self, rows: Tensor, shift: Tensor) -> None:
+        if self._recent is None or self._recent.shape != rows.shape:  # as a rule the same in each pass
+            self._fold()
+            self._recent = _Recent(rows, shift.dtype, self._scratch)
+        self._recent.take(rows, shift)
+        if self._recent.rows >= _RECENT:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Add the recent sums to those in float64."""
+        recent = self._recent
+        if recent is None or not recent.rows:
+            return
+        double = torch.float64 if recent.total.device.type != "mps" else torch.float32
+        self._total = recent.total.to(double, copy=True) if self._total is None else self._total.add_(recent.total)
+        self._products = recent.products.to(double, copy=True) if self._products is None else self._products.add_(recent.products)
+        recent.total.zero_()
+        recent.products.zero_()
+        recent.rows = 0
 
     def mean_and_spread(self) -> tuple[Tensor, Tensor]:
         """Mean (D,) of all rows, and (D, D) their scatter around it, or (D, S) the centred rows where they are few; all in float64."""
+        shift = self.shift.reshape(-1)  # type: ignore[union-attr]
         if self.kept:
-            rows, shift = torch.cat(self.kept, 1).double(), self.shift.double()  # type: ignore[union-attr]
+            rows, shift = torch.cat(self.kept, 1).double(), shift.double()
             offset = rows.mean(1, keepdim=True)
-            return (shift + offset)[:, 0], rows - offset
-        moments = from_shifted_sums(self.count, self.shift[:, 0], self.total, self.products)  # type: ignore[index, arg-type]
+            return shift + offset[:, 0], rows - offset
+        self._fold()
+        products = torch.triu(self._products) + torch.triu(self._products, 1).T  # type: ignore[arg-type]
+        moments = from_shifted_sums(self.count, shift, self._total, products)  # type: ignore[arg-type]
         return moments.mean, moments.scatter
 
 
