@@ -19,6 +19,8 @@ from capnas._timm import import_timm
 from capnas.candidates import build_model
 from capnas.spaces import load_space
 
+SPACES = ("nasbench201", "nasbench101", "macro", "timm", "mbconv", "mobilenetv2")
+
 
 def cifar(path, count, seed, size=32, raw=False):
     """`count` CIFAR-10 training images from the archive of JPEG files, (count, 3, size, size), with their classes.
@@ -65,8 +67,12 @@ def table(space, folder, count=None, seed=0):
     elif space == "mbconv":
         rows = pd.read_json(Path(__file__).parent / "raw" / "mbconv-trained.jsonl", lines=True)
         rows = rows[rows["status"] == "complete"]
+    elif space == "mobilenetv2":
+        rows = pd.read_csv(folder / "mobilenet_v2_width_x_resolution.csv").rename(columns={"top1": "accuracy", "resolution": "img_size"})
+        rows["arch"] = [f"mobilenetv2-{width:g}" for width in rows["width"]]
+        rows["macs"], rows["params"] = 1e6 * rows["macs_M"], 1e6 * rows["params_M"]
     else:
-        raise ValueError(f"space is one of nasbench201, nasbench101, macro, timm, mbconv; got {space!r}.")
+        raise ValueError(f"space is one of {', '.join(SPACES)}; got {space!r}.")
     if count is not None and count < len(rows):
         rows = rows.sample(count, random_state=seed)
     return rows.reset_index(drop=True)
@@ -84,6 +90,8 @@ def build(space, row, width=None):
     if space == "mbconv":
         return build_model(load_space("mbconv"), row["params_drawn"], num_classes=10, in_chans=3, image_size=int(row["image_size"]), seed=0)
     timm = import_timm()
+    if space == "mobilenetv2":
+        return timm.models.efficientnet._gen_mobilenet_v2("mobilenetv2_100", channel_multiplier=row["width"])
     fixed = {} if not getattr(timm.get_pretrained_cfg(row["network"]), "fixed_input_size", False) else {"img_size": width or 224}
     return timm.create_model(row["network"], num_classes=1000, **fixed)
 
@@ -197,7 +205,7 @@ class Macro(nn.Module):
 def check(folder, count=40):
     """Published parameters against ours, per space: the largest relative difference."""
     found = {}
-    for space, width in (("nasbench201", 16), ("nasbench101", 128), ("macro", 32)):
+    for space, width in (("nasbench201", 16), ("nasbench101", 128), ("macro", 32), ("mobilenetv2", None)):
         rows = table(space, folder, count)
         with torch.device("meta"):
             ours = [sum(p.numel() for p in build(space, row, width).parameters()) for _, row in rows.iterrows()]

@@ -5,8 +5,9 @@
     python results/ranking/run.py baselines SPACE --data DIR [--count N]
     python results/ranking/run.py tables
 
-SPACE: nasbench201, nasbench101, macro, timm, mbconv (draws of train.py). DIR holds the tables and the CIFAR-10 archive. `measure` appends
-one JSON line per architecture to raw/SPACE.jsonl (with the seed and the label in its name where given) and goes on where it stopped.
+SPACE: nasbench201, nasbench101, macro, timm, mbconv (draws of train.py), mobilenetv2 (widths times image sizes; no weight was ever
+fitted on it). DIR holds the tables and the CIFAR-10 archive. `measure` appends one JSON line per architecture to raw/SPACE.jsonl (with the
+seed and the label in its name where given) and goes on where it stopped.
 `baselines` draws N rows of it and adds naswot and synflow of the same untrained networks on the same images: raw/SPACE-baselines.jsonl.
 `tables` derives table.md and summary.json from what is there; files named `timed` tell the seconds of a space whose rows were not timed.
 """
@@ -32,8 +33,9 @@ from capnas.profile.reading import at_default_initialization
 from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
 
 HERE = Path(__file__).resolve().parent
-IMAGES = {"timm": (16, None), "mbconv": (64, 24)}  # images of the probe batch and their size; None: the size that the table lists
-OWN = ("timm", "mbconv")  # initialized by their authors' rules: measured at torch's default initialization, as a search measures
+# images of the probe batch and their size; None: the size that the table lists
+IMAGES = {"timm": (16, None), "mobilenetv2": (16, None), "mbconv": (64, 24)}
+OWN = ("timm", "mobilenetv2", "mbconv")  # initialized by their authors' rules: measured at torch's default, as a search measures
 WIDTHS = {"nasbench101": 64}  # channels of the first stage where not the published number: half of 128 (raw/nasbench101-quarter: 32)
 
 
@@ -283,7 +285,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
     run = commands.add_parser("measure")
-    run.add_argument("space", choices=("nasbench201", "nasbench101", "macro", "timm", "mbconv"))
+    run.add_argument("space", choices=benchmarks.SPACES)
     run.add_argument("--data", required=True)
     run.add_argument("--count", type=int)
     run.add_argument("--measures", default="structure,proxies")
@@ -293,7 +295,7 @@ if __name__ == "__main__":
     run.add_argument("--size", type=int, help="their side in pixels")
     run.add_argument("--mode", default="train", choices=("train", "eval"), help="state of the norms while measuring")
     few = commands.add_parser("baselines")
-    few.add_argument("space", choices=("nasbench201", "nasbench101", "macro", "timm", "mbconv"))
+    few.add_argument("space", choices=benchmarks.SPACES)
     few.add_argument("--data", required=True)
     few.add_argument("--count", type=int, default=100)
     commands.add_parser("tables")
