@@ -17,7 +17,7 @@ class Lattice:
         tensor: one of them, at least two axes.
         axis: of the features; all axes after it are positions, those before it samples. Where it is the last one, all others are one
             axis of positions.
-        budget: rows to read at most, about; None for all.
+        budget: rows to read, about; more of maps, whose steps are lowered until they share no divisor with a line; None for all.
 
     Attributes:
         width: D, the number of features.
@@ -26,7 +26,7 @@ class Lattice:
     >>> import torch
     >>> maps = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
     >>> Lattice(maps, 1, None).of(maps, random.Random(0)).shape, Lattice(maps, 1, 11).of(maps, random.Random(0)).shape
-    (torch.Size([3, 2, 16]), torch.Size([3, 2, 6]))
+    (torch.Size([3, 2, 16]), torch.Size([3, 2, 5]))
     """
 
     def __init__(self, tensor: Tensor, axis: int, budget: int | None) -> None:

@@ -101,30 +101,6 @@ class Scratch:
         return held[:count]
 
 
-class _Recent:
-    """Total and products of the last rows (D, S) of one shape, in their own precision.
-
-    Every view is made once: in a training step a handful of views costs what the products of a narrow layer cost.
-    """
-
-    def __init__(self, like: Tensor, dtype: torch.dtype, scratch: Scratch) -> None:
-        width, count = len(like), like.numel()
-        self.shape, self.rows = like.shape, 0
-        self.copy = scratch.get("rows", count, dtype, like.device).view(like.shape)
-        self.flat = self.copy.view(width, -1)
-        self.ones = scratch.get("ones", count // width, dtype, like.device)
-        self.total, self.products = self.flat.new_zeros(width), self.flat.new_zeros(width, width)
-        ends = [slice(i, i + _PANEL) for i in range(0, width, _PANEL)]  # of a symmetric matrix the upper half is enough
-        self.panels = [(self.products[end, end.start :], self.flat[end], self.flat[end.start :].T) for end in ends]
-
-    def take(self, rows: Tensor, shift: Tensor) -> None:
-        torch.sub(rows, shift, out=self.copy)
-        self.total.addmv_(self.flat, self.ones)
-        for products, some, rest in self.panels:
-            products.addmm_(some, rest)
-        self.rows += self.flat.shape[1]
-
-
 class Sums:
     """Shifted sums of batches of rows (D, S), updated in place: products in the rows' own precision, totals in float64.
 
@@ -147,12 +123,13 @@ class Sums:
         self.kept: list[Tensor] = []
         self.shift: Tensor | None = None
         self._scratch = Scratch() if scratch is None else scratch
-        self._recent: _Recent | None = None
-        self._total: Tensor | None = None  # of the rows before, as the products in float64
-        self._products: Tensor | None = None
+        self._rows = 0  # since the recent sums, in the rows' own precision, went into those in float64
+        self._recent: tuple[Tensor, Tensor] | None = None  # total and products
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._views: dict[torch.Size, tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor, Tensor]]]] = {}
 
     def add(self, rows: Tensor, seen: int) -> None:
-        """Take in rows (D, ...), of any strides; they are copied."""
+        """Take in rows (D, ...), of any strides and always as many axes; they are copied."""
         self.seen, self.calls, self.count = self.seen + seen, self.calls + 1, self.count + rows.numel() // self.width
         if self.shift is None:
             precise = torch.promote_types(rows.dtype, torch.float32)
@@ -166,24 +143,41 @@ class Sums:
         self._take(rows, self.shift)
 
     def _take(self, rows: Tensor, shift: Tensor) -> None:
-        if self._recent is None or self._recent.shape != rows.shape:  # as a rule the same in each pass
+        if self._recent is None:
+            self._recent = shift.new_zeros(self.width), shift.new_zeros(self.width, self.width)
+        copy, flat, ones, panels = self._views.get(rows.shape) or self._views.setdefault(rows.shape, self._views_for(rows, shift.dtype))
+        torch.sub(rows, shift, out=copy)
+        self._recent[0].addmv_(flat, ones)
+        for products, some, rest in panels:
+            products.addmm_(some, rest)
+        self._rows += flat.shape[1]
+        if self._rows >= _RECENT:
             self._fold()
-            self._recent = _Recent(rows, shift.dtype, self._scratch)
-        self._recent.take(rows, shift)
-        if self._recent.rows >= _RECENT:
-            self._fold()
+
+    def _views_for(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+        """Memory for rows of this shape, the same as (D, S), S ones, and operands of the products, of which the upper half is enough.
+
+        Made once: in a training step a handful of views costs what the products of a narrow layer cost.
+        """
+        copy = self._scratch.get("rows", like.numel(), dtype, like.device).view(like.shape)
+        flat = copy.view(self.width, -1)
+        ends = [slice(i, i + _PANEL) for i in range(0, self.width, _PANEL)]
+        panels = [(self._recent[1][end, end.start :], flat[end], flat[end.start :].T) for end in ends]  # type: ignore[index]
+        return copy, flat, self._scratch.get("ones", flat.shape[1], dtype, like.device), panels
 
     def _fold(self) -> None:
         """Add the recent sums to those in float64."""
-        recent = self._recent
-        if recent is None or not recent.rows:
+        if self._recent is None or not self._rows:
             return
-        double = torch.float64 if recent.total.device.type != "mps" else torch.float32
-        self._total = recent.total.to(double, copy=True) if self._total is None else self._total.add_(recent.total)
-        self._products = recent.products.to(double, copy=True) if self._products is None else self._products.add_(recent.products)
-        recent.total.zero_()
-        recent.products.zero_()
-        recent.rows = 0
+        double = torch.float64 if self._recent[0].device.type != "mps" else torch.float32
+        if self._sums is None:
+            self._sums = self._recent[0].to(double, copy=True), self._recent[1].to(double, copy=True)
+        else:
+            for whole, part in zip(self._sums, self._recent):
+                whole.add_(part)
+        for part in self._recent:
+            part.zero_()
+        self._rows = 0
 
     def mean_and_spread(self) -> tuple[Tensor, Tensor]:
         """Mean (D,) of all rows, and (D, D) their scatter around it, or (D, S) the centred rows where they are few; all in float64."""
@@ -193,8 +187,8 @@ class Sums:
             offset = rows.mean(1, keepdim=True)
             return shift + offset[:, 0], rows - offset
         self._fold()
-        products = torch.triu(self._products) + torch.triu(self._products, 1).T  # type: ignore[arg-type]
-        moments = from_shifted_sums(self.count, shift, self._total, products)  # type: ignore[arg-type]
+        total, upper = self._sums  # type: ignore[misc]
+        moments = from_shifted_sums(self.count, shift, total, upper.triu() + upper.triu(1).T)
         return moments.mean, moments.scatter
 
 

@@ -54,6 +54,22 @@ def test_rows_are_kept_while_they_are_the_cheaper_side_and_nothing_hangs_on_it(c
     torch.testing.assert_close(spread if count >= 20 else spread @ spread.T, whole.scatter)
 
 
+@pytest.mark.parametrize("width", [3, 64, 65, 200])
+def test_sums_of_any_strides_shapes_and_number_are_those_of_all_rows(width: int) -> None:
+    x = rows(2**17 // 64 + 900, width, 3.0, seed=width)
+    sums = Sums(width)
+    for part in x.split([500, 37, 500, 37, len(x) - 1074]):
+        sums.add(part.T.reshape(width, 1, -1), len(part))  # a view of transposed rows
+    for _ in range(64):  # more rows than go into the float32 sums at once
+        sums.add(x.T[:, None], len(x))
+    mean, scatter = sums.mean_and_spread()
+    whole = moments_of(x.double())
+    assert sums.count == 65 * len(x)
+    torch.testing.assert_close(mean, whole.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scatter / 65, whole.scatter, rtol=1e-5, atol=2e-3)
+    torch.testing.assert_close(scatter, scatter.T)
+
+
 def test_merge_is_associative_and_has_a_neutral_element() -> None:
     a, b, c = (moments_of(rows(n, 4, m, seed=n).double()) for n, m in ((5, 0), (9, 100), (3, -7)))
     left, right = merge(merge(a, b), c), merge(a, merge(b, c))
