@@ -21,7 +21,7 @@ WIDE = 160  # columns of a table that goes into a file or a pipe
 
 
 def number(text: str, option: str = "") -> int:
-    """A whole number written as 8000000, 8e6, 8_000_000, 8M, 1.5G or 300k.
+    """A whole number written as 8000000, 8e6, 8_000_000, 8M, 1.5G or 300k, with a sign or without.
 
     Args:
         text: What was written.
@@ -30,11 +30,13 @@ def number(text: str, option: str = "") -> int:
     Raises:
         UsageError: anything else.
 
-    >>> number("8M"), number("8e6"), number("300k"), number("28")
-    (8000000, 8000000, 300000, 28)
+    >>> number("8M"), number("8e6"), number("300k"), number("28"), number("-1")
+    (8000000, 8000000, 300000, 28, -1)
     """
-    match = re.fullmatch(r"\s*([\d_.]+(?:e[+-]?\d+)?)\s*([kmgbt]?)\s*", text.lower())
+    match = re.fullmatch(r"\s*([+-]?[\d_.]+(?:e[+-]?\d+)?)\s*([kmgbt]?)\s*", text.lower())
     try:
+        if match and not set(match[1]) & set(".e"):
+            return int(match[1]) * _UNITS[match[2]]  # a float holds 15 digits only
         value = float(match[1]) * _UNITS[match[2]] if match else None
     except ValueError:
         value = None

@@ -24,6 +24,7 @@ from typing import Any
 from torch import nn
 
 from capnas.data import ImageData
+from capnas.devices import resolve_device
 from capnas.errors import UsageError
 from capnas.graph.structure import structure
 from capnas.measures import halving, receptive
@@ -125,6 +126,7 @@ def tune_resolution(
     budget: int | None = None,
     pay: float | None = None,
     config: TrainConfig | None = None,
+    on_start: Callable[[], None] | None = None,
     on_run: Callable[[SizeRun], None] | None = None,
     on_pass: Callable[[int, int], None] | None = None,
 ) -> Tuning:
@@ -140,12 +142,13 @@ def tune_resolution(
         budget: most multiply-accumulates of one image.
         pay: accuracy that a doubling of MACs has to bring; `capnas.measures.resolution.price` where it is None.
         config: all other settings of the training; its seed is that of every size, its epochs are ignored.
+        on_start: called before the first training, when nothing stands against it.
         on_run: told of each short run.
         on_pass: told of each pass of the shared training: its number, and of how many.
 
     Raises:
-        UsageError: as `survey_resolutions`; a share that does not pay for one epoch of every size; a ``pay`` that is negative or not
-            finite; no size could be trained.
+        UsageError: as `survey_resolutions`; a device that is not here; a share that does not pay for one epoch of every size; a ``pay``
+            that is negative or not finite; no size could be trained.
 
     >>> import numpy as np
     >>> from capnas.data import load_data
@@ -164,8 +167,11 @@ def tune_resolution(
     left = share * sweep
     counts = halving.halving(len(macs))
     base, pay = config or TrainConfig(), rule.price(pay, budget)
+    resolve_device(base.device)
     networks = {size: copy.deepcopy(build(size)) for size in rows}
     passes = halving.shared_passes(list(macs.values()), left=left, most=epochs)
+    if on_start is not None:
+        on_start()
     shared = train_together(networks, data, base, passes=passes, on_pass=on_pass)
     left -= sum(seen * macs[size] for size, seen in shared.seen.items())
     if shared.reason:

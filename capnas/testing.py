@@ -81,7 +81,7 @@ def check_space(
     reasons: list[str] = []
     found: list[tuple[int, Candidate]] = []
     for place, pick in enumerate(["lowest", "highest", *["random"] * max(1, draws)]):
-        trial = _ask(pick, seed + place)
+        trial = draw(pick, seed + place)
         try:
             with _alone(broken, f"the {pick} draw"):
                 candidate = build_candidate(loaded, trial, **sizes)
@@ -142,7 +142,8 @@ class _Picker(optuna.samplers.BaseSampler):
         return (param_distribution.low, param_distribution.high)[end]
 
 
-def _ask(pick: str, seed: int) -> optuna.Trial:
+def draw(pick: str, seed: int) -> optuna.Trial:
+    """A trial of no stored study, whose decisions are all the "lowest" or first, the "highest" or last, or "random"."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line for each draw
     try:

@@ -126,7 +126,7 @@ class InitialWeights:
         return {n: distance_to_init(_weight(modules[n]).detach(), w) for n, w in self.weights.items()}
 
     def motion(self, model: nn.Module, trace: Trace) -> dict[str, LayerMotion]:
-        """What a training did to each layer: norms before and after, distance, initial radius."""
+        """What a training did to each layer: norms before and after, distance, initial radius. Norm layers are left out."""
         after, before = weight_norms(model, trace), weight_norms(model, trace, weights=self.weights)
         distances = self.distances(model)
         return {

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from PIL import Image
 from tiny_space import FILE, images
 
 from capnas.cli import main
+from capnas.cli.app import app
 from capnas.console import number
 
 Run = Callable[..., tuple[int, str, str]]
@@ -37,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "tiny"
     with pytest.raises(SystemExit) as done:
-        main(["search", FILE, "--data", str(folder), "--trials", "3", "--epochs", "1", "--out", str(out), "--seed", "1", *TINY])
+        main(["search", FILE, "--data", str(folder), "--trials", "3e0", "--epochs", "1e0", "--out", str(out), "--seed", "1", *TINY])
     assert not done.value.code
     return out
 
@@ -174,7 +176,39 @@ def test_spaces_and_version(run: Run) -> None:
     assert run("--version")[1].strip().endswith("0.1.0")
 
 
-@pytest.mark.parametrize(("text", "value"), [("8e6", 8_000_000), ("8M", 8_000_000), ("300k", 300_000), ("1.5G", 1_500_000_000), ("42", 42)])
+def test_every_whole_number_of_a_command_is_written_alike() -> None:
+    seen = set()
+    for command in app.registered_commands:
+        assert command.callback is not None
+        for name, kind in get_type_hints(command.callback, include_extras=True).items():
+            plain, *options = get_args(kind) if hasattr(kind, "__metadata__") else (kind,)
+            if int in (plain, *get_args(plain)):
+                parse = options[0].parser
+                assert (parse("1e1"), parse("10"), parse("-1"), parse("2k")) == (10, 10, -1, 2000)
+                seen.add(f"{command.callback.__name__} {name}")
+    assert {"search trials", "search epochs", "search max_macs", "best trial", "prune calibration", "resolution budget"} <= seen
+
+
+@pytest.mark.parametrize(("option", "text"), [("--trials", "1.5"), ("--epochs", "two"), ("--pool", "1e-1"), ("--seed", "inf")])
+def test_what_is_no_whole_number_is_said_with_its_option(run: Run, option: str, text: str) -> None:
+    code, _, err = run("search", FILE, option, text)
+    assert code == 2
+    says = f"error: Invalid value for '{option}': a whole number is written like 8000000, 8e6, 8M or 300k, got '{text}'."
+    assert err.splitlines() == [f"{says} See capnas --help."]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("8e6", 8_000_000),
+        ("8M", 8_000_000),
+        ("300k", 300_000),
+        ("1.5G", 1_500_000_000),
+        ("42", 42),
+        ("-3", -3),
+        ("12345678901234567891", 12345678901234567891),
+    ],
+)
 def test_numbers(text: str, value: int) -> None:
     assert number(text) == value
 

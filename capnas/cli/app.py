@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from capnas import __version__
-from capnas.console import say
+from capnas.console import number, say
+from capnas.errors import UsageError
 
 app = typer.Typer(
     help="Architecture search for Optuna, timm and PyTorch that looks inside each candidate.",
@@ -22,7 +23,21 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress on stderr.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Run = Annotated[str, typer.Argument(help="Folder of a run, or the name of a study under runs/.")]
-Count = Annotated[str | None, typer.Option(metavar="N", help="Limit per candidate: 8e6, 8M, 300k.")]
+
+
+def whole(about: str, metavar: str = "N") -> Any:
+    """An option that is a whole number, written as `capnas.console.number` reads it."""
+    return typer.Option(help=about, metavar=metavar, parser=_whole)
+
+
+def _whole(given: object) -> int:
+    try:
+        return number(str(given))
+    except UsageError as error:  # typer says of which option
+        raise typer.BadParameter(str(error)) from None
+
+
+Count = Annotated[int | None, whole("Limit per candidate: 8e6, 8M, 300k.")]
 
 
 def _version(asked: bool) -> None:

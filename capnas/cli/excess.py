@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, app, quiet
+from capnas.cli.app import Device, Json, app, quiet, whole
 from capnas.console import duration, out_json, pairs, say, short, show_table
 from capnas.errors import UsageError
 
@@ -18,12 +18,12 @@ from capnas.errors import UsageError
 def excess(
     model: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or file.py:function.")],
     data: Annotated[str | None, typer.Option(help="Data set: a name or a folder of images; the run's, else fashion-mnist-12k.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels; the data's without.")] = None,
+    image_size: Annotated[int | None, whole("Pixels; the data's without.")] = None,
     lipschitz: Annotated[str, typer.Option(metavar="F,F,...", help="Factors on the layers' norms.")] = "1,0.7,0.5,0.35",
     distance: Annotated[str, typer.Option(metavar="F,F,...", help="Factors on the distances to initialization.")] = "1,0.5,0.25,0.125",
     full_grid: Annotated[bool, typer.Option("--full-grid", help="Train also what is tighter than a setting that failed.")] = False,
-    seeds: Annotated[int, typer.Option(help="Trainings of each setting.")] = 3,
-    epochs: Annotated[int, typer.Option(help="Of each training.")] = 20,
+    seeds: Annotated[int, whole("Trainings of each setting.")] = 3,
+    epochs: Annotated[int, whole("Of each training.")] = 20,
     tolerance: Annotated[float, typer.Option(help="Rise of the error that counts as holding it, a share of images.")] = 0.01,
     hold: Annotated[str, typer.Option(help="Whose error has to hold: validation, train or both.")] = "validation",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every run there; the same command again resumes.")] = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from capnas.cli.app import Device, Json, Run, app, quiet
+from capnas.cli.app import Device, Json, Run, app, quiet, whole
 from capnas.console import duration, out_json, say, show_best, show_table
 
 
@@ -47,11 +47,11 @@ def report(
 @app.command()
 def best(
     run: Run,
-    trial: Annotated[int | None, typer.Option(help="Another trial than the best.")] = None,
+    trial: Annotated[int | None, whole("Another trial than the best.")] = None,
     code: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the Python code to a file instead of showing it.")] = None,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train it longer on train + validation, test it once, keep it.")] = False,
-    epochs: Annotated[int, typer.Option(help="Of --retrain.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of --retrain.")] = 0,
+    epochs: Annotated[int, whole("Of --retrain.")] = 20,
+    seed: Annotated[int, whole("Of --retrain.")] = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, app, quiet
+from capnas.cli.app import Device, Json, app, quiet, whole
 from capnas.console import duration, out_json, say, short, show_table
 
 Cell = Callable[[Any], str]
@@ -19,8 +19,8 @@ Cell = Callable[[Any], str]
 def profile(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
     data: Annotated[str | None, typer.Option(help="Images for a timm model; fashion-mnist-12k without.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels; the data's without.")] = None,
-    batch: Annotated[int, typer.Option(help="Images.")] = 256,
+    image_size: Annotated[int | None, whole("Pixels; the data's without.")] = None,
+    batch: Annotated[int, whole("Images.")] = 256,
     measures: Annotated[
         str, typer.Option(metavar="NAME,...", help="Of saturation, structure, norms, capacity, proxies; or all.")
     ] = "saturation,structure",
@@ -35,7 +35,7 @@ def profile(
     project: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Accuracy lost by every layer but the head on the eigenspace of this share.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and choice of images.")] = 0,
+    seed: Annotated[int, whole("Of weights and choice of images.")] = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

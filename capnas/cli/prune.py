@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, app, quiet
+from capnas.cli.app import Device, Json, app, quiet, whole
 from capnas.console import out_json, say, short, show_table
 from capnas.errors import UsageError
 
@@ -17,7 +17,7 @@ def prune(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
     data: Annotated[str | None, typer.Option(help="Images; the run's or the saved model's without, else fashion-mnist-12k.")] = None,
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, in safetensors.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels; the target's without.")] = None,
+    image_size: Annotated[int | None, whole("Pixels; the target's without.")] = None,
     target_macs: Annotated[float | None, typer.Option(metavar="SHARE", help="Keep this share of the multiply-accumulates.")] = None,
     lossless: Annotated[float | None, typer.Option(metavar="SHARE", help="As wide as this share of each layer's variance needs.")] = None,
     plan: Annotated[
@@ -25,14 +25,14 @@ def prune(
     ] = None,
     method: Annotated[str, typer.Option(help="channels, or lowrank: layers split in two by their eigenspaces.")] = "channels",
     allocation: Annotated[str, typer.Option(help="Of a target: loss (least loss per MAC saved) or saturation (made even).")] = "loss",
-    round_to: Annotated[int, typer.Option(help="Channels are a multiple of it.")] = 8,
-    calibration: Annotated[int, typer.Option(metavar="IMAGES", help="Images that widths and corrections are measured on.")] = 1024,
-    train_epochs: Annotated[int, typer.Option(help="Train a target without weights first.")] = 0,
-    finetune_epochs: Annotated[int, typer.Option(help="Train the narrowed network.")] = 0,
+    round_to: Annotated[int, whole("Channels are a multiple of it.")] = 8,
+    calibration: Annotated[int, whole("Images that widths and corrections are measured on.", "IMAGES")] = 1024,
+    train_epochs: Annotated[int, whole("Train a target without weights first.")] = 0,
+    finetune_epochs: Annotated[int, whole("Train the narrowed network.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the narrowed model and its report.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a model saved there before.")] = False,
-    seed: Annotated[int, typer.Option(help="Of weights, sampling and training.")] = 0,
+    seed: Annotated[int, whole("Of weights, sampling and training.")] = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

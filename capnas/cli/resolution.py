@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, app, quiet
+from capnas.cli.app import Device, Json, app, quiet, whole
 from capnas.console import duration, number, out_json, pairs, say, short, show_table
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def resolution(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
     data: Annotated[str | None, typer.Option(help="Images; the run's, or fashion-mnist-12k for a timm model.")] = None,
     candidates: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Sizes; half to twice the data's without.")] = None,
-    budget: Annotated[str | None, typer.Option(metavar="MACS", help="Most multiply-accumulates of one image: 20M.")] = None,
-    epochs: Annotated[int, typer.Option(help="Of a full training of one size, of which the cost is a share.")] = 10,
+    budget: Annotated[int | None, whole("Most multiply-accumulates of one image: 20M.", "MACS")] = None,
+    epochs: Annotated[int, whole("Of a full training of one size, of which the cost is a share.")] = 10,
     share: Annotated[float, typer.Option(help="Most that all short runs cost, of training every size in full.")] = 0.3,
     pay: Annotated[
         float | None, typer.Option(help="Points of accuracy that a doubling of MACs has to bring; without, 0.25, and 0 within a --budget.")
@@ -31,14 +31,16 @@ def resolution(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Borders, cost and advice only; nothing is trained.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help=f"Write {DOCUMENT} and {FIGURE}.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite these files.")] = False,
-    seed: Annotated[int, typer.Option(help="Of weights, shuffling and augmentation, the same for every size.")] = 0,
+    seed: Annotated[int, whole("Of weights, shuffling and augmentation, the same for every size.")] = 0,
     device: Device = "auto",
     train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More training settings: batch_size=64.")] = None,
     data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More data settings: validation=0.2.")] = None,
     json: Json = False,
 ) -> None:
     """Find the smallest image size at which all layers work and accuracy has stopped paying for compute."""
-    from capnas.errors import UsageError
+    from dataclasses import fields
+
+    from capnas.errors import UsageError, one_of
 
     sizes = None if candidates is None else _sizes(candidates)
     if out is not None and not force and (there := [n for n in (DOCUMENT, FIGURE) if (out / n).exists()]):
@@ -62,19 +64,22 @@ def resolution(
         def build(size: int) -> Any:
             return found.build(seed, image_size=size, trained=trained)
 
-        limit = None if budget is None else number(budget, "--budget")
         if dry_run:
-            surveys = survey_resolutions(build, sizes, in_chans=found.data.in_chans, budget=limit)
+            surveys = survey_resolutions(build, sizes, in_chans=found.data.in_chans, budget=budget)
             advice = {
                 s.size: advise_resolution(build, s.size, in_chans=found.data.in_chans) for s in surveys if s.unproductive and not s.refusal
             }
             document: dict[str, Any] = {"name": found.name, "surveys": surveys, "advice": advice}
         else:
-            say(f"tuning the resolution of {found.name} on {found.data.name}: {', '.join(map(str, sizes))} px")
-            config = TrainConfig(seed=seed, device=device, **pairs(train or [], "--train"))
+            given = pairs(train or [], "--train")
+            known = {f.name for f in fields(TrainConfig)} - {"epochs", "record", "seed", "device"}
+            if unknown := given.keys() - known:
+                raise UsageError(one_of("train", min(unknown), known))
+            config = TrainConfig(seed=seed, device=device, **given)
+            start = f"tuning the resolution of {found.name} on {found.data.name}: {', '.join(map(str, sizes))} px"
             asked = None if pay is None else pay / 100
-            settings: dict[str, Any] = {"epochs": epochs, "share": share, "budget": limit, "pay": asked, "config": config}
-            tuning = tune_resolution(build, found.data, sizes, **settings, on_run=_tell, on_pass=_tell_pass)
+            settings: dict[str, Any] = {"epochs": epochs, "share": share, "budget": budget, "pay": asked, "config": config}
+            tuning = tune_resolution(build, found.data, sizes, **settings, on_start=lambda: say(start), on_run=_tell, on_pass=_tell_pass)
             document = {"name": found.name, "data": found.data.name, **tuning.to_dict()}
     if out is not None:
         _write(out, document, _survey_panels(surveys) if dry_run else _panels(tuning))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capnas.cli.app import Count, Device, Json, app, quiet
+from capnas.cli.app import Count, Device, Json, app, quiet, whole
 from capnas.console import Progress, no_value, number, out_json, pairs, run_document, say, show_run
 from capnas.errors import UsageError
 
@@ -18,10 +18,8 @@ from capnas.errors import UsageError
 def search(
     space: Annotated[str, typer.Argument(help="Name of a space (see capnas spaces), file.py:function or module:function.")],
     data: Annotated[str, typer.Option(help="Data set: a name or a folder of images.")] = "fashion-mnist-12k",
-    trials: Annotated[
-        int, typer.Option(help="Finished trials in all (with a gate best: trained ones); a larger number continues a study.")
-    ] = 30,
-    epochs: Annotated[int, typer.Option(help="Of the short training.")] = 3,
+    trials: Annotated[int, whole("Finished trials in all (with a gate best: trained ones); a larger number continues a study.")] = 30,
+    epochs: Annotated[int, whole("Of the short training.")] = 3,
     values: Annotated[str, typer.Option(help="What to optimize: combined, or names like accuracy,saturation_evenness,macs.")] = "combined",
     weights: Annotated[str | None, typer.Option(metavar="NAME=W,...", help="Weights of the scores in combined.")] = None,
     max_macs: Count = None,
@@ -33,18 +31,18 @@ def search(
             'naswot:best:10%, combined:best:10% (by what that sum knows before training), or a bound such as "saturation_evenness>=0.5".'
         ),
     ] = None,
-    pool: Annotated[int | None, typer.Option(help="Candidates to measure before the first training, with a gate best.")] = None,
+    pool: Annotated[int | None, whole("Candidates to measure before the first training, with a gate best.")] = None,
     resolutions: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to search jointly.")] = None,
     blocks: Annotated[
         str | None, typer.Option(metavar="PATTERN", help="Names of the units to read as blocks, as a regular expression; found without.")
     ] = None,
     sampler: Annotated[str, typer.Option(help="tpe, random, nsga2, nsga3, gp, qmc or cmaes.")] = "tpe",
     pruner: Annotated[str, typer.Option(help="median, hyperband or off.")] = "median",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, whole("Of everything random.")] = 0,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL; a journal in the run's folder without one.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study; from space and data without one.")] = None,
     out: Annotated[str | None, typer.Option(help="The run's folder; runs/STUDY without one.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
+    workers: Annotated[int, whole("Processes on this machine.")] = 1,
     device: Device = "auto",
     train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More training settings: lr=0.01.")] = None,
     data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More data settings: image_size=32.")] = None,
@@ -67,8 +65,8 @@ def search(
             epochs=epochs,
             values=tuple(v.strip() for v in values.split(",")),
             weights=None if weights is None else pairs([weights], "--weights"),
-            max_params=None if max_params is None else number(max_params, "--max-params"),
-            max_macs=None if max_macs is None else number(max_macs, "--max-macs"),
+            max_params=max_params,
+            max_macs=max_macs,
             gate=gate,
             pool=pool,
             resolutions=None if resolutions is None else tuple(number(r, "--resolutions") for r in resolutions.split(",")),

@@ -265,8 +265,8 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
 
     Which images are what: the source's test split is kept as test. Where there are only ``train`` and ``val`` (a folder, a named set or a
     mapping), ``val`` becomes test, because it is the only held-out part, and validation is carved from train. With ``train``, ``val`` and
-    ``test``, ``val`` is validation. What does not fit in ``memory_limit`` is read by timm's loader in every pass, with the same methods;
-    streams (``hfids/``, ``tfds/``, ``wds/``) have to fit.
+    ``test``, ``val`` is validation. A class that val or test lacks is a warning, one that only they have an error. What does not fit in
+    ``memory_limit`` is read by timm's loader in every pass, with the same methods; streams (``hfids/``, ``tfds/``, ``wds/``) have to fit.
 
     Raises:
         DataError: missing, damaged or wrongly laid out data; the text says what was expected and found.

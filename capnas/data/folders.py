@@ -35,8 +35,10 @@ def _are_splits(folders: list[Path]) -> bool:
 def read_folder(path: Path) -> Found:
     """A folder of class folders, or of ``train/`` with ``val/`` and/or ``test/`` that hold class folders.
 
-    Other names of splits: training, valid, validation, eval, testing. Classes are the names of their folders, in natural order; images may
-    lie deeper inside. Hidden files and other files than images are ignored.
+    ``train/`` is trained on, and where there is no ``test/``, ``val/`` is kept for the final evaluation and the search's validation images
+    are carved from train, as they are without ``val/``: see `capnas.data.splits.assign`. Other names of splits: training, valid,
+    validation, eval, testing. Classes are the names of the folders in train, in natural order; a class that ``val/`` or ``test/`` lacks is
+    warned of by `capnas.data.splits.check_classes`. Images may lie deeper inside. Hidden files and other files than images are ignored.
 
     Raises:
         DataError: loose images, no or one class, an empty class, a split without train, a class that train does not have.
@@ -59,8 +61,6 @@ def read_folder(path: Path) -> Found:
     parts: dict[str, Pair | Reader] = {}
     for split in sorted(splits, key=("train", "validation", "test").index):
         parts[split], class_names = _class_folders(splits[split], class_names, path)
-    if "validation" in parts and "test" not in parts:
-        parts["test"] = parts.pop("validation")  # the only held-out images: kept for the end
     return Found(name=path.resolve().name, parts=parts, class_names=class_names)
 
 
@@ -76,7 +76,8 @@ def _class_folders(folder: Path, known: tuple[str, ...], root: Path) -> tuple[Fi
         inside = f"; is the data set inside, in {folders[0]}?" if folders and _visible(folders[0])[0] else "."
         raise DataError(f"{folder}: expected at least two class folders, found {some(names) or 'none'}{inside}")
     if known and set(names) - set(known):
-        raise DataError(f"{folder}: expected the classes of train ({some(known)}), found also {some(sorted(set(names) - set(known)))}.")
+        more = some(sorted(set(names) - set(known)))
+        raise DataError(f"{folder}: expected the classes of train ({some(known)}), found also {more}; add them to train or take them away.")
     paths: list[Path] = []
     classes: list[int] = []
     for class_folder in folders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -60,7 +61,9 @@ def assign(own: Mapping[str, torch.Tensor], labels: torch.Tensor, *, test: float
 
 
 def check_classes(own: Mapping[str, torch.Tensor], labels: torch.Tensor, names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The class names, after a check that there are two or more, none is empty and every split uses the same ones.
+    """The class names, after a check that there are two or more, none is empty in train and no split knows others.
+
+    A class that validation or test lacks is none of its right answers: that is a warning which names it.
 
     Raises:
         DataError: with the classes and splits at fault.
@@ -86,6 +89,10 @@ def check_classes(own: Mapping[str, torch.Tensor], labels: torch.Tensor, names: 
         raise DataError(
             f"train: expected images of every class from 0 to {known - 1}, found none of {called(empty)}; leave no class empty."
         )
+    for split in own:
+        if lacking := (labels[own[split]].bincount(minlength=known) == 0).nonzero()[:, 0].tolist():
+            text = f"{split}: expected images of every class of train, found none of {called(lacking)}; it is judged without them."
+            warnings.warn(text, UserWarning, stacklevel=5)
     need = 1 + (len(own) < 3) + (len(own) < 2)
     scarce = (counts < need).nonzero()[:, 0].tolist()
     if scarce:

@@ -1,4 +1,4 @@
-"""Excess capacity: distances to initialization, the two capacity bounds of a network, folding of norm layers.
+"""Excess capacity: distances to initialization, the two capacity bounds of a network, norm layers as maps.
 
 Graf, Zeng, Rieck, Niethammer, Kwitt, "On Measuring Excess Capacity in Neural Networks" (NeurIPS 2022, arXiv 2202.08070), called the paper
 below. A weight layer is described by its Lipschitz constant s (`operator_norms`), its distance b to initialization in the (2,1) group norm
@@ -128,40 +128,12 @@ def distance_to_init(weight: Tensor, init: Tensor) -> float:
     return group_norm_21(weight.detach().double() - init.detach().double())
 
 
-def fold_norm(weight: Tensor, gamma: Tensor | None, variance: Tensor, eps: float = 1e-5) -> Tensor:
-    """The weight of a convolution or linear layer followed by batch norm in evaluation mode: rows times gamma / sqrt(variance + eps).
-
-    The paper's networks have no norm layers; folding is our extension and exact in evaluation mode. Fold the initial weight with the
-    initial gamma and variance (1 and 1 in torch), so that the distance measures the layer with its norm. The alternative is to count the
-    norm layer as a map of its own with `norm_layer_constant`, which is coarser; profiles do that.
-
-    Args:
-        weight: (C_out, ...).
-        gamma: (C_out,) scale, or None for 1.
-        variance: (C_out,) running variance.
-        eps: Added to the variance.
-
-    Returns:
-        The weight (C_out, ...) in its own type.
-
-    Raises:
-        UsageError: for a gamma or a variance that is not one number per output.
-
-    >>> fold_norm(torch.ones(1, 2), torch.tensor([6.0]), torch.tensor([4.0]), eps=0.0)
-    tensor([[3., 3.]])
-    """
-    if variance.shape != weight.shape[:1] or (gamma is not None and gamma.shape != variance.shape):
-        raise UsageError(
-            f"gamma and variance must have shape ({weight.shape[0]},), one number per output; got variance {tuple(variance.shape)}."
-        )
-    return weight * _norm_scale(gamma, variance, eps).to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1))
-
-
 def norm_layer_constant(gamma: Tensor | None, variance: Tensor, eps: float = 1e-5) -> float:
     """The Lipschitz constant of a norm layer counted on its own: max |gamma| / sqrt(variance + eps). Our extension.
 
-    Exact for batch norm in evaluation mode. For layer, group or RMS norm pass the smallest variance (mean square) seen per sample: the
-    result then bounds the local slope on the data seen, not the global one, which is max |gamma| / sqrt(eps).
+    The paper's networks have no norm layers. Exact for batch norm in evaluation mode; times the norm of the layer before it, an upper bound
+    of the two as one map. For layer, group or RMS norm pass the smallest variance (mean square) seen per sample: the result then bounds the
+    local slope on the data seen, not the global one, which is max |gamma| / sqrt(eps).
 
     Args:
         gamma: (C,) scale, or None for 1.
@@ -171,7 +143,8 @@ def norm_layer_constant(gamma: Tensor | None, variance: Tensor, eps: float = 1e-
     >>> norm_layer_constant(torch.tensor([1.0, -6.0]), torch.tensor([1.0, 4.0]), eps=0.0)
     3.0
     """
-    return float(_norm_scale(gamma, variance, eps).abs().max())
+    scale = torch.rsqrt(variance.detach().double() + eps)
+    return float((scale if gamma is None else scale * gamma.detach().double()).abs().max())
 
 
 def chain(layers: Iterable[WeightLayer]) -> tuple[Block, ...]:
@@ -280,11 +253,6 @@ def simplex_classifier(classes: int, features: int) -> Tensor:
     for k in range(1, classes):  # column k separates vertex k from those before it (Helmert's matrix)
         rows[:k, k - 1], rows[k, k - 1] = 1 / math.sqrt(k * (k + 1)), -math.sqrt(k / (k + 1))
     return rows * math.sqrt(classes / (classes - 1))
-
-
-def _norm_scale(gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:
-    scale = torch.rsqrt(variance.detach().double() + eps)
-    return scale if gamma is None else scale * gamma.detach().double()
 
 
 def _ln(x: float) -> float:

@@ -217,8 +217,6 @@ class Objective:
                         profile, model, x, y, measures=self.measures["after"], graph=candidate.trace, start=start,
                         pixels=self._pixels["after"], exact_capacity=False, seed=self.train.seed,
                     )  # fmt: skip
-                    if start is not None:
-                        profile = profile.with_network(capacity_slack=start.slack(model, candidate.trace))
             found["profile"] = profile
             metrics |= score(profile, PROFILED)
         if result.status == "complete":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ def enrich(
         targets: (B,) classes.
         measures: any of `MEASURES`.
         graph: the model's trace where it is already at hand, see `capnas.graph.tracing.trace`.
-        start: the weights before training, for the distance of each layer.
+        start: the weights before training, for the distance of each layer and the score ``capacity_slack``.
         pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
         exact_capacity: as for `profile_model`.
         seed: of anything random.
@@ -55,11 +55,12 @@ def enrich(
     Raises:
         UsageError: a measure needs the graph and the model cannot be traced, or gradients and its weights allow none.
     """
-    if traced := [name for name in ("structure", "norms", "capacity") if name in measures]:
+    traced = [name for name in ("structure", "norms", "capacity") if name in measures] + ["start"] * (start is not None)
+    if traced:
         try:
             graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
         except FAILURES as error:
-            raise UsageError(f"{' and '.join(traced)} need the model's graph; {reason(error)}. Leave them out of measures.") from error
+            raise UsageError(f"{' and '.join(traced)} need the model's graph; {reason(error)}. Leave them out.") from error
         if "structure" in measures:
             averaged = structure(graph, pool_gain="averaging").log2_paths
             profile = with_structure(profile, structure(graph), graph.input_shape[2:]).with_network(log2_gain=averaged)
@@ -80,7 +81,7 @@ def enrich(
         if graph is not None:
             profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
     profile = with_reasons(profile, model, graph)
-    return profile if start is None else with_distances(profile, start.distances(model))
+    return profile if start is None or graph is None else with_motion(profile, model, graph, start)
 
 
 def with_structure(profile: Profile, report: StructureReport, image_size: tuple[int, ...] = ()) -> Profile:
@@ -214,6 +215,10 @@ def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
     return replace(profile, layers=tuple(rows), flags=flags).with_network(log10_lipschitz=log10)
 
 
-def with_distances(profile: Profile, distances: Mapping[str, float]) -> Profile:
-    """The profile with each layer's (2,1) distance from initialization, see `capnas.weights.InitialWeights`."""
-    return replace(profile, layers=tuple(replace(r, distance=distances.get(r.name, r.distance)) for r in profile.layers))
+def with_motion(profile: Profile, model: nn.Module, graph: Trace, start: InitialWeights) -> Profile:
+    """The profile with each layer's (2,1) distance from initialization, and the score ``capacity_slack`` of the training since."""
+    with untouched(model):
+        distances, slack = start.distances(model), start.slack(model, graph)
+    flags = {name: text for name, text in profile.flags.items() if name != "capacity_slack"}
+    rows = tuple(replace(r, distance=distances.get(r.name, r.distance)) for r in profile.layers)
+    return replace(profile, layers=rows, flags=flags).with_network(capacity_slack=slack)

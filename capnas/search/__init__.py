@@ -49,7 +49,7 @@ def run_study(
         config: The study.
         space: The space itself, where ``config.space`` is only its name; needs one worker.
         data: The images themselves, where ``config.data`` is only their name; needs one worker.
-        on_start: Called once space, images and storage are there, before the first trial.
+        on_start: Called once before the first trial, when space, images and storage are there and nothing stands against it.
         on_trial: Called with the study and each trial that ends, in this process.
 
     Returns:
@@ -58,6 +58,7 @@ def run_study(
     Raises:
         StudyError: The study exists with other settings or images (the text says which), its folder holds another study, its storage
             does not answer, or `MAX_FAILURES` trials in a row ended in an error.
+        SpaceError, UsageError: No trial can do what is asked for, see `capnas.search.working.check_candidates`.
 
     Example:
         >>> import tempfile, numpy as np
@@ -90,16 +91,15 @@ def run_study(
     partial.write_text(config.to_toml(), encoding="utf-8")
     partial.replace(folder / "study.toml")
     interrupted = False
-    if on_start is not None:
-        on_start()
     try:
         with _sigterm_interrupts() as go_on:
             if before >= config.trials:
                 pass
             elif config.workers == 1:
-                work(study, config, objective or make_objective(config, space, data), parallel=False, on_trial=on_trial, go_on=go_on)
+                objective = objective or make_objective(config, space, data)
+                work(study, config, objective, parallel=False, on_start=on_start, on_trial=on_trial, go_on=go_on)
             else:
-                _launch(study, config, on_trial)
+                _launch(study, config, on_start, on_trial)
     except KeyboardInterrupt:
         interrupted = True
     except Exception:
@@ -132,7 +132,7 @@ def worker(config: StudyConfig, *, device: str | None = None, on_trial: TrialCal
         return work(open_study(config), config, make_objective(config), parallel=True, on_trial=on_trial, go_on=go_on)
 
 
-def _launch(study: optuna.Study, config: StudyConfig, on_trial: TrialCallback | None) -> None:
+def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], None] | None, on_trial: TrialCallback | None) -> None:
     """Start the workers, watch their trials, and pass a signal on to them."""
     context = multiprocessing.get_context("spawn")
     messages = context.SimpleQueue()
@@ -153,6 +153,8 @@ def _launch(study: optuna.Study, config: StudyConfig, on_trial: TrialCallback | 
                 heard[message] = None
                 if message[0] == "warning":
                     warnings.warn(message[2], getattr(builtins, message[1]), stacklevel=2)
+                elif message[0] == "start" and on_start is not None:
+                    on_start()
         for trial in study.get_trials(deepcopy=False):
             if trial.state.is_finished() and trial.number not in told:
                 told.add(trial.number)
@@ -190,7 +192,7 @@ def _launch(study: optuna.Study, config: StudyConfig, on_trial: TrialCallback | 
 def _child(
     config: dict[str, Any], storage: str | None, out: str | None, device: str, threads: int, since: int, messages: Any
 ) -> None:
-    """The body of a worker process; its warnings and its error go to the parent, each short enough to be written at once."""
+    """The body of a worker process; its start, its warnings and its error go to the parent, each short enough to be written at once."""
 
     def send(kind: str, name: str, text: object) -> None:
         messages.put((kind, name, " ".join(str(text).split())[:900]))
@@ -207,7 +209,7 @@ def _child(
         with _sigterm_interrupts() as go_on:
             study, objective = open_study(settings), make_objective(settings)
             work(
-                study, settings, objective, parallel=True, on_trial=None, since=since,
+                study, settings, objective, parallel=True, on_start=lambda: send("start", "", ""), on_trial=None, since=since,
                 go_on=lambda: go_on() and (parent is None or parent.is_alive()),
             )  # fmt: skip
     except KeyboardInterrupt:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from capnas.candidates import LayerCost, cost_of
+from capnas.candidates import cost_of
 from capnas.data import ImageData
 from capnas.devices import resolve_device
 from capnas.errors import StudyError, UsageError, one_of
-from capnas.graph.tracing import Trace, trace
-from capnas.profile import MEASURES, LayerProfile, Profile, at_default_initialization, enrich, profile_model
+from capnas.graph.tracing import trace
+from capnas.profile import MEASURES, Profile, at_default_initialization, enrich, profile_model, with_macs
 from capnas.projection import ProjectionResult, project_model
 from capnas.recording import Reading
 from capnas.scoring import score
@@ -145,8 +145,13 @@ def inspect_target(
     if of_search:
         if data is not None or weights is not None:
             raise UsageError("a trial uses the images of its run and weights trained as the search did: leave out data and weights.")
-        again = project is not None or blocks is not None or bool(set(chosen) - set(_WITHOUT_WEIGHTS))
-        found = _trial(place, which, target, initial, again, image_size, blocks, seed, device, tell)
+        trial = _rebuilt(place, which)
+        if initial:
+            found = _untrained(trial, image_size, seed)
+        elif project is not None or blocks is not None or set(chosen) - set(_WITHOUT_WEIGHTS):
+            found = _train_again(trial, blocks, device, tell)
+        else:
+            found = _stored(trial)
     else:
         found = _model(target, data, image_size, weights, seed)
     if project is not None and not found.trained:
@@ -165,49 +170,50 @@ def inspect_target(
         state = f"{state}, {len(x)} images of {found.data.name}"
     exact = False if of_search else None  # a trial's scores compare with those of its run
     profile = enrich(profile, model, x, y, measures=chosen, graph=graph, exact_capacity=exact, seed=seed, start=found.start)
-    projection = None if project is None else _project(model, found.data, project, size, seed, device)
-    return _inspection(model, graph, found, state, profile, projection)
-
-
-def _trial(
-    place: str,
-    which: str,
-    text: str,
-    initial: bool,
-    again: bool,
-    image_size: int | None,
-    blocks: str | None,
-    seed: int,
-    device: str,
-    tell: Tell | None,
-) -> _Network:
-    if which != "best" and not which.isdigit():
-        raise UsageError(f"a trial is given as RUN:NUMBER or RUN:best, got {text!r}.")
-    found = rebuild(open_run(place), "best" if which == "best" else int(which))
-    name = f"trial {found.number} of {found.run.config.name}"
-    if initial:
-        size = image_size or found.candidate.image_size
-        model = found.model(seed)
-        return _Network(
-            model=model, name=name, state="before training", data=found.data, image_size=size, trained=False, blocks=found.run.config.blocks
-        )
-    if found.evaluation.profile is None:
-        reason = f"it ended as {found.evaluation.status}"
-        raise StudyError(f"{name} stored no profile ({reason}); --initial profiles its network before training.")
-    size, epochs = found.candidate.image_size, len(found.evaluation.curve)
-    if again:
-        return _train_again(found, name, epochs, blocks, device, tell)
-    state = f"after {epochs} epochs of the search" if epochs else "before training"
-    return _Network(
-        model=found.model(), name=name, state=state, data=found.data, image_size=size, trained=epochs > 0, profile=found.evaluation.profile
+    counted = with_macs(profile, graph)  # a stored profile may hold none
+    cost = cost_of(model, graph)
+    return Inspection(
+        name=found.name,
+        state=state,
+        profile=profile,
+        macs={row.name: row.macs or 0 for row in (*counted.layers, *counted.blocks)},
+        n_params=cost.params,
+        total_macs=cost.macs,
+        image_size=size,
+        in_chans=found.data.in_chans,
+        projection=None if project is None else _project(model, found.data, project, size, seed, device),
     )
 
 
-def _train_again(found: Rebuilt, name: str, epochs: int, blocks: str | None, device: str, tell: Tell | None) -> _Network:
+def _rebuilt(place: str, which: str) -> Rebuilt:
+    if which != "best" and not which.isdigit():
+        raise UsageError(f"a trial is given as RUN:NUMBER or RUN:best, got {f'{place}:{which}'!r}.")
+    return rebuild(open_run(place), "best" if which == "best" else int(which))
+
+
+def _untrained(trial: Rebuilt, image_size: int | None, seed: int) -> _Network:
+    """The trial's network before training, in any size."""
+    return _Network(
+        model=trial.model(seed), name=_named(trial), state="before training", data=trial.data,
+        image_size=image_size or trial.candidate.image_size, trained=False, blocks=trial.run.config.blocks,
+    )  # fmt: skip
+
+
+def _stored(trial: Rebuilt) -> _Network:
+    """The trial's profile as the search left it; the model has the weights that the search started from."""
+    epochs = _epochs(trial)
+    return _Network(
+        model=trial.model(), name=_named(trial), state=f"after {epochs} epochs of the search" if epochs else "before training",
+        data=trial.data, image_size=trial.candidate.image_size, trained=epochs > 0, profile=trial.evaluation.profile,
+    )  # fmt: skip
+
+
+def _train_again(trial: Rebuilt, blocks: str | None, device: str, tell: Tell | None) -> _Network:
     """The trial's network after the training that the search gave it: the same weights on the same machine, none were kept."""
+    epochs, name = _epochs(trial), _named(trial)
     if epochs == 0:
         raise StudyError(f"{name} was never trained in the search; --initial profiles its network before training.")
-    model = found.model()
+    model = trial.model()
     start = InitialWeights.of(model)
 
     def stop(epoch: int, row: dict[str, Any], profile: Profile | None) -> str | None:
@@ -215,17 +221,29 @@ def _train_again(found: Rebuilt, name: str, epochs: int, blocks: str | None, dev
             tell(epoch, row)
         return "as far as the search went" if epoch == epochs else None
 
-    config = found.run.config.training()
+    config = trial.run.config.training()
     config = dataclasses.replace(config, device=device, blocks=blocks or config.blocks)
-    result = train(model, found.data, config, image_size=found.candidate.image_size, on_epoch=stop)
+    result = train(model, trial.data, config, image_size=trial.candidate.image_size, on_epoch=stop)
     if result.profile is None or len(result.curve) < epochs:
         raise StudyError(f"training {name} again ended as {result.status}: {result.reason}.")
     where = torch.device(result.device)
     start = InitialWeights(weights={n: w.to(where) for n, w in start.weights.items()})
     return _Network(
-        model=model, name=name, state=f"trained again for {epochs} epochs as in the search", data=found.data,
-        image_size=found.candidate.image_size, trained=True, profile=result.profile, start=start,
+        model=model, name=name, state=f"trained again for {epochs} epochs as in the search", data=trial.data,
+        image_size=trial.candidate.image_size, trained=True, profile=result.profile, start=start,
     )  # fmt: skip
+
+
+def _epochs(trial: Rebuilt) -> int:
+    """How many the search trained it for."""
+    if trial.evaluation.profile is None:
+        reason = f"it ended as {trial.evaluation.status}"
+        raise StudyError(f"{_named(trial)} stored no profile ({reason}); --initial profiles its network before training.")
+    return len(trial.evaluation.curve)
+
+
+def _named(trial: Rebuilt) -> str:
+    return f"trial {trial.number} of {trial.run.config.name}"
 
 
 def _model(target: str, data: str | None, image_size: int | None, weights: str | Path | None, seed: int) -> _Network:
@@ -274,30 +292,3 @@ def _project(model: nn.Module, data: ImageData, share: float, size: int, seed: i
         return evaluate(network, data, "validation", device=device, amp="off", channels_last="off", image_size=size)["accuracy"]
 
     return project_model(model, x.split(256), accuracy, threshold=share, seed=seed)
-
-
-def _inspection(
-    model: nn.Module,
-    graph: Trace,
-    found: _Network,
-    state: str,
-    profile: Profile,
-    projection: ProjectionResult | None,
-) -> Inspection:
-    cost = cost_of(model, graph)
-    return Inspection(
-        name=found.name,
-        state=state,
-        profile=profile,
-        macs={row.name: _macs(row, cost.layers) for row in (*profile.layers, *profile.blocks)},
-        n_params=cost.params,
-        total_macs=cost.macs,
-        image_size=found.image_size,
-        in_chans=found.data.in_chans,
-        projection=projection,
-    )
-
-
-def _macs(row: LayerProfile, layers: dict[str, LayerCost]) -> int:
-    inside = [name for name in layers if name == row.name or (row.reading == "blocks" and name.startswith(row.name + "."))]
-    return sum(layers[name].macs for name in inside)

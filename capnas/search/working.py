@@ -12,20 +12,24 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from capnas.errors import CapnasError, StudyError
+from capnas.candidates import Infeasible, build_candidate
+from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
 from capnas.objective import Objective
 from capnas.objective.claims import local, sweep
 from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
 from capnas.objective.evaluation import Evaluation
 from capnas.objective.pool import superseded
 from capnas.objective.stopping import MedianRule
+from capnas.recording import block_pattern
 from capnas.search.config import StudyConfig
 from capnas.search.opening import check_data
 from capnas.search.runs import is_finished, is_settled
 from capnas.search.samplers import first_judged, make_sampler
+from capnas.testing import draw
 
 MAX_FAILURES = 3  # errors in a row, not merely bad candidates, after which a study gives up
 _POLL = 0.3  # seconds
+_DRAWS = 16  # candidates to look at before a search is refused for all of them
 
 TrialCallback = Callable[[optuna.Study, FrozenTrial], None]
 
@@ -56,6 +60,7 @@ def work(
     *,
     parallel: bool,
     on_trial: TrialCallback | None,
+    on_start: Callable[[], None] | None = None,
     since: int | None = None,
     go_on: Callable[[], bool] = lambda: True,
 ) -> int:
@@ -67,6 +72,7 @@ def work(
         objective: See `make_objective`.
         parallel: Whether other workers may be at work.
         on_trial: Called with the study and each trial that ends.
+        on_start: Called before the first trial, after all that could refuse it.
         since: Number of the session's first trial, before which failures do not count; the next one's where None.
         go_on: Asked before each trial.
 
@@ -75,6 +81,7 @@ def work(
 
     Raises:
         StudyError: The images have changed, or `MAX_FAILURES` trials in a row, of whichever worker, ended in an error.
+        SpaceError, UsageError: See `check_candidates`.
     """
 
     def sampler(*draws: int) -> BaseSampler:
@@ -102,11 +109,14 @@ def work(
             continue
         if ran == 0:
             check_data(study, objective)
+            check_candidates(objective, seed=config.seed)
         settled = sum(map(is_settled, trials))
         study.sampler = sampler(settled, own, ran) if parallel else sampler(settled)
         if objective.selection is not None:
             objective.selection.check(study)
             objective.selection.queue_next(study)
+        if ran == 0 and on_start is not None:
+            on_start()
         number, error = _one(study, objective, config.trials, sampler if parallel else None)
         if on_trial is not None:
             on_trial(study, study.get_trials(deepcopy=False)[number])
@@ -114,6 +124,34 @@ def work(
             raise error
         ran += 1
     return ran
+
+
+def check_candidates(objective: Objective, *, seed: int) -> None:
+    """Build candidates at random until one can be searched, so that what no trial can mend is said before the first one.
+
+    Raises:
+        SpaceError: The space returns no model, or one of another output than the classes.
+        UsageError: None of those that can be built calls a module of the name asked for as blocks.
+    """
+    data, pattern = objective.data, objective.train.blocks
+    shape = {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": max(objective.resolutions or [data.image_size])}
+    built: list[tuple[str, ...]] = []
+    for place in range(_DRAWS):
+        try:
+            built.append(build_candidate(objective.space, draw("random", seed + place), **shape).trace.modules[1:])  # without the model
+        except Infeasible:
+            continue
+        except SpaceError:
+            raise
+        except Exception:  # it counts as a failed trial, and other draws may do
+            return
+        if pattern is None or any(map(block_pattern(pattern).fullmatch, built[-1])):
+            return
+    if built:
+        raise UsageError(
+            f"no module that runs in {len(built)} candidates drawn at random full-matches the block pattern {pattern!r}; "
+            f"names look like {', '.join(built[-1][:5])}."
+        )
 
 
 def failures_in_a_row(trials: list[FrozenTrial]) -> list[FrozenTrial]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_space import FILE
+from tiny_space import FILE, write_images
 
 from capnas.cli import main
 from capnas.search import open_run, storages
@@ -31,11 +31,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(run: Run, *words: object) -> str:
     """The one line of an error of use."""
     code, out, err = run(*words)
-    errors = [line for line in err.splitlines() if line.startswith("error:")]
-    assert code == 2, err
-    assert len(errors) == 1
-    assert "Traceback" not in out + err
-    return errors[0]
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert err.startswith("error: ")
+    return err.rstrip("\n")
 
 
 def test_what_cannot_start_says_one_line_and_leaves_no_folder(run: Run, tmp_path: Path) -> None:
@@ -76,7 +74,48 @@ def test_data_options_are_checked(run: Run, option: str, says: str, tmp_path: Pa
 def test_patterns_of_blocks_are_checked(run: Run, pattern: str, says: str, tmp_path: Path) -> None:
     some = [*QUICK[:-1], "9999", "--blocks", pattern]
     assert says in refused(run, "search", FILE, "--out", tmp_path / "run", *some)
+    assert not (tmp_path / "run").exists()
     assert says in refused(run, "profile", "resnet10t", "--batch", 2, "--image-size", 32, "--device", "cpu", "--blocks", pattern)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_found_out_at_the_first_trial_is_one_line_too_and_leaves_no_folder(run: Run, tmp_path: Path, workers: int) -> None:
+    (tmp_path / "wrong.py").write_text("from torch import nn\ndef space(trial, **shape):\n    return nn.Flatten()\n")
+    start = ["--out", tmp_path / "run", "--workers", workers, *QUICK]
+    for words, says in (
+        ((FILE, "--blocks", "stage"), " candidates drawn at random full-matches the block pattern 'stage'; names look like 0, 1, 2"),
+        ((tmp_path / "wrong.py",), "gives outputs of shape [(1, 784)] for an input of (1, 1, 28, 28); expected one of shape (1, 10)"),
+        ((FILE, "--data", tmp_path / "nowhere"), "nowhere"),
+    ):
+        assert says in refused(run, "search", *words, *start)
+        assert not (tmp_path / "run").exists()
+
+
+def test_images_that_changed_are_one_line(run: Run, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images")
+    words = ["search", FILE, "--data", folder, "--out", tmp_path / "run", *QUICK[2:]]
+    code, _, err = run(*words, "--trials", 1)
+    assert (code, [line.split()[0] for line in err.splitlines()]) == (0, ["searching", "[1/1]"])
+    shutil.rmtree(folder / "2")
+    assert "the images images have changed since the study" in refused(run, *words, "--trials", 2)
+    assert "the images images have changed since the study" in refused(run, *words, "--trials", 2, "--workers", 2)
+    code, _, err = run(*words, "--trials", 1)
+    assert (code, len(err.splitlines())) == (0, 1)
+    assert "finished before" in err
+
+
+def test_a_setting_that_a_resolution_cannot_have_is_one_line(run: Run) -> None:
+    words = ["resolution", "resnet10t", "--candidates", "8,12", "--device", "cpu"]
+    for more, says in (
+        (("--train", "lr=abc"), "lr must be a number, got 'abc'."),
+        (("--train", "lrr=0.1"), "Did you mean 'lr'?"),
+        (("--train", "seed=1"), "got 'seed'"),
+        (("--share", "2"), "share in (0, 1], got 10 and 2.0."),
+        (("--budget", "1e0"), "no candidate can be used"),
+        (("--pay", "-1"), "pay"),
+        (("--device", "cuda:77"), "cuda:77"),
+    ):
+        assert says in refused(run, *words, *more)
 
 
 def test_numbers_without_end_are_refused(run: Run, tmp_path: Path) -> None:

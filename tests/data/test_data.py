@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import pickle
 import random
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,29 @@ def test_folder(pets: Path) -> None:
     assert load_data("folder", root=pets, image_size=12, workers=1).probe(9)[0].equal(data.probe(9)[0])
 
 
+@pytest.mark.parametrize("memory_limit", [2 << 30, 0])
+def test_a_class_that_val_or_test_lacks_is_warned_of_and_val_alone_is_the_test_split(pets: Path, tmp_path: Path, memory_limit: int) -> None:
+    def given(*splits: str) -> ImageData:
+        root = tmp_path / "-".join(splits)
+        for split in splits:
+            shutil.copytree(pets, root / split)
+        shutil.rmtree(root / splits[-1] / "dog")
+        text = f"^{'test' if 'test' in splits else 'validation'}: expected images of every class of train, found none of dog; it is judged"
+        with pytest.warns(UserWarning, match=text) as caught:
+            data = load_data(root, image_size=12, memory_limit=memory_limit, workers=0)
+        assert (len(caught), caught[0].filename) == (1, __file__)
+        return data
+
+    data = given("train", "val")
+    assert data.class_names == ("cat", "dog", "emu")
+    assert data.sizes == {"train": 81, "validation": 9, "test": 60}
+    with data.final_evaluation() as opened:
+        assert every(opened, "test")[1].unique().tolist() == [0, 2]
+    assert every(data, "validation")[1].unique().tolist() == [0, 1, 2]
+    assert given("train", "test").sizes == {"train": 81, "validation": 9, "test": 60}
+    assert given("train", "val", "test").sizes == {"train": 90, "validation": 90, "test": 60}
+
+
 def test_large_files_default_to_64_pixels(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -327,8 +351,6 @@ def test_large_files_default_to_64_pixels(tmp_path: Path) -> None:
 
 def damage(root: Path, target: Path, count: int) -> Path:
     """A copy of a folder with ``count`` more files that cannot be read."""
-    import shutil
-
     shutil.copytree(root, target)
     whole = (root / "cat" / "0.png").read_bytes()
     kinds = (b"", b"no image at all", whole[: len(whole) // 2])

@@ -39,7 +39,7 @@ def test_classes_in_natural_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (("train", "val"), {"train": "train", "test": "val"}),
+        (("train", "val"), {"train": "train", "validation": "val"}),
         (("train", "test"), {"train": "train", "test": "test"}),
         (("Training", "valid", "testing"), {"train": "Training", "validation": "valid", "test": "testing"}),
         (("train",), {"train": "train"}),
@@ -80,7 +80,7 @@ def test_wrong_layouts(tmp_path: Path) -> None:
     fill(tmp_path / "twice" / "train"), fill(tmp_path / "twice" / "val"), fill(tmp_path / "twice" / "valid")
     told("twice", "one folder per split, found both val/ and valid/")
     fill(tmp_path / "other" / "train"), fill(tmp_path / "other" / "val", "abc")
-    told("other", r"expected the classes of train \(a, b\), found also c")
+    told("other", r"expected the classes of train \(a, b\), found also c; add them to train or take them away")
     fill(tmp_path / "more" / "train"), fill(tmp_path / "more" / "extra"), put(tmp_path / "more" / "x.png")
     told("more", r"images only in train/, val/ and test/, found also extra/, x.png; move them away")
     fill(tmp_path / "flat" / "train"), put(tmp_path / "flat" / "test" / "1.png")

@@ -17,7 +17,6 @@ from capnas.measures.excess import (
     chain,
     distance_to_init,
     filter_norm,
-    fold_norm,
     group_norm_21,
     margins,
     norm_layer_constant,
@@ -264,19 +263,17 @@ def test_distance_is_a_metric_and_zero_at_initialization() -> None:
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_folded_norm_gives_the_outputs_and_the_operator_norm_of_the_pair(affine: bool) -> None:
+def test_a_counted_batch_norm_bounds_the_operator_norm_of_the_pair(affine: bool) -> None:
     conv, norm = torch.nn.Conv2d(3, 5, 3, padding=1, bias=False).double(), torch.nn.BatchNorm2d(5, affine=affine).double().eval()
     norm.running_var.uniform_(0.2, 3)
     if affine:
         torch.nn.init.normal_(norm.weight)
-    folded = fold_norm(conv.weight, norm.weight, norm.running_var, norm.eps).detach()
+    scale = (1.0 if norm.weight is None else norm.weight.detach()) / (norm.running_var + norm.eps).sqrt()
+    pair = conv.weight.detach() * scale.reshape(-1, 1, 1, 1)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    torch.testing.assert_close(torch.nn.functional.conv2d(x, folded, padding=1), norm(conv(x)).detach())
+    torch.testing.assert_close(torch.nn.functional.conv2d(x, pair, padding=1), norm(conv(x)).detach())
     counted = operator_norm(conv.weight, 6, padding=1).value * norm_layer_constant(norm.weight, norm.running_var, norm.eps)
-    assert operator_norm(folded, 6, padding=1).value <= counted
-    assert fold_norm(torch.ones(2, 3), None, torch.ones(2), eps=3.0).tolist() == [[0.5] * 3] * 2
-    with pytest.raises(UsageError, match=r"must have shape \(5,\)"):
-        fold_norm(conv.weight, None, torch.ones(3))
+    assert operator_norm(pair, 6, padding=1).value <= counted
 
 
 def test_layer_norm_counted_at_the_smallest_variance_bounds_its_slope_on_the_data() -> None:

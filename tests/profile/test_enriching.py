@@ -86,7 +86,8 @@ def test_flags_say_why_a_score_is_not_a_number() -> None:
     assert "training" in residual.flags["capacity_slack"]
     model = Residual()
     trained = enrich(profile_model(model, noise(16, 8)), model, noise(16, 8), measures=("capacity",), start=InitialWeights.of(model))
-    assert "capacity_slack" not in trained.flags  # the caller knows it
+    assert trained.network["capacity_slack"] == 1  # nothing moved
+    assert "capacity_slack" not in trained.flags
 
 
 def test_coverage_of_a_near_linear_network_is_said_to_assume_full_decoupling() -> None:

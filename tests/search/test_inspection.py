@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from tiny_space import FILE, write_images
 
 from capnas._timm import timm
 from capnas.errors import StudyError, UsageError
-from capnas.search import run_study
+from capnas.profile import MEASURES
+from capnas.search import open_run, run_study
 from capnas.search.config import StudyConfig
 from capnas.search.inspection import inspect_target
+from capnas.search.trials import rebuild, retrain_trial
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -77,8 +80,6 @@ def test_what_is_neither_is_refused(target: str, says: str) -> None:
 
 
 def test_a_trial_without_a_profile_says_why(folder: Path) -> None:
-    from capnas.search.runs import open_run
-
     number = next((t.number for t, e in open_run(folder).evaluations() if e.profile is None), None)
     assert number is not None
     with pytest.raises(StudyError, match=r"over_budget.*--initial"):
@@ -111,6 +112,23 @@ def test_a_trial_is_trained_again_as_the_search_did_for_what_needs_its_weights(f
     document = json.loads(json.dumps(again.to_dict(), allow_nan=False))
     assert document["projection"]["lost"] == pytest.approx(100 * (found.accuracy - found.projected))
     assert document["left_out"] == ["structure", "capacity", "proxies"]
+
+
+def test_every_score_that_is_no_number_says_why(folder: Path, tmp_path: Path) -> None:
+    trial = rebuild(open_run(folder))
+    kept = retrain_trial(trial, epochs=1, device="cpu")["model"]
+    for target, slack in ((f"{folder}:best", True), (str(folder / kept), False)):
+        found = inspect_target(target, measures=MEASURES, batch=32, device="cpu")
+        scores = found.to_dict()["scores"]
+        assert {name for name, value in scores.items() if value is None} <= set(found.profile.flags)
+        assert (scores["capacity_slack"] is not None) == slack != ("capacity_slack" in found.profile.flags)
+    config = dataclasses.replace(
+        open_run(folder).config, values=("accuracy", "capacity_slack"), weights=None, study="slack", out=str(tmp_path)
+    )
+    of_search = run_study(config).evaluation(trial.number)
+    assert inspect_target(f"{folder}:{trial.number}", measures=MEASURES, device="cpu").profile.network["capacity_slack"] == pytest.approx(
+        of_search.metrics["capacity_slack"]
+    )
 
 
 def test_weights_of_a_timm_model_from_a_file(tmp_path: Path) -> None:

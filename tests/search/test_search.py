@@ -25,7 +25,7 @@ from tiny_space import FILE, images, space, write_images
 from torch import nn
 
 from capnas.data import ImageData, load_data
-from capnas.errors import CapnasError, SpaceError, StudyError
+from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
 from capnas.objective.evaluation import Evaluation
 from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, worker
 from capnas.search.opening import DATA, open_study
@@ -174,6 +174,24 @@ def test_a_study_of_unknown_images_goes_on(tmp_path: Path, data: ImageData) -> N
     other = load_data(images(90), validation=0.2, test=0.2)
     assert run_study(config(tmp_path, trials=2), space=space, data=other).study.user_attrs[DATA] is None
     assert run_study(config(tmp_path, trials=3), space=space, data=data).study.user_attrs[DATA]["sizes"] == data.sizes
+
+
+def test_a_start_is_told_when_a_trial_begins_and_not_where_none_can(tmp_path: Path, data: ImageData) -> None:
+    told: list[str] = []
+
+    def run(folder: str, **changes: Any) -> None:
+        run_study(
+            config(tmp_path / folder, trials=1, **changes), space=space, data=data,
+            on_start=lambda: told.append("start"), on_trial=lambda study, trial: told.append("trial"),
+        )  # fmt: skip
+
+    for _ in range(2):
+        run("run", blocks="6")  # deeper candidates have it
+        assert told == ["start", "trial"]
+    with pytest.raises(UsageError, match=r"no module that runs in 1\d candidates drawn at random full-matches the block pattern 'stage'"):
+        run("other", blocks="stage")
+    assert told == ["start", "trial"]
+    assert not (tmp_path / "other").exists()
 
 
 def test_errors_in_a_row_end_the_study_and_single_ones_do_not(tmp_path: Path, data: ImageData) -> None:
