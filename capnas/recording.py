@@ -7,6 +7,7 @@ seeded lattice of positions, enough for the width. All state is kept here; nothi
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
@@ -207,7 +208,8 @@ class Recorder:
             if tensor is None or tensor.dim() < 2 or not tensor.is_floating_point() or tensor.numel() == 0:
                 return
             device = tensor.device.type
-            modes = torch.is_autocast_enabled(device) or torch.is_inference_mode_enabled()  # as a rule none, and leaving none is not free
+            # as a rule no mode is on, and leaving none is not free
+            modes = (_autocasts(device) and torch.is_autocast_enabled(device)) or torch.is_inference_mode_enabled()
             with _plainly(device) if modes else _NOTHING:
                 tensor = tensor.detach()
                 laid = tensor.shape, tensor.stride()
@@ -226,8 +228,11 @@ class Recorder:
 @contextmanager
 def _plainly(device: str) -> Iterator[None]:
     """Outside autocast, and outside inference mode, since what is made inside cannot be written outside."""
-    with torch.autocast(device, enabled=False), torch.inference_mode(False):
+    with torch.autocast(device, enabled=False) if _autocasts(device) else _NOTHING, torch.inference_mode(False):
         yield
+
+
+_autocasts = functools.cache(torch.amp.is_autocast_available)  # other devices have no such mode to ask for
 
 
 def _first_tensor(output: Any) -> Tensor | None:
