@@ -492,6 +492,42 @@ def test_the_texts_tell_how_real_searches_ended() -> None:
         assert {m for m in methods[1:] if even[case, m] < even[case, "capnas"]} == set(least), case
 
 
+def test_the_results_tell_how_longer_real_searches_ended() -> None:
+    networks = [row for row in lines_of(SEARCHES / "real_retrained.jsonl") if row["budget"] == 900]
+    spent = [row for row in lines_of(SEARCHES / "real.jsonl") if row["budget"] == 900]
+    assert {row["test_images"] for row in networks} == {10_000}
+    assert {row["status"] for row in networks} == {"complete"}
+    names = {"capnas": "capnas (`combined`)", "TPE on accuracy": "TPE on accuracy", "random": "random"}
+    seeds = sorted(set.intersection(*({row["seed"] for row in networks if row["method"] == method} for method in names)))
+    groups = {(m, s): [100 * r["test_accuracy"] for r in networks if (r["method"], r["seed"]) == (m, s)] for m in names for s in seeds}
+    assert {len(group) for group in groups.values()} == {3}
+    each = {method: [statistics.mean(groups[method, seed]) for seed in seeds] for method in names}
+    expected: dict[str, tuple[Cell, ...]] = {}
+    for method, name in names.items():
+        mine = [row for row in spent if row["method"] == method and row["seed"] in seeds]
+        again = [row for row in networks if row["method"] == method and row["seed"] in seeds]
+        expected[name] = (
+            statistics.mean(each[method]),
+            (", ".join("{}" for _ in seeds), *each[method]),
+            statistics.mean(row["trained"] for row in mine),
+            statistics.mean(row["macs"] for row in mine) / 1e6,
+            ("{}, {}", *(statistics.mean(row[name] for row in again) for name in ("evenness", "block_evenness"))),
+        )
+    text = section("search")
+    check_table(text[text.index("### Real trainings: 900 s") :], "method", expected)
+    above = [statistics.mean(each["capnas"]) - statistics.mean(each[method]) for method in ("TPE on accuracy", "random")]
+    best = sum(max(values) == values[0] for values in zip(*each.values()))
+    check_says(text, "capnas is {} points above TPE on accuracy and {} above random on average, and the best of the three on {} of {}",
+               *above, best, len(seeds))  # fmt: skip
+    row = table_row(ROOT / "README.md", "the same at 15 minutes, CIFAR-10")
+    check_says(row, "| {} | TPE on accuracy {}; random {} |", *(statistics.mean(values) for values in each.values()))
+    check_says(row, "spread up to {} points", max(max(values) - min(values) for values in each.values()))
+    assert ("two seeds", "three seeds")[len(seeds) - 2] in row
+    check_says(text, "differ by a standard deviation of {} points on average, winners of one method from seed to seed by up to {}:",
+               statistics.mean(statistics.stdev(group) for group in groups.values()),
+               max(max(values) - min(values) for values in each.values()))  # fmt: skip
+
+
 def test_the_texts_tell_what_evenness_gains() -> None:
     study = json.loads((RESULTS / "evenness" / "evenness.json").read_text())
     row, text = table_row(STUDIES, "[evenness]"), section("evenness")

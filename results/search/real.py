@@ -6,12 +6,13 @@
     python results/search/real.py --runs FOLDER --methods "capnas, gate" --seeds 0    # a method of `METHODS`; all but that one if not said
 
 The committed rows are of --budget 240 --final-epochs 6, on CIFAR-10 --final-epochs 10, and, for three methods on CIFAR-10, of --budget 900
---test-images 10000 (a test split of 2,000 images has a standard error of 1.1 points at 55 %). Rows of one budget are compared.
+--test-images 10000 --retrainings 3 (a test split of 2,000 images has a standard error of 1.1 points at 55 %, and two trainings of a
+network differ too). Rows of one budget are compared.
 
 Each search has the same seconds of processor time (all threads; waiting for others does not count) under one limit on MACs, whatever it
 spends them on. What is measured before training is charged to capnas and spared the others. The winner is the trial that the search
-itself would name. Winners are trained from new weights with the same recipe on train and validation and evaluated once on the test
-split. Searches and retrainings are resumed where they stopped; FOLDER keeps the studies.
+itself would name. Winners are trained from new weights with the same recipe on train and validation; each network is evaluated once on
+the test split. Searches and retrainings are resumed where they stopped; FOLDER keeps the studies.
 """
 
 import argparse
@@ -157,8 +158,9 @@ def run(given):
                 done = [summary(given.case, method, seed, search(given.case, method, seed, data, given), given)]
                 append(RAW, done[0])
             again = {(r["case"], r["budget"], r["method"], r["seed"], r["retrained"]) for r in read(RETRAINED)}
-            if (*mine, 100 + seed) not in again:
-                append(RETRAINED, retrained(given.case, done[0], 100 + seed, data, given))
+            for weights in (100 * (i + 1) + seed for i in range(given.retrainings)):
+                if (*mine, weights) not in again:
+                    append(RETRAINED, retrained(given.case, done[0], weights, data, given))
             print(given.case, method, seed, "done", flush=True)
 
 
@@ -182,7 +184,8 @@ def derive():
             again = [r for r in final if (r["case"], r["budget"], r["method"], r["status"]) == (case, budget, method, "complete")]
             if not mine or not again:
                 continue
-            tests = [r["test_accuracy"] for r in again]
+            seeds = sorted({r["seed"] for r in again})
+            tests = [statistics.mean(r["test_accuracy"] for r in again if r["seed"] == seed) for seed in seeds]
             measured = statistics.mean(r["outcomes"].get("measured", 0) for r in mine)
             each = f"{statistics.mean(tests):.4f} ({', '.join(f'{t:.4f}' for t in tests)})"
             even = ", ".join(f"{statistics.mean(r[name] for r in again):.3f}" for name in ("evenness", "block_evenness"))
@@ -191,7 +194,8 @@ def derive():
             lines.append(f"| {' | '.join(cells)} |")
             notes.append(f"{case}, {budget:g} s of processor time: space {CASES[case]['space']}, {CASES[case]['data']}, at most "
                          f"{CASES[case]['max_macs'] / 1e6:g} M MACs; {mine[0]['epochs']} epochs a trial; winners retrained for "
-                         f"{again[0]['epochs']} epochs, evaluated on {again[0]['test_images']:,} test images.")  # fmt: skip
+                         f"{again[0]['epochs']} epochs, {len(again) / len(seeds):g} times each, evaluated on "
+                         f"{again[0]['test_images']:,} test images.")  # fmt: skip
     (HERE / "real.md").write_text("\n".join([*lines, "", *dict.fromkeys(notes)]) + "\n")
     print((HERE / "real.md").read_text())
 
@@ -206,6 +210,7 @@ if __name__ == "__main__":
     parser.add_argument("--final-epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(STANDARD))
+    parser.add_argument("--retrainings", type=int, default=1, help="of each winner, from new weights each")
     parser.add_argument("--test-images", type=int, default=2000, help="of CIFAR-10")
     parser.add_argument("--derive-only", action="store_true")
     options = parser.parse_args()
