@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -44,6 +45,19 @@ def check_types(settings: Any) -> None:
         if not any(_fits(value, k) for k in kinds):
             words = " or ".join(_WORDS.get(get_origin(k) or k) or k.__name__ for k in kinds)
             raise UsageError(f"{name} must be {words}, got {value!r}.")
+
+
+def check_names(what: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a name that is none of those known.
+
+    Raises:
+        UsageError: the first such name, with the nearest of those known.
+
+    >>> check_names("train", {"lr": 0.1}, {"lr", "optimizer"})
+    """
+    for name in given:
+        if name not in known:
+            raise UsageError(one_of(what, name, known))
 
 
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of numbers", type(None): "none"}

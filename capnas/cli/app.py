@@ -37,6 +37,9 @@ def _whole(given: object) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+Blocks = Annotated[
+    str | None, typer.Option(metavar="PATTERN", help="Names of the units to read as blocks, as a regular expression; found without.")
+]
 Count = Annotated[int | None, whole("Limit per candidate: 8e6, 8M, 300k.")]
 
 

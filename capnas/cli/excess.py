@@ -11,7 +11,7 @@ import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
 from capnas.console import duration, out_json, pairs, say, short, show_table
-from capnas.errors import UsageError
+from capnas.errors import UsageError, check_names
 
 
 @app.command()
@@ -109,13 +109,10 @@ def _factors(text: str, option: str) -> list[float]:
 def _recipe(epochs: int, given: dict[str, Any]) -> Any:
     from dataclasses import fields
 
-    from capnas.errors import one_of
     from capnas.excess import Recipe
 
     known = {f.name for f in fields(Recipe)}
-    for name in given:
-        if name not in known:
-            raise UsageError(one_of("training setting", name, known))
+    check_names("training setting", given, known)
     return Recipe(**{"epochs": epochs} | given)
 
 

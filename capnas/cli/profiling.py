@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, app, quiet, whole
+from capnas.cli.app import Blocks, Device, Json, app, quiet, whole
 from capnas.console import duration, out_json, say, short, show_table
 
 Cell = Callable[[Any], str]
@@ -27,9 +27,7 @@ def profile(
     mode: Annotated[str | None, typer.Option(help="train or eval; without, eval for trained weights, else train.")] = None,
     threshold: Annotated[float, typer.Option(help="Share of the variance that k explains.")] = 0.99,
     reading: Annotated[str, typer.Option(help="modules, blocks or both.")] = "both",
-    blocks: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="Names of the units to read as blocks, as a regular expression; found without.")
-    ] = None,
+    blocks: Blocks = None,
     initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network before training instead.")] = False,
     weights: Annotated[str | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, in safetensors.")] = None,
     project: Annotated[

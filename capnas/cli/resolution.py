@@ -40,7 +40,7 @@ def resolution(
     """Find the smallest image size at which all layers work and accuracy has stopped paying for compute."""
     from dataclasses import fields
 
-    from capnas.errors import UsageError, one_of
+    from capnas.errors import UsageError, check_names
 
     sizes = None if candidates is None else _sizes(candidates)
     if out is not None and not force and (there := [n for n in (DOCUMENT, FIGURE) if (out / n).exists()]):
@@ -73,8 +73,7 @@ def resolution(
         else:
             given = pairs(train or [], "--train")
             known = {f.name for f in fields(TrainConfig)} - {"epochs", "record", "seed", "device"}
-            if unknown := given.keys() - known:
-                raise UsageError(one_of("train", min(unknown), known))
+            check_names("train", given, known)
             config = TrainConfig(seed=seed, device=device, **given)
             start = f"tuning the resolution of {found.name} on {found.data.name}: {', '.join(map(str, sizes))} px"
             asked = None if pay is None else pay / 100

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capnas.cli.app import Count, Device, Json, app, quiet, whole
+from capnas.cli.app import Blocks, Count, Device, Json, app, quiet, whole
 from capnas.console import Progress, no_value, number, out_json, pairs, run_document, say, show_run
 from capnas.errors import UsageError
 
@@ -33,9 +33,7 @@ def search(
     ] = None,
     pool: Annotated[int | None, whole("Candidates to measure before the first training, with a gate best.")] = None,
     resolutions: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to search jointly.")] = None,
-    blocks: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="Names of the units to read as blocks, as a regular expression; found without.")
-    ] = None,
+    blocks: Blocks = None,
     sampler: Annotated[str, typer.Option(help="tpe, random, nsga2, nsga3, gp, qmc or cmaes.")] = "tpe",
     pruner: Annotated[str, typer.Option(help="median, hyperband or off.")] = "median",
     seed: Annotated[int, whole("Of everything random.")] = 0,

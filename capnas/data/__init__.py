@@ -21,7 +21,7 @@ from capnas.data.images import Augment, mean_std, normalise
 from capnas.data.loading import find, load_pool
 from capnas.data.named import EMBEDDED
 from capnas.data.splits import assign, check_classes
-from capnas.errors import UsageError, check_types, one_of
+from capnas.errors import UsageError, check_names, check_types, one_of
 
 __all__ = ["Augment", "DataSpec", "ImageData", "load_data"]
 
@@ -279,9 +279,7 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
         {'train': 24, 'validation': 8, 'test': 8}
     """
     known = {f.name for f in dataclasses.fields(DataSpec)} - {"source"}
-    for name in options:
-        if name not in known:
-            raise UsageError(one_of("option of load_data", name, known))
+    check_names("option of load_data", options, known)
     if options.get("root") is not None:
         options["root"] = str(options["root"])
     return DataSpec(source=source, **options).load()

@@ -12,7 +12,7 @@ from typing import Any
 
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED, TIMM_PREFIXES
-from capnas.errors import StudyError, UsageError, one_of
+from capnas.errors import StudyError, UsageError, check_names, one_of
 from capnas.objective.gates import best_share, parse_gate
 from capnas.objective.pool import check_pool
 from capnas.objective.targets import check_values, check_weights, direction_of, ranking, summed, wanted
@@ -131,9 +131,7 @@ class StudyConfig:
     def training(self) -> TrainConfig:
         """The training of one trial."""
         known = {f.name for f in fields(TrainConfig)} - {"epochs", "blocks", "seed", "device"}
-        for name in self.train:
-            if name not in known:
-                raise UsageError(one_of("train", name, known))
+        check_names("train", self.train, known)
         return TrainConfig(epochs=self.epochs, blocks=self.blocks, seed=self.seed, device=self.device, **self.train)
 
     def to_dict(self) -> dict[str, Any]:
