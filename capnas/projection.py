@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capnas.layers import CONVS
 from capnas.measures.saturation import THRESHOLD, Projection, lossless_projection, random_projection
 from capnas.profile import untouched
-from capnas.recording import CONVS, Recorder
+from capnas.recording import Recorder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ from capnas.errors import CapnasError, UsageError
 from capnas.graph.downsampling import Step, macs_without, steps, without
 from capnas.graph.structure import structure
 from capnas.graph.tracing import Trace, trace
+from capnas.layers import find_blocks
 from capnas.measures.receptive import border_layers
 from capnas.measures.resolution import looking_layers, smallest_productive
-from capnas.recording import find_blocks
 
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, CapnasError)  # of a changed network that does not run
 

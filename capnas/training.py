@@ -21,10 +21,11 @@ from capnas._timm import import_timm
 from capnas.data import ImageData
 from capnas.devices import SWITCHES, is_out_of_memory, resolve_device, use_amp, use_channels_last
 from capnas.errors import UsageError, check_types, one_of
+from capnas.layers import block_pattern
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.probing import seeded
 from capnas.profile import Profile
-from capnas.recording import Recorder, block_pattern
+from capnas.recording import Recorder
 
 SCHEDULES = ("cosine", "poly", "step", "constant", "none")
 MAX_LOSS = 100.0  # far above ln(classes): a step beyond it is an explosion, not a bad start
@@ -52,7 +53,7 @@ class TrainConfig:
         channels_last: Memory format: "auto", "on" or "off".
         record: Measure saturation while training.
         threshold: Share of the variance in the definition of saturation, in (0, 1].
-        blocks: Regular expression of the units that are read as blocks, see `capnas.recording.find_blocks`.
+        blocks: Regular expression of the units that are read as blocks, see `capnas.layers.find_blocks`.
 
     Raises:
         UsageError: A value of another kind or out of its range; the text says which.

@@ -10,11 +10,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from capnas.graph.tracing import Trace
+from capnas.layers import CONVS
 from capnas.measures.excess import distance_to_init, group_norm_21, norm_layer_constant
 from capnas.measures.operator_norms import OperatorNorm, linear_norm, operator_norm
 from capnas.measures.proxies import is_norm
 from capnas.measures.slack import LayerMotion, capacity_slack
-from capnas.recording import CONVS
 
 _NORM_OPS = ("batch_norm", "layer_norm", "group_norm")
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from capnas._timm import timm
 from capnas.errors import UsageError
+from capnas.layers import find_blocks
 from capnas.measures.moments import covariance
 from capnas.measures.saturation import saturation, spectrum, threshold_margin
-from capnas.recording import Recorder, find_blocks
+from capnas.recording import Recorder
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -20,11 +20,11 @@ from capnas.capacity.exact import affordable, exact_capacity
 from capnas.capacity.sweep import Sweeper
 from capnas.errors import UsageError
 from capnas.graph.tracing import Trace, trace
+from capnas.layers import MEASURED
 from capnas.measures import capacity_scores
 from capnas.measures.decoupling import Decoupling, coherent_error, gradient_pairs, pair_mean, shattering
 from capnas.measures.layer_capacity import common_ridge, kfac_capacity, over_wide, utilisation
 from capnas.measures.probing import gradable
-from capnas.recording import MEASURED
 
 _NEAR_LINEAR = 0.5  # coherent share above which total decoupling is no approximation
 _SHARERS = 16  # samples that a projection needs for its coherent share

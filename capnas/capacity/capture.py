@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_flatten
 
 from capnas.capacity.patches import LAYERS, arguments, groups_of, input_rows, unravel
 from capnas.graph.tracing import Node, Trace, caches_kept
+from capnas.layers import MEASURED
 from capnas.measures.activation_codes import all_finite
 from capnas.measures.decoupling import Decoupling, gate_decoupling, output_decoupling
 from capnas.measures.layer_capacity import kfac_spectrum
 from capnas.measures.probing import untouched
-from capnas.recording import MEASURED
 
 ACTIVATIONS = frozenset((
     "relu", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardtanh", "hardsigmoid", "sigmoid", "tanh",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capnas.layers import CONVS
 from capnas.narrowing.groups import CannotNarrow, CoupledGroup, Coupling, cannot_narrow, find_groups
 from capnas.profile import untouched
-from capnas.recording import CONVS
 
 _FAILURES = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)  # of a network that does not fit its input or its channels
 _DOUBLED = 30_000_000  # parameters beyond which the network is not tried with doubled channels

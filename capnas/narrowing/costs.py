@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from capnas.candidates import count_cost
+from capnas.layers import CONVS, MEASURED
 from capnas.narrowing.groups import CoupledGroup
-from capnas.recording import CONVS, MEASURED
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from capnas.errors import CapnasError, MissingDependencyError
+from capnas.layers import CONVS, MEASURED
 from capnas.narrowing.calibration import hooked
 from capnas.profile import untouched
 from capnas.projection import head_names
-from capnas.recording import CONVS, MEASURED
 
 Side = Literal["out", "in", "both", "param"]
 Atom = tuple[str, Side, int]

@@ -61,7 +61,7 @@ class Objective:
         pool: Candidates that are measured before the first training; then the best of them are trained first. Needs a gate ``best``.
         resolutions: Image sizes to search jointly, as the parameter ``image_size``. A size that leaves more than half of an architecture's
             layers past the receptive-field border, where a larger one does not, is skipped for it: the trial ends as "infeasible".
-        blocks: Regular expression of the units that are read as blocks, see `capnas.recording.find_blocks`; that of ``train`` where None.
+        blocks: Regular expression of the units that are read as blocks, see `capnas.layers.find_blocks`; that of ``train`` where None.
         seed: Of weights, shuffling and augmentation, the same for every candidate: common random numbers make differences between
             candidates less noisy than seeds of their own would. Threads (``n_jobs``) take turns; processes run side by side.
         device: See `capnas.training.TrainConfig`.

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from torch import nn
 
 from capnas.errors import UsageError
+from capnas.layers import MEASURED
 from capnas.measures.saturation import THRESHOLD, effective_rank, intrinsic_dimension, saturation_of, spectrum, threshold_margin
-from capnas.recording import MEASURED, LayerRecord
+from capnas.recording import LayerRecord
 
 VERSION = 1
 MEASURES = ("saturation", "structure", "norms", "capacity", "proxies")

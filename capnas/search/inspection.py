@@ -120,7 +120,7 @@ def inspect_target(
         threshold: of the intrinsic dimension.
         reading: "modules", "blocks" or "both".
         measures: any of `capnas.profile.MEASURES`; saturation always.
-        blocks: regular expression of the units to read as blocks, see `capnas.recording.find_blocks`; by default a trial's are its run's.
+        blocks: regular expression of the units to read as blocks, see `capnas.layers.find_blocks`; by default a trial's are its run's.
         initial: profile a trial's network before training instead.
         weights: a safetensors file for a timm model.
         project: the share of variance of the eigenspaces that every layer but the head is projected on, in (0, 1].

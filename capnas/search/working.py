@@ -14,13 +14,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from capnas.candidates import Infeasible, build_candidate
 from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
+from capnas.layers import block_pattern
 from capnas.objective import Objective
 from capnas.objective.claims import local, sweep
 from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
 from capnas.objective.evaluation import Evaluation
 from capnas.objective.pool import superseded
 from capnas.objective.stopping import MedianRule
-from capnas.recording import block_pattern
 from capnas.search.config import StudyConfig
 from capnas.search.opening import check_data
 from capnas.search.runs import is_finished, is_settled
