@@ -1,0 +1,121 @@
+"""Which modules of a network are read: its layers by their types, its blocks by how networks are built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from capnas.errors import UsageError
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+MEASURED = (*CONVS, nn.Linear)
+_LISTS = (nn.Sequential, nn.ModuleList)
+_STAGE_CHILDREN = ("blocks", "layers", "cells", "stages", "units")
+
+
+def block_pattern(pattern: str) -> re.Pattern[str]:
+    """What `find_blocks` takes, compiled.
+
+    Raises:
+        UsageError: it is no regular expression.
+    """
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise UsageError(f"blocks must be a regular expression, {pattern!r} is none: {error}.") from None
+
+
+def find_blocks(model: nn.Module, pattern: str | None = None) -> Iterator[str]:
+    """Names of a network's repeated units: residual blocks, inverted residuals, transformer blocks, cells.
+
+    In this order: modules whose name full-matches `pattern`; the fine layer groups that timm's models (and any model with a
+    ``group_matcher`` method like theirs) declare; members of the model's lists of composite modules. Where the units are single
+    layers (VGG), the activations are read, the last step of each conv-norm-activation unit.
+
+    Raises:
+        UsageError: `pattern` is no regular expression or matches no module.
+
+    >>> list(find_blocks(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))))
+    ['0', '1']
+    """
+    modules = dict(model.named_modules())
+    if pattern is not None:
+        named = block_pattern(pattern)
+        names = [n for n in modules if n and named.fullmatch(n)]
+        if not names:
+            raise UsageError(f"no module name full-matches the block pattern {pattern!r}; names look like {', '.join(list(modules)[1:6])}.")
+    else:
+        names = [u for n in _declared_units(model, modules) for u in _inside_stage(n, modules)] or list(_listed_units(model, ""))
+        if not any(any(modules[n].children()) for n in names):
+            activations = [n for n in names or modules if _is_activation(modules[n])]
+            names = activations or [n for n, m in modules.items() if isinstance(m, MEASURED)]
+    outer: list[str] = []
+    for name in names:
+        if not any(name.startswith(o + ".") for o in outer):
+            outer.append(name)
+    yield from outer
+
+
+def block_widths(block: nn.Module) -> frozenset[int]:
+    """Widths that the block's layers and norms can give to its output, to tell channels from positions."""
+    found: set[int] = set()
+    for module in block.modules():
+        for attribute in ("out_channels", "out_features", "num_features"):
+            value = getattr(module, attribute, None)
+            if isinstance(value, int):
+                found.add(value)
+        shape = getattr(module, "normalized_shape", None)
+        if isinstance(shape, tuple) and len(shape) == 1:
+            found.add(shape[0])
+    return frozenset(found)
+
+
+def feature_axis(tensor: Tensor, widths: frozenset[int], channels_last_maps: bool) -> int:
+    """Axis of the features of a block output: tokens (B, N, D) last; maps (B, D, H, W) or, where the widths say so, (B, H, W, D)."""
+    if tensor.dim() < 4:
+        return -1
+    first, last = tensor.shape[1] in widths, tensor.shape[-1] in widths
+    if first == last:
+        return -1 if channels_last_maps else 1
+    return 1 if first else -1
+
+
+def _declared_units(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    matcher = getattr(model, "group_matcher", None)
+    groups = matcher(coarse=False) if callable(matcher) else {}
+    blocks = groups.get("blocks") or [] if isinstance(groups, dict) else []
+    patterns = [blocks] if isinstance(blocks, str) else [p for p, position in blocks if position is None]
+    return [n for n, m in modules.items() if any(re.fullmatch(p, n) for p in patterns) and not isinstance(m, nn.Identity)]
+
+
+def _inside_stage(name: str, modules: dict[str, nn.Module]) -> list[str]:
+    """The blocks of a declared unit that is a whole stage; the unit itself otherwise."""
+    inner = getattr(modules[name], "blocks", None)
+    if isinstance(inner, _LISTS) and any(map(_composite, inner)):
+        return [f"{name}.blocks.{child}" for child, m in inner.named_children() if _composite(m)]
+    return [name]
+
+
+def _listed_units(module: nn.Module, prefix: str) -> Iterator[str]:
+    for child, inner in module.named_children():
+        name = f"{prefix}{child}"
+        if isinstance(module, _LISTS) and _composite(inner) and not _is_stage(inner):
+            yield name
+        elif _composite(inner):
+            yield from _listed_units(inner, name + ".")
+
+
+def _is_stage(module: nn.Module) -> bool:
+    if isinstance(module, _LISTS):
+        return any(map(_composite, module))
+    return any(n in _STAGE_CHILDREN and isinstance(m, _LISTS) and any(map(_composite, m)) for n, m in module.named_children())
+
+
+def _composite(module: nn.Module) -> bool:
+    return any(module.children()) and any(isinstance(m, MEASURED) for m in module.modules())
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__.endswith("modules.activation") or "layers.activations" in type(module).__module__
