@@ -25,6 +25,7 @@ from capnas.data import ImageData, load_data
 from capnas.devices import is_out_of_memory, resolve_device
 from capnas.errors import StudyError, UsageError
 from capnas.graph.structure import structure
+from capnas.layers import block_pattern
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
 from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation
@@ -62,6 +63,7 @@ class Objective:
         resolutions: Image sizes to search jointly, as the parameter ``image_size``. A size that leaves more than half of an architecture's
             layers past the receptive-field border, where a larger one does not, is skipped for it: the trial ends as "infeasible".
         blocks: Regular expression of the units that are read as blocks, see `capnas.layers.find_blocks`; that of ``train`` where None.
+            An architecture without such a unit ends as "infeasible".
         seed: Of weights, shuffling and augmentation, the same for every candidate: common random numbers make differences between
             candidates less noisy than seeds of their own would. Threads (``n_jobs``) take turns; processes run side by side.
         device: See `capnas.training.TrainConfig`.
@@ -183,8 +185,8 @@ class Objective:
             over = [f"{metrics[n]:,} {n} are over the limit of {limit:,}" for n, limit in self.limits.items() if metrics[n] > limit]
             if over:
                 return "over_budget", "; ".join(over)
-            if (idle := self._idle(candidate)) is not None:
-                return "infeasible", idle
+            if (useless := self._useless(candidate)) is not None:
+                return "infeasible", useless
             if (twin := self._twin(trial, found)) is not None:
                 return self._reuse(found, *twin)
         try:
@@ -225,12 +227,12 @@ class Objective:
                 return "diverged", f"{', '.join(missing)} came out not finite"
         return result.status, result.reason
 
-    def _idle(self, candidate: Candidate) -> str | None:
-        """Why an architecture cannot use its image size, where it can use a larger one; see `capnas.measures.resolution.unusable`."""
+    def _useless(self, candidate: Candidate) -> str | None:
+        """Why an architecture is not looked at: it has no blocks of the name asked for, or idles at its size but not at a larger one."""
+        if self.train.blocks is not None and not any(map(block_pattern(self.train.blocks).fullmatch, candidate.trace.modules[1:])):
+            return f"no module that runs full-matches the block pattern {self.train.blocks!r}"
         larger = [size for size in self.resolutions or () if size > candidate.image_size]
-        if not larger:
-            return None
-        fields = structure(candidate.trace).fields
+        fields = structure(candidate.trace).fields if larger else ()
         return unusable(fields, candidate.image_size) if any(unusable(fields, size) is None for size in larger) else None
 
     def _judge(self, trial: Any, found: dict[str, Any]) -> Callable[[int, dict[str, Any], Profile | None], str | None]:

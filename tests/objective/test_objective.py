@@ -255,6 +255,16 @@ def test_no_duplicate_at_another_resolution_or_with_other_settings(data: ImageDa
     assert evaluations(study)[-1].status == "complete"
 
 
+def test_an_architecture_without_the_blocks_asked_for_is_skipped(data: ImageData) -> None:
+    pairs = run(objective(data, blocks="6"), SMALL, SMALL | {"depth": 2})  # one conv gives five modules, two give seven
+    without, with_it = evaluations(pairs)
+    assert (without.status, without.reason) == ("infeasible", "no module that runs full-matches the block pattern '6'")
+    assert not without.curve
+    assert without.macs > 0
+    assert with_it.status == "complete"
+    assert [b.name for b in with_it.profile.blocks] == ["6"]
+
+
 def test_a_resolution_past_the_border_is_skipped_where_a_larger_one_is_searched(data: ImageData) -> None:
     def deep(trial: Any, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
         width = trial.suggest_int("width", 1, 4)
