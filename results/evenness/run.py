@@ -2,11 +2,11 @@
 
     python results/evenness/run.py
 
-Twofold. Architectures of a space are cut into three groups of MACs; within each the evener half is compared with the less even one. And
-steering is simulated: of 20 architectures drawn at random under a limit on MACs, the one that short accuracy names is compared with the
-one that short accuracy plus a weight times evenness (of the untrained network) names, by final accuracy; on the spaces whose short
-trainings are known. Intervals are of other architectures in the place of these (bootstrapped). Writes table.md, evenness.json and
-evenness.svg.
+Twofold. Architectures of a space are cut into thirds by MACs; within each third the evener half of every ten neighbours in MACs is compared
+with the less even half. And steering is simulated: of 20 architectures drawn at random under a limit on MACs, the one that short accuracy
+names is compared with the one that short accuracy plus a weight times evenness (of the untrained network) names, by final accuracy; on the
+spaces whose short trainings are known. Intervals are of other architectures in the place of these (bootstrapped, in the first part within
+each ten). Writes table.md, evenness.json and evenness.svg.
 """
 
 import json
@@ -22,6 +22,7 @@ SPACES = {"nasbench201": "NAS-Bench-201", "nasbench101": "NAS-Bench-101", "macro
           "mbconv": "mbconv, short training"}  # fmt: skip
 READINGS = {"block_saturation_evenness": "blocks, untrained", "saturation_evenness": "layers, untrained", "trained": "layers, trained"}
 GROUPS = ("few MACs", "medium", "many MACs")
+LIKE = 10  # neighbours in MACs that are compared: a third of a space spans several times its least MACs
 LIMITS = {"cheapest third": 1 / 3, "cheaper two thirds": 2 / 3, "all": 1.0}  # limits on MACs, as quantiles of the space
 WEIGHTS, DRAWN = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0), 20  # of evenness, beside accuracy as a fraction; architectures of one simulated search
 STEERED = ("nasbench201", "nasbench101", "mbconv")  # short accuracy known
@@ -43,16 +44,25 @@ def rows(space):
     return accuracy * (100 if accuracy.max() <= 1 else 1), macs, readings
 
 
-def gain(accuracy, even, chance, draws=1000):
-    """Mean accuracy of the evener half less that of the other, in points, with a bootstrapped 95 % interval."""
-    high = even >= np.median(even)
+def neighbours(macs):
+    """Places of architectures, about `LIKE` of like MACs at a time."""
+    return np.array_split(np.argsort(macs, kind="stable"), max(1, len(macs) // LIKE))
 
-    def difference(i):
-        a, h = accuracy[i], high[i]
-        return a[h].mean() - a[~h].mean() if h.any() and not h.all() else np.nan
 
-    spread = [difference(chance.integers(len(accuracy), size=len(accuracy))) for _ in range(draws)]
-    return [float(difference(np.arange(len(accuracy)))), *(float(q) for q in np.nanquantile(spread, (0.025, 0.975)))]
+def gain(accuracy, even, macs, chance, draws=1000):
+    """Mean accuracy of the evener half less that of the other, in points, mean over `neighbours`, with a bootstrapped 95 % interval."""
+
+    def difference(groups):
+        found = []
+        for near in groups:
+            high = even[near] >= np.median(even[near])
+            if not high.all():
+                found.append(accuracy[near][high].mean() - accuracy[near][~high].mean())
+        return np.mean(found) if found else np.nan
+
+    groups = neighbours(macs)
+    spread = [difference([near[chance.integers(len(near), size=len(near))] for near in groups]) for _ in range(draws)]
+    return [float(difference(groups)), *(float(q) for q in np.nanquantile(spread, (0.025, 0.975)))]
 
 
 def steered(short, final, even, weights, chance, searches):
@@ -96,9 +106,12 @@ def study():
         group = np.searchsorted(edges, macs, side="right")
         for reading, even in readings.items():
             ok = np.isfinite(even)
-            gains = [gain(accuracy[ok & (group == g)], even[ok & (group == g)], chance) for g in range(3)]
+            thirds = [ok & (group == g) for g in range(3)]
+            gains = [gain(accuracy[third], even[third], macs[third], chance) for third in thirds]
+            spans = [macs[third][near].max() / macs[third][near].min() for third in thirds for near in neighbours(macs[third])]
             partial = partial_spearman(even[ok], accuracy[ok], [macs[ok]])
-            found.append({"space": space, "reading": reading, "architectures": int(ok.sum()), "partial": float(partial), "gains": gains})
+            found.append({"space": space, "reading": reading, "architectures": int(ok.sum()), "partial": float(partial), "gains": gains,
+                          "span": float(np.median(spans))})  # fmt: skip
     return found
 
 
@@ -111,8 +124,10 @@ def table(found):
         cells = [f"{g:+.2f} [{low:+.2f}, {high:+.2f}]" for g, low, high in row["gains"]]
         head = (SPACES[row["space"]], READINGS[row["reading"]], str(row["architectures"]), f"{row['partial']:.2f}")
         lines.append(f"| {' | '.join((*head, *cells))} |")
-    note = ("Last three columns: mean accuracy of the evener half less that of the less even half, in points, among architectures of like "
-            "MACs (thirds of the space), with bootstrapped 95 % intervals. Evenness is 1 - Gini of saturation.")  # fmt: skip
+    spans = [row["span"] for row in found]
+    note = (f"Last three columns: mean accuracy of the evener half less that of the less even half, in points, among {LIKE} neighbours in "
+            f"MACs at a time (their greatest MACs are {min(spans):.2f} to {max(spans):.2f} times their least, medians over the tens of a "
+            "space), mean over a third of the space, with bootstrapped 95 % intervals. Evenness is 1 - Gini of saturation.")  # fmt: skip
     return "\n".join([*lines, "", note]) + "\n"
 
 

@@ -44,8 +44,8 @@ def cifar(path, count, seed, size=32, raw=False):
     return (x - mean[:, None, None]) / std[:, None, None], torch.from_numpy(targets)
 
 
-def table(space, folder, count=None, seed=0):
-    """Rows of a benchmark: at most `count`, drawn by isomorphism class where the table names one; columns arch, accuracy and more."""
+def table(space, folder, count=None, seed=0, without=()):
+    """Rows of a benchmark without some: at most `count`, drawn by isomorphism class where the table names one; arch, accuracy and more."""
     folder = Path(folder)
     if space == "nasbench201":
         rows = pd.read_csv(folder / "nasbench201_cifar10_dev.csv.gz").drop_duplicates("unique")
@@ -73,6 +73,7 @@ def table(space, folder, count=None, seed=0):
         rows["macs"], rows["params"] = 1e6 * rows["macs_M"], 1e6 * rows["params_M"]
     else:
         raise ValueError(f"space is one of {', '.join(SPACES)}; got {space!r}.")
+    rows = rows[~rows["arch"].isin(without)]
     if count is not None and count < len(rows):
         rows = rows.sample(count, random_state=seed)
     return rows.reset_index(drop=True)

@@ -1,13 +1,14 @@
 """How well training-free scores rank architectures whose trained accuracy is known, with every baseline proxy beside them.
 
     python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures structure,proxies] [--seed S] [--label L]
-                                                     [--images N] [--size PIXELS] [--mode train|eval]
+                                                     [--images N] [--size PIXELS] [--mode train|eval] [--others]
     python results/ranking/run.py baselines SPACE --data DIR [--count N]
     python results/ranking/run.py tables
 
 SPACE: nasbench201, nasbench101, macro, timm, mbconv (draws of train.py), mobilenetv2 (widths times image sizes; no weight was ever
 fitted on it). DIR holds the tables and the CIFAR-10 archive. `measure` appends one JSON line per architecture to raw/SPACE.jsonl (with the
 seed and the label in its name where given) and goes on where it stopped.
+With `--others` it draws from what raw/SPACE.jsonl does not hold: no weight was fitted on these rows (raw/SPACE-others.jsonl).
 `baselines` draws N rows of it and adds naswot and synflow of the same untrained networks on the same images: raw/SPACE-baselines.jsonl.
 `tables` derives table.md and summary.json from what is there; files named `timed` tell the seconds of a space whose rows were not timed.
 """
@@ -46,9 +47,10 @@ def built(space, row, side, seed):
         return benchmarks.build(space, row, WIDTHS.get(space, side if space == "timm" else None))
 
 
-def measure(space, folder, count, measures, seed, label, images=None, size=None, mode="train"):
+def measure(space, folder, count, measures, seed, label, images=None, size=None, mode="train", others=False):
     torch.set_num_threads(1)
-    rows = benchmarks.table(space, folder, count)
+    fitted = [json.loads(line)["arch"] for line in (HERE / "raw" / f"{space}.jsonl").open()] if others else []
+    rows = benchmarks.table(space, folder, count, without=fitted)
     images, size = (given or usual for given, usual in zip((images, size), IMAGES.get(space, (64, 32))))
     probe = functools.cache(lambda side: benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, seed, side))
     path = HERE / "raw" / f"{'-'.join([space, *([f'seed{seed}'] if seed else []), *([label] if label else [])])}.jsonl"
@@ -294,6 +296,7 @@ if __name__ == "__main__":
     run.add_argument("--images", type=int, help="of the probe batch")
     run.add_argument("--size", type=int, help="their side in pixels")
     run.add_argument("--mode", default="train", choices=("train", "eval"), help="state of the norms while measuring")
+    run.add_argument("--others", action="store_true", help="rows that no weight was fitted on")
     few = commands.add_parser("baselines")
     few.add_argument("space", choices=benchmarks.SPACES)
     few.add_argument("--data", required=True)
@@ -305,5 +308,5 @@ if __name__ == "__main__":
     elif given.command == "baselines":
         baselines(given.space, given.data, given.count)
     else:
-        measure(given.space, given.data, given.count, tuple(given.measures.split(",")), given.seed, given.label, given.images, given.size,
-                given.mode)  # fmt: skip
+        measure(given.space, given.data, given.count, tuple(given.measures.split(",")), given.seed,
+                given.label or ("others" if given.others else None), given.images, given.size, given.mode, given.others)  # fmt: skip

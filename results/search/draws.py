@@ -151,10 +151,12 @@ def table():
                   f"| signal | Spearman [95 %] | named out of {POOL} |", "| --- | --- | --- |"]  # fmt: skip
         found = signals(rows)
         ranks = {name: spearmanr(v, accuracy)[0] for name, v in found.items()}
-        summary[case] = {"draws": len(rows), "deviation": float(accuracy.std(ddof=1)), "spearman": {n: float(r) for n, r in ranks.items()}}
+        named = {name: float(picked(v, accuracy)) for name, v in found.items()}
+        summary[case] = {"draws": len(rows), "deviation": float(accuracy.std(ddof=1)), "spearman": {n: float(r) for n, r in ranks.items()},
+                         "named": named}  # fmt: skip
         for name in sorted(ranks, key=lambda n: -ranks[n]):
             low, high = interval(found[name], accuracy)
-            lines.append(f"| {name} | {ranks[name]:.2f} [{low:.2f}, {high:.2f}] | {100 * picked(found[name], accuracy):.2f} |")
+            lines.append(f"| {name} | {ranks[name]:.2f} [{low:.2f}, {high:.2f}] | {100 * named[name]:.2f} |")
         lines.append("")
     (HERE / "draws.md").write_text("\n".join(lines))
     (HERE / "draws.json").write_text(json.dumps(summary, indent=1) + "\n")

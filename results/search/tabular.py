@@ -49,7 +49,7 @@ from capnas.search.samplers import make_sampler
 HERE = Path(__file__).resolve().parent
 RAW, SPACE = HERE / "raw" / "tabular.jsonl", HERE / "raw" / "tabular_space.json"
 TIMES, FITS = HERE / "raw" / "score_seconds.jsonl", HERE.parent / "ranking" / "fit.json"
-SEEDS, BUDGET, SHORT = 50, 100, 25  # budgets in mean trainings; the short one where a score leads: such searches settle sooner
+SEEDS, BUDGET, SHORT = 100, 100, 25  # budgets in mean trainings; the short one where a score leads: such searches settle sooner
 IDLE = 200  # draws in a row that cost nothing after which a search ends: a sampler may settle on cells that it knows
 UNSEEN = "unseen"  # capacity_score with weights of the other spaces
 POOL, SHARE = 400, 5  # candidates measured ahead; percent of all seen that may be trained
