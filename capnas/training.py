@@ -24,11 +24,13 @@ from capnas.errors import UsageError, check_types, one_of
 from capnas.layers import block_pattern
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.probing import seeded
+from capnas.norms import measure_norms, running_norms
 from capnas.profile import Profile
 from capnas.recording import Recorder
 
 SCHEDULES = ("cosine", "poly", "step", "constant", "none")
 MAX_LOSS = 100.0  # far above ln(classes): a step beyond it is an explosion, not a bad start
+_FEW_UPDATES = 20  # in an epoch, below which running averages of batch norms lag behind the weights
 
 EpochCallback = Callable[[int, dict[str, Any], "Profile | None"], "str | None"]
 
@@ -187,7 +189,8 @@ def train(
     split: str = "train",
     evaluate_on: str | None = "validation",
 ) -> TrainingResult:
-    """Train a model in place on ``split``, evaluating on ``evaluate_on`` after each epoch.
+    """Train a model in place on ``split``, evaluating on ``evaluate_on`` after each epoch; after one of fewer than 20 updates the
+    running statistics of batch norms are measured anew first (`capnas.norms.measure_norms`).
 
     Args:
         model: Ends trained, on ``config.device``, in eval mode.
@@ -312,6 +315,12 @@ def _epochs(
                     schedule.step_update(epoch * updates + batches)
             row = {"epoch": epoch + 1, "train_loss": float(total) / max(batches, 1), "lr": optimizer.param_groups[0]["lr"]}
             _check(row["train_loss"], f"in epoch {epoch + 1}")
+            if batches < _FEW_UPDATES and running_norms(model):
+                again = data.batches(split, config.batch_size, epoch=epoch, seed=config.seed, device=device, image_size=image_size)
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    measure_norms(model, (_format(x, channels_last) for x, y in again if len(y) > 1))
+                if recorder is not None:
+                    recorder.pop("eval")  # these were training images
             if evaluate_on is not None:
                 switches: dict[str, Any] = {"amp": "on" if amp else "off", "channels_last": "on" if channels_last else "off"}
                 measured = evaluate(model, data, evaluate_on, device=str(device), image_size=image_size, **switches)

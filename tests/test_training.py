@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from tiny_space import images
 from torch import nn
 
+from capnas._timm import import_timm
 from capnas.data import ImageData, load_data
 from capnas.devices import is_out_of_memory, resolve_device, use_amp, use_channels_last
 from capnas.errors import UsageError
@@ -93,23 +96,72 @@ def test_replays_bit_for_bit_whatever_the_callers_random_state(data: ImageData) 
     assert without_seconds(c.curve) != without_seconds(a.curve)
 
 
-def test_warm_up_then_cosine_to_zero(data: ImageData) -> None:
-    seen: list[float] = []
+def watched(data: ImageData, look: Callable[[torch.optim.Optimizer], Any], **changes: Any) -> list[Any]:
+    """What `look` finds in the optimizer at each update of a training, after clipping and before the step."""
+    seen: list[Any] = []
 
     class Watched(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
-            seen.append(self.param_groups[0]["lr"])
+            seen.append(look(self))
             return super().step(closure)
 
-    import timm.optim
+    optim = import_timm("timm.optim")
+    optim._optim_factory.default_registry.register(optim.OptimInfo(name="watched", opt_class=Watched, description="for a test"))
+    train(net(), data, config(**{"optimizer": "watched", "lr": 0.1, "record": False} | changes))
+    return seen
 
-    timm.optim._optim_factory.default_registry.register(timm.optim.OptimInfo(name="watched", opt_class=Watched, description="for a test"))
-    train(net(), data, config(optimizer="watched", lr=0.1, epochs=4, warmup_epochs=1.0))
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    return optimizer.param_groups[0]["lr"]
+
+
+def test_warm_up_then_cosine_to_zero(data: ImageData) -> None:
+    seen = watched(data, learning_rate, epochs=4, warmup_epochs=1.0)
     n = len(seen) // 4
     warm_up = [0.001 + t * (0.1 - 0.001) / n for t in range(n)]
     cosine = [0.05 * (1 + math.cos(math.pi * t / (4 * n))) for t in range(n, 4 * n)]
     assert n == data.sizes["train"] // 16
     assert seen == pytest.approx(warm_up + cosine)
+
+
+@pytest.mark.parametrize(("epochs", "powers"), [(2, [0, 1]), (6, [0, 0, 1, 1, 2, 2])])
+def test_step_schedule_falls_to_a_tenth_after_each_third(data: ImageData, epochs: int, powers: list[int]) -> None:
+    seen = watched(data, learning_rate, schedule="step", epochs=epochs, batch_size=64, warmup_epochs=0.0)
+    updates = data.sizes["train"] // 64
+    assert updates > 1
+    assert seen == pytest.approx([0.1 * 0.1**power for power in powers for _ in range(updates)])
+
+
+def test_gradients_are_clipped_to_the_given_norm(data: ImageData) -> None:
+    def norm(optimizer: torch.optim.Optimizer) -> float:
+        grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        return float(torch.cat(grads).norm())
+
+    assert min(watched(data, norm, epochs=1, lr=1e-4, clip_grad=None)) > 0.05
+    assert watched(data, norm, epochs=1, lr=1e-4, clip_grad=0.05) == pytest.approx([0.05] * (data.sizes["train"] // 16), rel=1e-3)
+    assert watched(data, norm, epochs=1, lr=1e-4, clip_grad=1e3)[0] == watched(data, norm, epochs=1, lr=1e-4, clip_grad=None)[0]
+
+
+def test_weight_decay_is_for_weights_of_two_or_more_axes(data: ImageData) -> None:
+    def decays(optimizer: torch.optim.Optimizer) -> list[tuple[int, float]]:
+        return sorted((p.ndim, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"])
+
+    seen = watched(data, decays, epochs=1, batch_size=64, weight_decay=0.3)
+    assert seen[0] == sorted((p.ndim, 0.3 if p.ndim > 1 else 0.0) for p in net().parameters())
+    assert {ndim for ndim, _ in seen[0]} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
+def test_label_smoothing_is_in_the_loss(data: ImageData, smoothing: float) -> None:
+    classes, model = 3, net(dropout=0.0)
+    x, y = next(data.batches("train", 1000, epoch=0, seed=0))  # all of it: the first loss is that of the fresh weights
+    with torch.no_grad():
+        logits = copy.deepcopy(model).train()(x).double().numpy()
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    wanted = np.full((len(y), classes), smoothing / classes)
+    wanted[np.arange(len(y)), y.numpy()] += 1 - smoothing
+    result = train(model, data, config(epochs=1, batch_size=1000, label_smoothing=smoothing, amp="off", record=False))
+    assert result.curve[0]["train_loss"] == pytest.approx(-(wanted * logs).sum(1).mean(), rel=1e-5)
 
 
 def test_on_epoch_stops_with_its_reason(data: ImageData) -> None:
@@ -205,7 +257,7 @@ def test_retrain_uses_train_and_validation_and_reads_test_once(data: ImageData, 
 
     monkeypatch.setattr(ImageData, "batches", spy)
     result, test = retrain(net(), data, config(epochs=3))
-    assert splits == ["train+validation"] * 3 + ["test"]
+    assert splits == ["train+validation"] * 6 + ["test"]  # each epoch once more for the norms, as it has few updates
     assert test["accuracy"] > 0.8
     assert result.accuracy is None
     assert result.profile is not None
@@ -215,9 +267,12 @@ def test_retrain_uses_train_and_validation_and_reads_test_once(data: ImageData, 
     assert set(splits) == {"train", "validation"}
 
 
-def test_other_resolution_and_label_smoothing(data: ImageData) -> None:
+def test_another_resolution_is_trained_and_evaluated_at(data: ImageData) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-    result = train(model, data, config(epochs=1, label_smoothing=0.1), image_size=12)
+    seen = set()
+    model.register_forward_pre_hook(lambda module, args: seen.add((module.training, *args[0].shape[2:])))
+    result = train(model, data, config(epochs=1), image_size=12)
+    assert seen == {(True, 12, 12), (False, 12, 12)}
     assert result.profile is not None
     assert result.profile.layers[0].rows_seen == data.sizes["validation"] * 100
 

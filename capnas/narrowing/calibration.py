@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capnas.measures.narrowing import gram
+from capnas.norms import channel_moments, running_norms
 from capnas.profile import untouched
 from capnas.recording import LayerRecord, Recorder
 
@@ -201,21 +202,6 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
     with untouched(model, training=False), torch.no_grad(), hooked(layers, model), hooked(norms, model, before=True):
         model(example)
     return found
-
-
-def running_norms(model: nn.Module) -> list[str]:
-    """Batch norms that keep running moments."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-
-
-def channel_moments(x: Tensor) -> NormInputs:
-    """Mean and variance of each channel of (B, C, ...), with N and not N - 1 below, as a batch norm uses them.
-
-    >>> [v.tolist() for v in channel_moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))]
-    [[2.0, 5.0], [1.0, 0.0]]
-    """
-    axes = [i for i in range(x.dim()) if i != 1]
-    return x.mean(axes), x.var(axes, unbiased=False)
 
 
 def norm_inputs(model: nn.Module, images: Tensor) -> dict[str, NormInputs]:

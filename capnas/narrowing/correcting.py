@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from capnas.measures.narrowing import moved_norm, refit
-from capnas.narrowing.calibration import NormInputs, Reading, channel_moments, hooked, input_rows, running_norms
+from capnas.narrowing.calibration import NormInputs, Reading, hooked, input_rows
+from capnas.norms import channel_moments
 
 
 def correct(
@@ -74,29 +75,4 @@ def correct(
     model.eval()
     fits, moves = {n: fit(n) for n in readings}, {n: move(n) for n in before}
     with torch.no_grad(), hooked(fits, model, before=True), hooked(moves, model, before=True):
-        model(images)
-
-
-def measure_norms(model: nn.Module, images: Tensor) -> None:
-    """Measure the running mean and variance of every batch norm anew, in place: what other pruners are given beside `correct`.
-
-    Unlike `correct` it forgets what training had gathered, so that few or small images hurt.
-
-    Args:
-        model: on the images' device; left in eval mode.
-        images: (N, C, H, W), run as one batch.
-
-    >>> net = nn.Sequential(nn.BatchNorm2d(1))
-    >>> measure_norms(net, torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1))
-    >>> net[0].running_mean.item(), net[0].running_var.item()
-    (2.0, 1.0)
-    """
-
-    def measure(module: Any, args: Any) -> None:
-        mean, variance = channel_moments(args[0])
-        module.running_mean.copy_(mean)
-        module.running_var.copy_(variance)
-
-    model.eval()
-    with torch.no_grad(), hooked(dict.fromkeys(running_norms(model), measure), model, before=True):
         model(images)

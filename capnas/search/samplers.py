@@ -97,7 +97,7 @@ def make_sampler(
 
 
 def make_pruner(name: str, *, epochs: int) -> Any:
-    """A pruner for a study with one value; never before the second epoch, nor the fifth trial."""
+    """A pruner for a study with one value; the median's stops nothing before the second epoch, nor before the sixth trial."""
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=first_judged(epochs))
     if name == "hyperband":

@@ -33,7 +33,7 @@ from torch import nn
 from capnas.candidates import count_cost
 from capnas.data import load_data
 from capnas.narrowing import narrowed, plan_widths, survey
-from capnas.narrowing.correcting import measure_norms
+from capnas.norms import measure_norms
 from capnas.projection import project_model
 from capnas.saved import build_recipe, load_model, save_model
 from capnas.training import TrainConfig, evaluate, train
@@ -211,7 +211,7 @@ def rival(bench, tp, name, scope, ratio):
 
 def renewed(bench, model):
     model = copy.deepcopy(model)
-    measure_norms(model, bench.images)
+    measure_norms(model, [bench.images])
     return bench.accuracy(model)
 
 

@@ -121,7 +121,7 @@ def records_of(name):
 
 def is_varied(name):
     """Whether a file holds a part of a space measured with other settings, which sensitivity.py compares."""
-    return "-" in name and not name.endswith(("-all", "-trained", "-proxies", "-baselines", "-quarter", "-timed"))
+    return "-" in name and not name.endswith(("-all", "-trained", "-proxies", "-baselines", "-quarter", "-timed", "-others"))
 
 
 def costs(record):

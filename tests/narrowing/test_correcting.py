@@ -11,9 +11,9 @@ from capnas.errors import UsageError
 from capnas.measures.narrowing import moved_norm
 from capnas.narrowing import chosen_units, narrowed
 from capnas.narrowing.calibration import input_rows, norm_inputs, norms_behind, output_rows, read_layers, readable
-from capnas.narrowing.correcting import measure_norms
 from capnas.narrowing.planning import plan_widths, read_widths
 from capnas.narrowing.survey import Survey, survey
+from capnas.norms import measure_norms
 from capnas.saved import build_recipe
 
 
@@ -222,7 +222,7 @@ def test_norms_measured_anew_have_unit_outputs() -> None:
     net, x = batch_norm_net(1e4), torch.randn(48, 2, 8, 8)
     net[1].weight.data.fill_(1)
     net[1].bias.data.zero_()
-    measure_norms(net, x)
+    measure_norms(net, [x])
     torch.testing.assert_close(net[:2](x).var((0, 2, 3), unbiased=False), torch.ones(6), rtol=1e-3, atol=1e-3)
 
 

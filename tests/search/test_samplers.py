@@ -45,8 +45,15 @@ def test_unknown_names() -> None:
 
 def test_pruners() -> None:
     assert isinstance(make_pruner("off", epochs=3), optuna.pruners.NopPruner)
-    assert isinstance(make_pruner("hyperband", epochs=3), optuna.pruners.HyperbandPruner)
-    assert make_pruner("median", epochs=12)._n_warmup_steps == 5
+    median = make_pruner("median", epochs=12)
+    assert (median._n_startup_trials, median._n_warmup_steps) == (5, 5)
+
+
+@pytest.mark.parametrize("epochs", [3, 12])
+def test_hyperband_reaches_from_one_epoch_to_all_in_steps_of_three(epochs: int) -> None:
+    pruner = make_pruner("hyperband", epochs=epochs)
+    assert isinstance(pruner, optuna.pruners.HyperbandPruner)
+    assert (pruner._min_resource, pruner._max_resource, pruner._reduction_factor) == (1, epochs, 3)
 
 
 def test_tpe_draws_a_pool_at_random() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 import pytest
 
 from capnas.errors import StudyError
+from capnas.search import storages
 from capnas.search.storages import hide_password, open_storage
 
 
@@ -46,6 +48,52 @@ def test_the_lock_of_a_killed_process_is_freed_in_a_folder_named_relatively(tmp_
         assert backend._backend._lock.acquire()  # and is killed here: those who wait see how old it is
         assert all(link.exists() for link in Path("run").glob("*.lock"))
         backend._backend._lock.release()
+
+
+class Clock:
+    """Stands in for the module ``time``: sleeping passes the time, and what is to happen meanwhile happens."""
+
+    def __init__(self, meanwhile: Callable[[float], None]) -> None:
+        self.now, self.meanwhile = 1_000_000.0, meanwhile
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.meanwhile(self.now - 1_000_000.0)
+        self.now += seconds
+
+
+def dangling(folder: Path) -> Path:
+    """A lock made when the clock starts, whose link leads nowhere."""
+    lock = folder / "journal.log.lock"
+    lock.symlink_to("no/such/journal.log")
+    os.utime(lock, (1_000_000.0, 1_000_000.0), follow_symlinks=False)
+    return lock
+
+
+def test_a_fresh_dangling_lock_is_respected_for_ten_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, held = dangling(tmp_path), []
+    clock = Clock(lambda passed: held.append((passed, lock.is_symlink())))
+    monkeypatch.setattr(storages, "time", clock)
+    open_storage(None, tmp_path)
+    assert all(there for _, there in held)
+    assert 9 < held[-1][0] <= 10
+    assert not lock.is_symlink()
+
+
+def test_a_fresh_dangling_lock_that_its_owner_releases_is_waited_for_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, waits = dangling(tmp_path), []
+
+    def meanwhile(passed: float) -> None:
+        waits.append(passed)
+        if len(waits) == 2:
+            lock.unlink()
+
+    monkeypatch.setattr(storages, "time", Clock(meanwhile))
+    open_storage(None, tmp_path)
+    assert len(waits) == 2
+    assert (tmp_path / "journal.log").is_file()
 
 
 def test_a_storage_that_does_not_answer() -> None:
