@@ -18,12 +18,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capnas.errors import CapnasError, SpaceError
+from capnas.errors import CapnasError, SpaceError, StudyError
 from capnas.graph.canonical import architecture_hash
 from capnas.graph.tracing import Trace, trace
 from capnas.spaces import space_name
 
 __all__ = ["Candidate", "Cost", "Infeasible", "LayerCost", "architecture_hash", "build_candidate", "build_model", "cost_of", "count_cost"]
+
+_OPTUNA = Path(optuna.__file__).parent
 
 
 class Infeasible(CapnasError):
@@ -125,7 +127,8 @@ def build_candidate(
 
     Raises:
         Infeasible: the space pruned the trial, or building or running the model raised an AssertionError, ValueError or RuntimeError.
-        SpaceError: the space returns no model, or one with another output than (B, num_classes).
+        SpaceError: the space returns no model, or one with another output than (B, num_classes), or asks for what the trial cannot give.
+        StudyError: the study's sampler cannot be used.
 
     >>> from capnas.spaces import load_space
     >>> trial = optuna.create_study().ask()
@@ -214,17 +217,22 @@ def _reasons(space: Callable[..., Any]) -> Iterator[None]:
     except (AssertionError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
-        if not _raised_by_optuna(error):
+        places = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not any(place.is_relative_to(_OPTUNA) for place in places):
             raise Infeasible(f"{type(error).__name__}: {_line(error) or 'no message'}") from error
-        if not isinstance(error, ValueError):
+        if not isinstance(error, ValueError) or not places[-1].is_relative_to(_OPTUNA):
             raise
-        raise SpaceError(f"the space {space_name(space)!r} and its trial do not agree: {_line(error)}") from error
+        if any(place.is_relative_to(_OPTUNA / "samplers") for place in places):
+            text = f"the sampler cannot be used: {_line(error).rstrip('.')}. Choose another, such as optuna.samplers.TPESampler."
+            raise StudyError(text) from error
+        raise SpaceError(f"the space {space_name(space)!r} and its trial do not agree: {_parameter(error)}{_line(error)}") from error
 
 
-def _raised_by_optuna(error: BaseException) -> bool:
-    home = Path(optuna.__file__).parent
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(home)
+def _parameter(error: BaseException) -> str:
+    """The name of the parameter that was asked for when Optuna raised, where its text lacks it."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    name = next((f.f_locals.get("name") for f in frames if f.f_code.co_name.startswith("suggest_")), None)
+    return "" if name is None or repr(name) in str(error) else f"parameter {name!r}: "
 
 
 def _line(error: BaseException) -> str:

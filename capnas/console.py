@@ -10,7 +10,9 @@ import re
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +20,8 @@ from capnas.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 WIDE = 160  # columns of a table that goes into a file or a pipe
+_REFUSED = ("over_budget", "infeasible", "gated")  # ended before training
+LONGER = "train for more epochs, with a smaller batch_size or on more images"
 
 
 def number(text: str, option: str = "") -> int:
@@ -72,6 +76,24 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def counted(number: int, what: str) -> str:
+    """How many of something.
+
+    >>> counted(1, "epoch"), counted(20, "epoch")
+    ('1 epoch', '20 epochs')
+    """
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def time_left(seconds: float, ran: int, remaining: int) -> str:
+    """Time that the rest takes at the pace so far; empty where there is no pace yet or no rest.
+
+    >>> time_left(60, 3, 6), time_left(60, 0, 6)
+    ('about 2 min 0 s left', '')
+    """
+    return f"about {duration(seconds / ran * remaining)} left" if ran > 0 and remaining > 0 else ""
 
 
 def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
@@ -153,12 +175,70 @@ def run_document(result: Any) -> dict[str, Any]:
         "interrupted": result.interrupted,
         "best": next((f for f in front if best is not None and f["trial"] == best.number), None),
         "front": front,
+        "outcomes": _outcomes(result),
+        "at_chance": guess(result, _accuracies(result)) is not None,
     }
 
 
 def no_value(result: Any) -> str:
     """What to say of a run without a result."""
     return f"no trial gave a value; see why with: capnas report {shlex.quote(str(result.folder))}"
+
+
+def guess(run: Any, accuracies: Iterable[float | None], split: str = "validation") -> float | None:
+    """The accuracy of a guess where none of these is better than that, one over the number of classes; None else, or where it is unknown.
+
+    Args:
+        run: A `capnas.search.RunResult`.
+        accuracies: On a split of its images.
+        split: Which.
+    """
+    from capnas.measures.guessing import no_better_than_a_guess
+    from capnas.search.opening import DATA
+
+    facts, known = run.study.user_attrs.get(DATA), [a for a in accuracies if a is not None]
+    if facts is None or not known:
+        return None
+    chance = 1 / facts["num_classes"]
+    return chance if no_better_than_a_guess(max(known), chance=chance, images=facts["sizes"][split]) else None
+
+
+def at_chance(what: str, chance: float, advice: str = LONGER) -> str:
+    """What to say of what is no better than a guess; `what` is the start of the sentence.
+
+    >>> at_chance("this network is no", 0.1, "train it")
+    'this network is no better than a guess (10.0 %): train it'
+    """
+    return f"{what} better than a guess ({100 * chance:.1f} %): {advice}"
+
+
+def _accuracies(result: Any) -> list[float]:
+    return [a for _, e in result.evaluations() if (a := e.metrics.get("accuracy")) is not None]
+
+
+def _outcomes(result: Any) -> dict[str, int]:
+    """Trials by status, in the order of the statuses."""
+    from capnas.objective.evaluation import STATUSES
+
+    found = Counter(e.status for _, e in result.evaluations())
+    return {status: found[status] for status in STATUSES if found[status]}
+
+
+def closing(result: Any) -> list[str]:
+    """The last lines of a search: what came of the trials, what to do where most were refused, whether any is better than a guess."""
+    found, config = _outcomes(result), result.config
+    if not found:
+        return []
+    total, refused = sum(found.values()), sum(found.get(status, 0) for status in _REFUSED)
+    counts = [f"{number} {status}".replace("_", " ") for status, number in found.items()]
+    lines = [f"{counted(total, 'trial')}: {', '.join(counts)}"]
+    if 2 * refused > total:
+        limits = {"--max-macs": config.max_macs and "over_budget", "--max-params": config.max_params and "over_budget", "--gate": "gated"}
+        ease = " or ".join(option for option, status in limits.items() if status in found)
+        lines.append(f"{refused} of {total} were refused before training: raise --trials" + (f", or ease {ease}" if ease else ""))
+    if (chance := guess(result, _accuracies(result))) is not None:
+        lines.append(at_chance("no trial is", chance))
+    return lines
 
 
 def show_run(result: Any) -> None:
@@ -168,25 +248,26 @@ def show_run(result: Any) -> None:
         print(no_value(result))
         return
     rows = [[str(t.number), *map(short, t.values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t in result.front[:20]]
-    title = "best trial" if len(names) == 1 else f"Pareto set, {len(result.front)} trials"
+    title = "best trial" if len(names) == 1 else f"Pareto set, {counted(len(result.front), 'trial')}"
     show_table(["trial", *names, "parameters"], rows, title=title)
     print(f"best architecture: capnas best {where}\nreport: capnas report {where} --html report.html")
 
 
 def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code: str) -> None:
-    """One trial: values, parameters, metrics, the result of its final training, and its code."""
+    """One trial: values, parameters, metrics, its code, and last the result of its final training."""
     print(f"trial {document['trial']} of {document['study']}: {document['status']}, {document['image_size']} px")
     metrics = {k: v for k, v in document["metrics"].items() if v is not None and not k.startswith("init_")}
     for name, rows in (("value", document["values"]), ("parameter", document["params"]), ("metric", metrics)):
         texts = [[k, short(v) if isinstance(v, int | float) and not isinstance(v, bool) else str(v)] for k, v in rows.items()]
         if texts:
             show_table([name, ""], texts)
-    if test is not None and test["status"] == "complete":
-        print(f"test accuracy {test['test_accuracy']:.4f} after {test['epochs']} epochs on train + validation (seed {test['seed']})")
-        print(f"trained network: {test['model']}\n" if test.get("model") else f"{test['reason']}\n")
-    elif test is not None:
-        print(f"the final training ended as {test['status']}: {test['reason']}\n")
     print(code)
+    if test is not None and test["status"] == "complete":
+        trained = f"{counted(test['epochs'], 'epoch')} on train + validation (seed {test['seed']})"
+        print(f"test accuracy {test['test_accuracy']:.4f} after {trained}")
+        print(f"trained network: {test['model']}" if test.get("model") else test["reason"])
+    elif test is not None:
+        print(f"the final training ended as {test['status']}: {test['reason']}")
 
 
 class Progress:
@@ -196,12 +277,14 @@ class Progress:
         total: trials of the whole study.
         names: of the values.
         directions: of the values.
+        workers: processes whose trials are told here, some time after they end. Of several, only trials told so far count.
     """
 
-    def __init__(self, *, total: int, names: Sequence[str], directions: Sequence[str]) -> None:
-        self.total, self.names = total, names
-        self.sign = 1 if directions[0] == "maximize" else -1
-        self.start, self.ran = time.monotonic(), 0
+    def __init__(self, *, total: int, names: Sequence[str], directions: Sequence[str], workers: int = 1) -> None:
+        self.total, self.names, self.workers = total, names, workers
+        self.signs = [1 if direction == "maximize" else -1 for direction in directions]
+        self.start, self.began, self.ran = time.monotonic(), datetime.now(), 0
+        self._told: set[int] = set()
         self._live: Any = None
         self._task: Any = None
 
@@ -226,7 +309,8 @@ class Progress:
         from capnas.objective.evaluation import Evaluation
         from capnas.search.runs import is_finished
 
-        trials = study.get_trials(deepcopy=False)
+        self._told.add(trial.number)
+        trials = [t for t in study.get_trials(deepcopy=False) if self._counts(t)]
         finished = sum(map(is_finished, trials))
         self.ran += is_finished(trial)
         found = Evaluation.of(trial)
@@ -234,21 +318,21 @@ class Progress:
             return
         what = ", ".join(f"{name} {short(value)}" for name, value in found.values.items()) or found.reason
         line = f"trial {trial.number:>3}  {found.status:<11} {what}  ({duration(sum(found.seconds.values()))})"
-        state = "  ".join(filter(None, (self._best(study, trials), self._left(finished))))
+        left = time_left(time.monotonic() - self.start, self.ran, self.total - finished)
+        state = "  ".join(filter(None, (self._best(trials), left)))
         if self._live is None:
             say(f"[{finished}/{self.total}] {line}" + (f"  {state}" if state else ""))
         else:
             self._live.console.print(line, highlight=False, markup=False)
             self._live.update(self._task, completed=finished, state=state)
 
-    def _best(self, study: Any, trials: Sequence[Any]) -> str:
-        front = study.best_trials if any(t.state.name == "COMPLETE" for t in trials) else []
-        if not front:
-            return ""
-        best = max(front, key=lambda t: (self.sign * t.values[0], -t.number))
-        return f"best {self.names[0]} {short(best.values[0])} (trial {best.number})"
+    def _counts(self, trial: Any) -> bool:
+        """Whether a trial was told, or never will be: it ended before the start, or in another process beside the only one here."""
+        if self.workers == 1 or trial.number in self._told:
+            return True
+        return trial.datetime_complete is not None and trial.datetime_complete < self.began
 
-    def _left(self, finished: int) -> str:
-        if self.ran == 0 or finished >= self.total:
-            return ""
-        return f"about {duration((time.monotonic() - self.start) / self.ran * (self.total - finished))} left"
+    def _best(self, trials: Sequence[Any]) -> str:
+        usable = [t for t in trials if t.state.name == "COMPLETE" and all(v <= 0 for v in t.constraints.values())]
+        best = max(usable, key=lambda t: ([s * v for s, v in zip(self.signs, t.values)], -t.number), default=None)
+        return "" if best is None else f"best {self.names[0]} {short(best.values[0])} (trial {best.number})"

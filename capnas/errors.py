@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -34,16 +34,20 @@ class MissingDependencyError(CapnasError, ImportError):
     """An optional package is needed; the text names the extra that installs it."""
 
 
-def check_types(settings: Any) -> None:
-    """Refuse a field of a dataclass whose value is not of the declared kind; texts pass, since their own checks name the choices.
+def check_types(settings: Any, *texts: str) -> None:
+    """Refuse a field of a dataclass whose value is not of the declared kind.
+
+    Args:
+        settings: the dataclass.
+        texts: its fields that must be texts; where others are declared as texts anything passes, since their own checks name the choices.
 
     Raises:
         UsageError: the first such field.
     """
     for name, kind in get_type_hints(type(settings)).items():
         value, kinds = getattr(settings, name), get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        if not any(_fits(value, k) for k in kinds):
-            words = " or ".join(_WORDS.get(get_origin(k) or k) or k.__name__ for k in kinds)
+        if not any(isinstance(value, str) if k is str and name in texts else _fits(value, k) for k in kinds):
+            words = " or ".join(map(_word, kinds))
             raise UsageError(f"{name} must be {words}, got {value!r}.")
 
 
@@ -60,7 +64,14 @@ def check_names(what: str, given: Iterable[str], known: Collection[str]) -> None
             raise UsageError(one_of(what, name, known))
 
 
-_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of numbers", type(None): "none"}
+_WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text", Mapping: "values by name", type(None): "none"
+}  # fmt: skip
+
+
+def _word(kind: Any) -> str:
+    origin = get_origin(kind) or kind
+    return f"a list of {_word(get_args(kind)[0]).partition(' ')[2]}s" if origin is tuple else _WORDS.get(origin) or kind.__name__
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -70,6 +81,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple | list) and all(_fits(item, get_args(kind)[0]) for item in value)
     if isinstance(value, bool):
         return kind is bool
+    kind = get_origin(kind) or kind
     return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
 
 

@@ -73,10 +73,15 @@ def block_widths(block: nn.Module) -> frozenset[int]:
 
 
 def feature_axis(tensor: Tensor, widths: frozenset[int], channels_last_maps: bool) -> int:
-    """Axis of the features of a block output: tokens (B, N, D) last; maps (B, D, H, W) or, where the widths say so, (B, H, W, D)."""
-    if tensor.dim() < 4:
+    """Axis of the features of a block output; the widths that the block can give decide where they tell channels from positions.
+
+    Tokens (B, N, D) or, where the widths say so, sequences (B, D, L); maps (B, D, H, W) or, where the widths say so, (B, H, W, D).
+    """
+    if tensor.dim() < 3:
         return -1
     first, last = tensor.shape[1] in widths, tensor.shape[-1] in widths
+    if tensor.dim() == 3:
+        return 1 if first and not last else -1
     if first == last:
         return -1 if channels_last_maps else 1
     return 1 if first else -1

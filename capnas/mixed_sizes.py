@@ -91,7 +91,10 @@ class MixedSizes(ImageData):
     @classmethod
     def of(cls, data: ImageData, sizes: tuple[int, ...]) -> MixedSizes:
         """The same images."""
-        return cls(**{f.name: getattr(data, f.name) for f in dataclasses.fields(data)}, turns=sizes)
+        return cls(**_fields(data), turns=sizes)
+
+    def __reduce__(self) -> Any:
+        return MixedSizes.of, (ImageData(**_fields(self)), self.turns)
 
     def order(self, split: str, batch_size: int, epoch: int) -> tuple[int, ...]:
         """Sizes of the batches of a pass.
@@ -114,23 +117,27 @@ class MixedSizes(ImageData):
         device: str | torch.device = "cpu",
         image_size: int | None = None,
     ) -> Batches:
-        """As `ImageData.batches`; for ``train`` the sizes are those of `order` and ``image_size`` is ignored."""
+        """As `ImageData.batches`; for ``train`` and ``train+validation`` the sizes are those of `order` and ``image_size`` is ignored."""
         options: dict[str, Any] = {"epoch": epoch, "seed": seed, "augment": augment, "device": device}
-        if split != "train":
-            yield from super().batches(split, batch_size, image_size=image_size, **options)
-            return
+        alike = super().batches(split, batch_size, image_size=image_size, **options)  # refuses what cannot be, and reads nothing yet
+        return self._in_turn(split, batch_size, options) if "train" in split.split("+") else alike
+
+    def _in_turn(self, split: str, batch_size: int, options: dict[str, Any]) -> Batches:
+        epoch, positions = options["epoch"], self._positions(split)
         order = self.order(split, batch_size, epoch)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
-        shuffled = self.index[split][torch.randperm(len(self.index[split]), generator=generator)]
-        chunks = shuffled.split(batch_size)
+        generator = torch.Generator().manual_seed((options["seed"] * 1_000_003 + epoch) % (1 << 63))
+        chunks = positions[torch.randperm(len(positions), generator=generator)].split(batch_size)
         passes = {}
         for size in dict.fromkeys(order):
             chosen = torch.cat([chunk for chunk, turn in zip(chunks, order) if turn == size])
-            plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(ImageData)}
-            part = ImageData(**plain | {"index": {**self.index, split: chosen}})
-            passes[size] = iter(part.batches(split, batch_size, image_size=size, **options))
+            part = ImageData(**_fields(self) | {"index": {**self.index, "train": chosen}})
+            passes[size] = part.batches("train", batch_size, image_size=size, **options)
         for size in order:
             yield next(passes[size])
+
+
+def _fields(data: ImageData) -> dict[str, Any]:
+    return {f.name: getattr(data, f.name) for f in dataclasses.fields(ImageData)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,9 +207,7 @@ def tune_resolution(
         if not running:
             raise UsageError(f"no size could be trained: {runs[-1].status}, {runs[-1].reason}.")
     readings = [r.reading for r in runs if r.reading is not None]
-    labels = data.pool.labels[data.index["validation"]]
-    guess = float(labels.bincount().max()) / len(labels)
-    choice = rule.recommend(readings, budget=budget, pay=pay, images=len(labels), chance=guess)
+    choice = rule.recommend(readings, budget=budget, pay=pay, images=data.sizes["validation"], chance=data.guess)
     left_out = _left_out(surveys, runs)
     notes = [s.note for s in surveys if s.note and not s.refusal]
     if choice.size in rows and rows[choice.size].borderless:

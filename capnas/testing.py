@@ -104,9 +104,8 @@ def check_space(
     if not broken and 2 * feasible < draws:
         _note(broken, "at least half of the random draws must be feasible", f"{feasible} of {draws} are; reasons: {sorted(set(reasons))}")
     if broken:
-        raise SpaceError(
-            f"the space {space_name(loaded)!r} breaks {len(broken)} rule(s): " + " | ".join(f"{r}: {d}" for r, d in broken.items())
-        )
+        rules = f"{len(broken)} rule{'s' * (len(broken) > 1)}"
+        raise SpaceError(f"the space {space_name(loaded)!r} breaks {rules}: " + " | ".join(f"{r}: {d}" for r, d in broken.items()))
     candidates = [candidate for _, candidate in found]
     return SpaceReport(
         name=space_name(loaded),

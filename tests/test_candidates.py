@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from capnas._timm import timm
 from capnas.candidates import Infeasible, build_candidate, build_model, count_cost
-from capnas.errors import SpaceError
+from capnas.errors import SpaceError, StudyError
 
 SIZES: dict[str, Any] = {"num_classes": 3, "in_chans": 1, "image_size": 8}
 PARAMS = {"depth": 2, "width": 8}
@@ -165,6 +165,28 @@ def test_mistakes_are_not_infeasible() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         build_model(exhausted, {}, **SIZES, seed=0)
+
+
+def test_what_optuna_refuses_is_not_the_spaces_fault() -> None:
+    grid = optuna.create_study(sampler=optuna.samplers.GridSampler({"x": [1]}))
+    with pytest.raises(StudyError, match=r"^the sampler cannot be used: The parameter name, depth, is .* grid\. Choose another, such as"):
+        build_candidate(cnn_space, grid.ask(), **SIZES)
+
+    def chooses(trial: optuna.Trial, **sizes: int) -> nn.Module:
+        return nn.Identity() if trial.suggest_categorical("block", ["a", "b"]) == "a" else nn.ReLU()
+
+    study = optuna.create_study()
+    study.enqueue_trial({"block": "foo"})
+    text = r"^the space 'chooses' and its trial do not agree: parameter 'block': 'foo' not in \('a', 'b'\)\.$"
+    with pytest.raises(SpaceError, match=text):
+        build_candidate(chooses, study.ask(), **SIZES)
+
+    class Foreign(optuna.samplers.RandomSampler):
+        def sample_independent(self, *args: Any) -> Any:
+            raise ValueError("numbers ran out")
+
+    with pytest.raises(ValueError, match=r"^numbers ran out$"):
+        build_candidate(chooses, optuna.create_study(sampler=Foreign()).ask(), **SIZES)
 
 
 def nothing(trial: object, **sizes: int) -> None:

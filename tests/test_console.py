@@ -4,14 +4,18 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 
-from capnas.console import Progress, duration, number, out_json, pairs, short, show_table
+from capnas.console import Progress, closing, duration, number, out_json, pairs, run_document, short, show_best, show_run, show_table
 from capnas.errors import UsageError
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.search.config import StudyConfig
+from capnas.search.opening import DATA
+from capnas.search.runs import RunResult
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -105,3 +109,82 @@ def test_progress_is_live_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     text = screen.getvalue()
     assert "trial   1  over_budget too large" in text
     assert "3/5" in text
+
+
+def _ended(study: optuna.Study, status: str, accuracy: float | None = None) -> optuna.trial.FrozenTrial:
+    """A trial that has just ended."""
+    values = [] if accuracy is None else [accuracy, 1e6][: len(study.directions)]
+    found = Evaluation(
+        status=status, values=dict(zip(("accuracy", "macs"), values)), metrics={} if accuracy is None else {"accuracy": accuracy}
+    )
+    state = optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.PRUNED
+    study.add_trial(optuna.trial.create_trial(state=state, values=values or None, user_attrs={ATTRIBUTE: found.to_dict()}))
+    return study.trials[-1]
+
+
+def test_of_several_workers_only_trials_told_so_far_are_numbered_and_best(capsys: pytest.CaptureFixture[str]) -> None:
+    study = optuna.create_study(directions=["maximize"])
+    _ended(study, "complete", 0.2)  # before the start
+    progress = Progress(total=5, names=["accuracy"], directions=["maximize"], workers=2)
+    new = [_ended(study, "complete", accuracy) for accuracy in (0.4, 0.3, 0.6, 0.5)]
+    for trial in new:
+        progress.on_trial(study, trial)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["[2/5]", "[3/5]", "[4/5]", "[5/5]"]
+    assert ["(trial 1)" in line for line in lines] == [True, True, False, False]
+    assert ["left" in line for line in lines] == [True, True, True, False]
+
+
+def _result(statuses: list[tuple[str, float | None]], values: tuple[str, ...] = ("accuracy",), **settings: Any) -> RunResult:
+    config = StudyConfig(space="tiny", data="noise", study="told", values=values, out="runs/told", **settings)
+    study = optuna.create_study(directions=config.directions)
+    study.set_user_attr(DATA, {"num_classes": 10, "sizes": {"validation": 1000}})
+    for status, accuracy in statuses:
+        _ended(study, status, accuracy)
+    return RunResult(folder=Path("runs/told"), config=config, study=study)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "settings", "lines"),
+    [
+        ([], {}, []),
+        ([("complete", 0.5), ("failed", None), ("out_of_memory", None)], {}, ["3 trials: 1 complete, 1 out of memory, 1 failed"]),
+        ([("over_budget", None)], {"max_macs": 9},
+         ["1 trial: 1 over budget", "1 of 1 were refused before training: raise --trials, or ease --max-macs"]),
+        ([("complete", 0.12), ("gated", None), ("infeasible", None), ("over_budget", None)], {"max_macs": 9, "max_params": 9},
+         ["4 trials: 1 complete, 1 over budget, 1 infeasible, 1 gated",
+          "3 of 4 were refused before training: raise --trials, or ease --max-macs or --max-params or --gate"]),
+        ([("infeasible", None)], {"max_macs": 9},
+         ["1 trial: 1 infeasible", "1 of 1 were refused before training: raise --trials"]),
+        ([("complete", 0.1), ("complete", 0.11)], {},
+         ["2 trials: 2 complete",
+          "no trial is better than a guess (10.0 %): train for more epochs, with a smaller batch_size or on more images"]),
+    ],
+)  # fmt: skip
+def test_a_search_ends_with_what_came_of_its_trials(
+    statuses: list[tuple[str, float | None]], settings: dict[str, Any], lines: list[str]
+) -> None:
+    result = _result(statuses, **settings)
+    assert closing(result) == lines
+    document = run_document(result)
+    assert sum(document["outcomes"].values()) == len(statuses)
+    assert document["at_chance"] == any("guess" in line for line in lines)
+
+
+def test_images_of_old_studies_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    result = _result([("complete", 0.1)], values=("accuracy", "macs"))
+    result.study.set_user_attr(DATA, None)
+    assert closing(result) == ["1 trial: 1 complete"]
+    show_run(result)
+    assert "Pareto set, 1 trial " in capsys.readouterr().out
+
+
+def test_the_test_accuracy_comes_after_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    trial = {"trial": 3, "study": "told", "status": "complete", "image_size": 8, "metrics": {}, "values": {}, "params": {}}
+    test = {"status": "complete", "test_accuracy": 0.5, "epochs": 1, "seed": 0, "model": "runs/told/retrained"}
+    show_best(trial, test, "import timm")
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "import timm", "test accuracy 0.5000 after 1 epoch on train + validation (seed 0)", "trained network: runs/told/retrained",
+    ]  # fmt: skip
+    show_best(trial, {"status": "diverged", "reason": "the loss is NaN"}, "import timm")
+    assert capsys.readouterr().out.splitlines()[-1] == "the final training ended as diverged: the loss is NaN"

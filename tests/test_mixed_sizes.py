@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -102,6 +103,27 @@ def test_validation_is_that_of_the_data(data: ImageData) -> None:
     mixed = MixedSizes.of(data, (8, 16))
     ours, theirs = (torch.cat([x for x, _ in d.batches("validation", 16, image_size=12)]) for d in (mixed, data))
     assert torch.equal(ours, theirs)
+
+
+def test_validation_joined_to_train_takes_turns_too(data: ImageData) -> None:
+    batches = list(MixedSizes.of(data, (8, 16)).batches("train+validation", 16, image_size=12))
+    assert [x.shape[-1] for x, _ in batches] == [8, 16] * 6
+    assert 16 * len(batches) == data.sizes["train"] + data.sizes["validation"]
+
+
+def test_a_pickle_keeps_the_sizes(data: ImageData) -> None:
+    mixed = MixedSizes.of(data, (8, 16))
+    again = pickle.loads(pickle.dumps(mixed))
+    assert isinstance(again, MixedSizes)
+    for ours, theirs in zip(again.batches("train", 16, seed=3), mixed.batches("train", 16, seed=3), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+
+
+def test_what_cannot_be_is_refused_before_the_first_batch(data: ImageData) -> None:
+    mixed = MixedSizes.of(data, (8, 16))
+    for split, batch_size, text in (("nonsense", 16, "split must be one of"), ("train", 0, "batch_size must be at least 1, got 0")):
+        with pytest.raises(UsageError, match=text):
+            mixed.batches(split, batch_size)
 
 
 def test_training_together_teaches_all_sizes_and_tells_what_it_took(data: ImageData) -> None:

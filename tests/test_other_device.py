@@ -131,13 +131,15 @@ def check_measures() -> None:
         values[device] = [s.value for s in scores.values()] + [synflow(model, x, variant="log").value]
         values[device] += [n.value for n in weight_norms(model, graph, bounded=True).values()] + list(start.distances(model).values())
     same(values[DEVICE], values["cpu"])
-    rows = torch.randn(50, 20)
-    saturation.EXACT_EIGENVALUES = 8
-    try:
-        for device in ("cpu", DEVICE):
-            assert saturation.lossless_projection(moments_of(rows.to(device))).basis.shape == (20, 8)
-    finally:
-        saturation.EXACT_EIGENVALUES = 2048
+    flat = torch.randn(50, 20)
+    for rows in (flat, flat * 2.0 ** -torch.arange(20)):  # of which eight directions hold little and nearly all
+        sizes = [saturation.lossless_projection(moments_of(rows)).basis.shape]
+        saturation.EXACT_EIGENVALUES = 8
+        try:
+            sizes += [saturation.lossless_projection(moments_of(rows.to(device))).basis.shape for device in ("cpu", DEVICE)]
+        finally:
+            saturation.EXACT_EIGENVALUES = 2048
+        assert len(set(sizes)) == 1
 
 
 def check_projection() -> None:

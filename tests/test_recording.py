@@ -12,7 +12,7 @@ from torch import nn
 
 from capnas._timm import timm
 from capnas.errors import UsageError
-from capnas.layers import find_blocks
+from capnas.layers import feature_axis, find_blocks
 from capnas.measures.moments import covariance
 from capnas.measures.saturation import saturation, spectrum, threshold_margin
 from capnas.recording import Recorder
@@ -251,6 +251,36 @@ def test_block_features_are_found_in_both_layouts() -> None:
     assert [r.moments.width for r in record(swin, noise(2, 3, 32, 32), reading="blocks").values()] == [12, 24]
     convnext = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
     assert [r.moments.width for r in record(convnext, noise(2, 3, 64, 64), reading="blocks").values()] == [8, 16, 24, 32]
+
+
+class Residual1d(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv1d(width, width, 3, padding=1), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.act(self.conv(x))
+
+
+def test_blocks_of_sequences_are_read_along_their_channels() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 6, 3, padding=1), nn.Sequential(Residual1d(6), Residual1d(6)))
+    x = noise(16, 2, 40)
+    seen = record(model, x, reading="blocks", values_per_call=None)
+    assert [(name, r.moments.width, r.moments.count, r.positions) for name, r in seen.items()] == [
+        ("block:1.0", 6, 640, 40), ("block:1.1", 6, 640, 40)
+    ]  # fmt: skip
+    with torch.no_grad():
+        rows = model(x).movedim(1, -1).flatten(0, 1).double()
+    np.testing.assert_allclose(covariance(seen["block:1.1"].moments).numpy(), np.cov(rows.numpy().T, bias=True), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "widths", "axis"),
+    [((2, 6, 40), {6}, 1), ((2, 40, 6), {6}, -1), ((2, 6, 6), {6}, -1), ((2, 6, 40), {6, 40}, -1), ((2, 6, 40), {5}, -1), ((2, 6), {6}, -1),
+     ((2, 6, 4, 5), {6}, 1), ((2, 4, 5, 6), {6}, -1), ((2, 6, 5, 6), {6}, 1)],
+)  # fmt: skip
+def test_widths_tell_channels_from_positions(shape: tuple[int, ...], widths: set[int], axis: int) -> None:
+    assert feature_axis(torch.zeros(shape), frozenset(widths), False) == axis
 
 
 def test_blocks_by_pattern() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from capnas._timm import timm
 from capnas.graph.tracing import trace
-from capnas.measures.excess import distance_to_init
+from capnas.measures.excess import distance_to_init, group_norm_21
 from capnas.weights import InitialWeights, norm_layer_constants, weight_norms
 
 
@@ -112,3 +112,126 @@ def test_layers_that_share_a_weight_share_its_copy() -> None:
     held = InitialWeights.of(model).weights
     assert held["0"] is held["1"]
     assert held["2"] is not held["0"]
+
+
+std_conv = timm.layers.std_conv
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(std_conv.StdConv2d(4, 6, 3, padding=1), (4, 6, 6)), (std_conv.ScaledStdConv2d(4, 6, 3, padding=1), (4, 6, 6)),
+     (std_conv.StdConv2dSame(2, 3, 3, stride=2), (2, 6, 6)), (std_conv.ScaledStdConv2dSame(2, 4, 3, stride=2, groups=2), (2, 6, 7)),
+     (nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)), (2, 5, 5)),
+     (nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1)), (2, 4, 4))],
+    ids=["standardised", "scaled", "standardised same", "scaled same", "spectral", "weight norm"],
+)  # fmt: skip
+def test_norm_is_that_of_the_weight_that_is_applied(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(layer)
+    if hasattr(layer, "gain"):
+        nn.init.uniform_(layer.gain, 0.5, 2)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = weight_norms(model, trace(model, (2, *shape)))["0"].value
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())  # in train mode too
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+    assert found == pytest.approx(dense_norm(model.eval(), shape), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), (2, 5, 5)),
+     (nn.Conv2d(2, 3, 3, padding=(2, 1), dilation=2, stride=2, padding_mode="replicate"), (2, 7, 6)),
+     (nn.Conv1d(2, 3, 4, padding="same", padding_mode="replicate"), (2, 7)),
+     (nn.Conv1d(2, 3, 4, padding="same", padding_mode="circular"), (2, 7)), (nn.Conv1d(2, 3, 4, padding="same"), (2, 7)),
+     (nn.Conv3d(1, 2, 3, padding=1, padding_mode="reflect"), (1, 3, 4, 3)), (timm.layers.Conv2dSame(2, 3, 3, stride=2), (2, 6, 6))],
+    ids=["reflect", "replicate", "replicate same", "circular same", "even same", "reflect 3d", "timm same"],
+)  # fmt: skip
+def test_norm_is_that_of_the_map_before_padding(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(layer)
+    assert weight_norms(model, trace(model, (1, *shape)))["0"].value == pytest.approx(dense_norm(layer, shape), rel=1e-4)
+
+
+def test_padding_outside_a_layer_is_no_part_of_it() -> None:
+    model = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(2, 2, 3, padding=1))
+    assert weight_norms(model, trace(model, (1, 2, 4, 4)))["1"].value == pytest.approx(dense_norm(model[1], (2, 6, 6)), rel=1e-5)
+
+
+def test_distance_and_radius_of_a_transposed_convolution_run_over_its_outputs() -> None:
+    for groups in (1, 2):
+        layer = nn.ConvTranspose2d(4, 2, 2, stride=2, groups=groups, bias=False)
+        model = nn.Sequential(layer)
+        nn.init.constant_(layer.weight, 3.0)
+        start = InitialWeights.of(model)
+        with torch.no_grad():
+            layer.weight.add_(1.0)
+        # by hand: to each of 2 outputs and 4 taps, a vector of ones from the 4 / groups inputs of its group
+        expected = 2 * 4 * (4 / groups) ** 0.5
+        assert start.distances(model) == {"0": pytest.approx(expected)}
+        motion = start.motion(model, trace(model, (1, 4, 3, 3)))["0"]
+        assert (motion.distance, motion.radius) == pytest.approx((expected, 3 * expected))
+    plain = nn.ConvTranspose2d(3, 2, 2)
+    held = InitialWeights.of(nn.Sequential(plain))
+    nn.init.zeros_(plain.weight)
+    assert held.distances(nn.Sequential(plain))["0"] == pytest.approx(group_norm_21(held.weights["0"].transpose(0, 1)))
+
+
+def test_a_standardised_layer_moves_as_the_weight_that_it_applies() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(std_conv.StdConv2d(2, 3, 3))
+    graph, start = trace(model, (1, 2, 5, 5)), InitialWeights.of(model)
+
+    def standardised() -> torch.Tensor:
+        flat = model[0].weight.detach().double().flatten(1)
+        return ((flat - flat.mean(1, keepdim=True)) / flat.var(1, correction=0, keepdim=True).add(model[0].eps).sqrt()).view(3, 2, 3, 3)
+
+    before = standardised()
+    torch.testing.assert_close(start.weights["0"].double(), before, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        model[0].weight.mul_(5.0).add_(2.0)  # changes nothing that the layer does
+    assert start.motion(model, graph)["0"].distance < 1e-2 < 1 < distance_to_init(5 * before + 2, before)
+    with torch.no_grad():
+        model[0].weight[0] = torch.arange(18.0).view(2, 3, 3)
+    motion = start.motion(model, graph)["0"]
+    assert motion.distance == pytest.approx(distance_to_init(standardised(), before), rel=1e-3)
+    assert motion.radius == pytest.approx(group_norm_21(before), rel=1e-5)
+
+
+class Adapted(nn.Linear):
+    """A linear layer and a further product beside it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x.flip(-1)
+
+
+class Gated(nn.Conv2d):
+    """A weight that depends on the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight * x.mean(), self.bias)
+
+
+class Alone(nn.Linear):
+    """Its product is no call of torch.nn.functional."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.mT
+
+
+def test_a_layer_that_is_no_product_with_one_weight_has_no_norm() -> None:
+    model = nn.Sequential(Gated(1, 1, 3), nn.Flatten(), Adapted(4, 4), nn.Linear(4, 4), Alone(4, 4))
+    graph = trace(model, (1, 1, 4, 4))
+    start = InitialWeights.of(model)
+    assert list(weight_norms(model, graph)) == list(start.motion(model, graph)) == ["3"]
+    assert "4" not in start.weights
+
+
+def test_what_normalises_a_weight_is_no_norm_layer() -> None:
+    class NormedLinear(nn.Linear):
+        pass
+
+    model = nn.Sequential(
+        std_conv.StdConv2d(2, 2, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3)), nn.Flatten(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(32, 3)), nn.LayerNorm(3), NormedLinear(3, 2),
+    )  # fmt: skip
+    assert norm_layer_constants(model, trace(model, (1, 2, 6, 6))) == {"4": None}

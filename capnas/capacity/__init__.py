@@ -43,6 +43,7 @@ class CapacityMap:
         over_wide: layers flagged by (50); confirm before shrinking.
         pixels: capacity per input entry (C, H, W) by the Markov sweep (40), sum = total capacity less ``bias``; None when not asked for or
             not possible. The sweep takes every unit as decoupled; see `near_linear`.
+        unswept: why there are no pixels though they were asked for; else empty.
         bias: capacity that biases, position codes and layers off the input's way keep; None without pixels.
         coherent: S (24), share of the input gradient that is the same for all samples, averaged over projections.
         coherent_error: its standard error where it is 0, see `capnas.measures.decoupling.coherent_error`.
@@ -63,6 +64,7 @@ class CapacityMap:
     utilisation: Mapping[str, float]
     over_wide: tuple[str, ...]
     pixels: Tensor | None
+    unswept: str = ""
     bias: float | None
     coherent: float
     coherent_error: float
@@ -208,10 +210,11 @@ def capacity_map(
         utilisation=used,
         over_wide=over_wide(used),
         pixels=None if sweep is None else sweep.pixels,
+        unswept="a batch runs other operations than the one sample that was traced" if pixels and sweep is None else "",
         bias=None if sweep is None else sweep.bias,
         coherent=coherent,
         coherent_error=error,
-        residual=_residual_shares(graph, sweeper.moments),
+        residual=_residual_shares(graph, sweeper.moments, set(taps)),
         decoupling=decoupling,
         behind=_behind(graph, {index: decoupling[name] for name, index in reader.places.items()}, set(taps)),
         skipped=_skipped(model, set(by_weight), {tap.bias for tap in taps.values()}),
@@ -272,7 +275,7 @@ def _project(out: Tensor, leaf: Tensor, taps: LayerTaps, projections: int, seed:
     return [torch.stack(pairs).mean(0) for pairs in found if pairs]
 
 
-def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor]) -> dict[str, float]:
+def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor], tapped: set[str]) -> dict[str, float]:
     """``r_l`` of every addition of two maps of one shape that come from the input (31); the branch is the side with more layers.
 
     Sums of sides that are equally deep are parallel branches, not residual.
@@ -281,7 +284,8 @@ def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor]) ->
     found: dict[str, float] = {}
     for node in graph.nodes:
         data = [(i, p) for i, p in zip(node.inputs, node.input_ports) if i is not None and (i == -1 or i in fed)]
-        own = any(n is not None for n in node.input_params) and node.flops > 0
+        weighs = any(n is not None for n in node.input_params) or f"{node.module}.weight" in tapped  # the latter if it is computed
+        own = weighs and node.flops > 0
         depth[node.index] = max((depth.get(i, 0) for i, _ in data), default=0) + own
         if base_name(node) != "add" or len(data) != 2 or len(node.input_shapes) != 2 or node.input_shapes[0] != node.input_shapes[1]:
             continue

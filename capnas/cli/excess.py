@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
-from capnas.console import duration, out_json, pairs, say, short, show_table
+from capnas.console import LONGER, at_chance, counted, duration, out_json, pairs, say, short, show_table, time_left
 from capnas.errors import UsageError, check_names
 
 
@@ -39,6 +40,8 @@ def excess(
         from capnas.excess import excess_capacity
 
         network, images, size, name = _network(model, data, image_size, pairs(data_option or [], "--data-option"))
+        recipe = _recipe(epochs, pairs(train or [], "--train"))
+        told = _Trainings(f"{name} on {images.name}", recipe.epochs, keep=out is not None)
         factors = [_factors(text, option) for text, option in ((lipschitz, "--lipschitz"), (distance, "--distance"))]
         study = excess_capacity(
             network,
@@ -46,7 +49,7 @@ def excess(
             lipschitz=factors[0],
             distance=factors[1],
             seeds=range(seeds),
-            recipe=_recipe(epochs, pairs(train or [], "--train")),
+            recipe=recipe,
             tolerance=tolerance,
             hold=hold,  # type: ignore[arg-type]
             full_grid=full_grid,
@@ -54,12 +57,20 @@ def excess(
             device=device,
             name=name,
             out=out,
-            on_run=_tell,
+            on_start=told.start,
+            on_run=told.tell,
         )
         reading = study.read(tolerance=tolerance, hold=hold)  # type: ignore[arg-type]
-    document = {"study": study.header, "tolerance": tolerance, "hold": hold, "reading": reading.to_dict()}
+    document = {"study": study.header, "tolerance": tolerance, "hold": hold, "at_chance": study.at_chance, "reading": reading.to_dict()}
     document["layers"] = study.layers(reading.tightest["club"])
     out_json(document) if json else _show(document, study.header, reading)
+    if study.at_chance:
+        why = "only the training error tells constraints apart"
+        if hold == "validation":
+            why = "such an error holds under any constraint, so the decades mean nothing"
+        accuracy = f"the unconstrained network's accuracy on validation, {1 - reading.validation_error:.4f}, is no"
+        line = at_chance(accuracy, study.chance, f"{why}; {LONGER}")
+        say(line) if json else print(line)
 
 
 def _network(text: str, data: str | None, image_size: int | None, options: dict[str, Any]) -> tuple[Any, Any, int, str]:
@@ -116,10 +127,28 @@ def _recipe(epochs: int, given: dict[str, Any]) -> Any:
     return Recipe(**{"epochs": epochs} | given)
 
 
-def _tell(run: Any) -> None:
-    what = "unconstrained" if run.lipschitz is None else f"norms x {run.lipschitz:g}, distances x {run.distance:g}"
-    errors = f"error train {run.train_error:.4f}, validation {run.validation_error:.4f}" if run.status == "complete" else run.status
-    say(f"seed {run.seed}  {what}: {errors}  ({duration(run.seconds)})")
+class _Trainings:
+    """Lines of progress: a header before the first training, then one line a training."""
+
+    def __init__(self, what: str, epochs: int, *, keep: bool) -> None:
+        self.what, self.epochs, self.keep = what, epochs, keep
+        self.begin, self.there, self.ran, self.most = time.monotonic(), 0, 0, 0
+
+    def start(self, there: int, most: int) -> None:
+        self.begin, self.there, self.most = time.monotonic(), there, most
+        kept = f", {there} kept from before" if there else ""
+        say(f"excess capacity of {self.what}: up to {counted(most, 'training')} of {counted(self.epochs, 'epoch')}{kept}")
+        if not self.keep:
+            say("nothing is kept: --out DIR keeps every training, and the same command again goes on where it stopped")
+
+    def tell(self, run: Any) -> None:
+        self.ran += 1
+        what = "unconstrained" if run.lipschitz is None else f"norms x {run.lipschitz:g}, distances x {run.distance:g}"
+        errors = f"error train {run.train_error:.4f}, validation {run.validation_error:.4f}" if run.status == "complete" else run.status
+        done = self.there + self.ran
+        left = time_left(time.monotonic() - self.begin, self.ran, self.most - done)
+        line = f"[{done}/{self.most}] seed {run.seed}  {what}: {errors}  ({duration(run.seconds)})"
+        say(line + (f"  {left} at most" if left else ""))
 
 
 def _show(document: dict[str, Any], header: dict[str, Any], reading: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from capnas.cli.app import Device, Json, Run, app, quiet, whole
-from capnas.console import duration, out_json, say, show_best, show_table
+from capnas.console import at_chance, duration, guess, out_json, say, show_best, show_table
 
 
 @app.command()
@@ -76,7 +76,13 @@ def best(
             )
             if test.get("model") is not None:
                 test = test | {"model": str(found.run.folder / test["model"])}
+        tested = None if test is None else test["test_accuracy"]
+        accuracy, split = (document["metrics"].get("accuracy"), "validation") if tested is None else (tested, "test")
+        chance = guess(found.run, [accuracy], split)
     if json:
-        out_json(document | {"code": script} | ({} if test is None else {"retrained": test}))
-        return
-    show_best(document, test, script if code is None else f"code: {code}")
+        out_json(document | {"at_chance": chance is not None, "code": script} | ({} if test is None else {"retrained": test}))
+    else:
+        show_best(document, test, script if code is None else f"code: {code}")
+    if chance is not None:
+        line = at_chance(f"its accuracy on {split}, {accuracy:.4f}, is no", chance)
+        say(line) if json else print(line)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
-from capnas.console import out_json, say, short, show_table
+from capnas.console import LONGER, at_chance, counted, out_json, say, short, show_table
 from capnas.errors import UsageError
 
 
@@ -42,6 +42,7 @@ def prune(
     validation. capnas.load_model reads the folder.
     """
     with quiet():
+        from capnas.measures.guessing import no_better_than_a_guess
         from capnas.narrowing.planning import read_widths
         from capnas.narrowing.pruning import PruneConfig, calibration_images, make_plan, pretrain
         from capnas.narrowing.pruning import prune as prune_model
@@ -77,8 +78,7 @@ def prune(
                 "weights and will be others after training (--train-epochs N)")  # fmt: skip
         elif not trained:
             if train_epochs:
-                passes = f"{train_epochs} epoch{'s' * (train_epochs > 1)}"
-                say(f"{found.name} has no trained weights; it is trained first, {passes} on {found.data.name}")
+                say(f"{found.name} has no trained weights; it is trained first, {counted(train_epochs, 'epoch')} on {found.data.name}")
             model = pretrain(model, found.data, config, image_size=found.image_size, say=say)
         if dry_run:
             from capnas.devices import resolve_device
@@ -90,15 +90,39 @@ def prune(
         else:
             result = prune_model(model, found.data, config, image_size=found.image_size, say=say)
             document = {"target": found.name, "plan": result.plan.to_dict(), "report": result.report, "out": str(out)}
+            chance = found.data.guess
+            document["at_chance"] = {
+                stage: no_better_than_a_guess(accuracy, chance=chance, images=found.data.sizes["validation"])
+                for stage, accuracy in result.report["accuracy"].items()
+            }
             extra = {"target": found.name, "data": data_record(found.data), "trained": True, "report": result.report}
             save_model(result.model.cpu(), out, found.recipe, extra=extra, force=force)  # type: ignore[arg-type]
     if json:
         out_json(document)
-        return
-    show_plan(document["plan"])
+    else:
+        show_plan(document["plan"])
     if "report" in document:
-        show_report(document["report"])
-        say(f"saved: {out}  (capnas.load_model({str(out)!r}))")
+        if not json:
+            show_report(document["report"])
+            say(f"saved: {out}  (capnas.load_model({str(out)!r}))")
+        if line := guessed(document["report"]["accuracy"], document["at_chance"], chance):
+            say(line) if json else print(line)
+
+
+def guessed(accuracy: dict[str, float], poor: dict[str, bool], chance: float) -> str:
+    """What to say where the network is no better than a guess, before it is narrowed or at the end; else nothing.
+
+    >>> guessed({"before": 0.1, "pruned": 0.1}, {"before": True, "pruned": True}, 0.1).partition(":")[0]
+    'the network, with an accuracy of 0.1000 before and 0.1000 after narrowing, is no better than a guess (10.0 %)'
+    """
+    last = "finetuned" if "finetuned" in accuracy else "pruned"
+    if poor["before"]:
+        what = f"the network, with an accuracy of {accuracy['before']:.4f} before and {accuracy[last]:.4f} after narrowing, is no"
+        return at_chance(what, chance, f"the two say nothing of what narrowing costs; first {LONGER}")
+    if poor[last]:
+        what = f"the narrowed network, with an accuracy of {accuracy[last]:.4f} ({accuracy['before']:.4f} before), is no"
+        return at_chance(what, chance, "keep more of it, or fine-tune it for more epochs (--finetune-epochs N)")
+    return ""
 
 
 def show_plan(plan: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
-from capnas.console import duration, number, out_json, pairs, say, short, show_table
+from capnas.console import counted, duration, number, out_json, pairs, say, short, show_table
 
 if TYPE_CHECKING:
     from capnas.resolution import SizeRun, SizeSurvey, Tuning
@@ -112,7 +112,7 @@ def _tell_pass(number: int, of: int) -> None:
 
 def _tell(run: SizeRun) -> None:
     result = f"accuracy {run.reading.accuracy:.4f}" if run.reading is not None else f"{run.status}: {run.reason}"
-    say(f"round {run.rung}  {run.size} px  {run.epochs} epochs  {result}  ({duration(run.seconds)})")
+    say(f"round {run.rung}  {run.size} px  {counted(run.epochs, 'epoch')}  {result}  ({duration(run.seconds)})")
 
 
 def _show_surveys(surveys: tuple[SizeSurvey, ...]) -> None:
@@ -152,7 +152,7 @@ def _show_tuning(tuning: Tuning) -> None:
     weights = f"one set of weights, {shared.passes} passes at all sizes in turn, then each size alone"
     if shared.reason:
         weights = f"each size from its own weights: {shared.reason}"
-    cost = f"cost: {100 * tuning.macs_share:.0f} % of training every size for {tuning.epochs} epochs"
+    cost = f"cost: {100 * tuning.macs_share:.0f} % of training every size for {counted(tuning.epochs, 'epoch')}"
     typer.echo("\n".join([f"recommended: {chosen.size} px", *(f"  {reason}" for reason in chosen.reasons), weights, cost]))
     if tuning.advice:
         typer.echo("\n".join(["a tail remains; instead of another size:", *(f"  {a.text}" for a in tuning.advice)]))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from capnas.cli.app import Blocks, Count, Device, Json, app, quiet, whole
-from capnas.console import Progress, no_value, number, out_json, pairs, run_document, say, show_run
+from capnas.console import Progress, closing, counted, no_value, number, out_json, pairs, run_document, say, show_run
 from capnas.errors import UsageError
 
 
@@ -79,9 +79,9 @@ def search(
             train=pairs(train or [], "--train"),
             data_options=pairs(data_option or [], "--data-option"),
         )
-        start = f"searching {space} on {data}: {trials} trials, {epochs} epochs, optimizing "
+        start = f"searching {space} on {data}: {counted(trials, 'trial')}, {counted(epochs, 'epoch')}, optimizing "
         start += f"{', '.join(config.values)}, into {config.folder}"
-        progress = Progress(total=trials, names=config.values, directions=config.directions)
+        progress = Progress(total=trials, names=config.values, directions=config.directions, workers=workers)
         with progress:
             result = run_study(config, on_start=lambda: say(start), on_trial=progress.on_trial)
     if json:
@@ -90,11 +90,13 @@ def search(
             say(no_value(result))
     else:
         show_run(result)
+    for line in closing(result):
+        say(line) if json else print(line)
     if result.interrupted:
         say(f"Interrupted with {result.n_finished} of {trials} trials finished. Resume with: {_command()}")
         raise SystemExit(130)  # not typer.Exit: `main` says "interrupted" after that one
     if result.finished_before >= trials:
-        say(f"The study was finished before ({result.finished_before} trials); --trials with a larger number continues it.")
+        say(f"The study was finished before ({counted(result.finished_before, 'trial')}); --trials with a larger number continues it.")
 
 
 @app.command()
@@ -115,7 +117,7 @@ def worker(
     if json:
         out_json({"study": config.name, "ran": ran})
     else:
-        typer.echo(f"ran {ran} trials of {config.name}")
+        typer.echo(f"ran {counted(ran, 'trial')} of {config.name}")
 
 
 def _config_of(run: str, storage: str | None) -> Any:

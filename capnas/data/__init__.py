@@ -122,6 +122,12 @@ class ImageData:
         """Images per split."""
         return {split: len(self.index[split]) for split in ("train", "validation", "test")}
 
+    @property
+    def guess(self) -> float:
+        """What a network that names one class for every image gets on validation: the share of its commonest class, in (0, 1]."""
+        labels = self.pool.labels[self.index["validation"]]
+        return float(labels.bincount().max()) / len(labels)
+
     def __reduce__(self) -> Any:
         if self.spec.source is not None:
             return DataSpec.load, (self.spec,)
@@ -259,8 +265,9 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
             root, download: for named sets.
             memory_limit: bytes (2 GiB) up to which images are kept decoded in memory; 0 keeps none.
             mean, std: per channel, instead of those of train.
-            augment: of training batches: None or True is the source's default (mirrored except digits and letters, shifted), False is
-                none, or an `Augment`.
+            augment: of training batches: None or True mirrors and shifts, False does neither, or an `Augment`. Of the named sets those
+                of digits and letters (MNIST, EMNIST, KMNIST, QMNIST, SVHN, Omniglot) are not mirrored; folders and arrays are,
+                whatever they show: give ``Augment(flip=False)`` where a mirror image is another class.
             workers: threads that decode, or processes of timm's loader; None is the number of cores, at most 8.
 
     Which images are what: the source's test split is kept as test. Where there are only ``train`` and ``val`` (a folder, a named set or a

@@ -21,11 +21,13 @@ from typing import Any
 from torch import nn
 
 from capnas.data import ImageData
+from capnas.devices import resolve_device
 from capnas.errors import StudyError, UsageError
 from capnas.excess.composition import from_json, to_json
 from capnas.excess.network import Limits, paper_network
 from capnas.excess.reading import BOUNDS, HOLDS, Hold, Reading, Sample, Setting, holds, read, rise
 from capnas.excess.training import LayerState, Recipe, Run, every_image, train_run
+from capnas.measures.guessing import no_better_than_a_guess
 
 __all__ = [
     "BOUNDS", "DISTANCES", "HOLDS", "LIPSCHITZ", "ExcessStudy", "Hold", "LayerState", "Reading", "Recipe", "Run", "Setting",
@@ -42,7 +44,8 @@ class ExcessStudy:
     """The runs of one network on one task.
 
     Attributes:
-        header: What was asked for, in plain JSON types: model, data, sample, recipe, grid, composition of the network.
+        header: What was asked for, in plain JSON types: model, data, what a guess gets on it, sample, recipe, grid, composition of the
+            network.
         runs: All of them, the unconstrained ones first.
     """
 
@@ -54,6 +57,21 @@ class ExcessStudy:
         stages, sample = from_json(self.header["composition"]), Sample(**self.header["sample"])
         runs = [run for run in self.runs if run.seed in self.header["seeds"]]
         return read(runs, stages, sample, [(a, b) for a, b in self.header["grid"]], tolerance=tolerance, hold=hold)
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a guess on validation: the share of the commonest class, or of one class where the study did not keep that."""
+        return float(self.header.get("chance") or 1 / self.header["data"]["num_classes"])
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the unconstrained networks, mean over seeds, are no better than a guess on validation, see `no_better_than_a_guess`.
+
+        Their validation error then holds under any constraint, and the decades found so mean nothing.
+        """
+        errors = [run.validation_error for run in self.runs if run.lipschitz is None and run.seed in self.header["seeds"]]
+        images = self.header["data"]["sizes"]["validation"]
+        return bool(errors) and no_better_than_a_guess(1 - math.fsum(errors) / len(errors), chance=self.chance, images=images)
 
     def layers(self, setting: Setting | None = None) -> list[dict[str, Any]]:
         """One row per layer, means over seeds: s and b of the unconstrained runs, and in a setting their limits and what was reached."""
@@ -90,6 +108,7 @@ def excess_capacity(
     device: str = "auto",
     name: str = "",
     out: str | Path | None = None,
+    on_start: Callable[[int, int], None] | None = None,
     on_run: Callable[[Run], None] | None = None,
 ) -> ExcessStudy:
     """Train the unconstrained network and the grid of constrained ones; ``.read()`` of the result gives the excess capacity.
@@ -108,6 +127,8 @@ def excess_capacity(
         device: "auto", "cpu", "cuda", ...
         name: Of the model, for reports.
         out: Folder that keeps every run as it ends; the same call goes on where it stopped.
+        on_start: Called once before the first training, with the number of runs that `out` holds already and of those that there can be at
+            most: settings that are spared are among these.
         on_run: Called with every run that was trained.
 
     Raises:
@@ -127,6 +148,7 @@ def excess_capacity(
     header = {
         "model": name or type(model).__name__,
         "data": {"name": data.name, "image_size": size, "in_chans": data.in_chans, "num_classes": data.num_classes, "sizes": data.sizes},
+        "chance": data.guess,
         "sample": asdict(_sample(data, size)),
         "recipe": asdict(recipe),
         "grid": [list(pair) for pair in grid],
@@ -137,12 +159,19 @@ def excess_capacity(
     header = json.loads(json.dumps(header))
     store = None if out is None else Path(out)
     runs = [] if store is None else _open(store, header)
+    asked_for = [(seed, *pair) for seed in seeds for pair in ((None, None), *grid)]
+    there = len({(r.seed, r.lipschitz, r.distance) for r in runs} & set(asked_for))
+    kept = len(runs)
 
     def run(seed: int, factors: tuple[float, float] | None, limits: dict[str, Limits] | None) -> Run:
         asked = factors or (None, None)
         known = next((r for r in runs if r.seed == seed and (r.lipschitz, r.distance) == asked), None)
         if known is not None:
             return known
+        if len(runs) == kept:
+            resolve_device(device)  # its error comes before any word of a start
+            if on_start is not None:
+                on_start(there, len(asked_for))
         done = train_run(fresh(seed), data, limits=limits, factors=factors, recipe=recipe, seed=seed, device=device, image_size=image_size)
         runs.append(done)
         if store is not None:
@@ -214,7 +243,7 @@ def _open(folder: Path, header: dict[str, Any]) -> list[Run]:
         (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
         return []
     found = read_study(folder)
-    free = ("grid", "seeds")  # a study may be widened
+    free = ("grid", "seeds", "chance")  # a study may be widened; older ones did not keep what a guess gets
     differ = [key for key in header if key not in free and header[key] != found.header.get(key)]
     if differ:
         raise StudyError(f"{folder} holds a study with another {', '.join(differ)}; give a new folder or the options of that study.")

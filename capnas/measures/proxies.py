@@ -7,6 +7,7 @@ in train mode (as the published codes do), everything else in eval mode, so that
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -19,14 +20,15 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError, one_of
 from capnas.measures.activation_codes import CodeOverlap, all_finite
+from capnas.measures.applied_weights import WeightSwap, computing_layers, is_norm
 from capnas.measures.probing import FAILURES, Loss, first_tensor, gradable, linear_weights, reason, swapped, untouched, weight_gradients
 
-_NORMS = re.compile("norm", re.IGNORECASE)
 _IDENTITIES = re.compile(
     "(relu6?|leakyrelu|prelu|rrelu|c?elu|selu|(quick)?gelu(tanh)?|silu|swish|mish|hard_?(tanh|swish|mish))(me)?", re.IGNORECASE
 )
 _GATES = re.compile("(hard)?sigmoid(me)?", re.IGNORECASE)
 _ADDED = re.compile("(bias|embed\\w*|tokens?|pos\\w*)$")
+_CANCELLED = "the model's own constants or computed weights, of both signs, cancel the flow"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ def synflow(model: nn.Module, inputs: Tensor, *, variant: Literal["sum", "log"] 
     """Synaptic flow (Tanaka et al., NeurIPS 2020, arXiv 2006.05467; as a score: Abdelfattah et al., ICLR 2021, arXiv 2101.08134).
 
     With all parameters replaced by their magnitudes, norms by the identity and the input by ones, ``R`` is the sum of the outputs and the
-    score is ``sum_w |w| dR/d|w|`` over the weights of convolutions and dense layers; the natural logarithm of that sum is returned.
+    score is ``sum_w |w| dR/d|w|`` over the weights of convolutions and dense layers; the natural logarithm of that sum is returned. Of a
+    layer that computes its weight (standardisation, weight or spectral norm) w is what it computes from its parameters, signs and all.
 
     Ours: every module that is a rectifier, smooth or clipped, is the identity, as a ReLU is on the positive signals here. R grows like the
     number of paths and passes 1e308; then, in double precision, the input and what is added to the signal (biases, position codes) are
@@ -75,12 +78,16 @@ def synflow(model: nn.Module, inputs: Tensor, *, variant: Literal["sum", "log"] 
                 flag = reason(error)
                 break
             gradients = [g / scale**2 if variant == "log" else g for _, g in flows]
-            total = sum(float((w * (g.log1p() if variant == "log" else g)).sum()) for (w, _), g in zip(flows, gradients))
+            terms = [w * (g.log1p() if variant == "log" else g) for (w, _), g in zip(flows, gradients)]
+            total, size = (sum(float(t.sum()) for t in part) for part in (terms, [t.abs() for t in terms]))
             if math.isfinite(total) and variant == "log":
                 return Proxy(value=total)
-            if math.isfinite(total):
-                value = math.log(total) - 2 * math.log(scale) if total > 0 else math.nan
-                return Proxy(value=value, flag="" if total > 0 else "no flow reaches the output")
+            if math.isfinite(size) and total > torch.finfo(dtype).eps ** 0.5 * size:  # more is left of both signs than rounding
+                return Proxy(value=math.log(total) - 2 * math.log(scale))
+            if math.isfinite(size):
+                return Proxy(value=math.nan, flag=_CANCELLED if size > 0 else "no flow reaches the output")
+            if math.isnan(total) and all(all_finite(g) for g in gradients):  # ln(1 + g) of a flow below -1
+                flag = _CANCELLED
     return Proxy(value=math.nan, flag=flag)
 
 
@@ -301,19 +308,33 @@ def _deviation(gradients: Sequence[Tensor]) -> Tensor:
 
 def _flows(model: nn.Module, inputs: Tensor, dtype: torch.dtype, scale: float) -> list[tuple[Tensor, Tensor]]:
     """Magnitudes of the weights and their gradients of ``scale R``, the input and the biases at ``scale``."""
-    weights = {id(p) for p in linear_weights(model)}
+    computing = computing_layers(model)
+    inside = {id(x) for layer in computing for x in (*layer.modules(), *layer.parameters())}
+    weights = {id(p) for p in linear_weights(model)} - inside
     state: dict[int, Tensor] = {}
     flowing: list[Tensor] = []
+    computed: dict[int, Tensor] = {}
     for name, p in model.named_parameters():
-        size = p.detach().abs().to(dtype) if p.is_floating_point() else p.detach()
+        size = p.detach().to(dtype) if p.is_floating_point() else p.detach()
+        if size.is_floating_point() and (id(p) not in inside or _ADDED.search(name)):
+            size = size.abs()
         state[id(p)] = size * scale if _ADDED.search(name) else size  # what is added to the signal is scaled with it
         if id(p) in weights:
             flowing.append(state[id(p)].requires_grad_(True))
     state |= {id(b): b.detach().to(dtype) if b.is_floating_point() else b.detach().clone() for b in model.buffers()}
-    handles = [m.register_forward_hook(_pass) for m in model.modules() if is_norm(m) or _IDENTITIES.fullmatch(type(m).__name__)]
-    handles += [m.register_forward_hook(_open) for m in model.modules() if scale != 1 and _GATES.fullmatch(type(m).__name__)]
+    modules = [m for m in model.modules() if id(m) not in inside]
+    handles = [m.register_forward_hook(_pass) for m in modules if is_norm(m) or _IDENTITIES.fullmatch(type(m).__name__)]
+    handles += [m.register_forward_hook(_open) for m in modules if scale != 1 and _GATES.fullmatch(type(m).__name__)]
+
+    def magnitude(layer: nn.Module, weight: Tensor) -> Tensor:
+        if id(layer) not in computed:
+            computed[id(layer)] = weight.detach().abs().requires_grad_(True)
+            flowing.append(computed[id(layer)])
+        return computed[id(layer)]
+
     try:
-        with untouched(model), swapped(model, state), torch.enable_grad():
+        swap = WeightSwap(computing, magnitude) if computing else contextlib.nullcontext()
+        with untouched(model), swapped(model, state), torch.enable_grad(), swap:
             ones = torch.full((1, *inputs.shape[1:]), scale, dtype=dtype, device=inputs.device)
             out = first_tensor(model(ones))
             found = torch.autograd.grad(out.sum() * scale, flowing, allow_unused=True)
@@ -329,13 +350,3 @@ def _pass(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 def _open(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return torch.ones_like(output) if isinstance(output, Tensor) else output
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm layer, by its class or, without children, by the name of its class. Ours.
-
-    >>> is_norm(nn.LayerNorm(2)), is_norm(nn.Linear(2, 2))
-    (True, False)
-    """
-    known = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-    return isinstance(module, known) or (bool(_NORMS.search(type(module).__name__)) and not list(module.children()))

@@ -29,6 +29,7 @@ from scipy.optimize import nnls
 
 from capnas.errors import UsageError
 from capnas.measures import evenness
+from capnas.measures.guessing import no_better_than_a_guess
 from capnas.measures.receptive import LayerField, border_layers
 from capnas.measures.resolution_reasons import comparison
 
@@ -334,9 +335,8 @@ def recommend(
         chosen = next((s for s in final if s > best and final[s].even and values[s] >= values[best] - max(slack, error)), best)
     row = final[chosen]
     guessed = None
-    if chance is not None:
-        above = 2 * math.sqrt(chance * (1 - chance) / images) if images else 0.0
-        guessed = chance if all(r.accuracy <= chance + above for r in final.values()) else None
+    if chance is not None and all(no_better_than_a_guess(r.accuracy, chance=chance, images=images) for r in final.values()):
+        guessed = chance
     reasons = comparison(final, fitted, values, chosen=chosen, best=best, pay=pay, guessed=guessed)
     if row.saturations:
         said = "inference is spread evenly" if row.even else "a tail remains"

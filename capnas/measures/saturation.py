@@ -8,6 +8,7 @@ gives them, the default follows the definition. Effective rank and Simpson index
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from capnas.measures.moments import Moments, covariance
-from capnas.measures.singular import EXACT_EIGENVALUES
+from capnas.measures.singular import EXACT_EIGENVALUES, SINGLE_DOUBT, single_eigenvalues, single_eigenvectors
 
 THRESHOLD = 0.99
+_HELD = 1 - 1e-5  # share of the variance from which the leading eigenvalues stand for all of them
+_RANK = 1e-12  # eigenvalues below this share of the largest are rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +33,14 @@ class Spectrum:
         width: D, the number of features.
         total: trace of the covariance.
         finite: False when the covariance held NaN or infinite entries (the eigenvalues are then empty).
+        doubt: share of the variance by which a cumulative share may be off beyond the rounding of float64.
     """
 
     eigenvalues: Tensor
     width: int
     total: float
     finite: bool = True
+    doubt: float = 0.0
 
     @cached_property
     def shares(self) -> list[float]:
@@ -43,12 +48,18 @@ class Spectrum:
         return _shares(self.eigenvalues, self.total)
 
 
-def spectrum(cov: Tensor) -> Spectrum:
+def spectrum(cov: Tensor, held: float = _HELD) -> Spectrum:
     """Spectrum of a covariance matrix (D, D); never raises on NaN or infinite entries.
 
     Where there are fewer samples than features, the Gram matrix of the centred samples over their number is the cheaper side: it has the
-    same positive eigenvalues. Above 2,048 features the leading eigenvalues come from a randomized range finder of 2,048 directions
-    (Halko et al., arXiv 0909.4061), so that no double-precision eigendecomposition is larger than that; the trace stays exact.
+    same positive eigenvalues. No double-precision eigendecomposition is larger than 2,048. Above, the leading 2,048 eigenvalues come from a
+    randomized range finder (Halko et al., arXiv 0909.4061) where its directions hold the share `held` of the exact trace: a cumulative
+    share is then short by what they miss at most, as X1 X1^T + X2 X2^T, which has the eigenvalues of (X1 X2)^T (X1 X2), has leading sums
+    no larger than those of both terms together (Ky Fan, 1949). Elsewhere all D come in single precision, two seconds for 4,096.
+
+    Args:
+        cov: (D, D).
+        held: in (0, 1]; an intrinsic dimension at a threshold up to it is found, at one above it may only be bounded from below.
 
     Raises:
         ValueError: the matrix is not square.
@@ -60,12 +71,13 @@ def spectrum(cov: Tensor) -> Spectrum:
     cov = cov.double()
     if not bool(torch.isfinite(cov).all()):
         return Spectrum(eigenvalues=cov.new_zeros(0), width=width, total=float("nan"), finite=False)
-    total = float(cov.diagonal().clamp_min(0).sum())
-    if width > EXACT_EIGENVALUES:
-        basis = _leading_subspace(cov, EXACT_EIGENVALUES)
-        cov = basis.T @ cov @ basis
-    values = torch.linalg.eigvalsh(cov).flip(0).clamp_min(0)  # of the lower triangle
-    return Spectrum(eigenvalues=values, width=width, total=total)
+    total = _trace(cov)
+    basis = _holding_subspace(cov, held) if width > EXACT_EIGENVALUES else None
+    if width > EXACT_EIGENVALUES and basis is None:
+        return Spectrum(eigenvalues=single_eigenvalues(cov, total), width=width, total=total, doubt=SINGLE_DOUBT)
+    values = torch.linalg.eigvalsh(cov if basis is None else basis.T @ cov @ basis).flip(0).clamp_min(0)  # of the lower triangle
+    missed = max(0.0, 1 - float(values.sum()) / total) if basis is not None and total > _DEAD else 0.0
+    return Spectrum(eigenvalues=values, width=width, total=total, doubt=missed)
 
 
 def intrinsic_dimension(eigenvalues: Tensor, threshold: float = THRESHOLD, total: float | None = None) -> int:
@@ -73,11 +85,13 @@ def intrinsic_dimension(eigenvalues: Tensor, threshold: float = THRESHOLD, total
 
     Args:
         eigenvalues: (D,) in descending order, not negative.
-        threshold: in (0, 1]; the authors found 0.97 to 0.9995 useful.
+        threshold: in (0, 1]; the authors found 0.97 to 0.9995 useful. At 1, k is the numerical rank, the number of eigenvalues above
+            1e-12 of the largest: no rounded sum tells them from those that are 0.
         total: the variance to explain; the sum of the eigenvalues when absent.
 
     Returns:
-        k in 1..D; 0 when there is no variance (a dead layer).
+        k in 1..D; 0 when there is no variance (a dead layer). Where the eigenvalues given hold less than the threshold of `total`, their
+        number: a lower bound.
 
     Raises:
         ValueError: the threshold is outside (0, 1].
@@ -88,7 +102,8 @@ def intrinsic_dimension(eigenvalues: Tensor, threshold: float = THRESHOLD, total
     0
     """
     _check(threshold)
-    return _reach(_shares(eigenvalues.double(), float(eigenvalues.double().sum()) if total is None else total), threshold)
+    values = eigenvalues.double()
+    return _reach(values, _shares(values, float(values.sum()) if total is None else total), threshold)
 
 
 _DEAD = 1e-30  # variance below which a layer counts as constant
@@ -98,7 +113,9 @@ def _shares(eigenvalues: Tensor, total: float) -> list[float]:
     return (eigenvalues.cumsum(0) / total).tolist() if total > _DEAD else []
 
 
-def _reach(shares: list[float], threshold: float) -> int:
+def _reach(eigenvalues: Tensor, shares: list[float], threshold: float) -> int:
+    if threshold == 1 and shares:
+        return int((eigenvalues > _RANK * eigenvalues[0]).sum())
     return min(bisect_left(shares, threshold) + 1, len(shares))
 
 
@@ -109,7 +126,7 @@ def saturation(cov: Tensor, threshold: float = THRESHOLD, *, legacy: bool = Fals
 
     Args:
         cov: (D, D) covariance of the layer's outputs, see `capnas.measures.moments.covariance`.
-        threshold: share of the variance to explain, in (0, 1].
+        threshold: share of the variance to explain, in (0, 1]; at 1, k is the numerical rank.
         legacy: the published value (k - 1) / D, which counts the eigenvalues *before* the threshold is reached.
 
     Returns:
@@ -125,11 +142,13 @@ def saturation(cov: Tensor, threshold: float = THRESHOLD, *, legacy: bool = Fals
     >>> saturation(torch.diag(torch.tensor([100.0, 0.01, 0.0, 0.0])), legacy=True)
     0.0
     """
-    return saturation_of(spectrum(cov), threshold, legacy=legacy)
+    return saturation_of(spectrum(cov, max(threshold, _HELD)), threshold, legacy=legacy)
 
 
 def saturation_of(spec: Spectrum, threshold: float = THRESHOLD, *, legacy: bool = False) -> float:
     """Saturation (Shenk et al.) from a spectrum that is already there; several thresholds cost one decomposition.
+
+    A lower bound where the eigenvalues hold less than the threshold; `threshold_margin` is 0 there.
 
     Raises:
         ValueError: the threshold is outside (0, 1].
@@ -141,19 +160,21 @@ def saturation_of(spec: Spectrum, threshold: float = THRESHOLD, *, legacy: bool 
     if not spec.finite:
         return float("nan")
     _check(threshold)
-    k = _reach(spec.shares, threshold)
+    k = _reach(spec.eigenvalues, spec.shares, threshold)
     return max(k - 1, 0) / spec.width if legacy else k / spec.width
 
 
 def threshold_margin(spec: Spectrum, threshold: float = THRESHOLD) -> float:
-    """Distance of the threshold from the nearest cumulative share: near 0, k hangs on rounding and may be one off. Ours.
+    """Distance of the threshold from the nearest cumulative share, less their doubt: near 0, k hangs on rounding and may be one off. Ours.
+
+    It is 0 where the doubt of the spectrum leaves k open: k is then one bound of it.
 
     >>> round(threshold_margin(spectrum(torch.diag(torch.tensor([0.9, 0.08, 0.02])))), 6)
     0.01
     """
     if not spec.finite or not spec.total > _DEAD:
         return float("nan")
-    return min(abs(share - threshold) for share in spec.shares)
+    return max(0.0, min(abs(share - threshold) for share in spec.shares) - spec.doubt)
 
 
 def effective_rank(cov: Tensor) -> float:
@@ -210,11 +231,12 @@ def lossless_projection(moments: Moments, threshold: float = THRESHOLD) -> Proje
     """Projection on the lossless eigenspace: the first k eigenvectors, centred.
 
     Shenk et al. train through P x with P = E_k E_k^T; centred here, P (x - mu) + mu, because the covariance that chooses k is
-    centred (the reference implementation drops the mean; on inputs far from 0 that alone changes the output by half).
+    centred (the reference implementation drops the mean; on inputs far from 0 that alone changes the output by half). It keeps the
+    threshold's share at any width.
 
     Args:
         moments: moments of the layer's outputs.
-        threshold: share of the variance that the eigenspace keeps, in (0, 1].
+        threshold: share of the variance that the eigenspace keeps, in (0, 1]; at 1, k is the numerical rank.
 
     Raises:
         ValueError: the threshold is outside (0, 1].
@@ -224,9 +246,10 @@ def lossless_projection(moments: Moments, threshold: float = THRESHOLD) -> Proje
     >>> lossless_projection(moments_of(rows))(rows).tolist()
     [[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]]
     """
+    _check(threshold)
     cov = covariance(moments)
-    values, vectors = leading_eigenvectors(cov)
-    total = float(cov.diagonal().clamp_min(0).sum()) if len(values) < len(cov) else None
+    values, vectors = leading_eigenvectors(cov, max(threshold, _HELD))
+    total = _trace(cov) if len(values) < len(cov) else None
     k = intrinsic_dimension(values, threshold, total)
     return Projection(basis=vectors[:, :k].contiguous(), mean=moments.mean)
 
@@ -242,17 +265,39 @@ def random_projection(moments: Moments, k: int, seed: int = 0) -> Projection:
     return Projection(basis=torch.linalg.qr(directions)[0].to(moments.mean.device), mean=moments.mean)
 
 
-def leading_eigenvectors(cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Textbook eigenvalues (n,) in descending order, negatives set to 0, and eigenvectors (D, n) of a covariance; n is D, at most 2,048.
+def leading_eigenvectors(cov: Tensor, held: float = (1 + _HELD) / 2) -> tuple[Tensor, Tensor]:
+    """Textbook eigenvalues (n,) in descending order, negatives set to 0, and eigenvectors (D, n) of a covariance, both float64.
+
+    n is D; above 2,048 it is 2,048 where so many directions hold the share `held` of the trace, see `spectrum`. Elsewhere all D are found
+    in single precision, made orthonormal in double, and given with the variances along them: half a minute for 4,096.
+
+    Args:
+        cov: (D, D).
+        held: in (0, 1]; when absent above that of `spectrum`, so that there are no fewer vectors than eigenvalues there.
 
     >>> leading_eigenvectors(torch.diag(torch.tensor([1.0, 3.0])))[0].tolist()
     [3.0, 1.0]
     """
-    subspace = _leading_subspace(cov, EXACT_EIGENVALUES) if len(cov) > EXACT_EIGENVALUES else None
+    subspace = _holding_subspace(cov, held) if len(cov) > EXACT_EIGENVALUES else None
+    if len(cov) > EXACT_EIGENVALUES and subspace is None:
+        return single_eigenvectors(cov.double(), _trace(cov))
     cov = cov if subspace is None else subspace.T @ cov @ subspace
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
     vectors = vectors if subspace is None else subspace @ vectors
     return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _holding_subspace(cov: Tensor, held: float) -> Tensor | None:
+    """Orthonormal columns (D, 2,048) along which lies a share of the trace, rounding apart; None where those that were found hold less."""
+    wanted = min(held, 1 - len(cov) * torch.finfo(torch.float64).eps) * _trace(cov)
+    if math.sqrt(EXACT_EIGENVALUES) * float(torch.linalg.matrix_norm(cov)) < wanted:
+        return None  # no subspace can: n eigenvalues sum to at most sqrt(n) times the root of their squares
+    basis = _leading_subspace(cov, EXACT_EIGENVALUES)
+    return basis if float((basis * (cov @ basis)).sum()) >= wanted else None
+
+
+def _trace(cov: Tensor) -> float:
+    return float(cov.diagonal().clamp_min(0).sum())
 
 
 def _leading_subspace(cov: Tensor, size: int) -> Tensor:

@@ -1,7 +1,11 @@
-"""Largest singular values: exact for batches of matrices, Krylov-accelerated power iteration for maps without a matrix."""
+"""Largest singular values: exact for batches of matrices, Krylov-accelerated power iteration for maps without a matrix.
+
+Also all eigenvalues of matrices too wide for double precision.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 EXACT_EIGENVALUES = 2048  # widest matrix that is decomposed in full
+SINGLE_DOUBT = 2e-6  # cumulative shares of float32 eigenvalues, scaled to the exact trace, were off by less for every decay tried
 _EIGENVALUES_WORK = 2e8  # multiply-adds per eigendecomposition pass up to which all matrices of a batch are decomposed
 _BASIS, _KEPT = 24, 6  # vectors of the Krylov basis, and those kept at a restart
 
@@ -116,6 +121,51 @@ def leading_eigenvalue(
             projected[:, torch.arange(kept), torch.arange(kept)] = ritz[:, -kept:].to(projected.dtype)
             size, first = kept, 0
         basis[:, size] = direction
+
+
+def single_eigenvalues(cov: Tensor, total: float) -> Tensor:
+    """All eigenvalues (D,) of a positive semi-definite matrix (D, D) from single precision, in descending order and in float64.
+
+    They are scaled to the trace, `total`, above 0; those that are single-precision rounding of 0 are 0, so that a rank can be counted.
+
+    >>> single_eigenvalues(torch.diag(torch.tensor([0.0, 4.0, 1.0], dtype=torch.float64)), 5.0).tolist()
+    [4.0, 1.0, 0.0]
+    """
+    scaled = (cov * (len(cov) / total)).float()  # variances may lie outside of the range of float32
+    values = _single(torch.linalg.eigvalsh, torch.linalg.svdvals, scaled).double().sort(descending=True).values.clamp_min(0)
+    values = values * (total / values.sum())
+    noise = math.sqrt(len(cov)) * torch.finfo(torch.float32).eps * values[0]
+    rest = values.flip(0).cumsum(0).flip(0)
+    return torch.where((values <= noise) & (rest <= SINGLE_DOUBT / 2 * total), 0.0, values)
+
+
+def single_eigenvectors(cov: Tensor, total: float) -> tuple[Tensor, Tensor]:
+    """What a positive semi-definite matrix (D, D) gives along directions that are its eigenvectors to single precision.
+
+    Args:
+        cov: (D, D), float64.
+        total: its trace, above 0.
+
+    Returns:
+        v^T M v (D,) in descending order, negatives set to 0, and the directions v, columns (D, D) orthonormal to double precision.
+
+    >>> single_eigenvectors(torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64)), 5.0)[0].tolist()
+    [4.0, 1.0]
+    """
+    scaled = ((cov + cov.T) * (len(cov) / (2 * total))).float()
+    vectors = _single(lambda m: torch.linalg.eigh(m)[1], lambda m: torch.linalg.svd(m)[0], scaled).double()
+    vectors = 1.5 * vectors - vectors @ (vectors.T @ vectors) / 2  # a Newton step towards the nearest orthonormal matrix
+    values, order = (vectors * (cov @ vectors)).sum(0).sort(descending=True)
+    return values.clamp_min(0), vectors[:, order]
+
+
+def _single(solve: Callable[[Tensor], Tensor], slower: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
+    """What a float32 solver gives, or, as these give up or return NaN on some large null spaces, what a slower one gives."""
+    with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        found = solve(matrix)
+        if bool(torch.isfinite(found).all()):
+            return found
+    return slower(matrix)
 
 
 def root(value: Tensor) -> float:

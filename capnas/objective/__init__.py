@@ -1,15 +1,13 @@
 """The objective of a search: one trial in stages, cheapest first, for any study, sampler, storage and pruner of Optuna.
 
 Cost on the meta device (milliseconds), structure of the untrained network (about a second), short training with its saturation,
-scores. Whatever happens, one user attribute of the trial (`capnas.objective.evaluation.ATTRIBUTE`) tells it.
+scores. Whatever happens, one user attribute of the trial (`capnas.objective.evaluation.ATTRIBUTE`) tells it all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import threading
 import time
@@ -28,14 +26,14 @@ from capnas.graph.structure import structure
 from capnas.layers import block_pattern
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
-from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation
+from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation, fingerprint
 from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
 from capnas.objective.targets import INIT, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
 from capnas.profile import Profile, enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, measures_for, score
-from capnas.spaces import load_space
+from capnas.spaces import load_space, space_name
 from capnas.training import TrainConfig, train
 from capnas.weights import InitialWeights
 
@@ -81,6 +79,9 @@ class Objective:
     A candidate over a limit, unbuildable, gated or untrainable is pruned with a violated constraint, which TPE learns from.
     Samplers that ignore pruned trials (NSGA-II, NSGA-III, GP) get the worst finite values instead, again with a violated
     constraint, so that no such trial counts as best.
+
+    ``capnas.Evaluation.of(trial)`` reads what came of a trial; plots and dashboards find ``capnas:status``, ``capnas:accuracy``,
+    ``capnas:params`` and ``capnas:macs`` in its ``user_attrs``.
 
     Example:
         >>> import numpy as np
@@ -142,18 +143,22 @@ class Objective:
         resolve_device(device)
         self.space: Callable[..., Any] = load_space(space)
         self.data = data if isinstance(data, ImageData) else load_data(data)
-        self.settings = self._fingerprint()
+        self.settings = fingerprint(self.train, self.data)
         costs = tuple(name for name in self.names if name in COSTS) if len(self.names) > 1 else ()
         self.selection = (
             None if share is None else Selection(gate=share, pool=pool or 0, costs=costs, settings=self.settings, weights=ranked)
         )
+
+    def __repr__(self) -> str:
+        limits = "".join(f", max_{name}={limit}" for name, limit in self.limits.items())
+        return f"Objective({space_name(self.space)!r}, {self.data.name!r}, values={self.names}{limits})"
 
     def __call__(self, trial: Any) -> float | tuple[float, ...]:
         """Evaluate one trial.
 
         Raises:
             optuna.TrialPruned: The candidate gives no value; the reason is the text and is stored.
-            StudyError: The study's directions are not the objective's.
+            StudyError: The study's directions are not the objective's, or its sampler cannot be used.
         """
         self._check_directions(trial)
         found: dict[str, Any] = {"metrics": {}, "seconds": {}, "seed": self.train.seed, "settings": self.settings}
@@ -312,10 +317,12 @@ class Objective:
         """Values for samplers that must see some: the known costs, and the worst seen so far of what is not known."""
         seen = [s["values"] for _, s in self._past(trial, TrialState.COMPLETE) if s["status"] in _VALUED]
         known = {name: float(metrics[name]) for name in COSTS if name in metrics}
-        return tuple(known[name] if name in known else worst_value(name, [v[name] for v in seen]) for name in self.names)
+        return tuple(known[n] if n in known else worst_value(n, [v[n] for v in seen], limit=self.limits.get(n)) for n in self.names)
 
     def _store(self, trial: Any, found: Mapping[str, Any], status: str, reason: str) -> None:
-        trial.set_user_attr(ATTRIBUTE, Evaluation(status=status, reason=reason, params=dict(trial.params), **found).to_dict())
+        evaluation = Evaluation(status=status, reason=reason, params=dict(trial.params), **found)
+        for key, value in evaluation.attributes().items():
+            trial.set_user_attr(key, value)
 
     def _check_directions(self, trial: Any) -> None:
         if isinstance(trial, optuna.Trial):
@@ -325,13 +332,6 @@ class Objective:
                     f"the study's directions are {given}, the objective's values {', '.join(self.names)} need {self.directions}: "
                     "create the study with optuna.create_study(directions=objective.directions)."
                 )
-
-    def _fingerprint(self) -> str:
-        """Of all that decides the outcome of a training besides the architecture; where it runs does not count."""
-        unread = ("device", "amp", "channels_last", *(() if self.train.blocks else ("blocks",)))  # older studies know no blocks
-        how = {k: v for k, v in dataclasses.asdict(self.train).items() if k not in unread}
-        images = {"name": self.data.name, "sizes": dict(self.data.sizes), "mean": list(self.data.mean), "std": list(self.data.std)}
-        return hashlib.sha256(json.dumps([how, images], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -1,16 +1,22 @@
-"""Everything that a trial found out, in the one JSON attribute that is stored with it."""
+"""Everything that a trial found out, in the one JSON attribute that is stored with it, and the few numbers that a dashboard shows."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from capnas.data import ImageData
 from capnas.errors import StudyError
 from capnas.profile import Profile
+from capnas.training import TrainConfig
 
 ATTRIBUTE = "capnas"  # key of the trial's user attribute
+SHOWN = ("accuracy", "params", "macs")  # metrics with an attribute of their own, ``capnas:accuracy`` and so on, beside ``capnas:status``
 VERSION = 1
 STATUSES = (
     "complete", "duplicate", "stopped", "over_budget", "infeasible", "gated", "measured", "diverged", "out_of_memory", "failed",
@@ -74,6 +80,16 @@ class Evaluation:
         given["profile"] = None if self.profile is None else self.profile.to_dict()
         return _plain(given)
 
+    def attributes(self) -> dict[str, Any]:
+        """What to store with the trial, by key: flat values for plots and dashboards, and last the whole, which is all that is read.
+
+        >>> list(Evaluation(status="over_budget", metrics={"params": 9, "macs": 10**9}).attributes())
+        ['capnas:status', 'capnas:params', 'capnas:macs', 'capnas']
+        """
+        whole = self.to_dict()
+        shown = {"status": self.status} | {n: whole["metrics"][n] for n in SHOWN if whole["metrics"].get(n) is not None}
+        return {f"{ATTRIBUTE}:{name}": value for name, value in shown.items()} | {ATTRIBUTE: whole}
+
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Evaluation:
         """Read back what `to_dict` gave.
@@ -98,6 +114,14 @@ class Evaluation:
         """The evaluation stored with a trial of a study, or None where there is none."""
         stored = trial.user_attrs.get(ATTRIBUTE)
         return None if stored is None else cls.from_dict(stored)
+
+
+def fingerprint(train: TrainConfig, data: ImageData) -> str:
+    """Of all that decides the outcome of a training besides the architecture; where it runs does not count."""
+    unread = ("device", "amp", "channels_last", *(() if train.blocks else ("blocks",)))  # older studies know no blocks
+    how = {k: v for k, v in dataclasses.asdict(train).items() if k not in unread}
+    images = {"name": data.name, "sizes": dict(data.sizes), "mean": list(data.mean), "std": list(data.std)}
+    return hashlib.sha256(json.dumps([how, images], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

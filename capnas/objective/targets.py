@@ -9,7 +9,7 @@ five values.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from capnas.errors import UsageError, one_of
 from capnas.objective.gates import SUMS, UNTRAINED, BestShare
@@ -27,7 +27,7 @@ _SCORES = (*PROFILED, *(INIT + name for name in UNTRAINED))
 PRINCIPLED: Mapping[str, float] = {"init_block_saturation_evenness": 0.05, "depth_evenness": 0.02, "capacity_slack": 0.02}
 PARETO = ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
 NAMES = ("accuracy", "val_loss", *COSTS, *SUMS, *_SCORES)
-_WORST = {"accuracy": 0.0, "combined": 0.0, "principled": 0.0, "val_loss": 100.0, "params": 1e12, "macs": 1e15}
+_WORST = {"accuracy": 0.0, "combined": 0.0, "principled": 0.0, "val_loss": 100.0, "params": 1e9, "macs": 1e11}  # before any was seen
 _FAR = 1e3  # stands for the worst of an unbounded score until one has been seen
 
 
@@ -43,6 +43,8 @@ def check_values(values: str | Sequence[str]) -> tuple[str, ...]:
         >>> check_values("principled-pareto")[1:3]
         ('depth_evenness', 'saturation_evenness')
     """
+    if not isinstance(values, str | Iterable):
+        raise UsageError(f"values must be one or more different names, got {values!r}.")
     names = tuple(n.strip() for n in values.split(",")) if isinstance(values, str) else tuple(values)
     if names == ("principled-pareto",):
         return PARETO
@@ -158,15 +160,19 @@ def weighted(metrics: Mapping[str, float | None], weights: Mapping[str, float]) 
     return sum((w if direction_of(s) == "maximize" else -w) * _number(metrics.get(s)) for s, w in weights.items())
 
 
-def worst_value(name: str, seen: Sequence[float]) -> float:
-    """A bad but finite value for a trial without one: the worst seen in the study, or before any the worst there is.
+def worst_value(name: str, seen: Sequence[float], *, limit: float | None = None) -> float:
+    """A bad but finite value for a trial without one: the worst seen in the study, or before any twice the limit or a bad one.
 
-    >>> worst_value("accuracy", [0.5, 0.7]), worst_value("accuracy", [])
-    (0.5, 0.0)
+    It stays near to what the others get, since samplers and plots scale by it.
+
+    >>> worst_value("accuracy", [0.5, 0.7]), worst_value("accuracy", []), worst_value("macs", [], limit=30_000)
+    (0.5, 0.0, 60000.0)
     """
     finite = [v for v in seen if math.isfinite(v)]
     if finite:
         return min(finite) if direction_of(name) == "maximize" else max(finite)
+    if limit is not None:
+        return 2.0 * limit
     if name in _WORST:
         return _WORST[name]
     score = SCORES[name.removeprefix(INIT)]

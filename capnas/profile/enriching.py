@@ -22,6 +22,9 @@ from capnas.weights import InitialWeights, norm_layer_constants, weight_norms
 
 # measure, column and name of what a row may lack
 _COLUMNS = (("structure", "complexity", "complexity, receptive field"), ("norms", "norm", "norm"), ("capacity", "capacity", "capacity"))
+_NORMLESS, _NO_PRODUCT = "norm: ", "computes something else than a product with one weight"
+_CAPACITY_SCORES = ("capacity_balance", "depth_evenness", "coverage", "propagation", "scaling", "usage")
+_OVERFLOW = "tangents must be finite"
 _NORM_TOLERANCE = 3e-4  # enough for a table, with a fifth less work than the 1e-4 of the excess measures
 
 
@@ -69,7 +72,13 @@ def enrich(
             profile = with_norms(profile, model, graph)
         if "capacity" in measures:
             options: dict[str, Any] = {"mode": profile.mode, "pixels": pixels, "exact": exact_capacity, "seed": seed, "graph": graph}
-            profile = with_capacity(profile, capacity_map(model, inputs, **options))
+            try:
+                profile = with_capacity(profile, capacity_map(model, inputs, **options))
+            except UsageError as error:  # gradients that overflow, as of a constant batch through batch norms, cost these columns alone
+                if _OVERFLOW not in str(error):
+                    raise
+                unread = dict.fromkeys(_CAPACITY_SCORES, f"capacity cannot be read: {error}")
+                profile = replace(profile, flags={**profile.flags, **unread})
             if start is None and "capacity_slack" not in profile.network:
                 untrained = "needs a training from known weights: the trials of a search have it"
                 profile = replace(profile, flags={**profile.flags, "capacity_slack": untrained})
@@ -132,7 +141,8 @@ def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
 
     A layer that has a row but no capacity joins ``skipped`` with a reason that begins with "capacity: ". ``network`` gains ``coherent``
     (S), ``shattering`` (-ln S) and ``residual_sum`` (R, 0 without residual additions) too, which are no scores; ``flags`` says where the
-    network is too linear for the sweep behind ``coverage``, too shattered for ``propagation``, and without sums for ``scaling``.
+    network is too linear for the sweep behind ``coverage``, or has none, too shattered for ``propagation``, and without sums for
+    ``scaling``.
     """
     measured = {row.name for row in profile.layers}
     rows, skipped = [], {name: reason for name, reason in profile.skipped.items() if name not in measured}
@@ -155,7 +165,11 @@ def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
 def _limits(found: CapacityMap) -> dict[str, str]:
     """What limits the capacity scores, by the name of the score."""
     flags = {}
-    if found.near_linear and found.pixels is not None:
+    if found.unswept:
+        flags["coverage"] = f"capacity cannot be swept down to the pixels: {found.unswept}"
+    elif found.pixels is not None and not float(found.pixels.sum()) > 0:
+        flags["coverage"] = "no capacity reaches the pixels"
+    elif found.near_linear and found.pixels is not None:
         measured = [of.out for of in found.decoupling.values() if math.isfinite(of.out)]
         mean = f" and a mean decoupling of {sum(measured) / len(measured):.2f}" if measured else ""
         flags["coverage"] = (
@@ -177,7 +191,8 @@ def with_reasons(profile: Profile, model: nn.Module, graph: Trace | None = None)
     """
     names = {id(p): name for name, p in model.named_parameters()}
     own = {place: [names[id(p)] for p in m.parameters(recurse=False)] for place, m in model.named_modules()}
-    used = {name for node in graph.nodes for name in node.params} if graph is not None else set()
+    nodes = () if graph is None else graph.nodes
+    used, run = {name for node in nodes for name in node.params}, {node.module for node in nodes}
     skipped = dict(profile.skipped)
     for name, text in profile.skipped.items():
         if text.endswith(NEVER_CALLED) and (read := [p for p in own.get(name, []) if p in used]):
@@ -186,9 +201,14 @@ def with_reasons(profile: Profile, model: nn.Module, graph: Trace | None = None)
         lacking = [label for measure, column, label in _COLUMNS if measure in profile.measures and getattr(row, column) is None]
         shared = [p for p in own.get(row.name, []) if p.rpartition(".")[0] != row.name]
         why = f"{row.kind} shares {shared[0]}" if shared else f"{row.kind} is not on the way from the input to the output"
-        given = skipped.pop(row.name, "").partition(": ")[2]
-        if lacking:
-            skipped[row.name] = f"{', '.join(lacking)}: {given or why}"
+        text = skipped.pop(row.name, "")  # what it says of the norm alone is no reason for other columns
+        given = "" if text.startswith(_NORMLESS) else text.partition(f"; {_NORMLESS}")[0].partition(": ")[2]
+        parts = []
+        if "norm" in lacking and row.name in run:
+            lacking.remove("norm")
+            parts = [f"{_NORMLESS}{row.kind} {_NO_PRODUCT}"]
+        if parts := ([f"{', '.join(lacking)}: {given or why}"] if lacking else []) + parts:
+            skipped[row.name] = "; ".join(parts)
     return replace(profile, skipped=skipped)
 
 
@@ -197,8 +217,8 @@ def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
 
     Norms are exact to rounding, or, where ``norm_method`` is "power", lower estimates: iterated until two estimates of the distance to the
     true value stay below 3e-4 of it, which is no upper bound; ``weight_norms(..., bounded=True)`` computes one. ``log10_lipschitz`` counts
-    batch norms as maps of their own, see `capnas.weights.norm_layer_constants`; the flag of that name tells which other norm layers it
-    leaves out. Constants of 0, as of a batch norm that starts at 0, are left out too.
+    batch norms as maps of their own, see `capnas.weights.norm_layer_constants`; the flag of that name tells which other norm layers, and
+    which layers without a norm, it leaves out. Constants of 0, as of a batch norm that starts at 0, are left out too.
     """
     with untouched(model):  # parametrized weights move where they are read in train mode
         norms, counted = weight_norms(model, graph, tolerance=_NORM_TOLERANCE), norm_layer_constants(model, graph)
@@ -207,6 +227,9 @@ def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
     late = [name for name, norm in norms.items() if not norm.converged]
     kinds = Counter(type(model.get_submodule(name)).__name__ for name, constant in counted.items() if constant is None)
     said = [f"norms that did not settle to {_NORM_TOLERANCE:g}: {', '.join(late)}"] if late else []
+    run = {node.module for node in graph.nodes}
+    if none := [row.name for row in rows if row.name in run and row.name not in norms]:
+        said.append(f"layers left out, as each {_NO_PRODUCT}: {', '.join(none)}")
     if kinds:
         listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
         said.append(f"norm layers left out, as their slope has no bound but by the data: {listed}")

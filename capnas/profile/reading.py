@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from capnas.errors import UsageError, one_of
 from capnas.graph.tracing import Trace, trace
-from capnas.measures.probing import gradable, put_back, seeded
+from capnas.measures.probing import FAILURES, gradable, put_back, seeded
 from capnas.measures.saturation import THRESHOLD
 from capnas.profile.enriching import enrich
 from capnas.profile.rows import MEASURES, Profile
@@ -25,7 +26,7 @@ _LAYER_SCALE = r"gamma(_\d)?|layer_scale\w*"
 
 def profile_model(
     model: nn.Module,
-    inputs: Tensor | Iterable[Tensor],
+    inputs: Tensor | Iterable[Tensor | Sequence[Tensor]],
     targets: Tensor | None = None,
     *,
     measures: Sequence[str] | None = None,
@@ -44,8 +45,9 @@ def profile_model(
 
     Args:
         model: any module that maps the inputs to outputs.
-        inputs: one batch (B, C, H, W) on the model's device, or an iterable of batches.
-        targets: (B,) classes, for measures that need a loss.
+        inputs: one batch (B, C, H, W) on the model's device, a pair of a batch and its classes (B,), or an iterable of either, such as a
+            ``DataLoader``, which is kept in memory. Saturation pools them all; every other measure sees the first batch only.
+        targets: (B,) classes, for measures that need a loss: of the first batch, or of all batches in order; those of the pairs if absent.
         measures: any of `MEASURES`; "saturation" and, where the model can be traced, "structure" when absent. "saturation" is always
             read; "structure" adds the layer algebra and receptive fields from the traced graph, "norms" operator norms, "capacity"
             capacity allocation (one to four backward passes), "proxies" the published baselines synflow, naswot, zico, snip, grad_norm,
@@ -56,7 +58,8 @@ def profile_model(
         mode: "train" (batch statistics, the reading for networks at initialization) or "eval"; the model's own mode when absent.
         values_per_call: bound on what is read per layer and batch, see `Recorder`; every row when absent.
         initialize: profile a copy at torch's default initialization instead, see `at_default_initialization`. Scores of untrained networks
-            that are to be compared need one initialization; a search measures all its candidates so.
+            that are to be compared need one initialization; a search measures all its candidates so. The flag ``initialization`` names
+            the parameters that kept their values.
         graph: the model's trace where it is already at hand.
         pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
         exact_capacity: read capacity by its exact form (34) wherever that applies, to small networks, or by the estimate (35) alone; where
@@ -65,8 +68,9 @@ def profile_model(
         seed: of the initialization, of position sampling and of anything random in the forward pass.
 
     Raises:
-        UsageError: unknown measure, reading or block pattern, a threshold out of its range, or a model that was made in inference mode,
-            where a measure needs gradients or the call is outside of that mode.
+        UsageError: unknown measure, reading or block pattern, a threshold out of its range, inputs that are no tensors or no images,
+            targets that are not one an image, one image for batch norms in train mode, or a model that was made in inference mode, where
+            a measure needs gradients or the call is outside of that mode.
 
     >>> _ = torch.manual_seed(1)
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
@@ -79,15 +83,17 @@ def profile_model(
             raise UsageError(one_of("measures", measure, MEASURES))
     if not 0 < threshold <= 1:
         raise UsageError(f"threshold must be in (0, 1], got {threshold}.")
-    batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    untraced = {}
+    batches, targets = _labelled(inputs, targets)
+    untraced: dict[str, str] = {}
+    kept: tuple[str, ...] = ()
     if measures is None:
         measures = ("saturation", "structure")
         try:
             graph = graph or trace(model, (1, *batches[0].shape[1:]), dtype=batches[0].dtype)
         except Exception as error:  # whatever a model's own code raises; saturation does not need the graph
             measures, untraced = ("saturation",), {"structure": f"the model cannot be traced: {type(error).__name__}: {error}"}
-    model = at_default_initialization(model, seed=seed) if initialize else model
+    if initialize:
+        model, kept = _restarted(model, seed)
     if not torch.is_inference_mode_enabled():
         gradable(model)
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
@@ -104,8 +110,13 @@ def profile_model(
         records, batches = record(fast), fast
     except RuntimeError:  # some models take a view of a map that this layout does not allow
         records = record(batches)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError("batch norms in train mode need more than one value a channel: give two images or more, or mode='eval'.") from None
     profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
-    profile = replace(profile, skipped={**profile.skipped, **untraced})
+    flags = {"initialization": f"no reset sets {_listed(kept)}, which kept the values the model came with"} if kept else {}
+    profile = replace(profile, skipped={**profile.skipped, **untraced}, flags=flags)
     return enrich(
         profile, model, batches[0], targets, measures=measures, graph=graph, pixels=pixels, exact_capacity=exact_capacity, seed=seed
     )  # fmt: skip
@@ -116,33 +127,110 @@ def _channels_last(batch: Tensor) -> Tensor:
     return batch.to(memory_format=torch.channels_last) if batch.ndim == 4 and batch.device.type == "cpu" else batch
 
 
-@torch.inference_mode(False)  # else no gradient could run through the copy
+def _labelled(inputs: Tensor | Iterable[Tensor | Sequence[Tensor]], targets: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    """The batches, and the classes of the first."""
+    given: list[Any] = [inputs] if isinstance(inputs, Tensor) or _is_pair(inputs) else list(inputs)
+    if not given:
+        raise UsageError("inputs must be a batch or hold at least one, got none.")
+    pairs: list[tuple[Any, Tensor | None]] = [(item[0], item[1]) if _is_pair(item) else (item, None) for item in given]
+    batches = [images for images, _ in pairs]
+    for images in batches:
+        if not isinstance(images, Tensor):
+            kind = type(images).__name__
+            raise UsageError(f"inputs must be tensors, or pairs of images and classes as a DataLoader gives them, got {kind}.")
+        if images.ndim == 0 or len(images) == 0:
+            raise UsageError(f"every batch must hold at least one image, got one of shape {tuple(images.shape)}.")
+    if targets is None:
+        return batches, pairs[0][1]
+    first, count = len(batches[0]), sum(map(len, batches))
+    if len(targets) not in (first, count):
+        expected = f"{count}" if len(batches) == 1 else f"{count} for all batches or {first} for the first"
+        raise UsageError(f"targets must hold one class per image, {expected}; got {len(targets)}. Give each image its own.")
+    return batches, targets[:first]
+
+
+def _is_pair(item: Any) -> bool:
+    """Whether it is images and a class of each."""
+    if not (isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(part, Tensor) for part in item)):
+        return False
+    return item[1].ndim == 1 and item[0].ndim > 1 and not item[1].is_floating_point()
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def at_default_initialization(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """A copy of a model whose layers start as torch starts them, whatever the model's authors chose.
 
-    Every layer is reset by its own ``reset_parameters`` in the order of the modules. Norms that start at zero and layer scales that start
-    small, both of which switch residual branches off, start at one. Other parameters (class tokens, position codes) stay. A model that lies
-    on one device starts from numbers of the CPU's generator, so that all devices give the same weights.
+    Every module without others inside is reset by its own ``reset_parameters`` in the order of the modules. Then, in the same order, so is
+    every one with others inside and parameters of its own, by that method or ``_reset_parameters`` (of `nn.MultiheadAttention`), which
+    changes no parameter of those inside, and every parametrized layer, through the right inverse of its parametrization. Norms that start
+    at zero and layer scales that start small, both of which switch residual branches off, start at one. Parameters that no such method
+    sets stay: most class tokens and position codes, weights under the old ``weight_norm``; `profile_model` flags them. A model that lies on
+    one device starts from numbers of the CPU's generator, so that all devices give the same weights.
 
     >>> layer = nn.utils.skip_init(nn.Linear, 4, 2)
     >>> first, second = (at_default_initialization(nn.Sequential(layer), seed=3) for _ in range(2))
     >>> bool((first[0].weight == second[0].weight).all()), float(first[0].weight.detach().abs().max()) <= 0.5
     (True, True)
     """
+    return _restarted(model, seed)[0]
+
+
+@torch.inference_mode(False)  # else no gradient could run through the copy
+def _restarted(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """The copy at the default initialization, and the names of the parameters that nothing set."""
     fresh, devices = copy.deepcopy(model), {p.device for p in model.parameters()}
     if len(devices) == 1:
         fresh.cpu()
+    written: set[int] = set()
     with seeded(seed, devices), torch.no_grad():
         for module in fresh.modules():
             if callable(getattr(module, "reset_parameters", None)) and not any(module.children()):
-                module.reset_parameters()  # type: ignore[operator]
+                written |= _written(module, module.reset_parameters)  # type: ignore[arg-type]
+        for module in fresh.modules():
+            written |= _reset_around(module) if any(module.children()) else set()
+        for module in fresh.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if re.fullmatch(_LAYER_SCALE, name) and parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
                     parameter.fill_(1.0)
-    return fresh.to(devices.pop()) if len(devices) == 1 else fresh
+                    written.add(id(parameter))
+    kept = tuple(name for name, parameter in fresh.named_parameters() if id(parameter) not in written)
+    return (fresh.to(devices.pop()) if len(devices) == 1 else fresh), kept
 
 
-@contextmanager
+def _written(module: nn.Module, reset: Callable[[], object], recurse: bool = False) -> set[int]:
+    """Ids of the module's parameters that a reset writes to, whatever it writes."""
+    before = {id(p): p._version for p in module.parameters(recurse)}
+    reset()
+    return {id(p) for p in module.parameters(recurse) if p._version != before.get(id(p))}
+
+
+def _reset_around(module: nn.Module) -> set[int]:
+    """Reset the own parameters of a module with others inside, where it knows how; ids of those that were set."""
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    with contextlib.suppress(*FAILURES):  # methods of any author, and parametrizations without a right inverse
+        if callable(reset) and parametrize.is_parametrized(module):
+            return _written(module, lambda: _reset_parametrized(module, reset), recurse=True)
+        if callable(reset) and any(True for _ in module.parameters(recurse=False)):
+            inner = [(p, p.clone()) for child in module.children() for p in child.parameters()]
+            try:
+                return _written(module, reset)
+            finally:
+                for parameter, value in inner:  # set by their own modules, where the authors' choice does not count
+                    parameter.copy_(value)
+    return set()
+
+
+def _reset_parametrized(module: nn.Module, reset: Callable[[], object]) -> None:
+    with parametrize.cached():  # the reset writes into the computed tensors, which go back to what they are computed from
+        reset()
+        for name in module.parametrizations:  # type: ignore[union-attr]
+            setattr(module, name, getattr(module, name))
+
+
+@contextlib.contextmanager
 def untouched(model: nn.Module, *, training: bool, seed: int = 0) -> Iterator[None]:
     """Run a model in a mode and put back its buffers, every module's mode and the random state, also after an error.
 

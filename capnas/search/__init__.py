@@ -86,7 +86,7 @@ def run_study(
         if made:
             discard(folder, whole=True)
         raise
-    before = count_finished(study)
+    before, known = count_finished(study), len(study.get_trials(deepcopy=False))
     partial = folder / "study.toml.partial"
     partial.write_text(config.to_toml(), encoding="utf-8")
     partial.replace(folder / "study.toml")
@@ -105,12 +105,19 @@ def run_study(
     except Exception:
         if fresh and not study.get_trials(deepcopy=False):
             discard(folder, whole=made)
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            if len(study.get_trials(deepcopy=False)) > known:  # a session that was refused leaves the files of the last one
+                _leave(study, config)
         raise
-    result = RunResult(folder=folder, config=config, study=study, finished_before=before, interrupted=interrupted)
+    _leave(study, config)
+    return RunResult(folder=folder, config=config, study=study, finished_before=before, interrupted=interrupted)
+
+
+def _leave(study: optuna.Study, config: StudyConfig) -> None:
+    """What a session leaves beside its trials, however it ended."""
     sweep(study, stale_after=config.stale_after)
-    write_environment(folder / "environment.json", workers=config.workers, device=config.device)
-    write_trials(folder / "trials.csv", study, config.values)
-    return result
+    write_environment(config.folder / "environment.json", workers=config.workers, device=config.device)
+    write_trials(config.folder / "trials.csv", study, config.values)
 
 
 def worker(config: StudyConfig, *, device: str | None = None, on_trial: TrialCallback | None = None) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED, TIMM_PREFIXES
-from capnas.errors import StudyError, UsageError, check_names, one_of
+from capnas.errors import StudyError, UsageError, check_names, check_types, one_of
 from capnas.objective.gates import best_share, parse_gate
 from capnas.objective.pool import check_pool
 from capnas.objective.targets import check_values, check_weights, direction_of, ranking, summed, wanted
@@ -87,17 +87,31 @@ class StudyConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot run, before anything is built."""
         object.__setattr__(self, "values", check_values(self.values))
-        object.__setattr__(self, "resolutions", None if self.resolutions is None else tuple(self.resolutions))
+        if isinstance(self.resolutions, Sequence) and not isinstance(self.resolutions, str):
+            object.__setattr__(self, "resolutions", tuple(self.resolutions))
+        for name in ("max_params", "max_macs"):  # 8e6 is a whole number as well
+            if isinstance(value := getattr(self, name), float) and value.is_integer():
+                object.__setattr__(self, name, int(value))
+        for name in ("data", "out"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        check_types(self, "space", "data", "study", "storage", "out")
         for name in ("trials", "workers", "max_params", "max_macs", "pool"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and value >= 1):
-                raise UsageError(f"{name} must be at least 1, got {value!r}.")
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}.")
+        if not self.stale_after >= 0:
+            raise UsageError(f"stale_after must be seconds, at least 0, got {self.stale_after}.")
+        if self.study is not None and (self.study in ("", "..") or (self.out is None and Path(self.study).name != self.study)):
+            where = "study is the name of a folder under runs/"
+            raise UsageError(f"{where}, got {self.study!r}; give a name without slashes, or a folder as out.")
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, got {self.seed}.")
         if self.seed >= 2**32:  # a limit of NumPy, which the samplers draw from
             raise UsageError(f"seed must be below 2**32, got {self.seed}.")
-        if self.resolutions is not None and (not self.resolutions or min(self.resolutions) < 1):
-            raise UsageError(f"resolutions must be sizes in pixels, got {self.resolutions}.")
+        sizes = self.resolutions
+        if sizes is not None and (not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes)):
+            raise UsageError(f"resolutions must be different sizes in pixels, got {sizes}.")
         for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
             if getattr(self, name) not in known:
                 raise UsageError(one_of(name, getattr(self, name), known))

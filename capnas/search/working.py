@@ -179,7 +179,8 @@ def _one(
         earlier = (t for t in study.get_trials(deepcopy=False) if t.number < trial.number)
         if superseded(trial) or sum(is_finished(t) or t.state == TrialState.RUNNING for t in earlier) >= limit:
             lost = Evaluation(status="interrupted", reason="another worker drew this or the last trial first", params=trial.params)
-            trial.set_user_attr(EVALUATION, lost.to_dict())
+            for key, value in lost.attributes().items():
+                trial.set_user_attr(key, value)
             study.tell(trial, state=TrialState.FAIL)
             return trial.number, None
         values = objective(trial)

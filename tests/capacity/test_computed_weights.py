@@ -159,3 +159,38 @@ def test_coherent_share_shattering_and_residual_sum_are_numbers_of_the_network()
     assert shattered.network["coherent"] < 0.5
     assert shattered.network["residual_sum"] == 0
     assert "coverage" not in shattered.flags
+
+
+class Twice(nn.Module):
+    """Two residual additions, each with one convolution on its branch."""
+
+    def __init__(self, conv: Callable[..., nn.Module], wrap: Wrap = lambda layer: layer) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Linear(256, 2)
+        self.branches = nn.ModuleList(wrap(conv(4, 4, 3, padding=1, bias=False)) for _ in range(2))
+        self.sums = nn.ModuleList(Sum() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for branch, add in zip(self.branches, self.sums):
+            x = add(x, F.relu(branch(x)))
+        return self.head(x.flatten(1))
+
+
+class Sum(nn.Module):
+    def forward(self, stream: Tensor, branch: Tensor) -> Tensor:
+        return stream + branch
+
+
+@pytest.mark.parametrize(
+    ("conv", "wrap"), [(timm.layers.StdConv2d, lambda layer: layer), (nn.Conv2d, weight_norm)], ids=["standardised", "weight norm"]
+)
+def test_a_branch_of_computed_weights_is_a_branch(conv: Callable[..., nn.Module], wrap: Wrap) -> None:
+    torch.manual_seed(0)
+    model, x = Twice(conv, wrap).eval(), noise(10, 3, 8, 8)
+    expected, stream = {}, model.stem(x)
+    for i, branch in enumerate(model.branches):  # r = E b^2 / (E b^2 + E s^2) by hand
+        added = F.relu(branch(stream))
+        b, s = (float(part.detach().double().square().mean()) for part in (added, stream))
+        expected[f"sums.{i}"], stream = b / (b + s), stream + added
+    assert dict(capacity_map(model, x, mode="eval", pixels=False).residual) == pytest.approx(expected, rel=1e-4)

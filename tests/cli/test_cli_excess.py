@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,10 @@ def test_tables_and_json_tell_the_same_and_a_second_call_resumes(run: Run, words
     code, out, err = run(*words, "--out", tmp_path / "study")
     assert code == 0
     assert err.count("seed 0") == 3, "one line of progress per training"
+    header, *lines = err.splitlines()
+    assert re.fullmatch(r"excess capacity of small on \w+: up to 3 trainings of 3 epochs", header)
+    assert [line.partition(" ")[0] for line in lines] == ["[1/3]", "[2/3]", "[3/3]"]
+    assert ["left at most" in line for line in lines] == [True, True, False]
     assert "norm layers taken out, as in the paper's networks: 1" in out
     code, text, err = run(*words, "--out", tmp_path / "study", "--json")
     assert (code, err) == (0, "")
@@ -67,6 +72,22 @@ def test_tables_and_json_tell_the_same_and_a_second_call_resumes(run: Run, words
     assert len((tmp_path / "study" / "runs.jsonl").read_text().splitlines()) == 3
 
 
+def test_what_is_kept_is_counted_and_what_is_not_is_said(run: Run, words: list[object], tmp_path: Path) -> None:
+    words[words.index("--epochs") + 1] = 1
+    words[-3] = "0.5"  # one setting
+    code, _, err = run(*words)
+    assert code == 0, err
+    assert err.splitlines()[0].endswith(": up to 2 trainings of 1 epoch")
+    assert err.splitlines()[1] == "nothing is kept: --out DIR keeps every training, and the same command again goes on where it stopped"
+    assert run(*words, "--out", tmp_path)[0] == 0
+    words[-1] = "0.5,0.25"
+    code, _, err = run(*words, "--out", tmp_path)
+    header, line, *rest = err.splitlines()
+    assert header.endswith(": up to 3 trainings of 1 epoch, 2 kept from before")
+    assert line.startswith("[3/3] seed 0")
+    assert not rest
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -79,6 +100,7 @@ def test_tables_and_json_tell_the_same_and_a_second_call_resumes(run: Run, words
         ({"--train": "rate=1"}, "training setting must be one of"),
         ({"--tolerance": "2"}, "tolerance is a share of images"),
         ({"--hold": "test"}, "hold must be one of both, train, validation"),
+        ({"--device": "cuda:77"}, "cuda:77"),
         ({"--seeds": "0"}, "seeds must be different numbers, at least one"),
     ],
 )

@@ -53,6 +53,7 @@ def test_a_trial_of_a_search_is_tuned_and_written(run: Run, folder: Path, tmp_pa
     code, text, err = run("resolution", f"{study.folder}:best", "--candidates", "8,12", *TINY, "--epochs", "10", "--out", out)
     assert code == 0
     assert err.count("round 1") == 2
+    assert "1 epoch  accuracy" in err
     assert "one set of weights: pass 1 of 4" in err
     assert "one set of weights, 4 passes at all sizes in turn, then each size alone" in text
     document = json.loads((out / "resolution.json").read_text())

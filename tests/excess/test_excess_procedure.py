@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import nn
 from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
 from capnas.excess import ExcessStudy, Recipe, Run, excess_capacity, read_study
+from capnas.measures.guessing import no_better_than_a_guess
+from capnas.measures.resolution import SizeReading, recommend
 
 RECIPE = Recipe(epochs=4, batch_size=16, lr=0.2, project_every=5, final_sweeps=2)
 
@@ -98,6 +101,32 @@ def test_header_says_what_was_asked_and_the_model_is_left_alone() -> None:
     assert [r["name"] for r in rows] == ["0", "2", "5"]
     assert rows[0]["norm_limit"] == pytest.approx(0.5 * rows[0]["norm"])
     assert rows[2]["norm_limit"] is None
+
+
+@pytest.mark.parametrize(("chance", "images"), [(0.1, 1000), (0.5, 24), (0.744, 39)])
+def test_a_guess_is_what_it_is_to_the_choice_of_a_resolution(chance: float, images: int) -> None:
+    for right in range(images + 1):
+        rows = [SizeReading(size=size, macs=size, accuracy=right / images, epochs=1) for size in (1, 2)]
+        said = recommend(rows, images=images, chance=chance).reasons[0].startswith("no size is better than a guess")
+        assert no_better_than_a_guess(right / images, chance=chance, images=images) == said
+
+
+def test_a_study_whose_unconstrained_network_only_guesses_says_so(tmp_path: Path) -> None:
+    data, short = task("trivial"), {"lipschitz": (0.5,), "distance": (1.0,), "out": tmp_path}
+    starts: list[tuple[int, int]] = []
+    poor = measure(data, recipe=replace(RECIPE, epochs=1, lr=1e-6), on_start=lambda *n: starts.append(n), **short)
+    assert starts == [(0, 2)]
+    assert poor.at_chance
+    assert not measure(data, recipe=replace(RECIPE, epochs=8), **short | {"out": None}).at_chance
+    assert poor.chance == data.guess
+
+    header = json.loads((tmp_path / "study.json").read_text())
+    del header["chance"]  # as older studies are
+    (tmp_path / "study.json").write_text(json.dumps(header))
+    old = read_study(tmp_path)
+    assert old.chance == pytest.approx(1 / 3)
+    assert measure(data, recipe=replace(RECIPE, epochs=1, lr=1e-6), on_start=lambda *n: starts.append(n), **short) == poor
+    assert len(starts) == 1, "nothing was left to train"
 
 
 @pytest.mark.parametrize(

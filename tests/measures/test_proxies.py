@@ -93,6 +93,65 @@ def test_synflow_sees_neither_data_nor_signs_nor_the_kind_of_rectifier(batch: tu
     assert synflow(net, batch[0], variant="log").value > 0
 
 
+def flow(weights: list[np.ndarray]) -> float:
+    """R of a chain of matrices."""
+    found = np.ones(weights[0].shape[1])
+    for weight in weights:
+        found = np.abs(weight) @ found
+    return float(found.sum())
+
+
+def test_synflow_of_computed_weights_is_that_of_what_is_applied() -> None:
+    from capnas._timm import timm
+
+    torch.manual_seed(0)
+    spectral, weight = nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm
+    std, scaled = timm.layers.StdConv2d(3, 4, 1), timm.layers.ScaledStdConv2d(4, 5, 1, bias=False)
+    nn.init.uniform_(scaled.gain, -2, 2)
+    net = nn.Sequential(std, nn.ReLU(), scaled, nn.ReLU(), nn.Flatten(), spectral(nn.Linear(5, 6, bias=False)), nn.ReLU(),
+                        weight(nn.Linear(6, 4, bias=False)), nn.Linear(4, 2, bias=False)).eval()  # fmt: skip
+
+    def standardised(conv: nn.Conv2d, gain: np.ndarray) -> np.ndarray:
+        raw = conv.weight.detach().double().flatten(1).numpy()
+        return (raw - raw.mean(1, keepdims=True)) / np.sqrt(raw.var(1, keepdims=True) + conv.eps) * gain
+
+    gain = (scaled.gain * scaled.scale).detach().double().numpy().reshape(-1, 1)
+    dense = [layer.weight.detach().double().numpy() for layer in net if isinstance(layer, nn.Linear)]
+    weights = [standardised(std, np.ones((4, 1))), standardised(scaled, gain), *dense]
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    found = synflow(net, torch.zeros(1, 3, 1, 1))
+    assert found.flag == ""
+    assert found.value == pytest.approx(math.log(5 * flow(weights)), rel=1e-6)  # Euler: each layer gives R
+    slopes = 0.0
+    for i in range(len(weights)):  # "log": |w| ln(1 + dR/d|w|), each slope by its entry alone
+        for at in np.ndindex(*weights[i].shape):
+            unit = np.zeros_like(weights[i])
+            unit[at] = 1
+            slopes += abs(weights[i][at]) * math.log1p(flow([*weights[:i], unit, *weights[i + 1 :]]))
+    assert synflow(net, torch.zeros(1, 3, 1, 1), variant="log").value == pytest.approx(slopes, rel=1e-6)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_flow_that_signed_constants_cancel_is_said_to_be_cancelled() -> None:
+    class Signed(nn.Module):
+        def __init__(self, factors: tuple[float, ...]) -> None:
+            super().__init__()
+            self.layer, self.factors = nn.Linear(2, 2, bias=False), torch.tensor(factors, dtype=torch.float64)
+            nn.init.constant_(self.layer.weight, 2.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.factors
+
+    for factors in ((1.0, -3.0), (1.0, -1.0), (1.0, -1.0 + 1e-9)):
+        found = synflow(Signed(factors), torch.zeros(1, 2))
+        assert math.isnan(found.value)
+        assert found.flag == "the model's own constants or computed weights, of both signs, cancel the flow"
+    assert "cancel the flow" in synflow(Signed((1.0, -3.0)), torch.zeros(1, 2), variant="log").flag
+    assert synflow(Signed((1.0, -0.5)), torch.zeros(1, 2)).value == pytest.approx(math.log(2 * 2 * (1 - 0.5)))
+    assert synflow(Signed((0.0, 0.0)), torch.zeros(1, 2)).flag == "no flow reaches the output"
+
+
 def test_naswot_against_a_slow_derivation(batch: tuple[Tensor, Tensor]) -> None:
     net = Small()
     x = batch[0]
@@ -230,7 +289,8 @@ def test_without_targets_random_classes_stand_in(batch: tuple[Tensor, Tensor]) -
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "mobilenetv3_small_050", "convnextv2_atto", "swin_tiny_patch4_window7_224", "resnet10t"]
+    "name",
+    ["vit_tiny_patch16_224", "mobilenetv3_small_050", "convnextv2_atto", "swin_tiny_patch4_window7_224", "resnet10t", "nf_resnet26"],
 )
 def test_other_families_have_finite_scores(name: str) -> None:
     from capnas._timm import timm

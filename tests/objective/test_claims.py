@@ -64,6 +64,7 @@ def test_who_is_abandoned(claim: str | None, age: float, reason: str | None) -> 
         found = Evaluation.of(trial)
         assert found is not None
         assert (trial.state, found.status, found.reason) == (TrialState.FAIL, "interrupted", reason)
+        assert trial.user_attrs["capnas:status"] == "interrupted"
 
 
 def test_a_running_trial_of_this_process_is_left_alone() -> None:

@@ -70,8 +70,10 @@ def test_a_complete_trial(data: ImageData) -> None:
     study = run(o, LARGE)
     (trial,), (found,) = study.trials, evaluations(study)
     assert trial.state == TrialState.COMPLETE
-    assert list(trial.user_attrs) == ["capnas"]
+    assert list(trial.user_attrs) == ["capnas:status", "capnas:accuracy", "capnas:params", "capnas:macs", "capnas"]
     json.dumps(trial.user_attrs, allow_nan=False)
+    shown = {"capnas:status": "complete"} | {f"capnas:{name}": found.metrics[name] for name in ("accuracy", "params", "macs")}
+    assert {key: trial.user_attrs[key] for key in shown} == shown
     assert found.status == "complete"
     assert found.params == trial.params == LARGE
     model = space(FixedTrial(LARGE), num_classes=3, in_chans=1, image_size=8)
@@ -174,6 +176,9 @@ def test_over_budget_is_pruned_with_its_violation_before_any_weight_exists(data:
     assert found.reason == f"{found.n_params:,} params are over the limit of 100; {found.macs:,} macs are over the limit of 10,000"
     assert found.n_params is not None
     assert found.macs is not None
+    assert {name: trial.user_attrs.get(f"capnas:{name}") for name in ("status", "accuracy", "macs")} == {
+        "status": "over_budget", "accuracy": None, "macs": found.macs
+    }  # fmt: skip
     assert trial.constraints == {"params": found.n_params / 100 - 1, "macs": found.macs / 10_000 - 1, "valid": -1.0}
     assert found.values == {}
 
@@ -219,11 +224,24 @@ def test_samplers_that_ignore_pruned_trials_get_the_worst_values_and_a_violation
 def test_worst_values_before_any_are_finite(data: ImageData) -> None:
     expected = {
         "accuracy": 0.0, "val_loss": 100.0, "saturation_evenness": 0.0, "tail_fraction": 1.0, "saturation_variation": 1000.0,
-        "params": 1e12, "macs": 1e15, "complexity": 0.0, "shortest_depth": 1000.0, "init_grad_norm": 0.0, "init_snip": 0.0,
+        "params": 1e9, "macs": 1e11, "complexity": 0.0, "shortest_depth": 1000.0, "init_grad_norm": 0.0, "init_snip": 0.0,
         "init_zico": -1000.0,
     }  # fmt: skip
     study = run(objective(data, values=tuple(expected)), LARGE | {"kind": "bad"}, sampler=samplers()["nsga2"])
     assert dict(zip(expected, study.trials[0].values)) == expected
+
+
+def test_worst_costs_before_any_stay_near_the_limits_and_are_better_than_none_within(data: ImageData) -> None:
+    o = objective(data, values=("accuracy", "macs", "params"), max_macs=30_000, max_params=500, epochs=1)
+    study = run(o, LARGE | {"kind": "bad"}, LARGE, SMALL, sampler=samplers()["nsga2"])
+    assert study.trials[0].values == [0.0, 60_000.0, 1000.0]
+    assert study.trials[1].values[1:] == [evaluations(study)[1].macs, evaluations(study)[1].n_params]  # what is known of it
+    assert [t.number for t in study.best_trials] == [2]
+
+
+def test_it_tells_itself_in_one_line(data: ImageData) -> None:
+    text = f"Objective('tiny_space', {data.name!r}, values=('accuracy',), max_params=9, max_macs=1000)"
+    assert repr(objective(data, max_macs=1000, max_params=9)) == text
 
 
 def test_duplicate_reuses_the_first_result(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from capnas.errors import UsageError
 from capnas.measures.excess import distance_to_init
 from capnas.measures.proxies import macs
 from capnas.profile import MEASURES, Profile, at_default_initialization, enrich, profile_model, skipped_modules, untouched
-from capnas.scoring import score
+from capnas.scoring import measures_for, score
 from capnas.weights import InitialWeights
 
 
@@ -76,11 +78,70 @@ def test_both_readings_in_one_pass_in_execution_order() -> None:
     assert profile.layers[-1].few_rows is True
 
 
+def test_a_loader_gives_what_its_tensors_give() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.randn(24, 1, 8, 8), torch.arange(24) % 3
+    measures = ("saturation", "proxies")
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+    expected = profile_model(net, x.split(8), y, measures=measures).to_dict()
+    assert profile_model(net, loader, measures=measures).to_dict() == expected
+    assert profile_model(net, (x, y), measures=measures).to_dict() == profile_model(net, x, y, measures=measures).to_dict()
+    assert profile_model(net, [x[:8], x[8:16]]).layers == profile_model(net, iter(x[:16].split(8))).layers
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ([], "at least one, got none"),
+        (np.zeros((4, 1, 8, 8), np.float32), "inputs must be tensors, .* got ndarray"),
+        ([{"image": torch.zeros(4, 1, 8, 8)}], "got dict"),
+        (torch.zeros(0, 1, 8, 8), r"at least one image, got one of shape \(0, 1, 8, 8\)"),
+        (torch.zeros(1, 1, 3, 3), "two images or more, or mode='eval'"),
+    ],
+)
+def test_inputs_that_cannot_be_read_are_refused(inputs: Any, says: str) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(UsageError, match=says):
+        profile_model(net, inputs, mode="train")
+
+
 def test_batches_are_pooled() -> None:
     model, x = small_resnet().eval(), noise(8, 3, 32, 32)
     whole, parts = profile_model(model, x), profile_model(model, list(x.split(3)))
     assert [r.rows for r in whole.layers] == [r.rows for r in parts.layers]
     assert [r.k for r in whole.layers] == [r.k for r in parts.layers]
+
+
+def test_the_first_batch_goes_with_its_own_targets() -> None:
+    model, x, classes = small_resnet().eval(), noise(24, 3, 32, 32), torch.arange(24) % 4
+    names = ("snip", "grad_norm", "zico")
+    parts = profile_model(model, x.split([8, 16]), classes, measures=("proxies",)).network
+    again = profile_model(model, x.split([8, 16]), classes[:8], measures=("proxies",)).network
+    alone = profile_model(model, x[:8], classes[:8], measures=("proxies",)).network
+    assert all(math.isfinite(alone[name]) for name in names)
+    assert {n: parts[n] for n in names} == {n: alone[n] for n in names} == {n: again[n] for n in names}
+    with pytest.raises(UsageError, match=r"one class per image, 24 for all batches or 8 for the first; got 16\. Give each image its own"):
+        profile_model(model, x.split([8, 16]), classes[:16], measures=("proxies",))
+    with pytest.raises(UsageError, match="one class per image, 24; got 23"):
+        profile_model(model, x, classes[:23], measures=("proxies",))
+    with pytest.raises(UsageError, match="inputs must be a batch or hold at least one, got none"):
+        profile_model(model, [])
+
+
+def test_a_constant_batch_costs_the_capacity_columns_only() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv3_small_050", num_classes=4)  # through its batch norms gradients overflow
+    found = profile_model(model, torch.zeros(8, 3, 32, 32), measures=("structure", "capacity"), mode="train")
+    assert found.measures == ("saturation", "structure")
+    assert {row.capacity for row in found.layers} == {None}
+    assert all(row.saturation == 0 for row in found.layers)
+    lacking = [name for name in score(found) if measures_for([name]) == ("saturation", "capacity")]
+    assert len(lacking) == 6
+    for name in lacking:
+        assert math.isnan(score(found)[name])
+        assert "capacity cannot be read: the factors of a layer's tangents must be finite" in found.flags[name]
+    assert math.isfinite(score(found)["capacity_score"])  # which needs the graph alone
 
 
 def test_what_was_not_measured_is_named() -> None:

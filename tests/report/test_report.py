@@ -16,6 +16,7 @@ from tiny_space import images
 
 from capnas.data import load_data
 from capnas.errors import MissingDependencyError
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
 from capnas.report import Report
 from capnas.search import open_run, run_study
 from capnas.search.config import StudyConfig
@@ -32,6 +33,63 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
                          sampler="random", out=str(folder), train={"batch_size": 32})  # fmt: skip
     run_study(config, data=load_data(images(), validation=0.2, test=0.2))
     return open_run(folder)
+
+
+# accuracy and MACs of complete trials: the Pareto set is numbers 0, 2, 4 and 5; number 1 equals one of it in accuracy, 6 in MACs
+POINTS = [(0.9, 100), (0.9, 200), (0.7, 50), (0.6, 60), (0.5, 20), (0.4, 10), (0.3, 10), (0.2, 90), (0.85, 300), (0.1, 80), (0.65, 70),
+          (0.35, 30)]  # fmt: skip
+
+
+def told(folder: Path, values: tuple[str, ...], sampler: str = "random", points: list[tuple[float, int]] = POINTS) -> RunResult:
+    """A run of given results: one complete trial for each point, then a duplicate of the first, then one over the budget."""
+    config = StudyConfig(space="tiny", data="noise", study="told", trials=len(points) + 2, values=values, sampler=sampler, out=str(folder))
+    study = optuna.create_study(study_name=config.name, directions=config.directions)
+    for number, (accuracy, macs) in enumerate([*points, points[0]]):
+        named = {"accuracy": accuracy, "macs": float(macs)}
+        status, original = ("complete", None) if number < len(points) else ("duplicate", 0)
+        found = Evaluation(status=status, duplicate_of=original, values={v: named[v] for v in values}, metrics=named, macs=macs, n_params=5)
+        study.add_trial(optuna.trial.create_trial(values=list(found.values.values()), user_attrs={ATTRIBUTE: found.to_dict()}))
+    over = Evaluation(status="over_budget", reason="5 MACs too many").to_dict()
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, user_attrs={ATTRIBUTE: over}))
+    return RunResult(folder=folder, config=config, study=study)
+
+
+def listed(run: RunResult) -> list[int]:
+    return [row["trial"] for row in Report.of(run).to_dict()["best"]]
+
+
+def test_with_several_values_the_best_trials_are_the_pareto_set(tmp_path: Path) -> None:
+    run = told(tmp_path, ("accuracy", "macs"))
+    assert listed(run) == [0, 2, 4, 5]
+    assert {*listed(run), len(POINTS)} == {t.number for t in run.study.best_trials}  # Optuna's has the duplicate too
+    rows = Report.of(run).to_dict()["best"]
+    assert [(row["accuracy"], row["macs"]) for row in rows] == [POINTS[n] for n in listed(run)]
+    assert listed(told(tmp_path, ("macs", "accuracy"))) == [5, 4, 2, 0]  # the first value's best comes first
+
+
+def test_a_pareto_set_is_listed_whole(tmp_path: Path) -> None:
+    line = [(n / 20, 10 * n) for n in range(1, 13)]
+    run = told(tmp_path, ("accuracy", "macs"), points=line)
+    assert listed(run) == list(range(11, -1, -1))
+
+
+@pytest.mark.parametrize("n", [1, 3, 10, 12])
+def test_with_one_value_the_best_trials_are_the_ten_best(tmp_path: Path, n: int) -> None:
+    best = sorted(range(n), key=lambda i: (-POINTS[i][0], i))[:10]
+    run = told(tmp_path, ("accuracy",), points=POINTS[:n])
+    assert len(best) == min(10, n)
+    assert listed(run) == best
+    table = Report.of(run).to_markdown().split("## Best trials")[1].split("##")[0]
+    assert [int(number) for number in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == best
+    fewest = sorted(range(n), key=lambda i: (POINTS[i][1], i))[:10]
+    assert listed(told(tmp_path, ("macs",), points=POINTS[:n])) == fewest
+
+
+def test_checklist_says_whether_the_search_was_random(run: RunResult, tmp_path: Path) -> None:
+    row = "| Random search as a baseline? | {} |"
+    assert row.format("this study is one") in Report.of(run).to_markdown()
+    other = row.format("not part of this run: the same command with --sampler random")
+    assert other in Report.of(told(tmp_path, ("accuracy",), sampler="tpe")).to_markdown()
 
 
 def test_numbers_agree_with_the_stored_trials(run: RunResult) -> None:
@@ -90,6 +148,17 @@ def test_retrained_networks_are_listed_and_on_the_checklist(run: RunResult, tmp_
     assert "<b>0.625</b><span>test accuracy, 4 epochs, mean of 2</span>" in page
     assert "| 0 | 2 | 7 | complete | 0.625 |" in text
     assert "yes: 4, seeds 7" in text
+
+
+def test_one_epoch_is_one(run: RunResult, tmp_path: Path) -> None:
+    best = Report.of(run).to_dict()["best"][0]["trial"]
+    run = dataclasses.replace(run, folder=tmp_path, config=dataclasses.replace(run.config, epochs=1))
+    record = {"trial": best, "epochs": 1, "seed": 7, "status": "complete", "reason": "", "test_accuracy": 0.625, "test_loss": 1.0,
+              "test_images": 48, "n_params": 10, "macs": 20, "seconds": 1.0, "device": "cpu"}  # fmt: skip
+    (tmp_path / "retrained.json").write_text(json.dumps([record]))
+    page = Report.of(run).write_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    for says in ("; 1 epoch each", "yes: 1 epoch, the settings", "test accuracy, 1 epoch, mean of 1"):
+        assert says in page
 
 
 def test_markdown_has_one_row_for_each_listed_trial(run: RunResult) -> None:

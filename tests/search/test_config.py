@@ -97,11 +97,28 @@ def test_conflicts_ignore_what_may_change() -> None:
         ({"pruner": "hyperband", "values": ("accuracy", "macs")}, "pruner hyperband works with one value, got 2: use median or off"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"max_macs": 0}, "max_macs must be at least 1, got 0"),
-        ({"max_macs": "8M"}, "max_macs must be at least 1, got '8M'"),
+        ({"max_macs": "8M"}, "max_macs must be a whole number or none, got '8M'"),
+        ({"max_macs": 1.5}, "max_macs must be a whole number or none, got 1.5"),
+        ({"trials": 2.5}, "trials must be a whole number, got 2.5"),
+        ({"workers": 1.5}, "workers must be a whole number, got 1.5"),
+        ({"space": None}, "space must be a text, got None"),
+        ({"study": 5}, "study must be a text or none, got 5"),
+        ({"study": ""}, "study is the name of a folder under runs/, got ''; give a name without slashes, or a folder as out"),
+        ({"study": "../x"}, "study is the name of a folder under runs/, got '../x'"),
+        ({"study": "..", "out": "x"}, "study is the name of a folder under runs/, got '..'"),
+        ({"stale_after": -1}, "stale_after must be seconds, at least 0, got -1"),
+        ({"stale_after": float("nan")}, "stale_after must be seconds, at least 0, got nan"),
+        ({"values": 5}, "values must be one or more different names, got 5"),
+        ({"weights": [1]}, r"weights must be values by name or none, got \[1\]"),
+        ({"train": [1]}, r"train must be values by name, got \[1\]"),
+        ({"seed": "1"}, "seed must be a whole number, got '1'"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"seed": 2**32}, r"seed must be below 2\*\*32, got 4294967296"),
         ({"values": ("acc",)}, "values must be one of"),
-        ({"resolutions": ()}, "resolutions must be sizes in pixels"),
+        ({"resolutions": ()}, r"resolutions must be different sizes in pixels, got \(\)"),
+        ({"resolutions": (28, 28)}, r"resolutions must be different sizes in pixels, got \(28, 28\)"),
+        ({"resolutions": (28.5,)}, r"resolutions must be a list of whole numbers or none, got \(28.5,\)"),
+        ({"resolutions": 28}, "resolutions must be a list of whole numbers or none, got 28"),
         ({"train": {"lrate": 1}}, "train must be one of .*got 'lrate'"),
         ({"train": {"lr": -1}}, "lr must be finite and not negative, got -1"),
         ({"train": {"blocks": "x"}}, "train must be one of .*got 'blocks'"),
@@ -113,6 +130,12 @@ def test_conflicts_ignore_what_may_change() -> None:
 def test_refuses(change: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         StudyConfig(**{"space": "resnet"} | change)
+
+
+def test_what_is_as_good_is_taken() -> None:
+    config = StudyConfig(space="resnet", max_macs=8e6, resolutions=[32, 28], study="team/x", out=Path("o"))  # type: ignore[arg-type]
+    assert (repr(config.max_macs), config.resolutions, config.folder.parts) == ("8000000", (32, 28), ("o",))
+    assert StudyConfig.from_toml(config.to_toml(), out="o") == config
 
 
 @pytest.mark.parametrize(

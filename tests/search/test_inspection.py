@@ -61,7 +61,7 @@ def test_models_of_a_fixed_size_take_the_size_of_the_images() -> None:
 
 def test_a_trial_shows_what_the_search_stored_and_on_request_the_network_before_training(folder: Path) -> None:
     stored, fresh = inspect_target(f"{folder}:best"), inspect_target(f"{folder}:best", initial=True, device="cpu")
-    assert stored.state.startswith("after 1 epoch")
+    assert stored.state == "after 1 epoch of the search"
     assert fresh.state.startswith("before training")
     assert [r.name for r in stored.profile.layers] == [r.name for r in fresh.profile.layers]
     assert [r.effective_rank for r in stored.profile.layers] != [r.effective_rank for r in fresh.profile.layers]
@@ -102,7 +102,7 @@ def test_a_trial_is_trained_again_as_the_search_did_for_what_needs_its_weights(f
     again = inspect_target(
         f"{folder}:best", measures=("norms",), project=0.99, device="cpu", tell=lambda epoch, row: told.append((epoch, row["accuracy"]))
     )
-    assert again.state == "trained again for 1 epochs as in the search"
+    assert again.state == "trained again for 1 epoch as in the search"
     assert [r.effective_rank for r in again.profile.layers] == [r.effective_rank for r in stored.profile.layers]
     assert all(row.norm > 0 and row.distance > 0 for row in again.profile.layers)
     found = again.projection

@@ -162,8 +162,10 @@ def test_images_that_changed_are_refused_before_a_new_trial(tmp_path: Path) -> N
     for path in list((folder / "0").iterdir())[:20]:
         path.rename(folder / "3" / path.name)
     text = r"the images images have changed since the study tiny began: num_classes was 3, now 4.* New trials would not compare: bring"
+    (tmp_path / "run" / "environment.json").write_text("of the last session")
     with pytest.raises(StudyError, match=text):
         run_study(replace(settings, trials=3))
+    assert (tmp_path / "run" / "environment.json").read_text() == "of the last session"
     assert open_run(tmp_path / "run").n_finished == 2
     assert run_study(replace(settings, trials=2)).finished_before == 2
 
@@ -208,6 +210,18 @@ def test_errors_in_a_row_end_the_study_and_single_ones_do_not(tmp_path: Path, da
     with pytest.raises(StudyError, match="3 trials in a row ended in an error, the last: LookupError: no luck"):
         run_study(config(tmp_path, trials=20, sampler="random"), space=sometimes, data=data, on_trial=told)
     assert [s == "failed" for s in seen] == [False, True, False, True, True, True]
+    assert [row["status"] for row in read_csv(tmp_path / "trials.csv")] == seen  # also a session that ends in an error leaves its files
+    assert "torch" in json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))["packages"]
+
+
+def test_a_trial_drawn_after_the_last_one_is_marked_as_such(tmp_path: Path, data: ImageData) -> None:
+    settings = config(tmp_path, trials=1)
+    study, first = open_study(settings), optuna.trial.create_trial(values=[0.5, 1.0])
+    objective = make_objective(settings, space, data)
+    work(study, settings, objective, parallel=True, on_trial=None, on_start=lambda: study.add_trial(first))  # as another worker would
+    late = study.trials[1]
+    assert (late.state, late.user_attrs["capnas:status"]) == (TrialState.FAIL, "interrupted")
+    assert Evaluation.of(late).reason == "another worker drew this or the last trial first"  # type: ignore[union-attr]
 
 
 def test_what_is_left_on_disk(tmp_path: Path, data: ImageData) -> None:
@@ -333,10 +347,10 @@ def test_any_error_and_the_warnings_of_workers_reach_the_parent(tmp_path: Path, 
         "import multiprocessing, warnings\n"
         "from tiny_space import space\n"
         "if multiprocessing.parent_process() is not None:\n"
-        "    from capnas.objective import Objective\n"
+        "    import capnas.objective\n"
         "    warnings.warn('mind the\\n gap', RuntimeWarning)\n"
-        "    def broken(self): raise LookupError('no\\n luck')\n"
-        "    Objective._fingerprint = broken\n"
+        "    def broken(*settings): raise LookupError('no\\n luck')\n"
+        "    capnas.objective.fingerprint = broken\n"
     )
     settings = config(tmp_path / "run", space=str(tmp_path / "sp.py"), data=str(home / "images"), workers=2)
     with (
