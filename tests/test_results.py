@@ -128,7 +128,7 @@ def test_the_score_was_not_fitted_to_one_space(unseen: dict[str, list[float]], s
         for cost in (c for c in COSTS if c in signals[name]):
             assert unseen[name][0] > signals[name][cost]["spearman"] + 0.1, name
     for name in ALL:
-        assert unseen[name][0] > signals[name]["capacity_score"]["spearman"] - 0.06, name
+        assert unseen[name][0] > signals[name]["capacity_score"]["spearman"] - 0.04, name
     assert statistics.mean(r for r, _ in unseen.values()) > statistics.mean(s["macs"]["spearman"] for s in signals.values()) + 0.04
 
 
@@ -273,9 +273,10 @@ def test_the_results_tell_how_the_score_ranks(summary: dict[str, Any], unseen: d
     networks = {name: summary["spaces"][name]["architectures"] for name in (*ALL, *MEASURED)}
     row, text = table_row(STUDIES, "[ranking]"), section("ranking")
     mean = {signal: statistics.mean(rho[name][signal] for name in ALL) for signal in ("capacity_score", "macs", "params")}
-    check_says(row, "Spearman {} with final accuracy (MACs {}, params {})", *mean.values())
-    check_says(row, "(timm {} against {}, `mbconv` {} against {})",
-               *(rho[name][signal] for name in ("timm", "mbconv") for signal in ("macs", "capacity_score")))  # fmt: skip
+    check_says(row, "Spearman with final accuracy {} (MACs {}, params {})", *mean.values())
+    check_says(row, "on `mbconv` MACs alone rank better ({} against {})", *(rho["mbconv"][signal] for signal in ("macs", "capacity_score")))
+    for name in (*SPACES, "timm"):  # "on four of five spaces"
+        assert rho[name]["capacity_score"] == max(rho[name][s] for s in ("capacity_score", *COSTS) if s in rho[name])
     check_says(text, "of {} with final accuracy (MACs {}, params {})", *mean.values())
     proxies = {"nasbench201": ("published naswot", "published logsynflow"), "mbconv": ("naswot", "synflow")}
     check_table(text, "space", {
@@ -292,10 +293,21 @@ def test_the_results_tell_how_the_score_ranks(summary: dict[str, Any], unseen: d
                "| {} | naswot {}, synflow {}, zico {}, snip {}, grad_norm {}; MACs {}", *means)  # fmt: skip
     check_says(text, "(NAS-Bench-201 {}, NAS-Bench-101 {}, Macro {}, `mbconv` {} rows; timm not) the score has {} on average, naswot {}, "
                "synflow {}, zico {}, snip {}, grad_norm {},", *(networks[space] for space in MEASURED), *means[:-1])  # fmt: skip
-    below = [rho[name]["macs"] - rho[name]["capacity_score"] for name in ("timm", "mbconv")]
-    check_says(text, "0.94 on NAS-Bench-201 by {} and 0.80 on NAS-Bench-101 by {}",
-               *(aim - rho[name]["capacity_score"] for aim, name in ((0.94, "nasbench201"), (0.80, "nasbench101"))))  # fmt: skip
-    check_says(text, "Never below MACs: on timm by {}, on `mbconv` by {}", *below)
+    others = {name: summary["spaces"][f"{name}-others"] for name in SPACES}
+    check_table(text, "other rows of", {
+        NAMES[name]: (row["architectures"], ("{}, {}", *(row["signals"]["capacity_score"][part] for part in ("spearman", "top_half"))),
+                      *(row["signals"][cost]["spearman"] for cost in ("macs", "params")))
+        for name, row in others.items()})  # fmt: skip
+    for name, row in others.items():
+        assert row["architectures"] == len({r["arch"] for r in lines_of(RANKING / "raw" / f"{name}-others.jsonl")}
+                                           - {r["arch"] for r in lines_of(RANKING / "raw" / f"{name}.jsonl")})  # fmt: skip
+    check_says(table_row(ROOT / "README.md", "the same on other rows"), "| {}, {}, {} | MACs {}, {}, {} | {} cells, {} and {} networks",
+               *(row["signals"][signal]["spearman"] for signal in ("capacity_score", "macs") for row in others.values()),
+               *(row["architectures"] for row in others.values()))  # fmt: skip
+    check_says(text, "0.94 on NAS-Bench-201 by {} (on the other 1,000 cells by {}) and 0.80 on NAS-Bench-101 by {}",
+               0.94 - rho["nasbench201"]["capacity_score"], 0.94 - others["nasbench201"]["signals"]["capacity_score"]["spearman"],
+               0.80 - rho["nasbench101"]["capacity_score"])  # fmt: skip
+    check_says(text, "Never below MACs: on `mbconv` by {}, on MobileNetV2", rho["mbconv"]["macs"] - rho["mbconv"]["capacity_score"])
 
 
 def test_the_texts_tell_how_the_score_ranks_a_space_that_it_was_not_fitted_on(summary: dict[str, Any]) -> None:
