@@ -637,8 +637,8 @@ def test_the_texts_tell_what_narrowed_networks_keep() -> None:
             base = [table.base[model, seed] for seed in table.seeds[model]]
             cells += [mean(table.values(model, "capnas loss")), (f"{rival} {{}}", mean(table.values(model, rival))), mean(base)]
     check_table(text, "data, network | 1 epoch: capnas", tuned)
-    check_says(text, "after one epoch by up to {} points and after five by up to {}; in the closest case (ConvNeXt on CIFAR-10, five epochs) "
-               "it is {} behind", max(ahead[1]), max(ahead[5]), -min(ahead[5]))  # fmt: skip
+    check_says(text, "after one epoch by up to {} points and after five by up to {}; in the closest case (ConvNeXt on CIFAR-10, five "
+               "epochs) it is {} behind", max(ahead[1]), max(ahead[5]), -min(ahead[5]))  # fmt: skip
     assert ahead[5].index(min(ahead[5])) == both.index(("cifar", "convnext"))
     targets = (RESULTS / "pruning" / "table.md").read_text().partition("## Targets")[2].partition("\nUnder 1 point")[0]
     last = [line.split("|")[7:9] for line in targets.splitlines() if line.startswith(("| fashion", "| cifar"))]
