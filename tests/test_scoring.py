@@ -75,9 +75,13 @@ def test_capacity_score_is_its_closed_form() -> None:
     even = 1 - np.abs(use[:, None] - use).sum() / (2 * len(use) ** 2 * use.mean())
     leading = np.array([row.saturations["0.9"] for row in found.layers if row.saturations])
     dimensions = sum(share * row.width for share, row in zip(leading, found.layers))
-    handed_on = 2 * 8 * 16**2 + 3 * 16 * 8**2 + 3 * 32 * 4**2  # two cells, then twice a reduction with two cells
-    expected = 6 * even + 2 * leading.mean() + 0.5 * math.log2(1 + dimensions) - 0.02 * (1 + 2 + 1) + math.log2(handed_on)
-    assert score(found, ["capacity_score"])["capacity_score"] == pytest.approx(expected, rel=1e-9)
+    handed_on = [8 * 16**2] * 2 + [16 * 8**2] * 3 + [32 * 4**2] * 3  # two cells, then twice a reduction with two cells
+    room = (2 * 11 + 3 * 10 + 3 * 9) / 8
+    expected = 6 * even + 2 * leading.mean() + 0.5 * math.log2(1 + dimensions) - 0.02 * (1 + 2 + 1) + room
+    values = score(found, ["capacity_score", "block_log2_activations", "log2_activations"])
+    assert values["capacity_score"] == pytest.approx(expected, rel=1e-9)
+    assert values["block_log2_activations"] == pytest.approx(room, rel=1e-12)
+    assert values["log2_activations"] == pytest.approx(math.log2(sum(handed_on)), rel=1e-12)
     assert found.network["shortest_depth"] == 4  # stem, two reductions by their 1x1 shortcuts, classifier; cells by their skips
 
 

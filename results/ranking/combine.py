@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 SPACES = ("nasbench201", "nasbench101", "mbconv", "nasbench201-1-epoch")
 TERMS = tuple(name.removeprefix("init_") for name in WEIGHTS)
 # what follows TERMS did not earn its place
-TRIED = (*TERMS, "capacity_score", "block_saturation_evenness", "dimension", "log2_activations")
+TRIED = (*TERMS, "capacity_score", "block_saturation_evenness", "dimension", "block_log2_activations")
 BEFORE = ("combined, untrained part", "capacity_score", "macs")
 NETWORKS = "networks"
 FORMER = {"capacity_score": 0.02, "log2_macs": 0.04}
