@@ -33,7 +33,7 @@ lint: .venv/dev.installed ## style, import directions, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: lint ## the whole test suite, under ten minutes on two cores
+test: lint ## every test but the slow ones, under ten minutes on two cores
 	$(BIN)/python -m pytest -q
 
 test-slow: .venv/dev.installed ## the tests that take minutes each

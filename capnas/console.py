@@ -271,17 +271,18 @@ def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code:
 
 
 class Progress:
-    """Progress of a study, as a context manager: trials, best so far, time left. Give `on_trial` to `capnas.run_study`.
+    """Progress of a study, as a context manager: trials, best so far, time left. Give `on_trial` and `on_epoch` to `capnas.run_study`.
 
     Args:
         total: trials of the whole study.
         names: of the values.
         directions: of the values.
         workers: processes whose trials are told here, some time after they end. Of several, only trials told so far count.
+        epochs: of a trial.
     """
 
-    def __init__(self, *, total: int, names: Sequence[str], directions: Sequence[str], workers: int = 1) -> None:
-        self.total, self.names, self.workers = total, names, workers
+    def __init__(self, *, total: int, names: Sequence[str], directions: Sequence[str], workers: int = 1, epochs: int = 1) -> None:
+        self.total, self.names, self.workers, self.epochs = total, names, workers, epochs
         self.signs = [1 if direction == "maximize" else -1 for direction in directions]
         self.start, self.began, self.ran = time.monotonic(), datetime.now(), 0
         self._told: set[int] = set()
@@ -303,6 +304,11 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
             self._live.stop()
+
+    def on_epoch(self, number: int, epoch: int, row: dict[str, Any]) -> None:
+        """A trial has trained another epoch; shown on a terminal until the trial ends."""
+        if self._live is not None:
+            self._live.update(self._task, state=f"trial {number}: epoch {epoch}/{self.epochs}")  # short: a line has 80 columns
 
     def on_trial(self, study: Any, trial: Any) -> None:
         """A trial of the study ended."""

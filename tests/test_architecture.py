@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "capnas").rglob("*.py"))
@@ -78,3 +81,18 @@ def test_no_module_imports_timm_past_the_guard() -> None:
         if path.name not in ("_timm.py", "standalone.py"):
             text = path.read_text()
             assert not any(words in text for words in ("\nimport timm", "\nfrom timm")), path
+
+
+def test_the_readme_shows_the_rooms_that_imports_are_checked_by() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layers = [sorted(layer.split(" | ")) for layer in settings["layers"]]
+    house = (ROOT / "README.md").read_text().partition("## The house\n")[2].partition("\n\nAn upper room")[0]
+    known = {room for layer in layers for room in layer}
+    shown = [sorted(word.strip("/") for word in itertools.takewhile(lambda w: w.strip("/") in known, line.split()))
+             for line in house.splitlines() if line.strip()]  # fmt: skip
+    # two layers may share a line of the picture
+    assert sorted(room for rooms in shown for room in rooms) == sorted(known)
+    places = {room: i for i, layer in enumerate(layers) for room in layer}
+    order = [min(places[room] for room in rooms) for rooms in shown]
+    assert order == sorted(order)

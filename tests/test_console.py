@@ -104,11 +104,14 @@ def test_progress_is_live_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    with Progress(total=5, names=["accuracy"], directions=["maximize"]) as progress:
+    with Progress(total=5, names=["accuracy"], directions=["maximize"], epochs=30) as progress:
         _study(progress, ["maximize"])
+        progress.on_epoch(3, 7, {"accuracy": 0.25})
+        progress._live.refresh()
     text = screen.getvalue()
     assert "trial   1  over_budget too large" in text
     assert "3/5" in text
+    assert "trial 3: epoch 7/30" in text
 
 
 def _ended(study: optuna.Study, status: str, accuracy: float | None = None) -> optuna.trial.FrozenTrial:

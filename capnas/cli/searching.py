@@ -81,9 +81,9 @@ def search(
         )
         start = f"searching {space} on {data}: {counted(trials, 'trial')}, {counted(epochs, 'epoch')}, optimizing "
         start += f"{', '.join(config.values)}, into {config.folder}"
-        progress = Progress(total=trials, names=config.values, directions=config.directions, workers=workers)
+        progress = Progress(total=trials, names=config.values, directions=config.directions, workers=workers, epochs=epochs)
         with progress:
-            result = run_study(config, on_start=lambda: say(start), on_trial=progress.on_trial)
+            result = run_study(config, on_start=lambda: say(start), on_trial=progress.on_trial, on_epoch=progress.on_epoch)
     if json:
         out_json(run_document(result))
         if not result.front:
@@ -111,9 +111,9 @@ def worker(
         from capnas.search import worker as work
 
         config = _config_of(run, storage)
-        progress = Progress(total=config.trials, names=config.values, directions=config.directions)
+        progress = Progress(total=config.trials, names=config.values, directions=config.directions, epochs=config.epochs)
         with progress:
-            ran = work(config, device=device, on_trial=progress.on_trial)
+            ran = work(config, device=device, on_trial=progress.on_trial, on_epoch=progress.on_epoch)
     if json:
         out_json({"study": config.name, "ran": ran})
     else:

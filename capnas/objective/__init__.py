@@ -6,11 +6,9 @@ scores. Whatever happens, one user attribute of the trial (`capnas.objective.eva
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -26,7 +24,7 @@ from capnas.graph.structure import structure
 from capnas.layers import block_pattern
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
-from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation, fingerprint
+from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation, fingerprint, timed
 from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
@@ -72,6 +70,7 @@ class Objective:
     Attributes:
         names: Value names in order.
         directions: ``"maximize"`` or ``"minimize"`` for each: what ``optuna.create_study(directions=...)`` needs.
+        on_epoch: None, or what is called after each epoch of a training with the trial's number, the epoch and its row of the curve.
 
     Raises:
         UsageError: An argument that cannot be used; the text says which and why.
@@ -137,6 +136,7 @@ class Objective:
         self.resolutions = None if resolutions is None else tuple(resolutions)
         self.stopping = stopping
         self.probe_images = probe_images
+        self.on_epoch: Callable[[int, int, dict[str, Any]], None] | None = None
         base = train or TrainConfig()
         epochs, blocks = base.epochs if epochs is None else epochs, base.blocks if blocks is None else blocks
         self.train = dataclasses.replace(base, epochs=epochs, blocks=blocks, seed=seed, device=device)
@@ -177,7 +177,7 @@ class Objective:
     def _stages(self, trial: Any, found: dict[str, Any]) -> tuple[str, str]:
         """Fill in what is found, stage by stage; the status and the reason at the end."""
         data, metrics = self.data, found["metrics"]
-        with _timed(found, "cost"):
+        with timed(found, "cost"):
             size = data.image_size if self.resolutions is None else trial.suggest_categorical("image_size", list(self.resolutions))
             found["image_size"] = size
             shape = {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": size}
@@ -195,7 +195,7 @@ class Objective:
             if (twin := self._twin(trial, found)) is not None:
                 return self._reuse(found, *twin)
         try:
-            with _timed(found, "structure"):
+            with timed(found, "structure"):
                 model = build_model(self.space, candidate.params, **shape, seed=self.train.seed).to(resolve_device(self.train.device))
                 x, y = data.probe(self.probe_images, seed=self.train.seed, device=resolve_device(self.train.device), image_size=size)
                 found["profile"] = profile_model(
@@ -212,14 +212,14 @@ class Objective:
         except Infeasible as error:  # what shapes alone do not tell
             return "infeasible", str(error)
         start = InitialWeights.of(model) if self._slack else None
-        with _timed(found, "training"):
+        with timed(found, "training"):
             result = train(model, data, self.train, image_size=size, on_epoch=self._judge(trial, found))
         found["curve"] = result.curve
         if result.curve:
             metrics |= {name: result.curve[-1][name] for name in ("accuracy", "val_loss", "train_loss")}
         if (profile := result.profile) is not None:
             if result.status == "complete" and (self.measures["after"] != ("saturation",) or start is not None):
-                with _timed(found, "capacity"):
+                with timed(found, "capacity"):
                     profile = enrich(
                         profile, model, x, y, measures=self.measures["after"], graph=candidate.trace, start=start,
                         pixels=self._pixels["after"], exact_capacity=False, seed=self.train.seed,
@@ -248,6 +248,8 @@ class Objective:
 
         def judge(epoch: int, row: dict[str, Any], profile: Profile | None) -> str | None:
             accuracy.append(row["accuracy"])
+            if self.on_epoch is not None:
+                self.on_epoch(trial.number, epoch, row)
             last = epoch == self.train.epochs
             if single is not None and single not in COSTS and not single.startswith(INIT):
                 now = found["metrics"] | row | ({} if profile is None else score(profile, PROFILED))
@@ -332,15 +334,6 @@ class Objective:
                     f"the study's directions are {given}, the objective's values {', '.join(self.names)} need {self.directions}: "
                     "create the study with optuna.create_study(directions=objective.directions)."
                 )
-
-
-@contextlib.contextmanager
-def _timed(found: dict[str, Any], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        found["seconds"][stage] = time.perf_counter() - start
 
 
 def _ignores_pruned(trial: Any) -> bool:

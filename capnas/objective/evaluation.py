@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -133,3 +135,13 @@ def _plain(value: Any) -> Any:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+@contextlib.contextmanager
+def timed(found: dict[str, Any], stage: str) -> Iterator[None]:
+    """Write how long the block took into the seconds of what becomes an evaluation."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        found["seconds"][stage] = time.perf_counter() - start

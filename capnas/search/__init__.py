@@ -31,6 +31,8 @@ __all__ = ["ATTRIBUTE", "SCORE", "RunResult", "StudyConfig", "open_run", "run_st
 
 _POLL = 0.3  # seconds
 
+EpochCallback = Callable[[int, int, dict[str, Any]], None]
+
 
 def run_study(
     config: StudyConfig,
@@ -39,6 +41,7 @@ def run_study(
     data: Any = None,
     on_start: Callable[[], None] | None = None,
     on_trial: TrialCallback | None = None,
+    on_epoch: EpochCallback | None = None,
 ) -> RunResult:
     """Run a study until it has ``config.trials`` finished trials, or resume one.
 
@@ -51,6 +54,7 @@ def run_study(
         data: The images themselves, where ``config.data`` is only their name; needs one worker.
         on_start: Called once before the first trial, when space, images and storage are there and nothing stands against it.
         on_trial: Called with the study and each trial that ends, in this process.
+        on_epoch: Called after each epoch of a trial, with its number, the epoch and its row of the curve; with one worker only.
 
     Returns:
         The run, also after a signal (``interrupted``) and when nothing was left to do (``finished_before == config.trials``).
@@ -97,6 +101,7 @@ def run_study(
                 pass
             elif config.workers == 1:
                 objective = objective or make_objective(config, space, data)
+                objective.on_epoch = on_epoch
                 work(study, config, objective, parallel=False, on_start=on_start, on_trial=on_trial, go_on=go_on)
             else:
                 _launch(study, config, on_start, on_trial)
@@ -120,13 +125,16 @@ def _leave(study: optuna.Study, config: StudyConfig) -> None:
     write_trials(config.folder / "trials.csv", study, config.values)
 
 
-def worker(config: StudyConfig, *, device: str | None = None, on_trial: TrialCallback | None = None) -> int:
+def worker(
+    config: StudyConfig, *, device: str | None = None, on_trial: TrialCallback | None = None, on_epoch: EpochCallback | None = None
+) -> int:
     """Run trials of a study beside other workers, on this or another machine, until it has ``config.trials`` finished trials.
 
     Args:
         config: That of the study; on another machine its ``storage`` must be one that both reach.
         device: Instead of ``config.device``.
         on_trial: Called with the study and each trial that ends.
+        on_epoch: See `run_study`.
 
     Returns:
         How many trials it ran.
@@ -136,7 +144,9 @@ def worker(config: StudyConfig, *, device: str | None = None, on_trial: TrialCal
     """
     config = replace(config, device=device or config.device)
     with _sigterm_interrupts() as go_on:
-        return work(open_study(config), config, make_objective(config), parallel=True, on_trial=on_trial, go_on=go_on)
+        study, objective = open_study(config), make_objective(config)
+        objective.on_epoch = on_epoch
+        return work(study, config, objective, parallel=True, on_trial=on_trial, go_on=go_on)
 
 
 def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], None] | None, on_trial: TrialCallback | None) -> None:

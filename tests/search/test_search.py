@@ -196,6 +196,13 @@ def test_a_start_is_told_when_a_trial_begins_and_not_where_none_can(tmp_path: Pa
     assert not (tmp_path / "other").exists()
 
 
+def test_each_epoch_is_told_while_a_trial_runs(tmp_path: Path, data: ImageData) -> None:
+    told: list[tuple[int, int]] = []
+    result = run_study(config(tmp_path, trials=2, epochs=2), space=space, data=data, on_epoch=lambda n, epoch, row: told.append((n, epoch)))
+    assert told == [(t.number, row["epoch"]) for t, e in result.evaluations() for row in e.curve if e.duplicate_of is None]
+    assert (0, 2) in told
+
+
 def test_errors_in_a_row_end_the_study_and_single_ones_do_not(tmp_path: Path, data: ImageData) -> None:
     def sometimes(trial: Any, **shape: Any) -> nn.Module:
         if trial.number in (1, 3, 4, 5):
