@@ -88,11 +88,8 @@ def test_the_readme_shows_the_rooms_that_imports_are_checked_by() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     layers = [sorted(layer.split(" | ")) for layer in settings["layers"]]
     house = (ROOT / "README.md").read_text().partition("## The house\n")[2].partition("\n\nAn upper room")[0]
-    known = {room for layer in layers for room in layer}
-    shown = [sorted(word.strip("/") for word in itertools.takewhile(lambda w: w.strip("/") in known, line.split()))
-             for line in house.splitlines() if line.strip()]  # fmt: skip
-    # two layers may share a line of the picture
-    assert sorted(room for rooms in shown for room in rooms) == sorted(known)
+    shown = [[room.strip("/") for room in re.split(" {3,}", line.strip())[0].split()] for line in house.splitlines() if line.strip()]
+    assert sorted(itertools.chain(*shown)) == sorted(itertools.chain(*layers))
     places = {room: i for i, layer in enumerate(layers) for room in layer}
-    order = [min(places[room] for room in rooms) for rooms in shown]
+    order = [min(places[room] for room in rooms) for rooms in shown]  # some layers share a line
     assert order == sorted(order)
