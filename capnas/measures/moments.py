@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capnas.errors import UsageError
+
 _PANEL = 64  # features whose products are taken at once
 _RECENT = 2**17  # rows after which products are added to the float64 sums
 
@@ -56,7 +58,7 @@ def moments_of(samples: Tensor, shift: Tensor | None = None) -> Moments:
         Moments in float64 on the samples' device. Non-finite samples give non-finite moments, never an exception.
 
     Raises:
-        ValueError: samples that are not rows (S, D).
+        UsageError: samples that are not rows (S, D).
 
     >>> m = moments_of(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
     >>> m.count, m.mean.tolist(), m.scatter.tolist()
@@ -196,7 +198,7 @@ def update(moments: Moments, samples: Tensor) -> Moments:
     """Moments after a further batch of rows, (S, D).
 
     Raises:
-        ValueError: samples that are not rows, or of another width than the moments.
+        UsageError: samples that are not rows, or of another width than the moments.
 
     >>> m = update(Moments.empty(1), torch.tensor([[1.0], [3.0]]))
     >>> update(m, torch.tensor([[5.0]])).mean.tolist()
@@ -204,7 +206,7 @@ def update(moments: Moments, samples: Tensor) -> Moments:
     """
     _check_rows(samples)
     if samples.shape[1] != moments.width:
-        raise ValueError(f"samples must have {moments.width} features as the moments have, got {samples.shape[1]}.")
+        raise UsageError(f"samples must have {moments.width} features as the moments have, got {samples.shape[1]}.")
     return merge(moments, moments_of(samples))
 
 
@@ -212,14 +214,14 @@ def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two sets of rows; associative and commutative up to rounding.
 
     Raises:
-        ValueError: moments of different widths.
+        UsageError: moments of different widths.
 
     >>> one, two = moments_of(torch.tensor([[1.0]])), moments_of(torch.tensor([[3.0]]))
     >>> merge(one, two).scatter.tolist()
     [[2.0]]
     """
     if a.width != b.width:
-        raise ValueError(f"moments to merge must have one width, got {a.width} and {b.width}.")
+        raise UsageError(f"moments to merge must have one width, got {a.width} and {b.width}.")
     if a.count == 0 or b.count == 0:
         return b if a.count == 0 else a
     count = a.count + b.count
@@ -240,4 +242,4 @@ def covariance(moments: Moments) -> Tensor:
 
 def _check_rows(samples: Tensor) -> None:
     if samples.dim() != 2:
-        raise ValueError(f"samples must be rows of features, shape (S, D), got shape {tuple(samples.shape)}.")
+        raise UsageError(f"samples must be rows of features, shape (S, D), got shape {tuple(samples.shape)}.")

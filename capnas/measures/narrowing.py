@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capnas.errors import UsageError
 from capnas.measures.saturation import leading_eigenvectors
 from capnas.measures.singular import EXACT_EIGENVALUES
 
@@ -69,7 +70,7 @@ def removal_path(readers: Sequence[Reader], *, ridge: float = 1e-3, steps: int =
         steps: at most so many eliminations; a group of more units loses several at a time.
 
     Raises:
-        ValueError: no readers, or readers of different numbers of units.
+        UsageError: no readers, or readers of different numbers of units.
 
     >>> a = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # the first two inputs are one
     >>> path = removal_path([Reader(weight=torch.ones(1, 3), covariance=a, columns=torch.arange(3)[:, None])], ridge=1e-9)
@@ -77,7 +78,7 @@ def removal_path(readers: Sequence[Reader], *, ridge: float = 1e-3, steps: int =
     (True, [0.0, 0.0, 0.5])
     """
     if not readers or len({len(r.columns) for r in readers}) != 1:
-        raise ValueError(f"readers must be given and agree on their units, got {[len(r.columns) for r in readers]}.")
+        raise UsageError(f"readers must be given and agree on their units, got {[len(r.columns) for r in readers]}.")
     n_units = len(readers[0].columns)
     states = [_Elimination(r, ridge) for r in readers]
     alive = torch.ones(n_units, dtype=torch.bool)

@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from capnas.errors import UsageError
 from capnas.measures.moments import Moments, covariance
 from capnas.measures.singular import EXACT_EIGENVALUES, SINGLE_DOUBT, single_eigenvalues, single_eigenvectors
 
@@ -62,7 +63,7 @@ def spectrum(cov: Tensor, held: float = _HELD) -> Spectrum:
         held: in (0, 1]; an intrinsic dimension at a threshold up to it is found, at one above it may only be bounded from below.
 
     Raises:
-        ValueError: the matrix is not square.
+        UsageError: the matrix is not square.
 
     >>> spectrum(torch.diag(torch.tensor([1.0, 3.0]))).eigenvalues.tolist()
     [3.0, 1.0]
@@ -94,7 +95,7 @@ def intrinsic_dimension(eigenvalues: Tensor, threshold: float = THRESHOLD, total
         number: a lower bound.
 
     Raises:
-        ValueError: the threshold is outside (0, 1].
+        UsageError: the threshold is outside (0, 1].
 
     >>> intrinsic_dimension(torch.tensor([0.5, 0.3, 0.15, 0.03, 0.015, 0.005]))
     5
@@ -133,7 +134,7 @@ def saturation(cov: Tensor, threshold: float = THRESHOLD, *, legacy: bool = Fals
         A number in [0, 1]: 0 for a dead layer, 1 for a layer that needs every direction; NaN if `cov` is not finite.
 
     Raises:
-        ValueError: the matrix is not square, or the threshold is outside (0, 1].
+        UsageError: the matrix is not square, or the threshold is outside (0, 1].
 
     >>> saturation(torch.eye(10))
     1.0
@@ -151,7 +152,7 @@ def saturation_of(spec: Spectrum, threshold: float = THRESHOLD, *, legacy: bool 
     A lower bound where the eigenvalues hold less than the threshold; `threshold_margin` is 0 there.
 
     Raises:
-        ValueError: the threshold is outside (0, 1].
+        UsageError: the threshold is outside (0, 1].
 
     >>> s = spectrum(torch.diag(torch.tensor([0.9, 0.08, 0.02, 0.0])))
     >>> [saturation_of(s, t) for t in (0.85, 0.95, 0.99)]
@@ -183,7 +184,7 @@ def effective_rank(cov: Tensor) -> float:
     Listed beside saturation as a relative of the 'playground' demo's Simpson index; not a definition of the papers.
 
     Raises:
-        ValueError: the matrix is not square.
+        UsageError: the matrix is not square.
 
     >>> effective_rank(torch.eye(4)), effective_rank(torch.diag(torch.tensor([1.0, 0.0])))
     (4.0, 1.0)
@@ -200,7 +201,7 @@ def simpson_index(cov: Tensor) -> float:
     """Textbook sum of squared variance shares of a covariance (D, D), 1 / effective rank, in [1/D, 1]: 1 for one direction; 0 if dead.
 
     Raises:
-        ValueError: the matrix is not square.
+        UsageError: the matrix is not square.
 
     >>> simpson_index(torch.eye(4))
     0.25
@@ -239,7 +240,7 @@ def lossless_projection(moments: Moments, threshold: float = THRESHOLD) -> Proje
         threshold: share of the variance that the eigenspace keeps, in (0, 1]; at 1, k is the numerical rank.
 
     Raises:
-        ValueError: the threshold is outside (0, 1].
+        UsageError: the threshold is outside (0, 1].
 
     >>> from capnas.measures.moments import moments_of
     >>> rows = torch.tensor([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])
@@ -311,10 +312,10 @@ def _leading_subspace(cov: Tensor, size: int) -> Tensor:
 
 def _check(threshold: float) -> None:
     if not 0 < threshold <= 1:
-        raise ValueError(f"threshold must be in (0, 1], got {threshold}.")
+        raise UsageError(f"threshold must be in (0, 1], got {threshold}.")
 
 
 def _square(cov: Tensor) -> int:
     if cov.dim() != 2 or cov.shape[0] != cov.shape[1]:
-        raise ValueError(f"cov must be a square covariance, shape (D, D), got shape {tuple(cov.shape)}.")
+        raise UsageError(f"cov must be a square covariance, shape (D, D), got shape {tuple(cov.shape)}.")
     return cov.shape[0]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capnas.errors import UsageError
+
 CostOf = Callable[[Tensor], Tensor]  # units per group, (N, G) -> cost of each network, (N,)
 
 
@@ -107,7 +109,7 @@ def least_loss(groups: Sequence[Widths], cost: CostOf, target: float) -> list[in
         Units per group; the least choices where the target cannot be met.
 
     Raises:
-        ValueError: for a group without losses.
+        UsageError: for a group without losses.
 
     >>> line = torch.arange(4.0)
     >>> groups = [Widths(now=4, needed=4, choices=(1, 2, 3, 4), losses=w * line) for w in (1.0, 10.0)]
@@ -146,5 +148,5 @@ def least_loss(groups: Sequence[Widths], cost: CostOf, target: float) -> list[in
 
 def _loss(group: Widths, units: int) -> float:
     if group.losses is None:
-        raise ValueError("a group without losses cannot be narrowed by loss; plan by saturation instead.")
+        raise UsageError("a group without losses cannot be narrowed by loss; plan by saturation instead.")
     return float(group.losses[group.now - units])
