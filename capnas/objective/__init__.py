@@ -118,8 +118,8 @@ class Objective:
         for name, limit in (("max_params", max_params), ("max_macs", max_macs), ("probe_images", probe_images)):
             if limit is not None and not (isinstance(limit, Real) and limit > 0):
                 raise UsageError(f"{name} must be above 0, got {limit!r}.")
-        if resolutions is not None and (not resolutions or min(resolutions) < 1 or len(set(resolutions)) < len(resolutions)):
-            raise UsageError(f"resolutions must be different sizes in pixels, got {tuple(resolutions)}.")
+        if resolutions is not None and not _are_sizes(resolutions):
+            raise UsageError(f"resolutions must be different sizes in pixels, got {resolutions!r}.")
         self.names = check_values(values)
         self.directions = [direction_of(name) for name in self.names]
         check_pool(gate, pool)
@@ -334,6 +334,11 @@ class Objective:
                     f"the study's directions are {given}, the objective's values {', '.join(self.names)} need {self.directions}: "
                     "create the study with optuna.create_study(directions=objective.directions)."
                 )
+
+
+def _are_sizes(sizes: Any) -> bool:
+    whole = isinstance(sizes, Sequence) and all(isinstance(size, int) and size > 0 for size in sizes)
+    return whole and len(set(sizes)) == len(sizes) > 0
 
 
 def _ignores_pruned(trial: Any) -> bool:

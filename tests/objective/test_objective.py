@@ -476,6 +476,8 @@ def test_wrong_directions_name_the_right_ones(data: ImageData) -> None:
         ({"max_macs": 0}, "max_macs must be above 0, got 0"),
         ({"max_macs": "8M"}, "max_macs must be above 0, got '8M'"),
         ({"resolutions": (8, 8)}, r"resolutions must be different sizes in pixels, got \(8, 8\)"),
+        ({"resolutions": 28}, "resolutions must be different sizes in pixels, got 28"),
+        ({"resolutions": (8, 12.5)}, r"resolutions must be different sizes in pixels, got \(8, 12.5\)"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"device": "tpu9"}, 'device must be "auto"'),
     ],
