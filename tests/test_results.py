@@ -551,6 +551,9 @@ def test_the_texts_tell_how_longer_real_searches_ended(case: str) -> None:
     check_says(row, "| {} | TPE on accuracy {}; random {} |", *mean.values())
     check_says(row, "spread up to {} points", widest)
     assert ("two seeds", "three seeds")[len(seeds) - 2] in row
+    limits = " ".join((ROOT / "README.md").read_text().split())
+    difference = abs(mean["capnas"] - mean["TPE on accuracy"])
+    check_says(limits, "{} points above it on `mbconv`" if case == "cifar10" else "{} below it on `resnet`", difference)
     if case == "cifar10":
         above = [mean["capnas"] - mean[method] for method in ("TPE on accuracy", "random")]
         check_says(text, "capnas is {} points above TPE on accuracy and {} above random on average, and the best of the three on {} of {}",
