@@ -16,7 +16,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any
 
-from capnas.errors import UsageError
+from capnas.errors import UsageError, counted
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 WIDE = 160  # columns of a table that goes into a file or a pipe
@@ -76,15 +76,6 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def counted(number: int, what: str) -> str:
-    """How many of something.
-
-    >>> counted(1, "epoch"), counted(20, "epoch")
-    ('1 epoch', '20 epochs')
-    """
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def time_left(seconds: float, ran: int, remaining: int) -> str:

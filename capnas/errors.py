@@ -64,6 +64,15 @@ def check_names(what: str, given: Iterable[str], known: Collection[str]) -> None
             raise UsageError(one_of(what, name, known))
 
 
+def counted(number: int, what: str) -> str:
+    """How many of something.
+
+    >>> counted(1, "epoch"), counted(20, "epoch")
+    ('1 epoch', '20 epochs')
+    """
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 _WORDS: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "a text", Mapping: "values by name", type(None): "none"
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -25,6 +25,15 @@ def block_pattern(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, TypeError) as error:
         raise UsageError(f"blocks must be a regular expression, {pattern!r} is none: {error}.") from None
+
+
+def has_block(pattern: str | None, modules: Iterable[str]) -> bool:
+    """Whether one of the modules has a name asked for as blocks; all have where none is asked for.
+
+    >>> has_block("stage.*", ["stem", "stage1"]), has_block("stage", ["stem", "stage1"]), has_block(None, [])
+    (True, False, True)
+    """
+    return pattern is None or any(map(block_pattern(pattern).fullmatch, modules))
 
 
 def find_blocks(model: nn.Module, pattern: str | None = None) -> Iterator[str]:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capnas.recording import hooked
 
-def running_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Batch norms that keep running moments, by name."""
-    kinds = nn.modules.batchnorm._BatchNorm
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.running_mean is not None}
+
+def running_norms(model: nn.Module) -> list[str]:
+    """Batch norms that keep running moments."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,11 +52,6 @@ def measure_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
             running.lerp_(found.to(running.dtype), 1 / seen[module])
 
     model.eval()
-    handles = [norm.register_forward_pre_hook(measure) for norm in running_norms(model).values()]
-    try:
-        with torch.no_grad():
-            for x in batches:
-                model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), hooked(dict.fromkeys(running_norms(model), measure), model, before=True):
+        for x in batches:
+            model(x)

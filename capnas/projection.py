@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from capnas.layers import CONVS
 from capnas.measures.saturation import THRESHOLD, Projection, lossless_projection, random_projection
 from capnas.profile import untouched
-from capnas.recording import Recorder
+from capnas.recording import Recorder, hooked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +82,8 @@ def projected(model: nn.Module, projections: Mapping[str, Projection]) -> Iterat
 
         return apply
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(p)) for name, p in projections.items()]
-    try:
+    with hooked({name: hook(p) for name, p in projections.items()}, model):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def project_model(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
@@ -219,6 +219,28 @@ class Recorder:
                 sums.add(lattice.of(tensor, self._random), rows)
 
         return hook
+
+
+@contextmanager
+def hooked(hooks: Mapping[str, Callable[..., Any]], model: nn.Module, *, before: bool = False) -> Iterator[None]:
+    """Forward hooks (or pre-hooks) by module name that come off again.
+
+    >>> net, seen = nn.Sequential(nn.ReLU()), []
+    >>> with hooked({"0": lambda module, args, output: seen.append(output.item())}, net):
+    ...     _ = net(torch.tensor([-1.0]))
+    >>> _ = net(torch.tensor([2.0]))
+    >>> seen
+    [0.0]
+    """
+    handles: list[Any] = []
+    try:
+        for name, hook in hooks.items():
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from capnas.graph.tracing import Trace, trace
 from capnas.layers import find_blocks
 from capnas.measures.receptive import border_layers
 from capnas.measures.resolution import looking_layers, smallest_productive
+from capnas.recording import hooked
 
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, CapnasError)  # of a changed network that does not run
 
@@ -220,13 +221,9 @@ def _fit(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[int, int], list
         return hook
 
     kinds = (nn.Linear, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.batchnorm._BatchNorm)
-    handles = [m.register_forward_pre_hook(watch(n)) for n, m in model.named_modules() if isinstance(m, kinds)]
-    try:
-        with torch.no_grad():
-            model(torch.empty(shape, device="meta"))
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched = {n: watch(n) for n, m in model.named_modules() if isinstance(m, kinds)}
+    with torch.no_grad(), hooked(watched, model, before=True):
+        model(torch.empty(shape, device="meta"))
     return found
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,16 @@ from capnas.measures import resolution as rule
 
 Build = Callable[[int], nn.Module]
 _WIDE = 160  # letters of an error that a refusal repeats
+
+
+def are_sizes(sizes: Any) -> bool:
+    """Whether these are image sizes to choose from: at least one, whole pixels, none twice.
+
+    >>> are_sizes((28, 32)), are_sizes((28, 28)), are_sizes((12.5,)), are_sizes(()), are_sizes(28)
+    (True, False, False, False, False)
+    """
+    whole = isinstance(sizes, Collection) and all(isinstance(size, Integral) and int(size) > 0 for size in sizes)
+    return whole and len(set(sizes)) == len(sizes) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +84,7 @@ def survey_resolutions(
     >>> small.refusal[:68], large.macs, large.refusal
     ('it cannot run at 8 px: Calculated padded input size per channel: (2 ', 39600, '')
     """
-    whole = all(isinstance(size, Integral) for size in candidates)
-    if not candidates or not whole or min(candidates) < 1 or len(set(candidates)) < len(candidates):
+    if not are_sizes(candidates):
         raise UsageError(f"candidates must be whole numbers from 1 on, different sizes in pixels, got {tuple(candidates)}.")
     rows, whys = [], {}
     for size in sorted(map(int, candidates)):

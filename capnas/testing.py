@@ -15,7 +15,7 @@ import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
-from capnas.errors import CapnasError, SpaceError
+from capnas.errors import CapnasError, SpaceError, counted
 from capnas.spaces import load_space, space_name
 
 _GLOBAL_SEEDS = (11, 12, 13)  # under which a space must make the same model of the same parameters
@@ -104,8 +104,8 @@ def check_space(
     if not broken and 2 * feasible < draws:
         _note(broken, "at least half of the random draws must be feasible", f"{feasible} of {draws} are; reasons: {sorted(set(reasons))}")
     if broken:
-        rules = f"{len(broken)} rule{'s' * (len(broken) > 1)}"
-        raise SpaceError(f"the space {space_name(loaded)!r} breaks {rules}: " + " | ".join(f"{r}: {d}" for r, d in broken.items()))
+        texts = " | ".join(f"{rule}: {detail}" for rule, detail in broken.items())
+        raise SpaceError(f"the space {space_name(loaded)!r} breaks {counted(len(broken), 'rule')}: {texts}")
     candidates = [candidate for _, candidate in found]
     return SpaceReport(
         name=space_name(loaded),

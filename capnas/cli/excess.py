@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
-from capnas.console import LONGER, at_chance, counted, duration, out_json, pairs, say, short, show_table, time_left
-from capnas.errors import UsageError, check_names
+from capnas.console import LONGER, at_chance, duration, out_json, pairs, say, short, show_table, time_left
+from capnas.errors import UsageError, check_names, counted
 
 
 @app.command()

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
-from capnas.console import LONGER, at_chance, counted, out_json, say, short, show_table
-from capnas.errors import UsageError
+from capnas.console import LONGER, at_chance, out_json, say, short, show_table
+from capnas.errors import UsageError, counted
 
 
 @app.command()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
-from capnas.console import counted, duration, number, out_json, pairs, say, short, show_table
+from capnas.console import duration, number, out_json, pairs, say, short, show_table
+from capnas.errors import counted
 
 if TYPE_CHECKING:
     from capnas.resolution import SizeRun, SizeSurvey, Tuning

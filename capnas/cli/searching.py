@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from capnas.cli.app import Blocks, Count, Device, Json, app, quiet, whole
-from capnas.console import Progress, closing, counted, no_value, number, out_json, pairs, run_document, say, show_run
-from capnas.errors import UsageError
+from capnas.console import Progress, closing, no_value, number, out_json, pairs, run_document, say, show_run
+from capnas.errors import UsageError, counted
 
 
 @app.command()

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from capnas.layers import MEASURED
 from capnas.measures.probing import FAILURES, untouched
 
-_KINDS: tuple[Any, ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = re.compile("norm", re.IGNORECASE)
 _STEPS = ("forward", "_conv_forward")  # of torch's layers, that a subclass may replace
 _PRODUCTS = frozenset((F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d))
@@ -72,7 +72,7 @@ def is_plain(layer: nn.Module) -> bool:
     >>> is_plain(nn.Linear(2, 2)), is_plain(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     (True, False)
     """
-    kind = next((k for k in _KINDS if isinstance(layer, k)), None)
+    kind = next((k for k in MEASURED if isinstance(layer, k)), None)
     return layer._parameters.get("weight") is not None and all(
         getattr(type(layer), step, None) is getattr(kind, step, None) and step not in vars(layer) for step in _STEPS
     )
@@ -120,8 +120,8 @@ def computing_layers(model: nn.Module) -> list[nn.Module]:
     >>> [layer is net[1] for layer in computing_layers(net)]
     [True]
     """
-    found = []
-    for layer in (m for m in model.modules() if isinstance(m, _KINDS) and not is_plain(m)):
+    found: list[nn.Module] = []
+    for layer in (m for m in model.modules() if isinstance(m, MEASURED) and not is_plain(m)):
         weight, own = applied_weight(layer), layer._parameters.get("weight")
         same = own is not None and weight is not None and weight.shape == own.shape and torch.equal(weight, own.to(weight.dtype))
         found += [] if weight is None or same else [layer]
@@ -135,7 +135,7 @@ def is_norm(module: nn.Module) -> bool:
     (True, False)
     """
     known = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-    named = bool(_NORMS.search(type(module).__name__)) and not isinstance(module, _KINDS) and not list(module.children())
+    named = bool(_NORMS.search(type(module).__name__)) and not isinstance(module, MEASURED) and not list(module.children())
     return isinstance(module, known) or named
 
 

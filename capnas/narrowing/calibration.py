@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from capnas.measures.narrowing import gram
 from capnas.norms import channel_moments, running_norms
 from capnas.profile import untouched
-from capnas.recording import LayerRecord, Recorder
+from capnas.recording import LayerRecord, Recorder, hooked
 
 WIDEST = 2304  # input columns of a reader beyond which kernel positions are taken for independent
 REFITTED = 4608  # input columns beyond which a reader is not refitted in full
@@ -98,20 +97,6 @@ def output_rows(module: nn.Module, y: Tensor, index: Tensor) -> Tensor:
 def positions(module: nn.Module, y: Tensor) -> int:
     """Number of output positions of a layer in a batch."""
     return y.numel() // y.shape[-1 if isinstance(module, nn.Linear) else 1]
-
-
-@contextmanager
-def hooked(hooks: Mapping[str, Callable[..., Any]], model: nn.Module, *, before: bool = False) -> Iterator[None]:
-    """Forward hooks (or pre-hooks) by module name that come off again."""
-    handles = []
-    try:
-        for name, hook in hooks.items():
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0, batch: int | None = None) -> dict[str, Reading]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from capnas.measures.narrowing import moved_norm, refit
-from capnas.narrowing.calibration import NormInputs, Reading, hooked, input_rows
+from capnas.narrowing.calibration import NormInputs, Reading, input_rows
 from capnas.norms import channel_moments
+from capnas.recording import hooked
 
 
 def correct(

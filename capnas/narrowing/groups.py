@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from capnas.errors import CapnasError, MissingDependencyError
 from capnas.layers import CONVS, MEASURED
-from capnas.narrowing.calibration import hooked
 from capnas.profile import untouched
 from capnas.projection import head_names
+from capnas.recording import hooked
 
 Side = Literal["out", "in", "both", "param"]
 Atom = tuple[str, Side, int]

@@ -21,7 +21,7 @@ from capnas.data import ImageData, load_data
 from capnas.devices import is_out_of_memory, resolve_device
 from capnas.errors import StudyError, UsageError
 from capnas.graph.structure import structure
-from capnas.layers import block_pattern
+from capnas.layers import has_block
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
 from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation, fingerprint, timed
@@ -31,6 +31,7 @@ from capnas.objective.stopping import MedianRule, Rival
 from capnas.objective.targets import INIT, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
 from capnas.profile import Profile, enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, measures_for, score
+from capnas.size_survey import are_sizes
 from capnas.spaces import load_space, space_name
 from capnas.training import TrainConfig, train
 from capnas.weights import InitialWeights
@@ -118,7 +119,7 @@ class Objective:
         for name, limit in (("max_params", max_params), ("max_macs", max_macs), ("probe_images", probe_images)):
             if limit is not None and not (isinstance(limit, Real) and limit > 0):
                 raise UsageError(f"{name} must be above 0, got {limit!r}.")
-        if resolutions is not None and not _are_sizes(resolutions):
+        if resolutions is not None and not are_sizes(resolutions):
             raise UsageError(f"resolutions must be different sizes in pixels, got {resolutions!r}.")
         self.names = check_values(values)
         self.directions = [direction_of(name) for name in self.names]
@@ -234,7 +235,7 @@ class Objective:
 
     def _useless(self, candidate: Candidate) -> str | None:
         """Why an architecture is not looked at: it has no blocks of the name asked for, or idles at its size but not at a larger one."""
-        if self.train.blocks is not None and not any(map(block_pattern(self.train.blocks).fullmatch, candidate.trace.modules[1:])):
+        if not has_block(self.train.blocks, candidate.trace.modules[1:]):
             return f"no module that runs full-matches the block pattern {self.train.blocks!r}"
         larger = [size for size in self.resolutions or () if size > candidate.image_size]
         fields = structure(candidate.trace).fields if larger else ()
@@ -322,9 +323,7 @@ class Objective:
         return tuple(known[n] if n in known else worst_value(n, [v[n] for v in seen], limit=self.limits.get(n)) for n in self.names)
 
     def _store(self, trial: Any, found: Mapping[str, Any], status: str, reason: str) -> None:
-        evaluation = Evaluation(status=status, reason=reason, params=dict(trial.params), **found)
-        for key, value in evaluation.attributes().items():
-            trial.set_user_attr(key, value)
+        Evaluation(status=status, reason=reason, params=dict(trial.params), **found).write(trial.set_user_attr)
 
     def _check_directions(self, trial: Any) -> None:
         if isinstance(trial, optuna.Trial):
@@ -334,11 +333,6 @@ class Objective:
                     f"the study's directions are {given}, the objective's values {', '.join(self.names)} need {self.directions}: "
                     "create the study with optuna.create_study(directions=objective.directions)."
                 )
-
-
-def _are_sizes(sizes: Any) -> bool:
-    whole = isinstance(sizes, Sequence) and all(isinstance(size, int) and size > 0 for size in sizes)
-    return whole and len(set(sizes)) == len(sizes) > 0
 
 
 def _ignores_pruned(trial: Any) -> bool:

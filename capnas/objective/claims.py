@@ -105,8 +105,8 @@ def sweep(study: optuna.Study, *, stale_after: float = STALE_AFTER) -> list[int]
         stored = trial.user_attrs.get(ATTRIBUTE)
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):  # another worker swept it first
             if stored is None:
-                for key, value in Evaluation(status="interrupted", reason=why, params=trial.params).attributes().items():
-                    study._storage.set_trial_user_attr(trial._trial_id, key, value)
+                write = functools.partial(study._storage.set_trial_user_attr, trial._trial_id)
+                Evaluation(status="interrupted", reason=why, params=trial.params).write(write)
                 study.tell(trial.number, state=TrialState.FAIL)
             elif stored["values"]:
                 study.tell(trial.number, list(stored["values"].values()))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -91,6 +91,11 @@ class Evaluation:
         whole = self.to_dict()
         shown = {"status": self.status} | {n: whole["metrics"][n] for n in SHOWN if whole["metrics"].get(n) is not None}
         return {f"{ATTRIBUTE}:{name}": value for name, value in shown.items()} | {ATTRIBUTE: whole}
+
+    def write(self, write: Callable[[str, Any], None]) -> None:
+        """Store `attributes` one by one, as ``evaluation.write(trial.set_user_attr)``."""
+        for key, value in self.attributes().items():
+            write(key, value)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Evaluation:

@@ -18,7 +18,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from capnas.errors import MissingDependencyError
+from capnas.errors import MissingDependencyError, counted
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
 from capnas.objective.gates import UNTRAINED
@@ -180,7 +180,7 @@ def _lead(data: Mapping[str, Any]) -> str:
     total = sum(row["sum"] for row in data["seconds"])
     return (
         f"Space {Path(study['space']).name} on {Path(study['data']).name}: {study['finished']} of {study['asked']} trials finished, "
-        f"{study['complete']} with a value, in {total / 60:.1f} minutes of trials; {_epochs(study['epochs'])} each, "
+        f"{study['complete']} with a value, in {total / 60:.1f} minutes of trials; {counted(study['epochs'], 'epoch')} each, "
         f"sampler {study['sampler']}, seed {study['seed']}, optimizing {', '.join(study['values'])}."
     )
 
@@ -198,7 +198,7 @@ def _cards(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     if final:
         longest = max(r["epochs"] for r in final)
         tests = [r["test_accuracy"] for r in final if r["epochs"] == longest]
-        cards.append((f"test accuracy, {_epochs(longest)}, mean of {len(tests)}", _cell(statistics.mean(tests))))
+        cards.append((f"test accuracy, {counted(longest, 'epoch')}, mean of {len(tests)}", _cell(statistics.mean(tests))))
     return [("best trial", str(best["trial"])), *cards]
 
 
@@ -261,7 +261,9 @@ def _checklist(data: Mapping[str, Any]) -> dict[str, str]:
     total = sum(row["sum"] for row in data["seconds"])
     random = study["sampler"] == "random"
     return {
-        "Same training for all candidates?": f"yes: {_epochs(study['epochs'])}, the settings below, one seed for weights and order",
+        "Same training for all candidates?": (
+            f"yes: {counted(study['epochs'], 'epoch')}, the settings below, one seed for weights and order"
+        ),
         "Seeds of the search?": f"one ({study['seed']}): repeat with other --seed to see the spread",
         "Random search as a baseline?": "this study is one" if random else "not part of this run: the same command with --sampler random",
         "Final networks trained to the end?": f"yes: {len(tested)}, seeds {', '.join(map(str, seeds))}"
@@ -296,10 +298,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
     return str(value)
-
-
-def _epochs(number: int) -> str:
-    return f"{number} epoch{'s' * (number != 1)}"
 
 
 def _text(value: Any) -> str:

@@ -19,6 +19,7 @@ from capnas.objective.targets import check_values, check_weights, direction_of, 
 from capnas.scoring import Direction
 from capnas.search.samplers import PRUNERS, SAMPLERS, check_sampler
 from capnas.search.storages import hide_password
+from capnas.size_survey import are_sizes
 from capnas.training import TrainConfig
 
 try:
@@ -110,7 +111,7 @@ class StudyConfig:
         if self.seed >= 2**32:  # a limit of NumPy, which the samplers draw from
             raise UsageError(f"seed must be below 2**32, got {self.seed}.")
         sizes = self.resolutions
-        if sizes is not None and (not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes)):
+        if sizes is not None and not are_sizes(sizes):
             raise UsageError(f"resolutions must be different sizes in pixels, got {sizes}.")
         for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
             if getattr(self, name) not in known:

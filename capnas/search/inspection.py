@@ -14,7 +14,7 @@ from torch import nn
 from capnas.candidates import cost_of
 from capnas.data import ImageData
 from capnas.devices import resolve_device
-from capnas.errors import StudyError, UsageError, one_of
+from capnas.errors import StudyError, UsageError, counted, one_of
 from capnas.graph.tracing import trace
 from capnas.profile import MEASURES, Profile, at_default_initialization, enrich, profile_model, with_macs
 from capnas.projection import ProjectionResult, project_model
@@ -203,7 +203,7 @@ def _stored(trial: Rebuilt) -> _Network:
     """The trial's profile as the search left it; the model has the weights that the search started from."""
     epochs = _epochs(trial)
     return _Network(
-        model=trial.model(), name=_named(trial), state=f"after {_counted(epochs)} of the search" if epochs else "before training",
+        model=trial.model(), name=_named(trial), state=f"after {counted(epochs, 'epoch')} of the search" if epochs else "before training",
         data=trial.data, image_size=trial.candidate.image_size, trained=epochs > 0, profile=trial.evaluation.profile,
     )  # fmt: skip
 
@@ -229,7 +229,7 @@ def _train_again(trial: Rebuilt, blocks: str | None, device: str, tell: Tell | N
     where = torch.device(result.device)
     start = InitialWeights(weights={n: w.to(where) for n, w in start.weights.items()})
     return _Network(
-        model=model, name=name, state=f"trained again for {_counted(epochs)} as in the search", data=trial.data,
+        model=model, name=name, state=f"trained again for {counted(epochs, 'epoch')} as in the search", data=trial.data,
         image_size=trial.candidate.image_size, trained=True, profile=result.profile, start=start,
     )  # fmt: skip
 
@@ -240,10 +240,6 @@ def _epochs(trial: Rebuilt) -> int:
         reason = f"it ended as {trial.evaluation.status}"
         raise StudyError(f"{_named(trial)} stored no profile ({reason}); --initial profiles its network before training.")
     return len(trial.evaluation.curve)
-
-
-def _counted(epochs: int) -> str:
-    return "1 epoch" if epochs == 1 else f"{epochs} epochs"
 
 
 def _named(trial: Rebuilt) -> str:

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from capnas.candidates import Infeasible, build_candidate
 from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
-from capnas.layers import block_pattern
+from capnas.layers import has_block
 from capnas.objective import Objective
 from capnas.objective.claims import local, sweep
 from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
@@ -145,7 +145,7 @@ def check_candidates(objective: Objective, *, seed: int) -> None:
             raise
         except Exception:  # it counts as a failed trial, and other draws may do
             return
-        if pattern is None or any(map(block_pattern(pattern).fullmatch, built[-1])):
+        if has_block(pattern, built[-1]):
             return
     if built:
         raise UsageError(
@@ -179,8 +179,7 @@ def _one(
         earlier = (t for t in study.get_trials(deepcopy=False) if t.number < trial.number)
         if superseded(trial) or sum(is_finished(t) or t.state == TrialState.RUNNING for t in earlier) >= limit:
             lost = Evaluation(status="interrupted", reason="another worker drew this or the last trial first", params=trial.params)
-            for key, value in lost.attributes().items():
-                trial.set_user_attr(key, value)
+            lost.write(trial.set_user_attr)
             study.tell(trial, state=TrialState.FAIL)
             return trial.number, None
         values = objective(trial)

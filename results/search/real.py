@@ -5,9 +5,9 @@
     python results/search/real.py --derive-only                        # real.md from raw/real.jsonl and raw/real_retrained.jsonl again
     python results/search/real.py --runs FOLDER --methods "capnas, gate" --seeds 0    # a method of `METHODS`; all but that one if not said
 
-The committed rows are of --budget 240 --final-epochs 6, on CIFAR-10 --final-epochs 10, and, for three methods on CIFAR-10, of --budget 900
---test-images 10000 --retrainings 3 (a test split of 2,000 images has a standard error of 1.1 points at 55 %, and two trainings of a
-network differ too). Rows of one budget are compared.
+The committed rows are of --budget 240 --final-epochs 6, on CIFAR-10 --final-epochs 10, and, for three methods, of --budget 900
+--retrainings 3 (two trainings of a network differ), on CIFAR-10 --test-images 10000 (a test split of 2,000 images has a standard error of
+1.1 points at 55 %). Rows of one budget are compared.
 
 Each search has the same seconds of processor time (all threads; waiting for others does not count) under one limit on MACs, whatever it
 spends them on. What is measured before training is charged to capnas and spared the others. The winner is the trial that the search
