@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from capnas.data import ImageData as ImageData
     from capnas.data import load_data as load_data
     from capnas.errors import CapnasError as CapnasError
+    from capnas.narrowing.pruning import prune as prune
     from capnas.objective import Objective as Objective
     from capnas.objective.evaluation import Evaluation as Evaluation
     from capnas.profile import LayerProfile as LayerProfile
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from capnas.profile import profile_model as profile_model
     from capnas.recording import Recorder as Recorder
     from capnas.report import Report as Report
+    from capnas.resolution import tune_resolution as tune_resolution
     from capnas.saved import load_model as load_model
     from capnas.saved import save_model as save_model
     from capnas.scoring import SCORES as SCORES
@@ -50,6 +52,9 @@ _PUBLIC = {
     "Recorder": "capnas.recording",
     "score": "capnas.scoring",
     "SCORES": "capnas.scoring",
+    # over-wide layers, the input size
+    "prune": "capnas.narrowing.pruning",
+    "tune_resolution": "capnas.resolution",
     # models as folders
     "save_model": "capnas.saved",
     "load_model": "capnas.saved",

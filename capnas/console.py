@@ -5,7 +5,6 @@ Results go to stdout and progress to stderr. Progress is one live line on a term
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -16,6 +15,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any
 
+from capnas.documents import json_text
 from capnas.errors import UsageError, counted
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
@@ -120,15 +120,7 @@ def _value(text: str) -> Any:
 
 def out_json(document: Any) -> None:
     """One JSON document on stdout; what is not a finite number becomes null."""
-    sys.stdout.write(json.dumps(_finite(document), indent=2, allow_nan=False, default=str) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+    sys.stdout.write(json_text(document, indent=2))
 
 
 def say(text: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 
 from capnas._timm import timm
 from capnas.candidates import build_model
+from capnas.documents import write_whole
 from capnas.errors import CapnasError, UsageError
 from capnas.spaces import load_space
 
@@ -114,9 +114,7 @@ def save_model(
         raise UsageError(f"the recipe does not build this model again: {', '.join(sorted(wrong)[:5])} would differ.")
     place.mkdir(parents=True, exist_ok=True)
     for name, content in ((WEIGHTS, save(state)), (MANIFEST, _text(document).encode())):
-        partial = place / f"{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, place / name)
+        write_whole(place / name, content)
     return place
 
 

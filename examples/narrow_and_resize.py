@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 
 import capnas
-from capnas.narrowing import narrowed, plan_widths, survey
-from capnas.resolution import tune_resolution
 from capnas.saved import build_recipe
 from capnas.training import evaluate, train
 
@@ -24,17 +22,14 @@ recipe = {"timm": "resnet10t", "args": {"num_classes": 10, "in_chans": 1, "chann
 model = build_recipe(recipe, seed=0)
 train(model, data, capnas.TrainConfig(epochs=arguments.epochs))
 
-images, _ = data.probe(500, seed=0)
-found = survey(model, images)
-plan = plan_widths(found, target_macs=0.5)
-small = narrowed(model, found, plan)
+small = capnas.prune(model, data, target_macs=0.5, images=500)
 with tempfile.TemporaryDirectory() as folder:
-    capnas.save_model(small, Path(folder) / "narrow", recipe)
+    capnas.save_model(small.model, Path(folder) / "narrow", recipe)
     again = capnas.load_model(Path(folder) / "narrow")
 for name, network in (("trained", model), ("half the MACs", again)):
     print(f"{name:14s} accuracy {evaluate(network, data, 'validation')['accuracy']:.3f}")
-print(plan.widths)
+print(small.plan.widths)
 
-tuning = tune_resolution(lambda size: build_recipe(recipe, seed=0, image_size=size), data, (20, 28), epochs=arguments.epochs)
+tuning = capnas.tune_resolution(lambda size: build_recipe(recipe, seed=0, image_size=size), data, (20, 28), epochs=arguments.epochs)
 print(f"recommended: {tuning.recommendation.size} px")
 print("\n".join(tuning.recommendation.reasons))

@@ -42,7 +42,6 @@ def prune(
     validation. capnas.load_model reads the folder.
     """
     with quiet():
-        from capnas.measures.guessing import no_better_than_a_guess
         from capnas.narrowing.planning import read_widths
         from capnas.narrowing.pruning import PruneConfig, calibration_images, make_plan, pretrain
         from capnas.narrowing.pruning import prune as prune_model
@@ -90,11 +89,6 @@ def prune(
         else:
             result = prune_model(model, found.data, config, image_size=found.image_size, say=say)
             document = {"target": found.name, "plan": result.plan.to_dict(), "report": result.report, "out": str(out)}
-            chance = found.data.guess
-            document["at_chance"] = {
-                stage: no_better_than_a_guess(accuracy, chance=chance, images=found.data.sizes["validation"])
-                for stage, accuracy in result.report["accuracy"].items()
-            }
             extra = {"target": found.name, "data": data_record(found.data), "trained": True, "report": result.report}
             save_model(result.model.cpu(), out, found.recipe, extra=extra, force=force)  # type: ignore[arg-type]
     if json:
@@ -105,7 +99,7 @@ def prune(
         if not json:
             show_report(document["report"])
             say(f"saved: {out}  (capnas.load_model({str(out)!r}))")
-        if line := guessed(document["report"]["accuracy"], document["at_chance"], chance):
+        if line := guessed(document["report"]["accuracy"], document["report"]["at_chance"], found.data.guess):
             say(line) if json else print(line)
 
 

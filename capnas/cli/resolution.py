@@ -9,6 +9,7 @@ import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
 from capnas.console import duration, number, out_json, pairs, say, short, show_table
+from capnas.documents import json_text, write_whole
 from capnas.errors import counted
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def resolution(
         _write(out, document, _survey_panels(surveys) if dry_run else _panels(tuning))
         say(f"written: {out / DOCUMENT}, {out / FIGURE}")
     if json:
-        out_json(_plain(document))
+        out_json(document)
     elif dry_run:
         _show_surveys(surveys)
         for size, changes in advice.items():
@@ -162,14 +163,11 @@ def _show_tuning(tuning: Tuning) -> None:
 
 
 def _write(folder: Path, document: dict[str, Any], panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
-    import json
-
     from capnas.report.panels import line_panels
 
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(document), indent=1, default=str)
-    (folder / DOCUMENT).write_text(text + "\n", encoding="utf-8")
-    (folder / FIGURE).write_text(line_panels(panels, axis="pixels"), encoding="utf-8")
+    write_whole(folder / DOCUMENT, json_text(document))
+    write_whole(folder / FIGURE, line_panels(panels, axis="pixels"))
 
 
 def _survey_panels(surveys: tuple[SizeSurvey, ...]) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -189,15 +187,3 @@ def _panels(tuning: Tuning) -> dict[str, dict[str, list[tuple[float, float]]]]:
         "mean saturation": {"measured": [(float(r.size), mean(r.saturations)) for r in last]},
         "idle layers (share)": {"tail": [(float(r.size), tail_fraction(r.saturations)) for r in last], "past the border": border},
     }
-
-
-def _plain(value: Any) -> Any:
-    from dataclasses import asdict, is_dataclass
-
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value

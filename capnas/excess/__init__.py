@@ -22,6 +22,7 @@ from torch import nn
 
 from capnas.data import ImageData
 from capnas.devices import resolve_device
+from capnas.documents import json_text, write_whole
 from capnas.errors import StudyError, UsageError
 from capnas.excess.composition import from_json, to_json
 from capnas.excess.network import Limits, paper_network
@@ -176,7 +177,7 @@ def excess_capacity(
         runs.append(done)
         if store is not None:
             with (store / RUNS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done.to_dict(), allow_nan=False) + "\n")
+                file.write(json_text(done.to_dict(), indent=None))
         if on_run is not None:
             on_run(done)
         return done
@@ -240,13 +241,13 @@ def _open(folder: Path, header: dict[str, Any]) -> list[Run]:
     """The runs that are there, after a check that they are of the same study."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / HEADER).exists():
-        (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / HEADER, json_text(header))
         return []
     found = read_study(folder)
     free = ("grid", "seeds", "chance")  # a study may be widened; older ones did not keep what a guess gets
     differ = [key for key in header if key not in free and header[key] != found.header.get(key)]
     if differ:
         raise StudyError(f"{folder} holds a study with another {', '.join(differ)}; give a new folder or the options of that study.")
-    (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-    (folder / RUNS).write_text("".join(json.dumps(r.to_dict()) + "\n" for r in found.runs), encoding="utf-8")  # without a cut-off line
+    write_whole(folder / HEADER, json_text(header))
+    write_whole(folder / RUNS, "".join(json_text(r.to_dict(), indent=None) for r in found.runs))  # without a cut-off line
     return list(found.runs)

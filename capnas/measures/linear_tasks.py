@@ -19,6 +19,7 @@ from capnas.measures.allocation import constraint_basis, spatial_allocation, tot
 from capnas.measures.linear_architectures import LinearArchitecture
 
 TASKS = ("T1", "T2", "T3", "T4", "T5")
+_AT_OPTIMUM = 1e-8  # share of the largest singular value: an optimizer's end point misses the rank of the optimum by some 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,14 @@ class LinearFit:
     """The best of several trainings of one architecture on one task.
 
     ``theta`` (P,) are the parameters; ``relative_loss`` is the loss over that of the zero model; ``stationarity`` is ``|Q^T e~| / |e~|``,
-    zero at a true optimum (equation 2); ``rank`` and ``generic_rank`` are the total capacity at the optimum and at a random point.
+    zero at a true optimum (equation 2); ``allocation`` (D,) is the capacity of each lag at the optimum (7, convention W), ``rank`` its
+    total and ``generic_rank`` that at a random point.
     ``tied``: another start reached the same loss with another allocation. ``degenerate`` marks an optimum whose allocation is not unique:
     tied, not converged, or with a vanishing error at a rank below the generic one.
     """
 
     theta: Tensor
+    allocation: Tensor
     relative_loss: float
     stationarity: float
     rank: int
@@ -140,19 +143,19 @@ def train_linear(
     best = min(ends, key=lambda fit: fit.cost)
     theta = torch.from_numpy(best.x)
     error = torch.from_numpy(best.fun)
-    basis = constraint_basis(architecture.jacobian(theta), task.covariance)
+    basis = constraint_basis(architecture.jacobian(theta), task.covariance, tolerance=_AT_OPTIMUM)
     stationarity = float((basis.T @ error).norm() / error.norm()) if float(error.norm()) > 0 else 0.0
     relative_loss = float(error.square().sum()) / scale**2
     converged = stationarity <= 1e-6 or relative_loss <= 1e-20  # the angle of a vanished error is rounding noise
     rank = int(basis.shape[1])
     equal = [torch.from_numpy(fit.x) for fit in ends if fit.cost <= best.cost * (1 + 1e-6) + 1e-20 * scale**2]
-    kappa = spatial_allocation(architecture.jacobian(theta), task.covariance)
-    others = [spatial_allocation(architecture.jacobian(point), task.covariance) for point in equal]
+    kappa, *others = (spatial_allocation(architecture.jacobian(point), task.covariance, tolerance=_AT_OPTIMUM) for point in (theta, *equal))
     others = [other for other in others if abs(float((other - kappa).sum())) < 0.5]  # beside a lower rank lies noise of the generic one
     tied = any(float((other - kappa).abs().sum()) > 0.3 for other in others)
     degenerate = tied or not converged or (relative_loss < 1e-4 and rank < generic)
     return LinearFit(
         theta=theta,
+        allocation=kappa,
         relative_loss=relative_loss,
         stationarity=stationarity,
         rank=rank,

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from capnas.candidates import count_cost
 from capnas.data import ImageData
 from capnas.devices import resolve_device
-from capnas.errors import CapnasError, UsageError, one_of
+from capnas.errors import CapnasError, UsageError, check_names, one_of
 from capnas.measures.evenness import evenness, mean
+from capnas.measures.guessing import no_better_than_a_guess
 from capnas.measures.saturation import THRESHOLD
 from capnas.narrowing import narrowed
 from capnas.narrowing.applying import narrowable
@@ -97,8 +98,9 @@ class Pruned:
     Attributes:
         model: in eval mode.
         plan: that it follows.
-        report: plain JSON types: accuracy on validation (before, pruned, finetuned), MACs, params, milliseconds per batch, mean and
-            evenness of the layers' measured saturation before and after, the largest output on a batch of validation before and after.
+        report: plain JSON types: accuracy on validation (before, pruned, finetuned), whether each is no better than a guess, MACs, params,
+            milliseconds per batch, mean and evenness of the layers' measured saturation before and after, the largest output on a batch
+            of validation before and after.
     """
 
     model: nn.Module
@@ -163,7 +165,13 @@ def pretrain(
 
 
 def prune(
-    model: nn.Module, data: ImageData, config: PruneConfig, *, image_size: int | None = None, say: Callable[[str], None] | None = None
+    model: nn.Module,
+    data: ImageData,
+    config: PruneConfig | None = None,
+    *,
+    image_size: int | None = None,
+    say: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> Pruned:
     """Narrow a trained network and report; the network itself is not changed.
 
@@ -173,12 +181,23 @@ def prune(
         config: what is wanted.
         image_size: pixels, where not the data's.
         say: told of each step.
+        settings: fields of `PruneConfig` by name, beside ``config`` or in its place.
 
     Raises:
         CannotNarrow: this network cannot be narrowed; the text says why.
-        UsageError: a goal that cannot be reached.
+        UsageError: a setting that is not one or out of its range; a goal that cannot be reached.
         CapnasError: the narrowed network's outputs are not finite, or fine-tuning diverged.
+
+    >>> import numpy as np
+    >>> from capnas.data import load_data
+    >>> data = load_data((np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8), np.arange(60) % 2))
+    >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    >>> small = prune(net, data, target_macs=0.5, round_to=1, device="cpu")
+    >>> small.model[0].out_channels, small.report["macs"]["after"] <= 0.5 * small.report["macs"]["before"]
+    (4, True)
     """
+    check_names("setting", settings, {f.name for f in fields(PruneConfig)})
+    config = PruneConfig(**settings) if config is None else replace(config, **settings)
     tell = say or (lambda text: None)
     device, size = resolve_device(config.device), image_size or data.image_size
     full = copy.deepcopy(model).to(device).eval()
@@ -203,8 +222,8 @@ def prune(
     tell(f"accuracy on validation: {accuracy['before']:.4f} before, {accuracy['pruned']:.4f} after narrowing, without training")
     curve: list[dict[str, Any]] = []
     if config.finetune_epochs:
-        settings = replace(FINETUNE, epochs=config.finetune_epochs, seed=config.seed, device=config.device)
-        result = _train(small, data, settings, size, "fine-tuning", say)
+        recipe = replace(FINETUNE, epochs=config.finetune_epochs, seed=config.seed, device=config.device)
+        result = _train(small, data, recipe, size, "fine-tuning", say)
         accuracy["finetuned"], curve = float(result.accuracy or 0.0), list(result.curve)
     times = {b: latencies([full, small], images, b) for b in (1, 64)}
     report = {
@@ -212,6 +231,9 @@ def prune(
         "validation_images": data.sizes["validation"],
         "calibration_images": len(images),
         "accuracy": accuracy,
+        "at_chance": {
+            stage: no_better_than_a_guess(value, chance=data.guess, images=data.sizes["validation"]) for stage, value in accuracy.items()
+        },
         "macs": {"before": before.macs, "after": after.macs},
         "params": {"before": before.params, "after": after.params},
         "saturation": saturation,

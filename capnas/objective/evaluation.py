@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from capnas.data import ImageData
+from capnas.documents import plain
 from capnas.errors import StudyError
 from capnas.profile import Profile
 from capnas.training import TrainConfig
@@ -80,7 +80,7 @@ class Evaluation:
         """Plain JSON types only; a number that is not finite becomes None."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         given["profile"] = None if self.profile is None else self.profile.to_dict()
-        return _plain(given)
+        return plain(given)
 
     def attributes(self) -> dict[str, Any]:
         """What to store with the trial, by key: flat values for plots and dashboards, and last the whole, which is all that is read.
@@ -129,17 +129,6 @@ def fingerprint(train: TrainConfig, data: ImageData) -> str:
     how = {k: v for k, v in dataclasses.asdict(train).items() if k not in unread}
     images = {"name": data.name, "sizes": dict(data.sizes), "mean": list(data.mean), "std": list(data.std)}
     return hashlib.sha256(json.dumps([how, images], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 @contextlib.contextmanager

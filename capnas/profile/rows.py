@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import nn
 
+from capnas.documents import plain
 from capnas.errors import UsageError
 from capnas.layers import MEASURED
 from capnas.measures.saturation import THRESHOLD, effective_rank, intrinsic_dimension, saturation_of, spectrum, threshold_margin
@@ -180,7 +180,7 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe mapping; NaN becomes ``None``."""
-        return {"version": VERSION, **_json_safe(asdict(self))}
+        return {"version": VERSION, **plain(self)}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Profile:
@@ -260,13 +260,3 @@ def _range(stored: Any) -> Range | None:
 
 def _end(value: float | None) -> float:
     return math.inf if value is None else float(value)
-
-
-def _json_safe(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, Mapping):
-        return {str(k): _json_safe(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_safe(v) for v in value]
-    return copy.copy(value)

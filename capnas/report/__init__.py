@@ -18,6 +18,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from capnas.documents import write_whole
 from capnas.errors import MissingDependencyError, counted
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
@@ -123,7 +124,7 @@ class Report:
         )
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
+        write_whole(target, page)
         return target
 
 

@@ -18,6 +18,7 @@ import optuna
 import torch
 
 import capnas.errors
+from capnas.documents import write_whole
 from capnas.errors import CapnasError, StudyError
 from capnas.objective.claims import sweep
 from capnas.search.config import StudyConfig
@@ -91,9 +92,7 @@ def run_study(
             discard(folder, whole=True)
         raise
     before, known = count_finished(study), len(study.get_trials(deepcopy=False))
-    partial = folder / "study.toml.partial"
-    partial.write_text(config.to_toml(), encoding="utf-8")
-    partial.replace(folder / "study.toml")
+    write_whole(folder / "study.toml", config.to_toml())
     interrupted = False
     try:
         with _sigterm_interrupts() as go_on:

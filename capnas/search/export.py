@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
-import json
+import io
 import os
 import platform
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ import torch
 
 import capnas
 from capnas.devices import resolve_device
+from capnas.documents import json_text, write_whole
 from capnas.objective.evaluation import Evaluation
 
 _PACKAGES = ("torch", "torchvision", "timm", "optuna", "numpy", "scipy")
@@ -42,7 +43,7 @@ def environment(*, workers: int = 1, device: str = "auto") -> dict[str, Any]:
 
 def write_environment(path: Path, *, workers: int = 1, device: str = "auto") -> None:
     """Write `environment` as JSON."""
-    path.write_text(json.dumps(environment(workers=workers, device=device), indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json_text(environment(workers=workers, device=device), indent=2))
 
 
 def trial_rows(study: optuna.Study, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -79,12 +80,11 @@ def write_trials(path: Path, study: optuna.Study, names: Sequence[str]) -> None:
         [c for c in seen if "." not in c and c not in first],
         [c for c in seen if c.startswith("seconds.")],
     ]
-    partial = path.with_suffix(".csv.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[c for group in groups for c in group], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=[c for group in groups for c in group], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, table.getvalue())
 
 
 def _version(name: str) -> str | None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from capnas.candidates import Candidate, build_candidate, build_model
 from capnas.data import ImageData
+from capnas.documents import json_text, write_whole
 from capnas.errors import StudyError, UsageError
 from capnas.objective.evaluation import Evaluation
 from capnas.profile import Profile
@@ -202,9 +203,7 @@ def retrain_trial(
         "model": place,
         "curve": list(result.curve),
     }
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps([*known, record], indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json_text([*known, record]))
     return record
 
 

@@ -36,7 +36,6 @@ def architectures() -> list:
 
 
 def measure(seed: int, starts: int) -> list[dict]:
-    from capnas.measures.allocation import spatial_allocation
     from capnas.measures.linear_tasks import TASKS, linear_task, train_linear
 
     rows = []
@@ -44,7 +43,6 @@ def measure(seed: int, starts: int) -> list[dict]:
         for name in TASKS:
             began, task = time.perf_counter(), linear_task(name)
             fit = train_linear(architecture, task, starts=starts, seed=seed)
-            kappa = spatial_allocation(architecture.jacobian(fit.theta), task.covariance, convention="W")
             row = {
                 "architecture": key,
                 "title": title,
@@ -61,8 +59,8 @@ def measure(seed: int, starts: int) -> list[dict]:
                 "degenerate": fit.degenerate,
                 "rank": fit.rank,
                 "generic_rank": fit.generic_rank,
-                "total": float(kappa.sum()),
-                "allocation": [round(value, 9) for value in kappa.tolist()],
+                "total": float(fit.allocation.sum()),
+                "allocation": [round(value, 9) for value in fit.allocation.tolist()],
                 "theta": fit.theta.tolist(),
                 "seconds": round(time.perf_counter() - began, 1),
             }

@@ -53,7 +53,7 @@ def test_search_best_and_prune(run: Run, noise: Path, tmp_path: Path) -> None:
     assert code == 0, err
     assert f"after narrowing, is no {GUESS}the two say nothing of what narrowing costs; first {LONGER}" in out.splitlines()[-1]
     code, out, err = run(*prune, "--out", tmp_path / "small", "--device", "cpu", "--force", "--json")
-    assert json.loads(out)["at_chance"] == {"before": True, "pruned": True}
+    assert json.loads(out)["report"]["at_chance"] == {"before": True, "pruned": True}
     assert GUESS in err.splitlines()[-1]
 
 

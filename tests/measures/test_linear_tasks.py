@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from capnas.errors import UsageError
-from capnas.measures.allocation import spatial_allocation
 from capnas.measures.linear_architectures import diagonal_rnn, dilated_allocation, dilated_stack, window
 from capnas.measures.linear_tasks import LinearFit, linear_task, train_linear
 
@@ -61,7 +60,7 @@ SLOW = {
 def fitted(model: str, task: str, **options) -> tuple[torch.Tensor, LinearFit]:
     architecture, problem = BUILD[model](), linear_task(task)
     fit = train_linear(architecture, problem, **options)
-    return spatial_allocation(architecture.jacobian(fit.theta), problem.covariance), fit
+    return fit.allocation, fit
 
 
 def regions(kappa: torch.Tensor) -> tuple[float, float, float]:

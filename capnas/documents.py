@@ -1,0 +1,60 @@
+"""Documents that outlive the process: JSON's own types, and files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's own types: what is not a finite number becomes None, a dataclass or mapping a dictionary, a tuple a list.
+
+    Anything else becomes its text.
+
+    >>> plain({"a": (1, float("nan")), 2: Path("b")})
+    {'a': [1, None], '2': 'b'}
+    """
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return plain(value.item()) if getattr(value, "ndim", None) == 0 else str(value)  # a scalar of NumPy or torch
+
+
+def json_text(document: Any, *, indent: int | None = 1) -> str:
+    r"""`plain` as JSON text with a line's end.
+
+    >>> json_text({"a": float("inf")}, indent=None)
+    '{"a": null}\\n'
+    """
+    return json.dumps(plain(document), indent=indent, allow_nan=False) + "\n"
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a process that is killed, finds the old content or the new one and never a part.
+
+    Args:
+        path: in a folder that exists; an older file is replaced.
+        content: text is written as UTF-8, its line ends as they are.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
