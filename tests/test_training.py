@@ -188,6 +188,17 @@ def test_not_a_number_is_a_status(data: ImageData) -> None:
     assert result.accuracy is None
 
 
+def test_not_a_number_on_validation_alone_is_a_status(data: ImageData) -> None:
+    class Lost(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if self.training else x * torch.nan
+
+    result = train(nn.Sequential(net(), Lost()), data, config())
+    assert result.status == "diverged"
+    assert "nan" in result.reason
+    assert "validation" in result.reason
+
+
 def test_explosion_is_a_status(data: ImageData) -> None:
     result = train(net(), data, config(lr=1e4, optimizer="sgd", clip_grad=None, weight_decay=0.0, epochs=3))
     assert result.status == "diverged"
@@ -275,6 +286,14 @@ def test_another_resolution_is_trained_and_evaluated_at(data: ImageData) -> None
     assert seen == {(True, 12, 12), (False, 12, 12)}
     assert result.profile is not None
     assert result.profile.layers[0].rows_seen == data.sizes["validation"] * 100
+
+
+def test_the_final_evaluation_is_at_the_size_that_was_trained(data: ImageData) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    seen = set()
+    model.register_forward_pre_hook(lambda module, args: seen.add((module.training, *args[0].shape[2:])))
+    retrain(model, data, config(epochs=1), image_size=12)
+    assert seen == {(True, 12, 12), (False, 12, 12)}
 
 
 def test_channels_last_and_bfloat16_train(data: ImageData) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_space import FILE, images
 
 from capnas.candidates import count_cost
+from capnas.errors import CapnasError
 from capnas.search import StudyConfig, run_study
 
 Run = Callable[..., tuple[int, str, str]]
@@ -112,6 +113,23 @@ def test_own_candidates_and_a_budget(run: Run, folder: Path) -> None:
     assert all("over the budget of 580,000" in s["refusal"] for s in found["surveys"][1:])
     assert {r["size"] for r in found["runs"]} == {8}
     assert found["shared"] == {"passes": 0, "seen": {}, "seconds": 0.0, "reason": "there is one size only"}
+
+
+def test_settings_arrive_in_the_units_of_the_library(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def record(build: Any, data: Any, sizes: tuple[int, ...], **settings: Any) -> None:
+        asked.append({"sizes": sizes} | settings)
+        raise CapnasError("enough")
+
+    monkeypatch.setattr("capnas.resolution.tune_resolution", record)
+    words = ["resolution", MODEL, "--data", folder, "--candidates", "12,16", "--device", "cpu"]
+    for more in (["--pay", 1, "--share", 0.2, "--epochs", 7, "--budget", "3M", "--seed", 5, "--train", "batch_size=9"], []):
+        assert run(*words, *more)[2].splitlines()[-1] == "error: enough"
+    given, plain = asked
+    assert (given["sizes"], given["pay"], given["share"], given["epochs"], given["budget"]) == ((12, 16), 0.01, 0.2, 7, 3_000_000)
+    assert (given["config"].seed, given["config"].batch_size, given["config"].device) == (5, 9, "cpu")
+    assert (plain["pay"], plain["share"], plain["epochs"], plain["budget"], plain["config"].seed) == (None, 0.3, 10, None, 0)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 
 from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
+from capnas.excess import training
 from capnas.excess.network import Limits, PaperNetwork, paper_network
 from capnas.excess.training import Recipe, Run, every_image, train_run
 
@@ -81,6 +82,16 @@ def test_errors_and_margins_are_those_of_the_network_that_is_left(data: ImageDat
             assert run.margin == pytest.approx(right[(len(right) - 1) // 2])
             assert run.least_margin == pytest.approx(min(gaps))
             assert run.train_loss == pytest.approx(np.mean(losses))
+
+
+def test_equal_logits_are_errors(data: ImageData) -> None:
+    found = training._measure(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).apply(nullify), data, torch.device("cpu"), None)
+    assert (found.train_error, found.validation_error, found.margin, found.least_margin) == (1.0, 1.0, None, 0.0)
+
+
+def nullify(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        nn.init.zeros_(parameter)
 
 
 def test_limits_that_nothing_reaches_change_nothing_and_a_seed_replays(data: ImageData, free: Run) -> None:

@@ -273,6 +273,17 @@ def test_no_duplicate_at_another_resolution_or_with_other_settings(data: ImageDa
     assert evaluations(study)[-1].status == "complete"
 
 
+def test_a_network_that_is_the_same_at_every_size_is_trained_at_each(data: ImageData) -> None:
+    def pointwise(trial: Any, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+        width = trial.suggest_int("width", 2, 4)
+        return nn.Sequential(nn.Conv2d(in_chans, width, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+
+    asked = objective(data, space=pointwise, resolutions=(8, 10), epochs=1)
+    found = evaluations(run(asked, *({"width": 2, "image_size": size} for size in (8, 10, 10))))
+    assert [e.status for e in found] == ["complete", "complete", "duplicate"]
+    assert found[0].settings == found[1].settings
+
+
 def test_an_architecture_without_the_blocks_asked_for_is_skipped(data: ImageData) -> None:
     pairs = run(objective(data, blocks="6"), SMALL, SMALL | {"depth": 2})  # one conv gives five modules, two give seven
     without, with_it = evaluations(pairs)
@@ -443,6 +454,22 @@ def test_with_several_values_the_median_rule_stops(data: ImageData) -> None:
     assert "after epoch 1 is below 1.1000, the median of 3 earlier trials that cost no more" in found[3].reason
     assert len(found[3].curve) == 1
     assert study.trials[3].state == TrialState.PRUNED
+
+
+def test_the_median_rule_compares_trials_of_one_training(data: ImageData) -> None:
+    from capnas.objective.stopping import MedianRule
+
+    def longer(epochs: int) -> Objective:
+        return objective(data, values=("accuracy", "params"), epochs=epochs, stopping=MedianRule(warmup_epochs=0, min_rivals=1))
+
+    study = run(longer(4), SMALL)
+    stored = study.trials[0].user_attrs["capnas"]
+    stored |= {"hash": "?", "curve": [row | {"accuracy": 1.1} for row in stored["curve"]]}
+    study.add_trials([optuna.trial.create_trial(state=TrialState.COMPLETE, values=[1.0, 1.0], user_attrs={"capnas": stored})] * 2)
+    for epochs, status in ((3, "complete"), (4, "stopped")):
+        study.enqueue_trial({"width": 8, "depth": 2, "kind": "plain"})
+        study.optimize(longer(epochs), n_trials=1)
+        assert evaluations(study)[-1].status == status
 
 
 def test_median_rule_off(data: ImageData) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from capnas.data import load_data
 from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
+from capnas.objective.stopping import MedianRule
 from capnas.objective.targets import WEIGHTS
 from capnas.search.config import StudyConfig
+from capnas.search.samplers import first_judged
+from capnas.search.working import make_objective
 
 
 def full() -> StudyConfig:
@@ -41,6 +46,18 @@ def test_training_takes_the_further_fields() -> None:
     train = full().training()
     assert (train.lr, train.clip_grad, train.epochs, train.seed, train.device) == (0.01, 1.0, 2, 3, "cpu")
     assert train.blocks == r"layer\d\.\d"
+
+
+def test_every_setting_reaches_the_objective() -> None:
+    asked = replace(full(), space="resnet", data="fashion-mnist-12k", data_options={}, gate="best:25%", pool=8)
+    made = make_objective(asked, data=load_data("fashion-mnist-12k"))
+    assert (made.names, made.weights) == (("combined", "macs"), {"saturation_evenness": 0.1, "tail_fraction": 1e-5})
+    assert (made.limits, made.resolutions, made.stopping) == ({"params": 10**6, "macs": 10**8}, (28, 32), None)
+    assert made.selection is not None
+    assert (made.selection.gate.share, made.selection.pool) == (0.25, 8)
+    assert made.train == asked.training()
+    rule = make_objective(replace(asked, pruner="median"), data=made.data).stopping
+    assert rule == MedianRule(warmup_epochs=first_judged(2) - 1)
 
 
 def test_passwords_are_not_written() -> None:

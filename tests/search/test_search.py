@@ -277,6 +277,16 @@ def test_best_of_nothing(tmp_path: Path, data: ImageData) -> None:
     assert result.n_finished == 2
 
 
+def test_the_best_of_a_front_has_the_best_first_value_and_came_first(tmp_path: Path) -> None:
+    asked = config(tmp_path, values=("macs", "accuracy"))
+    study = optuna.create_study(directions=asked.directions)
+    study.add_trials([optuna.trial.create_trial(values=values) for values in ([9.0, 0.9], [5.0, 0.5], [5.0, 0.5], [7.0, 0.7])])
+    found = RunResult(folder=tmp_path, config=asked, study=study)
+    assert sorted(t.number for t in found.front) == [0, 1, 2, 3]
+    assert found.best is not None
+    assert found.best.number == 1
+
+
 def test_a_database_as_storage(tmp_path: Path, data: ImageData) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     run_study(config(tmp_path / "run", storage=url, trials=2), space=space, data=data)

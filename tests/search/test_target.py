@@ -18,6 +18,7 @@ from capnas.saved import build_recipe, save_model
 from capnas.search import run_study
 from capnas.search.config import StudyConfig
 from capnas.search.opening import data_record
+from capnas.search.runs import open_run
 from capnas.search.target import open_target
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -41,6 +42,16 @@ def test_a_trial_with_the_images_of_its_run(folder: Path) -> None:
     assert target.recipe["space"] == FILE
     with pytest.raises(StudyError, match="no finished trial 99"):
         open_target(f"{folder}:99")
+
+
+def test_a_trial_keeps_the_split_of_its_run(folder: Path, tmp_path: Path) -> None:
+    asked = replace(open_run(folder).config, out=str(tmp_path / "seeded"), trials=1, seed=5, data_options=OPTIONS | {"validation": 0.3})
+    run = run_study(asked)
+    found, own = open_target(f"{run.folder}:0").data, asked.images()
+    assert set(found.index) == {"train", "validation", "test"}
+    for split, chosen in own.index.items():
+        torch.testing.assert_close(found.index[split], chosen)
+    assert found.sizes["validation"] > open_target(f"{folder}:0").data.sizes["validation"]
 
 
 def test_a_trial_on_other_images_with_more_classes(folder: Path) -> None:
