@@ -17,11 +17,12 @@ import torch
 
 from capnas.data.batching import Batches, InMemory, Request, Streamed
 from capnas.data.decoding import shape_of
-from capnas.data.images import Augment, mean_std, normalise
+from capnas.data.digest import digest
+from capnas.data.images import Augment, is_constant, mean_std, normalise
 from capnas.data.loading import find, load_pool
 from capnas.data.named import EMBEDDED
 from capnas.data.splits import assign, check_classes
-from capnas.errors import UsageError, check_names, check_types, one_of
+from capnas.errors import DataError, UsageError, check_names, check_types, one_of
 
 __all__ = ["Augment", "DataSpec", "ImageData", "load_data"]
 
@@ -93,6 +94,7 @@ class ImageData:
         augment: what training batches get by default.
         spec: what the data was loaded from. A data set that came from a name or a path pickles as its spec alone and loads itself again.
         index: positions of each split in one numbering of all images.
+        digest: what other images, labels or splits hardly share (see `capnas.data.digest`).
 
     Example:
         >>> data = load_data("fashion-mnist-12k")
@@ -115,6 +117,7 @@ class ImageData:
     spec: DataSpec
     index: Mapping[str, torch.Tensor] = field(repr=False)
     pool: InMemory | Streamed = field(repr=False)
+    digest: Mapping[str, Any] = field(repr=False)
     _gate: _Gate = field(default_factory=_Gate, repr=False)
 
     @property
@@ -252,7 +255,8 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
             - ``"fashion-mnist"``: 60,000 + 10,000, from torchvision's folder under ``root``, Debian's dataset-fashion-mnist, or a download;
             - a name that `timm.data.create_dataset` takes: ``torch/cifar10``, ``hfds/...``, ``hfids/...``, ``tfds/...``, ``wds/...``;
             - a folder with a folder of images per class, or with ``train/`` and ``val/`` and/or ``test/`` that hold such folders;
-            - a torch Dataset of (image, class), or a pair (images, labels) of arrays (see `capnas.data.images.as_images` for shapes);
+            - a torch Dataset of (image, class), or one of dicts with ``image`` or ``img`` and ``label``, as Hugging Face gives them;
+            - a pair (images, labels) of arrays (see `capnas.data.images.as_images` for shapes);
             - a mapping from ``train``, ``val``, ``test`` to Datasets or pairs.
         **options: the fields of `DataSpec`:
             image_size: pixels; None keeps the native size (for files the median short side, at most 64).
@@ -281,7 +285,7 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
 
     Example:
         >>> import numpy as np
-        >>> x, y = np.zeros((40, 8, 8), np.uint8), np.arange(40) % 4
+        >>> x, y = np.arange(40 * 8 * 8).reshape(40, 8, 8) / 255, np.arange(40) % 4
         >>> load_data((x, y), validation=0.25, test=0.2).sizes
         {'train': 24, 'validation': 8, 'test': 8}
     """
@@ -305,21 +309,26 @@ def _load(spec: DataSpec) -> ImageData:
     labels = loaded.pool.labels
     names = check_classes(loaded.own, labels, found.class_names)
     index = assign(loaded.own, labels, test=spec.test, validation=spec.validation, seed=spec.seed)
-    mean, std = mean_std(loaded.images, torch.isin(loaded.sample, index["train"]).nonzero()[:, 0])
+    sample = torch.isin(loaded.sample, index["train"]).nonzero()[:, 0]
+    if is_constant(loaded.images, sample):
+        raise DataError(f"{found.name}: expected images that differ, found one value in all pixels of train; look at how they were made.")
+    mean, std = mean_std(loaded.images, sample)
     for what, given in (("mean", spec.mean), ("std", spec.std)):
         if given is not None and len(given) != in_chans:
             raise UsageError(f"{what} must have one number for each of {in_chans} channels, got {len(given)}.")
+    mean, std = spec.mean or mean, spec.std or std
     return ImageData(
         name=found.name,
         num_classes=len(names),
         in_chans=in_chans,
         image_size=size,
         class_names=names,
-        mean=spec.mean or mean,
-        std=spec.std or std,
+        mean=mean,
+        std=std,
         unreadable=loaded.unreadable,
         augment=_policy(spec.augment, Augment(flip=found.flip)),
         spec=spec if isinstance(spec.source, (str, Path)) else dataclasses.replace(spec, source=None),
         index=index,
         pool=loaded.pool,
+        digest=digest(found.parts, loaded.pool, index, mean, std),
     )

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from capnas.data.decoding import fit
+from capnas.data.decoding import fit, grey_or_rgb, opened, pixels_of
 from capnas.data.images import Augment, normalise, resize, shift_and_flip, shifts_and_flips
 from capnas.data.sources import Reader
 from capnas.errors import DataError
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+NOT_STREAMED = "images larger than memory_limit must be bytes of 1 or 3 channels; raise memory_limit, or let the Dataset give PIL images."
 _GROUP_BYTES = 1 << 20
 
 
@@ -115,10 +116,8 @@ class Streamed:
                 image = reader.read(position)[0]
                 break
             position -= len(reader)
-        if not isinstance(image, Image.Image):
-            image = as_pil(image)
-        with image:
-            return image.convert("L" if self.in_chans == 1 else "RGB")
+        with opened(image):
+            return grey_or_rgb(as_pil(image), self.in_chans)
 
     def take(self, positions: torch.Tensor, size: int) -> torch.Tensor:
         """Some images (B, C, size, size), as bytes."""
@@ -174,15 +173,14 @@ class Items(torch.utils.data.Dataset):
         raise DataError("100 images in a row cannot be read; check the files.")
 
 
-def as_pil(array: Any) -> Image.Image:
-    """An item that is an array of bytes as a PIL image; DataError for floats that bytes cannot hold."""
-    from capnas.data.images import as_images
-
-    x = as_images(array[None], "image")[0]
+def as_pil(image: Any) -> Image.Image:
+    """An item's image as PIL, arrays of bytes too; DataError for floats that bytes cannot hold."""
+    found = pixels_of(image)
+    if isinstance(found, Image.Image):
+        return found
+    x = found[0]
     if x.is_floating_point() or len(x) not in (1, 3):
-        raise DataError(
-            "images larger than memory_limit must be bytes of 1 or 3 channels; raise memory_limit, or let the Dataset give PIL images."
-        )
+        raise DataError(NOT_STREAMED)
     return Image.fromarray(x[0].numpy() if len(x) == 1 else x.permute(1, 2, 0).contiguous().numpy())
 
 

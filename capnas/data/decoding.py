@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from capnas.data.images import as_images, resize, to_channels
+from capnas.data.images import as_images, as_label, resize, to_channels
 from capnas.data.sources import Pair, Reader, StreamReader, some
 from capnas.errors import DataError
 
@@ -38,11 +39,39 @@ class Block:
     unreadable: tuple[str, ...] = ()
 
 
+def opened(image: Any) -> contextlib.AbstractContextManager[Any]:
+    """Closes the file of a PIL image at the end of a ``with`` block; arrays have none."""
+    return image if isinstance(image, Image.Image) else contextlib.nullcontext()
+
+
+def pixels_of(image: Any) -> Image.Image | torch.Tensor:
+    """An item's image as PIL, or as (1, C, H, W): arrays, tensors and PIL's floats (mode "F"), which Pillow would clip to bytes.
+
+    Raises:
+        DataError: it is no image.
+    """
+    if isinstance(image, Image.Image) and image.mode != "F":
+        return image
+    if not (hasattr(image, "__array__") or hasattr(image, "__array_interface__")):
+        raise DataError(f"expected a PIL image, array or tensor, found {type(image).__name__}")
+    return as_images((image if isinstance(image, torch.Tensor) else np.asarray(image))[None], "image")
+
+
+def grey_or_rgb(image: Image.Image, in_chans: int) -> Image.Image:
+    """A PIL image in bytes: grey for 1 channel, otherwise RGB."""
+    if image.mode.startswith("I"):  # 16 bits in a PNG or TIFF: Pillow would clip them at 255
+        deep = np.asarray(image)
+        image = Image.fromarray((deep >> 8 if deep.max() > 255 else deep).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("L" if in_chans == 1 else "RGB")
+
+
 def fit(image: Any, size: int, in_chans: int) -> torch.Tensor:
     """One image as (C, size, size): the short side resized, the long side cropped in the middle (as `capnas.data.images.resize`).
 
     Args:
-        image: a PIL image (uint8 comes out), or an array or tensor (H, W), (H, W, C) or (C, H, W).
+        image: a PIL image (uint8 comes out, float32 of mode "F"), or an array or tensor (H, W), (H, W, C) or (C, H, W).
         size: pixels.
         in_chans: 1 or 3 for PIL images; arrays may also keep their own number.
 
@@ -50,24 +79,18 @@ def fit(image: Any, size: int, in_chans: int) -> torch.Tensor:
         >>> fit(Image.new("L", (40, 30), 9), 16, 3).shape
         torch.Size([3, 16, 16])
     """
-    if not isinstance(image, Image.Image):
-        x = as_images(image[None], "image")
-        return resize(to_channels(x, in_chans), size)[0]
-    with image:
-        if image.mode.startswith("I"):  # 16 bits in a PNG or TIFF: Pillow would clip them at 255
-            deep = np.asarray(image)
-            image = Image.fromarray((deep >> 8 if deep.max() > 255 else deep).astype(np.uint8))
-        mode = "L" if in_chans == 1 else "RGB"
-        image.draft(mode, (2 * size, 2 * size))
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        grey_or_rgb = image.convert(mode)
-    w, h = grey_or_rgb.size
+    with opened(image):
+        found = pixels_of(image)
+        if isinstance(found, torch.Tensor):
+            return resize(to_channels(found, in_chans), size)[0]
+        found.draft("L" if in_chans == 1 else "RGB", (2 * size, 2 * size))
+        plain = grey_or_rgb(found, in_chans)
+    w, h = plain.size
     if (w, h) != (size, size):  # to whole pixels as timm's evaluation transform does, so that both paths agree
         w, h = int(size * w / min(w, h)), int(size * h / min(w, h))
         left, top = round((w - size) / 2), round((h - size) / 2)
-        grey_or_rgb = grey_or_rgb.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(grey_or_rgb)).view(size, size, -1).permute(2, 0, 1)
+        plain = plain.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    pixels = torch.from_numpy(np.array(plain)).view(size, size, -1).permute(2, 0, 1)
     return pixels if in_chans in (1, 3) else to_channels(pixels[None], in_chans)[0]
 
 
@@ -77,30 +100,33 @@ def shape_of(part: Pair | Reader) -> tuple[int, int]:
         return part.images.shape[1], min(part.images.shape[-2:])
     channels, sides = [], []
     failed: list[str] = []
-    for image in _sample(part, failed):
-        if isinstance(image, Image.Image):
-            with image:
-                channels.append(1 if image.mode in ("L", "1", "LA", "I", "I;16") else 3)
-                sides.append(min(image.size))
-        else:
-            x = as_images(image[None], "image")
-            channels.append(x.shape[1])
-            sides.append(min(x.shape[-2:]))
+    for have, side in _sample(part, failed):
+        channels.append(have)
+        sides.append(side)
     if not sides:
         raise DataError(f"expected readable images, found none in a sample; the first: {failed[0] if failed else 'nothing there'}.")
     return max(channels), min(int(np.median(sides)), _LARGEST_DEFAULT)
 
 
-def _sample(part: Reader, failed: list[str]) -> Iterator[Any]:
+def _sample(part: Reader, failed: list[str]) -> Iterator[tuple[int, int]]:
     if isinstance(part, StreamReader):
-        for (image, _), _ in zip(part, range(_SAMPLE)):
-            yield image
-        return
-    for index in sorted({round(i) for i in np.linspace(0, len(part) - 1, _SAMPLE)}) if len(part) else []:
+        reads = ((i, lambda image=image: image) for i, (image, _) in zip(range(_SAMPLE), part))
+    else:
+        chosen = sorted({round(i) for i in np.linspace(0, len(part) - 1, _SAMPLE)}) if len(part) else []
+        reads = ((i, lambda i=i: part.read(i)[0]) for i in chosen)
+    for index, read in reads:
         try:
-            yield part.read(index)[0]
+            yield _channels_and_side(read())
         except Exception as error:
             failed.append(_named(part, index, error))
+
+
+def _channels_and_side(image: Any) -> tuple[int, int]:
+    with opened(image):
+        found = pixels_of(image)
+        if isinstance(found, torch.Tensor):
+            return found.shape[1], min(found.shape[-2:])
+        return (1 if found.mode in ("L", "1", "LA") or found.mode.startswith("I") else 3), min(found.size)
 
 
 def decode(part: Pair | Reader, size: int, in_chans: int, *, workers: int | None = None) -> Block:
@@ -132,9 +158,10 @@ def _items(part: Reader, size: int, in_chans: int, workers: int | None) -> Itera
     def one(index: int) -> tuple[torch.Tensor, int] | str:
         try:
             image, label = part.read(index)
-            return fit(image, size, in_chans), label
+            pixels = fit(image, size, in_chans)
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error...; a Dataset anything
             return _named(part, index, error)
+        return pixels, label_of(part, index, label)
 
     if not isinstance(part, StreamReader):
         yield from _in_order(one, range(len(part)), workers if part.threadsafe else 1)
@@ -142,16 +169,28 @@ def _items(part: Reader, size: int, in_chans: int, workers: int | None) -> Itera
     count = 0
     for count, (image, label) in enumerate(part, 1):
         try:
-            yield fit(image, size, in_chans), label
+            pixels = fit(image, size, in_chans)
         except Exception as error:
             yield _named(part, count - 1, error)
+        else:
+            yield pixels, label_of(part, count - 1, label)
     for index in range(count, len(part)):  # timm's streams leave out what they cannot decode
         yield f"{part.name(index)} (announced, not delivered)"
+
+
+def label_of(part: Reader, index: int, label: Any) -> int:
+    """The class of one item; DataError that names it for a wrong one, which is no unreadable image but ends the loading."""
+    try:
+        return as_label(label)
+    except DataError as error:
+        raise DataError(f"{part.name(index)}: {error}") from None
 
 
 def _named(part: Reader, index: int, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"{part.name(index)} (not an image)"
+    if isinstance(error, DataError):
+        return f"{part.name(index)} ({str(error).rstrip('.')})"
     return f"{part.name(index)} ({type(error).__name__}: {' '.join(str(error).split())})"
 
 

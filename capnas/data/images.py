@@ -16,6 +16,7 @@ from capnas.errors import DataError, UsageError
 
 _CHUNK = 1024
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
+RENUMBER = "renumber with np.unique(y, return_inverse=True)[1]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +120,34 @@ def as_labels(array: Any, what: str = "labels") -> torch.Tensor:
         >>> as_labels([1, 0, 2.0])
         tensor([1, 0, 2])
     """
-    y = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    try:
+        y = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    except ValueError as error:
+        raise DataError(f"{what}: expected one integer per image, counted from 0; {error}.") from None
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1 or y.dtype.kind not in "buif":
         found = f"found shape {y.shape} of {y.dtype}"
-        raise DataError(f"{what}: expected one integer per image, counted from 0 (no one-hot rows, no text), {found}.")
+        advice = "give y.argmax(1) of one-hot rows" if y.ndim > 1 else RENUMBER
+        raise DataError(f"{what}: expected one integer per image, counted from 0 (no one-hot rows, no text), {found}; {advice}.")
     whole = y.astype(np.int64) if np.isfinite(y).all() else y
     if not np.array_equal(whole, y) or (len(y) and whole.min() < 0):
-        raise DataError(f"{what}: expected integers from 0, found values such as {y[~np.isin(y, np.arange(2**15))][0]!r}.")
+        wrong = y[~np.isin(y, np.arange(2**15))][0].item()
+        advice = "each must be the number of a class" if wrong != wrong or wrong % 1 else RENUMBER
+        raise DataError(f"{what}: expected integers from 0, found values such as {wrong!r}; {advice}.")
     return torch.from_numpy(whole)
+
+
+def as_label(label: Any, what: str = "label") -> int:
+    """The class number of one image: a whole number from 0, or an array or tensor of one; DataError for anything else.
+
+    Example:
+        >>> as_label(torch.tensor([2.0]))
+        2
+    """
+    if type(label) is int and label >= 0:
+        return label
+    return int(as_labels([label.detach().cpu().numpy() if isinstance(label, torch.Tensor) else label], what)[0])
 
 
 def resize(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -169,6 +188,17 @@ def to_channels(x: torch.Tensor, in_chans: int) -> torch.Tensor:
         out = torch.cat([(x[i : i + _CHUNK].float() * weights).sum(1, keepdim=True) for i in range(0, len(x), _CHUNK)])
         return out if x.is_floating_point() else out.round_().clamp_(0, 255).to(x.dtype)
     raise DataError(f"in_chans: images of {have} channels can be read as {have}{' or 1' if have == 3 else ''} channels, not as {in_chans}.")
+
+
+def is_constant(x: torch.Tensor, index: torch.Tensor) -> bool:
+    """Whether each channel has one value, the same in every pixel of all images at ``index``: nothing tells such images apart.
+
+    Example:
+        >>> is_constant(torch.ones(3, 1, 2, 2), torch.tensor([0, 2]))
+        True
+    """
+    first = x[index[0], :, :1, :1]
+    return all(bool((x[part] == first).all()) for part in index.split(_CHUNK))
 
 
 def mean_std(x: torch.Tensor, index: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

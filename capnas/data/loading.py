@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from capnas.data import folders, named
-from capnas.data.batching import InMemory, Streamed
-from capnas.data.decoding import cores, decode, join, judge_unreadable, survey
+from capnas.data.batching import NOT_STREAMED, InMemory, Streamed
+from capnas.data.decoding import cores, decode, join, judge_unreadable, label_of, survey
 from capnas.data.sources import Found, Pair, Reader, StreamReader, from_python
 from capnas.errors import DataError, UsageError, one_of
 
@@ -110,8 +110,10 @@ def _streamed(readers: Mapping[str, Reader], size: int, in_chans: int, max_unrea
     expected = 0.0
     for split, reader in readers.items():
         found = survey(reader, size, in_chans, seed=seed, workers=workers)
+        if found.images.is_floating_point():
+            raise DataError(NOT_STREAMED)
         known = reader.labels()
-        labels.append(torch.tensor([reader.read(i)[1] for i in range(len(reader))]) if known is None else known)
+        labels.append(torch.tensor([label_of(reader, i, reader.read(i)[1]) for i in range(len(reader))]) if known is None else known)
         expected += len(found.unreadable) - found.damaged + len(reader) * found.damaged / (len(found.sample) + found.damaged)
         start = int(own[split][0])
         surveys.append((found.sample + start, found.images))

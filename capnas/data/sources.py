@@ -32,8 +32,8 @@ class Reader(Protocol):
     threadsafe: bool
 
     def __len__(self) -> int: ...
-    def read(self, index: int) -> tuple[Any, int]:
-        """The image (PIL, array or tensor) and its class."""
+    def read(self, index: int) -> tuple[Any, Any]:
+        """The image (PIL, array or tensor) and its class as it is given, for `capnas.data.images.as_label`."""
         ...
 
     def name(self, index: int) -> str:
@@ -96,13 +96,30 @@ def part(value: Any, what: str) -> Pair | Reader:
         if len(images) != len(labels):
             raise DataError(f"{what}: expected as many labels as images, found {len(images)} images and {len(labels)} labels.")
         return Pair(images=images, labels=labels)
+    if isinstance(value, torch.utils.data.IterableDataset):  # before what has items: it inherits a __getitem__ that only raises
+        if not hasattr(value, "__len__"):
+            found = type(value).__name__
+            raise DataError(f"{what}: expected a stream that knows its length (__len__), found {found} without; give it one, or a Dataset.")
+        return StreamReader(value)
     if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, (tuple, list, str, np.ndarray, torch.Tensor)):
         return DatasetReader(value)
-    if isinstance(value, torch.utils.data.IterableDataset):
-        return StreamReader(value)
     raise DataError(
-        f"{what}: expected a name, a folder, a torch Dataset of (image, class) or a pair (images, labels), found {type(value).__name__}."
+        f"{what}: expected a name, a folder, a torch Dataset of (image, class) or a pair (images, labels), found {type(value).__name__}; "
+        "items of a Dataset may be dicts with 'image' or 'img', and 'label'."
     )
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        key = next((key for key in ("image", "img") if key in item), None)
+        if key is None or "label" not in item:
+            keys = some(map(repr, item)) or "none"
+            advice = "a dict needs 'image' or 'img', and 'label'"
+            raise TypeError(f"expected an item (image, class), found {type(item).__name__} with the keys {keys}; {advice}")
+        return item[key], item["label"]
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise TypeError(f"expected an item (image, class), found {type(item).__name__}")
+    return item[0], item[1]
 
 
 def class_names(dataset: Any) -> tuple[str, ...] | None:
@@ -115,7 +132,10 @@ def class_names(dataset: Any) -> tuple[str, ...] | None:
 
 
 class DatasetReader:
-    """A map-style torch Dataset of (image, class); timm's own are read below their habit of replacing unreadable images by the next."""
+    """A map-style Dataset of (image, class), or of dicts with ``image`` or ``img`` and ``label``, as Hugging Face gives them.
+
+    timm's own are read below their habit of replacing unreadable images by the next.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -125,13 +145,10 @@ class DatasetReader:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def read(self, index: int) -> tuple[Any, int]:
+    def read(self, index: int) -> tuple[Any, Any]:
         """Image and class of one item."""
-        item = self.dataset[index] if self.inner is None else self.inner[index]
-        if not isinstance(item, (tuple, list)) or len(item) < 2:
-            raise TypeError(f"expected an item (image, class), found {type(item).__name__}")
-        image, label = item[0], item[1]
-        return (image if self.inner is None else Image.open(image)), int(label)
+        image, label = _pair(self.dataset[index] if self.inner is None else self.inner[index])
+        return (image if self.inner is None else Image.open(image)), label
 
     def name(self, index: int) -> str:
         """The file name where the Dataset knows one."""
@@ -163,20 +180,20 @@ class StreamReader:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
         items, count = iter(self.dataset), 0
         while True:
             try:
-                image, label, *_ = next(items)
+                pair = _pair(next(items))
             except StopIteration:
                 return
             except Exception as error:  # a stream cannot go on behind an item that breaks it
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 raise DataError(f"the stream breaks after {count} items ({reason}); repair it, or use a set with random access.") from error
             count += 1
-            yield image, int(label)
+            yield pair
 
-    def read(self, index: int) -> tuple[Any, int]:
+    def read(self, index: int) -> tuple[Any, Any]:
         """Not possible: items come in the order of the stream."""
         raise DataError("a streamed data set has no random access; it must fit in memory_limit.")
 
@@ -200,7 +217,7 @@ class FileReader:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, index: int) -> tuple[Any, int]:
+    def read(self, index: int) -> tuple[Any, Any]:
         """Opens the file; it is decoded by whoever converts it."""
         return Image.open(self.paths[index]), self.classes[index]
 

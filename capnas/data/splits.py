@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from capnas.data.images import RENUMBER
 from capnas.errors import DataError, UsageError
 
 
@@ -66,16 +67,18 @@ def check_classes(own: Mapping[str, torch.Tensor], labels: torch.Tensor, names: 
     A class that validation or test lacks is none of its right answers: that is a warning which names it.
 
     Raises:
-        DataError: with the classes and splits at fault.
+        DataError: with the classes and splits at fault; where labels start at 1 or leave numbers out, with what renumbers them.
 
     Example:
         >>> check_classes({"train": torch.arange(6)}, torch.tensor([0, 0, 0, 1, 1, 1]), None)
         ('0', '1')
     """
-    counts = labels[own["train"]].bincount(minlength=len(names or ()))
-    known = len(names or counts)
-    if min(known, len(counts)) < 2:
-        raise DataError(f"expected at least two classes, found {len(counts)}; a search needs something to tell apart.")
+    train = labels[own["train"]]
+    present = set(train.unique().tolist())
+    known = len(names) if names else max(present, default=-1) + 1
+    if (known if names else len(present)) < 2:
+        raise DataError(f"expected at least two classes, found {len(names or present)}; a search needs something to tell apart.")
+    advice = "labels start at 1: subtract 1" if min(present, default=0) == 1 and len(present) == max(present) else RENUMBER
 
     def called(classes: list[int]) -> str:
         return ", ".join((names[c] if names and c < len(names) else str(c)) for c in classes[:5]) + (", ..." if len(classes) > 5 else "")
@@ -83,12 +86,15 @@ def check_classes(own: Mapping[str, torch.Tensor], labels: torch.Tensor, names: 
     for split, positions in own.items():
         top = int(labels[positions].max()) if len(positions) else -1
         if top >= known:
-            raise DataError(f"{split}: expected labels from 0 to {known - 1}, the classes of train, found {top}.")
-    empty = (counts == 0).nonzero()[:, 0].tolist()
+            mend = f"; {advice}" if split == "train" else ""
+            raise DataError(f"{split}: expected labels from 0 to {known - 1}, the classes of train, found {top}{mend}.")
+    empty = [c for c in range(min(known, len(present) + 6)) if c not in present]  # labels may be huge: more than five are not told
     if empty:
+        mend = "" if names else f": {advice}"
         raise DataError(
-            f"train: expected images of every class from 0 to {known - 1}, found none of {called(empty)}; leave no class empty."
+            f"train: expected images of every class from 0 to {known - 1}, found none of {called(empty)}; leave no class empty{mend}."
         )
+    counts = train.bincount(minlength=known)
     for split in own:
         if lacking := (labels[own[split]].bincount(minlength=known) == 0).nonzero()[:, 0].tolist():
             text = f"{split}: expected images of every class of train, found none of {called(lacking)}; it is judged without them."

@@ -125,9 +125,9 @@ class Evaluation:
 
 def fingerprint(train: TrainConfig, data: ImageData) -> str:
     """Of all that decides the outcome of a training besides the architecture; where it runs does not count."""
-    unread = ("device", "amp", "channels_last", *(() if train.blocks else ("blocks",)))  # older studies know no blocks
-    how = {k: v for k, v in dataclasses.asdict(train).items() if k not in unread}
+    how = {k: v for k, v in dataclasses.asdict(train).items() if k not in ("device", "amp", "channels_last")}
     images = {"name": data.name, "sizes": dict(data.sizes), "mean": list(data.mean), "std": list(data.std)}
+    images |= {key: value for key, value in data.digest.items() if key != "pixels"}  # which may differ a little on another machine
     return hashlib.sha256(json.dumps([how, images], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -119,8 +119,8 @@ class Selection:
         """
         idle: Counter[str] = Counter()
         for trial in reversed(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))):
-            if not is_untrained(trial):
-                break
+            if not is_untrained(trial) or trial.user_attrs[ATTRIBUTE].get("settings") not in (None, self.settings):
+                break  # what other settings or an older capnas measured is in no pool any more
             idle[_status(trial) or ""] += 1
         limit = self.pool + 20 / self.gate.share
         if idle[MEASURED] > limit:

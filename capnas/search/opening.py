@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 
 from capnas.data import DataSpec, ImageData
+from capnas.data.digest import digest_changes
 from capnas.errors import StudyError
 from capnas.objective import Objective
 from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
@@ -88,12 +89,14 @@ def open_study(config: StudyConfig) -> optuna.Study:
 
 def data_facts(data: ImageData) -> dict[str, Any]:
     """What the architectures and the numbers of a study's trials depend on, in JSON values."""
-    return {name: getattr(data, name) for name in ("name", "num_classes", "in_chans", "image_size", "sizes")}
+    return {name: getattr(data, name) for name in ("name", "num_classes", "in_chans", "image_size", "sizes", "digest")}
 
 
 def data_changes(stored: Mapping[str, Any], data: ImageData) -> list[str]:
     """How images differ from those of which `data_facts` were stored."""
-    return [f"{name} was {stored.get(name)}, now {value}" for name, value in data_facts(data).items() if stored.get(name) != value]
+    facts = {name: value for name, value in data_facts(data).items() if name != "digest"}
+    changes = [f"{name} was {stored.get(name)}, now {value}" for name, value in facts.items() if stored.get(name) != value]
+    return changes or digest_changes(stored.get("digest") or {}, data.digest)  # older studies have no digest
 
 
 def check_data(study: optuna.Study, objective: Objective) -> None:
@@ -109,6 +112,8 @@ def check_data(study: optuna.Study, objective: Objective) -> None:
             raise StudyError(
                 f"the images {objective.data.name} have changed since the study {study.study_name} began: {'; '.join(changed)}. {advice}"
             )
+        if "digest" not in stored:
+            study.set_user_attr(DATA, data_facts(objective.data))
     elif not trials or any((t.user_attrs.get(EVALUATION) or {}).get("settings") == objective.settings for t in trials):
         study.set_user_attr(DATA, data_facts(objective.data))  # else of a study from before this was kept: nobody knows its images
 

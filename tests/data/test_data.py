@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from capnas.data import Augment, DataSpec, ImageData, load_data
-from capnas.data.splits import carve
+from capnas.data.splits import carve, check_classes
 from capnas.errors import DataError, UsageError
 
 
@@ -66,12 +66,11 @@ def test_no_search_call_can_read_the_test_split(embedded: ImageData) -> None:
     for call in (lambda: embedded.batches("test", 8), lambda: embedded.steps("test", 8)):
         with pytest.raises(UsageError, match=r"the test split is closed while searching; .* with data.final_evaluation\(\) as opened"):
             call()
-    marked = load_data(
-        {"train": (np.zeros((40, 4, 4), np.uint8), np.arange(40) % 2), "test": (np.full((9, 4, 4), 255, np.uint8), np.arange(9) % 2)}
-    )
+    signs = np.where(np.arange(4) % 2, 1.0, -1.0) * np.ones((40, 4, 1))
+    marked = load_data({"train": (signs, np.arange(40) % 2), "test": (np.full((9, 4, 4), 255.0), np.arange(9) % 2)})
     for split in ("train", "validation", "train+validation"):
-        assert every(marked, split)[0].unique().numel() == 1
-    assert marked.probe(99)[0].unique().numel() == 1
+        assert every(marked, split)[0].abs().unique().numel() == 1
+    assert marked.probe(99)[0].abs().unique().numel() == 1
     assert marked.mean == (0.0,)
 
 
@@ -108,7 +107,7 @@ def test_a_class_of_two_gives_one_and_keeps_one() -> None:
 
 def test_val_beside_test_is_validation_and_alone_is_test() -> None:
     def pair(n: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((n, 4, 4), np.uint8), np.arange(n) % 2
+        return np.arange(n * 16, dtype=np.uint8).reshape(n, 4, 4), np.arange(n) % 2
 
     assert load_data({"train": pair(40), "val": pair(10), "test": pair(6)}).sizes == {"train": 40, "validation": 10, "test": 6}
     assert load_data({"train": pair(40), "val": pair(10)}).sizes == {"train": 36, "validation": 4, "test": 10}
@@ -276,8 +275,66 @@ def test_items_that_are_no_pairs() -> None:
         def __getitem__(self, index: int) -> Any:
             return {"image": super().__getitem__(index)}
 
-    with pytest.raises(DataError, match=r"found none in a sample; .* \(TypeError: expected an item \(image, class\), found dict"):
+    with pytest.raises(DataError, match=r"found none in a sample; .* \(TypeError: expected an item \(image, class\), found dict") as caught:
         load_data(Mappings())
+    assert "found dict with the keys 'image'; a dict needs 'image' or 'img', and 'label'" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["image", "img"])
+def test_dicts_of_hugging_face_are_items(key: str) -> None:
+    items = [{key: image, "label": int(label), "id": 7} for image, label in map(Shapes().__getitem__, range(40))]
+
+    class Stream(torch.utils.data.IterableDataset):
+        __len__ = items.__len__
+        __iter__ = items.__iter__
+
+    class Dataset:
+        __len__, __getitem__ = items.__len__, items.__getitem__
+
+    for source in (Dataset(), Stream()):
+        torch.testing.assert_close(load_data(source).probe(40), load_data(Shapes()).probe(40))
+    del Stream.__len__
+    with pytest.raises(DataError, match=r"data: expected a stream that knows its length \(__len__\), found Stream without; give"):
+        load_data(Stream())
+
+
+class Items:
+    """A Dataset of the images of `Shapes` with labels of one's own."""
+
+    def __init__(self, *labels: Any, image: Any = None) -> None:
+        self.given, self.image = labels, image or Shapes()
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.image[index][0], self.given[index % len(self.given)]
+
+
+@pytest.mark.parametrize("memory_limit", [2 << 30, 0])
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        ((0, 1.7), r"item 1: label: expected integers from 0, found values such as 1\.7; each must be the number of a class"),
+        ((0, torch.tensor(0.5)), r"item 1: .* such as 0\.5;"),
+        (("cat", "dog"), r"item 0: .* no text\), found shape \(1,\) of <U3; renumber with np\.unique\(y, return_inverse=True\)\[1\]"),
+        ((np.eye(2)[0], np.eye(2)[1]), r"item 0: .*no one-hot rows.* found shape \(1, 2\) of float64; give y\.argmax\(1\)"),
+        ((None, 0), "item 0: .* of object"),
+        (([0, [1]], 0), "item 0: label: expected one integer per image"),
+    ],
+)
+def test_wrong_labels_of_a_dataset_are_no_unreadable_images(labels: tuple[Any, ...], text: str, memory_limit: int) -> None:
+    with pytest.raises(DataError, match=f"^{text}"):
+        load_data(Items(*labels), max_unreadable=1.0, memory_limit=memory_limit, workers=0)
+
+
+def test_items_that_hold_no_image_are_unreadable() -> None:
+    none = [(None, 0)] * 40
+    with pytest.raises(DataError, match=r"found none in a sample; .* item 0 \(expected a PIL image, array or tensor, found NoneType\)"):
+        load_data(Items(0, 1, image=none))
+    some = [(None, 0), *(Shapes()[i] for i in range(1, 40))]
+    with pytest.warns(UserWarning, match=r"skipped 1 of 40 .*: item 0 \(expected a PIL image, array or tensor, found NoneType\)"):
+        assert sum(load_data(Items(0, 1, image=some), max_unreadable=0.1).sizes.values()) == 39
 
 
 @pytest.mark.parametrize(
@@ -286,6 +343,15 @@ def test_items_that_are_no_pairs() -> None:
         ((np.zeros((5, 4, 4)), np.zeros(4)), "as many labels as images, found 5 images and 4 labels"),
         ((np.zeros((9, 4, 4)), np.zeros(9, int)), "expected at least two classes, found 1"),
         ((np.zeros((9, 4, 4)), np.arange(9) % 3 * 2), "images of every class from 0 to 4, found none of 1, 3; leave no class empty"),
+        ((np.zeros((9, 4, 4)), np.arange(9) % 3 + 1), "0 to 3, found none of 0; leave no class empty: labels start at 1: subtract 1"),
+        ((np.zeros((9, 4, 4)), np.arange(9) % 3 * 10), r"found none of 1, 2, 3, 4, 5, \.\.\.; .*: renumber with np\.unique\(y, return_inv"),
+        (
+            (np.zeros((9, 4, 4)), np.arange(9) % 3 + 10**15),
+            r"found none of 0, 1, 2, 3, 4, \.\.\.; .*: renumber with np\.unique\(y, return_inv",
+        ),
+        ((np.zeros((9, 4, 4)), np.ones(9, int)), "expected at least two classes, found 1"),
+        ((np.zeros((9, 4, 4)), np.arange(9) % 3 - 1), r"found values such as -1; renumber with np\.unique\(y, return_inverse=True\)\[1\]"),
+        ((np.full((9, 4, 4), 0.3), np.arange(9) % 3), "arrays: expected images that differ, found one value in all pixels of train"),
         ((np.zeros((4, 4, 4)), [0, 0, 0, 1]), "at least 3 images of each class, to set some aside, found fewer of 1"),
         (
             {"train": (np.zeros((9, 4, 4)), np.arange(9) % 3), "test": (np.zeros((2, 4, 4)), [0, 3])},
@@ -303,6 +369,11 @@ def test_items_that_are_no_pairs() -> None:
 def test_unusable_sources(source: Any, text: str) -> None:
     with pytest.raises(DataError, match=text):
         load_data(source)
+
+
+def test_labels_that_begin_at_1_beside_names() -> None:
+    with pytest.raises(DataError, match="train: expected labels from 0 to 1, the classes of train, found 2; labels start at 1: subtract 1"):
+        check_classes({"train": torch.arange(6)}, torch.arange(6) % 2 + 1, ("cat", "dog"))
 
 
 # --- folders --------------------------------------------------------------------------------------------------------------------------
@@ -405,6 +476,22 @@ def test_odd_modes_are_read(tmp_path: Path) -> None:
     assert data.in_chans == 3
     deep = data.pool.images.float().mean((1, 2, 3))  # type: ignore[union-attr]
     assert (deep - 40000 / 256).abs().min() < 1
+    torch.testing.assert_close(load_data(tmp_path, validation=0.2, memory_limit=0, workers=0).probe(16), data.probe(16))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_pil_s_floats_keep_their_units(tmp_path: Path, scale: float) -> None:
+    x = np.random.default_rng(0).random((30, 8, 8), dtype=np.float32) * scale
+    images = [Image.fromarray(pixels) for pixels in x]
+    for i, image in enumerate(images):
+        (tmp_path / str(i // 10)).mkdir(exist_ok=True)
+        image.save(tmp_path / str(i // 10) / f"{i}.tif")
+    for source in (tmp_path, Items(*np.arange(30) // 10, image=[(image,) for image in images])):
+        data = load_data(source)
+        assert data.in_chans == 1
+        torch.testing.assert_close(data.probe(30), load_data((x, np.arange(30) // 10)).probe(30))
+    with pytest.raises(DataError, match="images larger than memory_limit must be bytes of 1 or 3 channels"):
+        load_data(tmp_path, memory_limit=0, workers=0)
 
 
 # --- what does not fit in memory ------------------------------------------------------------------------------------------------------

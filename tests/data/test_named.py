@@ -192,7 +192,7 @@ def test_streams_are_decoded_once_and_what_they_leave_out_is_counted(monkeypatch
     ("name", "flip"), [("hfds/ylecun/mnist", False), ("tfds/svhn_cropped", False), ("hfds/fashion_mnist", True), ("hfds/pets", True)]
 )
 def test_digits_are_not_mirrored(monkeypatch: pytest.MonkeyPatch, name: str, flip: bool) -> None:
-    items = [(Image.new("L", (8, 8)), i % 2) for i in range(8)]
+    items = [(Image.new("L", (8, 8), i), i % 2) for i in range(8)]
     fake_timm(monkeypatch, {"train": items, "test": items})
     assert load_data(name).augment.flip is flip
 

@@ -161,9 +161,12 @@ def test_blocks_go_by_the_pattern_before_and_after_training(data: ImageData) -> 
     assert [row.name for row in before.blocks] == chosen
 
 
-def test_a_study_from_before_there_were_patterns_of_blocks_has_the_same_settings() -> None:
-    plain = load_data(images(), mean=(0.5,), std=(0.5,))
-    assert Objective(space, plain, device="cpu").settings == "556d62c0d176b79d"
+def test_settings_are_the_same_from_release_to_release_and_others_for_other_labels() -> None:
+    x, y = images()
+    plain, other = (load_data((x, labels), mean=(0.5,), std=(0.5,)) for labels in (y, 2 - y))
+    assert plain.sizes == other.sizes
+    assert Objective(space, plain, device="cpu").settings == "2a4a69f038c76c37"
+    assert Objective(space, other, device="cpu").settings != "2a4a69f038c76c37"
 
 
 def test_over_budget_is_pruned_with_its_violation_before_any_weight_exists(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,8 +198,8 @@ def test_gives_up_where_nothing_passes(data: ImageData) -> None:
     assert selection is not None
     study = optuna.create_study()
 
-    def ended(status: str, count: int) -> None:
-        attributes = {ATTRIBUTE: Evaluation(status=status).to_dict()}
+    def ended(status: str, count: int, settings: str | None = None) -> None:
+        attributes = {ATTRIBUTE: Evaluation(status=status, settings=settings).to_dict()}
         study.add_trials([optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=attributes, constraints={"gate": 0.0})] * count)
 
     ended("measured", 53)
@@ -208,6 +208,8 @@ def test_gives_up_where_nothing_passes(data: ImageData) -> None:
     with pytest.raises(StudyError, match="none of the last 54 candidates has a log2_paths among the best 40 %: ask for a larger share"):
         selection.check(study)
     study.add_trial(optuna.trial.create_trial(state=TrialState.COMPLETE, value=1.0))
+    ended("measured", 54, settings="of an older capnas")
+    selection.check(study)
     ended("over_budget", 265)
     selection.check(study)
     ended("infeasible", 1)

@@ -170,6 +170,20 @@ def test_images_that_changed_are_refused_before_a_new_trial(tmp_path: Path) -> N
     assert run_study(replace(settings, trials=2)).finished_before == 2
 
 
+@pytest.mark.parametrize("change", ["labels", "pixels"])
+def test_images_relabelled_or_repainted_in_place_are_refused(tmp_path: Path, data: ImageData, change: str) -> None:
+    x, y = images(120)
+    other = load_data((x, 2 - y) if change == "labels" else (x[:, ::-1].copy(), y), validation=0.2, test=0.2)
+    study = run_study(config(tmp_path, trials=1), space=space, data=data).study
+    text = rf"have changed since the study tiny began: the {change} differ.* New trials would not compare: bring the images back, or give"
+    with pytest.raises(StudyError, match=text):
+        run_study(config(tmp_path, trials=2), space=space, data=other)
+    study.set_user_attr(DATA, {k: v for k, v in study.user_attrs[DATA].items() if k != "digest"})  # of an older capnas
+    assert run_study(config(tmp_path, trials=2), space=space, data=other).n_finished == 2
+    with pytest.raises(StudyError, match=text):
+        run_study(config(tmp_path, trials=3), space=space, data=data)
+
+
 def test_a_study_of_unknown_images_goes_on(tmp_path: Path, data: ImageData) -> None:
     study = run_study(config(tmp_path, trials=1), space=space, data=data).study
     study.set_user_attr(DATA, None)
