@@ -28,7 +28,8 @@ class LayerStructure:
         log2_fan_in: log2 of the layer's own K (its fan-in r).
         log2_paths: log2 K from the model input to one unit of its output (the greatest over calls).
         log2_compression: log2 of ``m / r``, the local intrinsic power before clipping; None where the layer has no weights.
-        field: receptive fields at its input and output and the span of its taps, over all calls; None where the input has no image axes.
+        field: receptive fields at its input and output, in whole pixels (rounded up), and the span of its taps, over all calls; None where
+            the input has no image axes.
         calls: how many times it ran.
     """
 
@@ -44,12 +45,12 @@ class LayerStructure:
 
     @property
     def receptive_field(self) -> tuple[tuple[float, float], ...]:
-        """(r_min, r_max) of the output along each image axis, in pixels."""
+        """(r_min, r_max) of the output along each image axis, in whole pixels; see `capnas.measures.receptive.in_pixels`."""
         return tuple((f.low, f.high) for f in self.field.after) if self.field else ()
 
     @property
     def jump(self) -> tuple[float, ...]:
-        """Distance in the input between neighbouring units of the output, along each image axis."""
+        """Distance in the input between neighbouring units of the output, along each image axis (pixels held in channels too)."""
         return tuple(f.jump for f in self.field.after) if self.field else ()
 
 
@@ -159,8 +160,8 @@ def _freeze(name: str, row: Row) -> LayerStructure:
         place = LayerField(
             name=name,
             extent=tuple(map(max, zip(*extents))),
-            before=tuple(map(receptive.merge, zip(*befores))),
-            after=tuple(map(receptive.merge, zip(*afters))),
+            before=tuple(receptive.in_pixels(receptive.merge(f)) for f in zip(*befores)),
+            after=tuple(receptive.in_pixels(receptive.merge(f)) for f in zip(*afters)),
             learned=row.kind in ("conv", "linear"),
         )
     return LayerStructure(

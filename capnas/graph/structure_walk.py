@@ -9,7 +9,9 @@ of its axes hold the image. Each leaf adds its complexity once. Decisions of our
 * A constant (class token, position code) has no path from the input, ``K = 0``; a concatenation takes the mean over units.
 * An activation belongs to the linear layer that it reads through views, norms and constants; otherwise it is a leaf of its own. Two
   activations of the same values cut at the same hyperplanes and count once. A layer called several times counts at each call.
-* A transposed convolution has the mean fan-in of its output phases, ``r / stride^2``.
+* A transposed convolution has the mean fan-in of its output phases, ``r / stride^2``; adaptive pooling that of its narrowest window.
+* A gated linear unit is its parts: a split, the activation of one half, the gate rule.
+* Fields may end between pixels (upsampling, adaptive pooling): the walk carries the fractions, the report rounds them up once.
 * Global pooling, attention over all tokens and dense layers on flattened maps make the field infinite; attention in windows widens it by
   the window. Where a map is multiplied by a pooled tensor (squeeze-excitation) or mixed by attention weights, the field of the weights
   themselves is left out unless ``gates`` is set. Pixels that a slice takes at an offset keep the field of the slice's origin.
@@ -18,10 +20,9 @@ of its axes hold the image. Each leaf adds its complexity once. Decisions of our
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from capnas.graph import operations
 from capnas.graph.tracing import INPUT, Node, Trace
 from capnas.measures import algebra, axes, receptive
 from capnas.measures.algebra import PoolGain
@@ -29,19 +30,6 @@ from capnas.measures.axes import CHANNEL, Atom, Axis, Layout
 from capnas.measures.receptive import Field
 
 Extent = tuple[float, ...]
-
-_ACTIVATION = re.compile(
-    "relu6?|leaky_relu|_?prelu(_kernel)?|rrelu.*|c?elu|selu|gelu|silu|mish|hardswish|hardtanh|hardsigmoid|sigmoid|tanh|softplus|softsign|"
-    "threshold|abs|log_sigmoid.*"
-)
-_NORM = re.compile("native_(batch|layer|group)_norm|_native_batch_norm_legit.*|.*rms_norm")
-_STATISTIC = re.compile("linalg_vector_norm|norm|(var|std)(_mean)?|r?sqrt|reciprocal")
-_REDUCTION = re.compile("mean|sum|nansum|amax|amin|max|min|logsumexp")
-_CONSTANT = re.compile("(zeros|ones|full|empty|rand|randn)_like|new_(zeros|ones|full|empty)|bernoulli")
-_PRODUCT = re.compile("mm|bmm|addmm|baddbmm|mv|matmul|linear")
-_SPLIT = re.compile("(unsafe_)?split(_with_sizes)?|chunk|unbind")
-_BUFFERS = ("running_mean", "running_var", "indices", "index")  # arguments that are no weights
-_TAPS = {"linear": 2, "cubic": 4}  # interpolation from two or four neighbours along each axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,19 +92,19 @@ class Walk:
         self.macs = sum(trace.nodes[i].flops for i in live) // 2 // self.batch
 
     def _visit(self, node: Node) -> None:
-        base = (node.op.split(".")[1] if "." in node.op else node.op).rstrip("_")
+        base = operations.base_name(node.op)
         for name, argument, shape in zip(node.input_params, node.input_names, node.input_shapes):
-            if name is not None and argument not in _BUFFERS:
+            if name is not None and argument not in operations.BUFFERS:
                 self.sizes[name] = max(self.sizes.get(name, 0), math.prod(shape))
                 if not node.shape_only:
                     self.weights[name] = self.sizes[name]
         given = [None if i is None else self.states.get((i, p)) for i, p in zip(node.inputs, node.input_ports)]
         data = [s for s in given if s is not None]
-        if not data or _CONSTANT.fullmatch(base):
+        if not data or operations.CONSTANT.fullmatch(base):
             self.names[node.index] = next((n for i in range(len(node.inputs)) if (n := self._name_of(i, node))), None)
             return
         self.states[node.index, 0] = state = self._apply(base, node, given, data)
-        for port in range(1, len(node.shapes) if _SPLIT.fullmatch(base) else 1):
+        for port in range(1, len(node.shapes) if operations.SPLIT.fullmatch(base) else 1):
             cut = tuple(axes.resize(a, n) for a, n in zip(state.layout, node.shapes[port]))
             self.states[node.index, port] = replace(state, layout=cut)
 
@@ -124,17 +112,20 @@ class Walk:
         x = data[0]
         if base == "convolution":
             return self._convolution(node, given[0] or x)
-        if _PRODUCT.fullmatch(base):
+        if operations.PRODUCT.fullmatch(base):
             return self._product(base, node, given)
-        if _ACTIVATION.fullmatch(base) or (base in ("clamp", "clamp_min") and node.attrs.get("min") == 0):
+        if operations.ACTIVATION.fullmatch(base) or (base in ("clamp", "clamp_min") and node.attrs.get("min") == 0):
             return self._activation(node, x)
-        if re.search(r"(max|avg)_pool[123]d", base):
+        if base == "glu":
+            return self._gated_half(node, x)
+        if operations.POOL.search(base):
             return self._pool(base, node, x)
-        if _NORM.fullmatch(base):
+        if operations.NORM.fullmatch(base):
             return replace(x, norm=node.index)
         if "softmax" in base:
             return replace(x, mixing=True, origin=node.index)
-        if _STATISTIC.fullmatch(base) or (_REDUCTION.fullmatch(base) and len(data) == 1 and node.shape != node.input_shapes[0]):
+        reduced = operations.REDUCTION.fullmatch(base) and len(data) == 1 and node.shape != node.input_shapes[0]
+        if reduced or operations.STATISTIC.fullmatch(base):
             return self._reduction(base, node, x)
         if base in ("cat", "stack"):
             return self._concat(base, node, given, data)
@@ -154,15 +145,16 @@ class Walk:
         weight, kernel = node.input_shapes[1], node.input_shapes[1][2:]
         groups, transposed = node.attrs["groups"], node.attrs["transposed"]
         in_units, out_units = (weight[0], weight[1] * groups) if transposed else (weight[1] * groups, weight[0])
-        stride, dilation = _each(node.attrs["stride"], len(kernel)), _each(node.attrs["dilation"], len(kernel))
+        stride, dilation = operations.each(node.attrs["stride"], len(kernel)), operations.each(node.attrs["dilation"], len(kernel))
         # the taps of a transposed layer are spread over stride^2 phases: the mean fan-in of an output unit
         own = math.log2(in_units / groups * math.prod(kernel) / (math.prod(stride) if transposed else 1))
         rule = receptive.transposed_window if transposed else receptive.window
-        mixed = axes.reach(x.fields, x.layout, x.layout[1]) if groups < in_units else x.fields
+        alone = groups == in_units == out_units  # each channel by itself: pixels held in channels stay apart
+        mixed = x.fields if alone else axes.reach(x.fields, x.layout, x.layout[1])
         layout, fields, extent = axes.slide(
             x.layout, mixed, node.shape[2:], lambda f, i: (rule(f, kernel[i], stride[i], dilation[i]), (kernel[i] - 1.0) * dilation[i] + 1)
         )
-        layout = (layout[0], (Atom(axes=(CHANNEL,), size=out_units),), *layout[2:])
+        layout = (layout[0], layout[1] if alone else (Atom(axes=(CHANNEL,), size=out_units),), *layout[2:])
         bits = algebra.linear_leaf(in_units, out_units, kernel=math.prod(kernel), groups=groups).complexity
         after = State(layout=layout, fields=fields, paths=x.paths + own, depth=x.depth + 1, shortest=x.shortest + 1, origin=node.index)
         return self._linear("conv", node, 1, x, after, extent, (own, bits, out_units, groups))
@@ -233,12 +225,16 @@ class Walk:
     def _pool(self, base: str, node: Node, x: State) -> State:
         lead = len(x.layout) - int(base[base.index("pool") + 4])
         sizes, before = node.shape[lead:], node.input_shapes[0][lead:]
+        kernel: tuple[int, ...]
+        stride: Extent
         if "adaptive" in base:
-            kernel, stride = tuple(math.ceil(i / o) for i, o in zip(before, sizes)), tuple(i / o for i, o in zip(before, sizes))
+            kernel, stride = tuple(map(receptive.adaptive_kernel, before, sizes)), tuple(i / o for i, o in zip(before, sizes))
+            taps = math.prod(math.ceil(i / o) for i, o in zip(before, sizes))  # K and C of the narrowest window, such as the first
         else:
-            kernel = _each(node.attrs["kernel_size"], len(sizes))
-            stride = _each(node.attrs.get("stride") or kernel, len(sizes))
-        dilation = _each(node.attrs.get("dilation") or 1, len(sizes))
+            kernel = operations.each(node.attrs["kernel_size"], len(sizes))
+            stride = operations.each(node.attrs.get("stride") or kernel, len(sizes))
+            taps = math.prod(kernel)
+        dilation = operations.each(node.attrs.get("dilation") or 1, len(sizes))
 
         def rule(f: Field, i: int) -> tuple[Field, float]:
             if "adaptive" in base and sizes[i] == 1:
@@ -247,7 +243,7 @@ class Walk:
             return replace(after, jump=f.jump * stride[i]), (kernel[i] - 1.0) * dilation[i] + 1
 
         layout, fields, extent = axes.slide(x.layout, x.fields, sizes, rule)
-        return self._pooled("max" if "max" in base else "average", node, x, layout, fields, extent, math.prod(kernel))
+        return self._pooled("max" if "max" in base else "average", node, x, layout, fields, extent, taps)
 
     def _reduction(self, base: str, node: Node, x: State) -> State:
         dims = node.attrs.get("dim")
@@ -261,7 +257,7 @@ class Walk:
         layout: Layout = tuple(() if i in gone else a for i, a in enumerate(x.layout) if keep or i not in gone)
         taken = tuple(a for i in sorted(gone) for a in x.layout[i])
         fields = axes.reach(x.fields, x.layout, taken)
-        if _STATISTIC.fullmatch(base):
+        if operations.STATISTIC.fullmatch(base):
             return replace(x, layout=layout, fields=fields, statistic=True, origin=node.index)
         kind = "average" if base == "mean" else "sum" if "sum" in base else "max"
         return self._pooled(kind, node, x, layout, fields, (), axes.entries(taken))
@@ -299,8 +295,13 @@ class Walk:
         depth, shortest = max(s.depth for s in data), min(s.shortest for s in data)
         return State(layout=layout, fields=fields, paths=paths, depth=depth, shortest=shortest, origin=node.index)
 
+    def _gated_half(self, node: Node, x: State) -> State:
+        # nn.GLU: one half of an axis times the activation of the other
+        half = replace(x, layout=tuple(map(axes.resize, x.layout, node.shape)))
+        return self._joined(node, half.layout, [half, self._activation(node, half)], algebra.log2_add([x.paths, x.paths]))
+
     def _upsample(self, base: str, node: Node, x: State) -> State:
-        taps = next((n for word, n in _TAPS.items() if word in base), 1)
+        taps = operations.neighbours(base)
         sizes, before = node.shape[2:], node.input_shapes[0][2:]
 
         def rule(f: Field, i: int) -> tuple[Field, float]:
@@ -346,7 +347,3 @@ class Walk:
 
 def _placed(state: State) -> tuple[Field, ...]:
     return tuple(replace(f, jump=f.jump * axes.spacing(sum(state.layout, ()), i)) for i, f in enumerate(state.fields))
-
-
-def _each(value: Any, count: int) -> tuple[int, ...]:
-    return (value,) * count if not isinstance(value, (tuple, list)) else tuple(value) * (count if len(value) == 1 else 1)

@@ -217,13 +217,50 @@ def slide(
     """
     after, extent, lead = list(fields), [1.0] * len(fields), len(layout) - len(sizes)
     moved: list[Axis] = []
-    for number, (axis, size) in enumerate(zip(layout[lead:], sizes)):
+    for number, (axis, size) in enumerate(zip(map(_finer, layout[lead:]), sizes)):
         found = tuple(sorted({i for a in axis for i in a.axes if i >= 0}))
         for i in found:
             start = replace(after[i], jump=after[i].jump * spacing(axis, i))
             after[i], extent[i] = rule(start, number)
         moved.append((Atom(axes=found, size=size),) if found else resize(axis, size))
-    return (*layout[:lead], *moved), tuple(after), tuple(extent)
+    jumps = [old.jump / new.jump for old, new in zip(fields, after)]  # steps of the axes left alone are counted in the new jumps
+    left = (tuple(replace(a, step=a.step * math.prod(jumps[i] for i in a.axes if i >= 0)) for a in axis) for axis in layout[:lead])
+    return (*left, *moved), tuple(after), tuple(extent)
+
+
+def _finer(axis: Axis) -> Axis:
+    """An image axis with the channels that lie between its pixels as one factor of a finer step."""
+    image, inner = axis[:1], axis[1:]
+    if not inner or len(image[0].axes) != 1 or image[0].axes[0] < 0 or any(a.axes not in ((), (CHANNEL,)) for a in inner):
+        return axis
+    return (replace(image[0], size=entries(axis), step=image[0].step / entries(inner)),)
+
+
+def _shuffled(layout: Layout, factor: int) -> Layout:
+    """``(..., C r r, H, W)`` to ``(..., C, H r, W r)``."""
+    keep, *offsets = reshape((layout[-3],), (entries(layout[-3]) // factor**2, factor, factor))
+    image = [reshape((a + b,), (entries(a) * factor,))[0] for a, b in zip(layout[-2:], offsets)]
+    return (*layout[:-3], keep, *map(_finer, image))
+
+
+def _unshuffled(layout: Layout, factor: int) -> Layout:
+    """``(..., C, H r, W r)`` to ``(..., C r r, H, W)``."""
+    (rows, down), (columns, right) = (reshape((a,), (entries(a) // factor, factor)) for a in layout[-2:])
+    return (*layout[:-3], (*layout[-3], *down, *right), rows, columns)
+
+
+def _patches(layout: Layout, attrs: Mapping[str, Any], shape: Sequence[int]) -> Layout:
+    """``(..., C, H, W)`` to ``(..., C kh kw, L)``: each of L windows with its pixels as channels."""
+    taps, places = [], []
+    for n, axis in enumerate(layout[-2:]):
+        kernel, stride, dilation, padding = (attrs[k][n] for k in ("kernel_size", "stride", "dilation", "padding"))
+        found = tuple(sorted({i for a in axis for i in a.axes}))
+        if len(found) != 1:
+            return unknown([layout], shape)
+        step, count = spacing(axis, found[0]), (entries(axis) + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        taps.append(Atom(axes=found, size=kernel, step=step * dilation))
+        places.append(Atom(axes=found, size=count, step=step * stride))
+    return (*layout[:-3], (*layout[-3], *taps), tuple(places))
 
 
 def rearrange(op: str, attrs: Mapping[str, Any], layout: Layout, shape: Sequence[int]) -> Layout | None:
@@ -253,6 +290,12 @@ def rearrange(op: str, attrs: Mapping[str, Any], layout: Layout, shape: Sequence
     if op in ("expand", "repeat"):
         padded = ((),) * (len(shape) - len(layout)) + tuple(layout)
         return tuple(a if entries(a) == n else (Atom(axes=(), size=n // entries(a)), *a) for a, n in zip(padded, shape))
+    if op == "pixel_shuffle":
+        return _shuffled(layout, attrs["upscale_factor"])
+    if op == "pixel_unshuffle":
+        return _unshuffled(layout, attrs["downscale_factor"])
+    if op == "im2col":
+        return _patches(layout, attrs, shape)
     if _CUT.fullmatch(op) and len(shape) == len(layout):
         return tuple(resize(a, n, attrs.get("step") or 1) for a, n in zip(layout, shape))
     if _SAME.fullmatch(op) and tuple(map(entries, layout)) == tuple(shape):

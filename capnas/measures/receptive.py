@@ -28,7 +28,9 @@ class Field:
 
     Attributes:
         low: r_min, over the path that sees least.
-        high: r_max, over the path that sees most; ``low <= high``, both may be infinite.
+        high: r_max, over the path that sees most; ``low <= high``, both may be infinite. It is the greatest of the single paths: where
+            paths see pixels that are shifted against each other (a branch that halves and enlarges the map beside a 3x3), all of them
+            together may span a pixel or more beyond it.
         jump: distance in the input between two neighbouring units.
     """
 
@@ -116,6 +118,26 @@ def resampled(field: Field, factor: float, taps: int = 1) -> Field:
     return Field(low=field.low + grow, high=field.high + grow, jump=field.jump / factor)
 
 
+def adaptive_kernel(size: int, outputs: int) -> int:
+    """Taps of the widest window of an adaptive pooling along one axis; torch's window i runs from floor(i n / m) to ceil((i + 1) n / m).
+
+    The papers treat no adaptive pooling; this rule is ours.
+
+    Args:
+        size: n, positions that are pooled (>= 1).
+        outputs: m, positions that are left (>= 1).
+
+    Raises:
+        UsageError: for a number below 1.
+
+    >>> adaptive_kernel(8, 4), adaptive_kernel(9, 7), adaptive_kernel(5, 1)
+    (2, 3, 5)
+    """
+    if min(size, outputs) < 1:
+        raise UsageError(f"size and outputs must be >= 1, got {size} and {outputs}.")
+    return max(-(-(i + 1) * size // outputs) - i * size // outputs for i in range(outputs))
+
+
 def whole(field: Field) -> Field:
     """Field after an operation over the whole axis, infinite as in the papers: global pooling, attention, a dense layer on the flat map.
 
@@ -137,6 +159,19 @@ def merge(fields: Sequence[Field]) -> Field:
     if not fields:
         raise UsageError("merge needs one field at least, got none.")
     return Field(low=min(f.low for f in fields), high=max(f.high for f in fields), jump=fields[0].jump)
+
+
+def in_pixels(field: Field) -> Field:
+    """Field in whole input pixels, rounded up; the jump stays as it is. Ours: the papers have no fractional jumps.
+
+    Behind upsampling, transposed layers and adaptive pooling the recursion gives fractions of a pixel: a kernel of 2 on a map enlarged
+    twice reads 1.5 pixels, one or two by where it lies. Rounded up it is the place that sees most (never too little, and one pixel too
+    much where strides skip that place). Round what is reported, not what a later layer starts from: roundings would add up.
+
+    >>> in_pixels(window(resampled(Field(), 2.0), 2))
+    Field(low=2.0, high=2.0, jump=0.5)
+    """
+    return replace(field, low=_ceil(field.low), high=_ceil(field.high))
 
 
 def critical_layers(
@@ -247,6 +282,10 @@ def feasible_range(
             reads = [max(x.before[a].low, x.extent[a] * x.before[a].jump) for x in finite if x.expands]
         lows.append(max(reads, default=1.0))
     return tuple(lows), tuple(max(x.after[a].high for x in finite) for a in axes)
+
+
+def _ceil(pixels: float) -> float:
+    return float(math.ceil(pixels - 1e-6)) if math.isfinite(pixels) else pixels  # sums of thirds end beside whole numbers
 
 
 def _toolbox(layer: LayerField, image_size: int | tuple[int, ...]) -> bool:

@@ -4,11 +4,27 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from capnas.measures.axes import Atom, Layout, broadcast, channels, entries, holds, input_layout, reach, rearrange, reshape, resize, unknown
-from capnas.measures.receptive import Field
+from capnas.measures.axes import (
+    Atom,
+    Layout,
+    broadcast,
+    channels,
+    entries,
+    holds,
+    input_layout,
+    reach,
+    rearrange,
+    reshape,
+    resize,
+    slide,
+    unknown,
+)
+from capnas.measures.receptive import Field, window
 
 FIELDS = (Field(jump=2.0), Field(jump=2.0))
 
@@ -100,3 +116,47 @@ def test_strided_slices_and_broadcasts() -> None:
 def test_a_view_to_the_same_shape_changes_nothing(shape: tuple[int, ...]) -> None:
     assert tuple(map(entries, reshape(input_layout(shape), shape))) == shape
     assert reshape(reshape(input_layout(shape), (math.prod(shape),)), shape)[0][0].size == shape[0]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [((3, 2), (3, 2), (1, 1)), ((2, 3), (1, 2), (2, 1)), ((1, 4), (2, 1), (1, 2))])
+def test_patches_hold_the_positions_that_torch_unfolds(kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> None:
+    rows = torch.arange(9.0)[:, None].expand(1, 2, 9, 8)
+    patches = nn.functional.unfold(rows, kernel, dilation, 0, stride)
+    attrs = {"kernel_size": kernel, "stride": stride, "dilation": dilation, "padding": (0, 0)}
+    layout = rearrange("im2col", attrs, input_layout((1, 2, 9, 8)), patches.shape)
+    assert layout is not None
+    assert tuple(map(entries, layout)) == patches.shape
+    assert positions(layout, 0).tolist() == patches.flatten().tolist()
+
+
+def test_padded_patches_have_as_many_windows_as_torch_has() -> None:
+    shape = nn.functional.unfold(torch.zeros(1, 2, 9, 8), 3, padding=1, stride=2).shape
+    attrs = {"kernel_size": (3, 3), "stride": (2, 2), "dilation": (1, 1), "padding": (1, 1)}
+    layout = rearrange("im2col", attrs, input_layout((1, 2, 9, 8)), shape)
+    assert layout is not None
+    assert tuple(map(entries, layout)) == shape
+    tokens = input_layout((1, 2, 9, 8))
+    flat = (*tokens[:2], (*tokens[2], *tokens[3]), ())  # an axis that holds both cannot be unfolded
+    assert rearrange("im2col", attrs, flat, shape) == unknown([flat], shape)
+
+
+@pytest.mark.parametrize("image_axis", [0, 1])
+def test_pixels_and_channels_change_places_as_in_torch(image_axis: int) -> None:
+    index = torch.arange(6.0).view((6, 1) if image_axis == 0 else (1, 6)).expand(1, 3, 6, 6)
+    layout = input_layout((1, 3, 6, 6))
+    channels_of = rearrange("pixel_unshuffle", {"downscale_factor": 3}, layout, (1, 27, 2, 2))
+    assert channels_of is not None
+    assert positions(channels_of, image_axis).tolist() == nn.functional.pixel_unshuffle(index, 3).flatten().tolist()
+    assert rearrange("pixel_shuffle", {"upscale_factor": 3}, channels_of, (1, 3, 6, 6)) == layout
+    finer = rearrange("pixel_shuffle", {"upscale_factor": 2}, input_layout((1, 4, 6, 6)), (1, 1, 12, 12))
+    assert finer is not None
+    enlarged = nn.functional.pixel_shuffle(index[:, :1].repeat(1, 4, 1, 1), 2)
+    assert np.floor(positions(finer, image_axis)).tolist() == enlarged.flatten().tolist()
+
+
+def test_steps_of_the_other_axes_are_counted_in_the_new_jump() -> None:
+    unshuffled = rearrange("pixel_unshuffle", {"downscale_factor": 2}, input_layout((1, 1, 8, 8)), (1, 4, 4, 4))
+    assert unshuffled is not None
+    layout, fields, _ = slide(unshuffled, (Field(), Field()), (2, 2), lambda f, i: (window(f, 1, 2), 1.0))
+    assert [f.jump for f in fields] == [4.0, 4.0]
+    assert [f.high for f in reach(fields, layout, layout[1])] == [2.0, 2.0]  # the two pixels of a channel's offset

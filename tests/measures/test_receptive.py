@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from capnas.errors import UsageError
 from capnas.measures.receptive import (
     Field,
     LayerField,
+    adaptive_kernel,
     border_layers,
     critical_layers,
     feasible_range,
+    in_pixels,
     merge,
     resampled,
     transposed_window,
@@ -208,6 +211,37 @@ def test_linear_interpolation_against_gradients() -> None:
     assert seen_pixels(net, 41) == resampled(window(Field(), 3, 2), 2.0, taps=2).high == 5
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 4))
+def test_adaptive_windows_are_those_of_torch(size: int, outputs: int, kernel: int) -> None:
+    x = torch.rand(1, 1, size, requires_grad=True)
+    reads = []
+    for unit in nn.functional.adaptive_avg_pool1d(x, outputs)[0, 0]:
+        (grad,) = torch.autograd.grad(unit, x, retain_graph=True)
+        reads.append(grad[0, 0].nonzero().flatten().tolist())
+    assert adaptive_kernel(size, outputs) == max(map(len, reads))
+    pooled = replace(window(Field(), adaptive_kernel(size, outputs)), jump=size / outputs)
+    spans = [reads[i + kernel - 1][-1] - reads[i][0] + 1 for i in range(outputs - kernel + 1)]
+    assert all(span <= in_pixels(window(pooled, kernel)).high < window(pooled, kernel).high + 1 for span in spans)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=3))
+def test_pixels_behind_enlarged_maps_are_those_that_units_reach(stack: list[tuple[int, int]]) -> None:
+    field, spans = Field(), [(float(i), float(i)) for i in range(40)]
+    for factor, kernel in stack:
+        field = window(resampled(field, factor), kernel)
+        spans = reached([span for span in spans for _ in range(factor)], "conv", kernel, 1, 1)
+    assert in_pixels(field).high == max(b - a + 1 for a, b in spans)
+    assert in_pixels(field).low == in_pixels(field).high
+    assert in_pixels(field).jump == field.jump
+
+
+def test_infinite_fields_and_whole_pixels_are_not_rounded() -> None:
+    assert in_pixels(whole(Field())) == whole(Field())
+    assert in_pixels(Field(low=3.0, high=2 + 1 / 3 + 1 / 3 + 1 / 3 + 1e-12)) == Field(low=3.0, high=3.0)
+
+
 def test_infinite_fields_stay_out_of_borders_and_ranges() -> None:
     conv = layer("conv", Field(), 3)
     head = LayerField(name="head", extent=(math.inf,) * 2, before=conv.after, after=(whole(conv.after[0]),) * 2)
@@ -239,6 +273,8 @@ def test_errors() -> None:
         window(Field(), 0)
     with pytest.raises(UsageError, match="kernel, stride and dilation must be >= 1, got 2, 0 and 1"):
         transposed_window(Field(), 2, 0)
+    with pytest.raises(UsageError, match="size and outputs must be >= 1, got 4 and 0"):
+        adaptive_kernel(4, 0)
     with pytest.raises(UsageError, match="merge needs one field"):
         merge([])
     with pytest.raises(UsageError, match="image_size must be one positive number or 2 of them, got \\(1, 2, 3\\)"):
