@@ -18,6 +18,10 @@ class UsageError(CapnasError, ValueError):
     """An argument, option or name that cannot be used as given."""
 
 
+class DegenerateError(UsageError):
+    """Numbers that a measure cannot be taken of: they overflowed, are not numbers or are all zero."""
+
+
 class DataError(CapnasError):
     """A data set that is missing, unreadable, wrongly laid out or too damaged to train on."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from capnas.errors import UsageError
 
@@ -13,6 +15,33 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d
 MEASURED = (*CONVS, nn.Linear)
 _LISTS = (nn.Sequential, nn.ModuleList)
 _STAGE_CHILDREN = ("blocks", "layers", "cells", "stages", "units")
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's parameters without those of its children, by name: those that its weights are computed from are its own.
+
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    >>> {name: tuple(p.shape) for name, p in own_parameters(layer).items()}
+    {'bias': (2,), 'parametrizations.weight.original0': (2, 1), 'parametrizations.weight.original1': (2, 3)}
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if is_parametrized(module):
+        own |= {f"parametrizations.{name}": p for name, p in module.parametrizations.named_parameters()}  # type: ignore[union-attr]
+    return own
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer holds its weight packed for integer products, as torch.ao's quantized layers do, and not as a parameter.
+
+    >>> import torch, warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")  # torch will leave quantization to torchao, whose weights are parameters
+    ...     is_quantized(nn.Linear(3, 2)), is_quantized(torch.ao.nn.quantized.dynamic.Linear(3, 2))
+    (False, True)
+    """
+    # methods of the class there; on the module itself a parametrized weight would be computed, and so moved
+    readers = any(inspect.isfunction(getattr(type(module), name, None)) for name in ("weight", "get_weight"))
+    return readers and not any(True for _ in module.parameters()) and bool(module.state_dict())
 
 
 def block_pattern(pattern: str) -> re.Pattern[str]:

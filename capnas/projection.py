@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas.layers import CONVS
+from capnas.measures.probing import unwrap_model
 from capnas.measures.saturation import THRESHOLD, Projection, lossless_projection, random_projection
 from capnas.profile import untouched
 from capnas.recording import Recorder, hooked
@@ -103,6 +104,7 @@ def project_model(
         threshold: share of the variance to keep, in (0, 1].
         seed: of the random control.
     """
+    model = unwrap_model(model)
     head = head_names(model)
     with untouched(model, training=False), torch.no_grad():
         with Recorder(model, reading="modules", values_per_call=None) as recorder:

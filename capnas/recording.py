@@ -11,7 +11,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from capnas.errors import UsageError, one_of
 from capnas.layers import CONVS, MEASURED, block_widths, feature_axis, find_blocks
 from capnas.measures.lattice import Lattice
 from capnas.measures.moments import Moments, Scratch, Sums
+from capnas.measures.probing import eagerly, unwrap_model
 
 Reading = Literal["modules", "blocks", "both"]
 Mode = Literal["train", "eval"]
@@ -78,7 +79,8 @@ class Recorder:
     """Context manager that records layer outputs while a model runs, in training or evaluation.
 
     Args:
-        model: any module; it is not changed, and its hooks are removed on exit, also after an error.
+        model: any module; it is not changed, and its hooks are removed on exit, also after an error. A compiled one runs uncompiled inside,
+            and its layers have the names that they have without ``torch.compile``.
         reading: "modules" (conv and linear outputs, the papers' convention), "blocks" (the repeated units of the network) or "both".
         blocks: a regular expression that full-matches the names of the units to read as blocks; found by `find_blocks` when absent.
         values_per_call: bound on the numbers copied from one layer in one forward call: `max(values_per_call, 3 * width**2)`, that is
@@ -89,7 +91,7 @@ class Recorder:
         seed: of the lattice offsets.
 
     Raises:
-        UsageError: unknown reading, an interval below 1, or a pattern that matches no module.
+        UsageError: unknown reading, an interval below 1, a pattern that matches no module, or a ``torch.jit.ScriptModule``.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     >>> with Recorder(model) as recorder:
@@ -112,7 +114,8 @@ class Recorder:
             raise UsageError(one_of("reading", reading, ("modules", "blocks", "both")))
         if train_interval < 1:
             raise UsageError(f"train_interval must be 1 (every pass) or more, got {train_interval}.")
-        self.model = model
+        self._given = model  # the user runs this one
+        self.model = model = unwrap_model(model)
         self.values_per_call = values_per_call
         self.train_interval = train_interval
         self._passes = -1  # a model that is run by its parts only never counts, and every pass is read
@@ -122,6 +125,7 @@ class Recorder:
         self._positions: dict[tuple[str, str, str], int] = {}
         self._random = random.Random(seed)
         self._handles: list[Any] = []
+        self._eagerly = ExitStack()
         self._sums: dict[tuple[str, str, str], Sums] = {}
         self._scratch = Scratch()
         modules = dict(model.named_modules())
@@ -132,6 +136,7 @@ class Recorder:
         self._channels_last_maps = getattr(model, "output_fmt", "NCHW") == "NHWC"
 
     def __enter__(self) -> Recorder:
+        self._eagerly.enter_context(eagerly(self._given))
         self._handles.append(self.model.register_forward_pre_hook(self._count))
         for name in self.layers:
             self._handles.append(self._modules[name].register_forward_hook(self._hook(name, "modules")))
@@ -143,6 +148,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._eagerly.close()
 
     def pop(self, mode: Mode) -> dict[str, LayerRecord]:
         """The records of one mode since the last pop, and a fresh start for that mode.
@@ -237,7 +243,8 @@ def hooked(hooks: Mapping[str, Callable[..., Any]], model: nn.Module, *, before:
         for name, hook in hooks.items():
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook))
-        yield
+        with eagerly(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -20,6 +20,7 @@ from capnas._timm import timm
 from capnas.candidates import build_model
 from capnas.documents import write_whole
 from capnas.errors import CapnasError, UsageError
+from capnas.measures.probing import unwrap_model
 from capnas.spaces import load_space
 
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
@@ -68,7 +69,8 @@ def save_model(
     """Write a model, narrowed or not, as a folder that `load_model` reads.
 
     Args:
-        model: built from the recipe, its modules then narrowed, widened or split into low-rank factors; only read.
+        model: built from the recipe, its modules then narrowed, widened or split into low-rank factors; only read, a compiled one as
+            it was before.
         folder: is made; a folder that is there already and not empty is refused.
         recipe: see `build_recipe`.
         extra: JSON values kept in the manifest under "extra": where the model comes from, how accurate it is.
@@ -92,6 +94,7 @@ def save_model(
 
     place = Path(folder)
     check_free(place, force=force)
+    model = unwrap_model(model)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     document = {
         "format": _FORMAT,

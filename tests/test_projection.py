@@ -89,6 +89,14 @@ def test_projection_acts_on_channels_and_comes_off() -> None:
     assert torch.equal(model(x), plain)
 
 
+def test_a_compiled_model_is_projected_as_it_was_before() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+    x = torch.randn(8, 1, 4, 4)
+    expected, found = (project_model(m, [x], lambda m: float(m(x).mean())) for m in (model, torch.compile(model, backend="eager")))
+    assert set(found.kept) == {"0"}
+    assert found == expected
+
+
 def test_heads() -> None:
     assert head_names(timm.create_model("resnet18")) == {"fc"}
     assert head_names(nn.Conv2d(1, 1, 1)) == set()

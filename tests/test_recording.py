@@ -394,3 +394,20 @@ def test_few_rows_are_decomposed_on_their_own_side(decay: float) -> None:
         kept = torch.linalg.eigvalsh(found)[-20:]
         torch.testing.assert_close(kept, exact[-20:], rtol=1e-5, atol=1e-6 * float(exact[-1]))
     torch.testing.assert_close(record.moments.mean, every.mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_model_is_recorded_as_it_was_before_and_a_scripted_one_is_refused() -> None:
+    model, x = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 36, 2)), noise(8, 1, 8, 8)
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
+    with Recorder(compiled, reading="modules", train_interval=2) as recorder, torch.no_grad():
+        for _ in range(3):
+            compiled(x)
+    assert not graphs
+    compiled(x)
+    assert len(graphs) == 1, "it compiles again outside"
+    found = recorder.pop("train")
+    assert {name: record.rows for name, record in found.items()} == {"0": 2 * 288, "3": 3 * 8}
+    assert not hooks(model)
+    with pytest.raises(UsageError, match=r"got a torch\.jit\.ScriptModule"):
+        Recorder(torch.jit.script(model))

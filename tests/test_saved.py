@@ -26,6 +26,12 @@ def narrowed() -> nn.Module:
     return model.eval()
 
 
+def test_a_compiled_model_is_saved_as_it_was_before(tmp_path: Path) -> None:
+    model, x = build_recipe(SPACE, seed=1).eval(), torch.randn(2, 1, 8, 8)
+    again = load_model(save_model(torch.compile(model, backend="eager"), tmp_path / "m", SPACE))
+    assert torch.equal(again(x), model(x))
+
+
 def test_a_narrowed_and_split_network_comes_back(tmp_path: Path) -> None:
     model, x = narrowed(), torch.randn(2, 1, 8, 8)
     recipe = {**SPACE, "params": {"width": 6, "depth": 2, "kind": "plain"}}

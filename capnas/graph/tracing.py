@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from capnas.graph.dataflow import INPUT, Node, Trace, is_shape_only
-from capnas.measures.probing import swapped
+from capnas.measures.probing import eagerly, swapped
 
 __all__ = ["INPUT", "Node", "Trace", "is_shape_only", "trace"]
 
@@ -285,7 +285,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
             x = torch.empty(input_shape, dtype=dtype, device="meta")
             recorder.made[id(x)] = recorder.owner[_storage(x)] = (INPUT, 0)
             recorder.alive.append(x)
-            with recorder:
+            with eagerly(model), recorder:
                 out = model(x)
             outputs = [recorder.producer(t) for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
     known = [(i, port) for i, port in outputs if i is not None]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capnas.errors import UsageError
+from capnas.errors import DegenerateError, UsageError
 
 _DOUBLE = 2048  # side above which float64 eigenvalues cost too much
 
@@ -99,7 +99,7 @@ def _prepared(blocks: Mapping[str, Tensor], mu: float | None) -> tuple[dict[str,
         raise UsageError(f"blocks must share their number of rows, got {sorted(rows)}.")
     energy = sum(float(block.square().sum()) for block in layers.values())
     if not (energy > 0 and math.isfinite(energy)):
-        raise UsageError(f"tangents must be finite and not all zero, got total energy {energy}.")
+        raise DegenerateError(f"tangents must be finite and not all zero, got total energy {energy}.")
     return layers, 1e-2 * energy / rows.pop() if mu is None else mu
 
 
@@ -240,7 +240,7 @@ def _eigenvalues(factor: Tensor) -> Tensor:
         if bool(torch.isfinite(found).all()):
             return found
     if not bool(torch.isfinite(factor).all()):
-        raise UsageError("the factors of a layer's tangents must be finite; check the weights and the batch.")
+        raise DegenerateError("the factors of a layer's tangents must be finite; check the weights and the batch.")
     return torch.linalg.eigvalsh(factor.double()) if factor.shape[-1] <= _DOUBLE else torch.linalg.svdvals(factor)
 
 

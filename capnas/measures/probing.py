@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,47 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 # what a user's model may raise in a forward or backward pass: a score turns it into a flag
 FAILURES = (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError)
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, where the model is what it returned; any other model as it is.
+
+    Its names are those without ``_orig_mod.``. Run it within `eagerly`, since what it holds may be compiled too.
+
+    Raises:
+        UsageError: a model that TorchScript compiled, which takes no hooks.
+
+    >>> net = nn.Linear(3, 2)
+    >>> unwrap_model(torch.compile(net)) is net, unwrap_model(net) is net
+    (True, True)
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            "the model must be a torch.nn.Module in Python, got a torch.jit.ScriptModule, which takes no hooks. "
+            "Give the module that it was scripted or traced from."
+        )
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else unwrap_model(inner)
+
+
+@contextlib.contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """Run what ``torch.compile`` or ``Module.compile`` compiled in a model as it is written inside, in all threads.
+
+    A compiler takes hooks and dispatch modes as part of the model, or leaves out those that came after it.
+
+    >>> net = nn.Linear(3, 2)
+    >>> net.compile()
+    >>> with eagerly(net):
+    ...     net(torch.ones(1, 3)).shape
+    torch.Size([1, 2])
+    """
+    if all("_orig_mod" not in m._modules and m._compiled_call_impl is None for m in model.modules()):
+        yield  # the stance imports the compiler, which takes seconds
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks", UserWarning)
+        yield
 
 
 def reason(error: Exception) -> str:
@@ -69,7 +111,7 @@ def put_back(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
     tables = [m._buffers for m in model.modules()]
     buffers = [(held, k, b, None if b.is_meta else b.clone()) for held in tables for k, b in held.items() if b is not None]
     try:
-        with seeded(seed, (t.device for t in [*model.parameters(), *model.buffers()])):
+        with seeded(seed, (t.device for t in [*model.parameters(), *model.buffers()])), eagerly(model):
             yield
     finally:
         for module, training in modes:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from capnas.capacity import CapacityMap, capacity_map
-from capnas.errors import UsageError
+from capnas.errors import DegenerateError, UsageError
 from capnas.graph.structure import StructureReport, structure
 from capnas.graph.tracing import Trace, trace
-from capnas.measures.probing import FAILURES, reason, untouched
+from capnas.layers import MEASURED, is_quantized, own_parameters
+from capnas.measures.probing import FAILURES, reason, untouched, unwrap_model
 from capnas.measures.proxies import PROXIES, baseline_proxies
 from capnas.measures.receptive import LayerField, border_layers, critical_layers, feasible_range
-from capnas.profile.rows import NEVER_CALLED, FieldReport, Profile
+from capnas.profile.rows import FieldReport, Profile
 from capnas.weights import InitialWeights, norm_layer_constants, weight_norms
 
 # measure, column and name of what a row may lack
 _COLUMNS = (("structure", "complexity", "complexity, receptive field"), ("norms", "norm", "norm"), ("capacity", "capacity", "capacity"))
-_NORMLESS, _NO_PRODUCT = "norm: ", "computes something else than a product with one weight"
+_NO_PRODUCT = "computes something else than a product with one weight"
 _CAPACITY_SCORES = ("capacity_balance", "depth_evenness", "coverage", "propagation", "scaling", "usage")
-_OVERFLOW = "tangents must be finite"
 _NORM_TOLERANCE = 3e-4  # enough for a table, with a fifth less work than the 1e-4 of the excess measures
 
 
@@ -56,9 +56,11 @@ def enrich(
         seed: of anything random.
 
     Raises:
-        UsageError: a measure needs the graph and the model cannot be traced, or gradients and its weights allow none.
+        UsageError: a measure needs the graph and the model cannot be traced, or gradients and its weights allow none; the model is a
+            ``torch.jit.ScriptModule``.
     """
     traced = [name for name in ("structure", "norms", "capacity") if name in measures] + ["start"] * (start is not None)
+    model, without_capacity = unwrap_model(model), None
     if traced:
         try:
             graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
@@ -67,16 +69,15 @@ def enrich(
         if "structure" in measures:
             averaged = structure(graph, pool_gain="averaging").log2_paths
             profile = with_structure(profile, structure(graph), graph.input_shape[2:]).with_network(log2_gain=averaged)
-            profile = with_macs(profile, graph).with_network(params=float(sum(p.numel() for p in model.parameters())))
+            profile = with_params(with_macs(profile, graph), model)
         if "norms" in measures:
             profile = with_norms(profile, model, graph)
         if "capacity" in measures:
             options: dict[str, Any] = {"mode": profile.mode, "pixels": pixels, "exact": exact_capacity, "seed": seed, "graph": graph}
             try:
-                profile = with_capacity(profile, capacity_map(model, inputs, **options))
-            except UsageError as error:  # gradients that overflow, as of a constant batch through batch norms, cost these columns alone
-                if _OVERFLOW not in str(error):
-                    raise
+                found = capacity_map(model, inputs, **options)
+                profile, without_capacity = with_capacity(profile, found), found.skipped
+            except DegenerateError as error:  # gradients that overflow, as of a constant batch through batch norms, cost only this
                 unread = dict.fromkeys(_CAPACITY_SCORES, f"capacity cannot be read: {error}")
                 profile = replace(profile, flags={**profile.flags, **unread})
             if start is None and "capacity_slack" not in profile.network:
@@ -85,11 +86,12 @@ def enrich(
     if "proxies" in measures:
         names = [name for name in PROXIES if name != "macs" or graph is None]
         baselines = baseline_proxies(model, inputs, targets, names=names)
-        profile = profile.with_network(**{n: found.value for n, found in baselines.items()})
-        profile = replace(profile, flags={**profile.flags, **{n: found.flag for n, found in baselines.items() if found.flag}})
+        profile = profile.with_network(**{n: baseline.value for n, baseline in baselines.items()})
+        profile = replace(profile, flags={**profile.flags, **{n: baseline.flag for n, baseline in baselines.items() if baseline.flag}})
         if graph is not None:
             profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
-    profile = with_reasons(profile, model, graph)
+    if graph is not None:
+        profile = with_reasons(profile, model, graph, without_capacity)
     return profile if start is None or graph is None else with_motion(profile, model, graph, start)
 
 
@@ -112,6 +114,14 @@ def with_structure(profile: Profile, report: StructureReport, image_size: tuple[
     return replace(profile, layers=tuple(rows), receptive=_fields(fields, image_size) if fields else profile.receptive).with_network(
         **network, depth=float(report.depth), shortest_depth=float(report.shortest)
     )
+
+
+def with_params(profile: Profile, model: nn.Module) -> Profile:
+    """The profile with the number of the model's parameters, as torch counts them; a flag names quantized layers, which it leaves out."""
+    quantized = [name for name, module in model.named_modules() if is_quantized(module)]
+    flags = {name: text for name, text in profile.flags.items() if name != "params"}
+    flags |= {"params": f"quantized weights left out, as they are no parameters: {', '.join(quantized)}"} if quantized else {}
+    return replace(profile, flags=flags).with_network(params=float(sum(p.numel() for p in model.parameters())))
 
 
 def with_macs(profile: Profile, graph: Trace) -> Profile:
@@ -139,19 +149,15 @@ def _fields(fields: Sequence[LayerField], image_size: tuple[int, ...]) -> FieldR
 def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
     """The profile with each layer's capacity and the network's capacity scores, see `capnas.capacity.capacity_map`.
 
-    A layer that has a row but no capacity joins ``skipped`` with a reason that begins with "capacity: ". ``network`` gains ``coherent``
-    (S), ``shattering`` (-ln S) and ``residual_sum`` (R, 0 without residual additions) too, which are no scores; ``flags`` says where the
-    network is too linear for the sweep behind ``coverage``, or has none, too shattered for ``propagation``, and without sums for
-    ``scaling``.
+    ``network`` gains ``coherent`` (S), ``shattering`` (-ln S) and ``residual_sum`` (R, 0 without residual additions) too, which are no
+    scores; ``flags`` says where the network is too linear for the sweep behind ``coverage``, or has none, too shattered for
+    ``propagation``, and without sums for ``scaling``.
     """
-    measured = {row.name for row in profile.layers}
-    rows, skipped = [], {name: reason for name, reason in profile.skipped.items() if name not in measured}
+    rows = []
     for row in profile.layers:
         if row.name in found.capacity:
             used, wide = found.utilisation.get(row.name), row.name in found.over_wide
             row = replace(row, capacity=found.capacity[row.name], capacity_method=found.method, utilisation=used, over_wide=wide)
-        else:
-            skipped.setdefault(row.name, f"capacity: {found.skipped.get(row.name, f'{row.kind} has no parameters of its own')}")
         if (behind := found.behind.get(row.name)) is not None:
             row = replace(row, decoupling=behind.out, gate_decoupling=behind.gate)
         rows.append(row)
@@ -159,7 +165,7 @@ def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
     scores = found.scores([g for g in groups if g] or None)
     audit = {"coherent": found.coherent, "shattering": found.shattering, "residual_sum": found.residual_sum}
     flags = {name: text for name, text in profile.flags.items() if name not in ("coverage", "propagation", "scaling")}
-    return replace(profile, layers=tuple(rows), skipped=skipped, flags=flags | _limits(found)).with_network(**scores, **audit)
+    return replace(profile, layers=tuple(rows), flags=flags | _limits(found)).with_network(**scores, **audit)
 
 
 def _limits(found: CapacityMap) -> dict[str, str]:
@@ -184,32 +190,46 @@ def _limits(found: CapacityMap) -> dict[str, str]:
     return flags
 
 
-def with_reasons(profile: Profile, model: nn.Module, graph: Trace | None = None) -> Profile:
+def with_reasons(profile: Profile, model: nn.Module, graph: Trace, without_capacity: Mapping[str, str] | None = None) -> Profile:
     """The profile whose ``skipped`` says of every layer which columns of the measures taken it lacks, and why.
 
-    With the graph also of which layers that were never called another module or function uses the weight.
+    By the graph it also says of layers that were never called which other module or function uses the weight.
+
+    Args:
+        profile: with its measures.
+        model: the model that was profiled.
+        graph: its trace.
+        without_capacity: reasons by layer, where capacity was measured just now, see `capnas.capacity.CapacityMap`.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    own = {place: [names[id(p)] for p in m.parameters(recurse=False)] for place, m in model.named_modules()}
-    nodes = () if graph is None else graph.nodes
-    used, run = {name for node in nodes for name in node.params}, {node.module for node in nodes}
-    skipped = dict(profile.skipped)
-    for name, text in profile.skipped.items():
-        if text.endswith(NEVER_CALLED) and (read := [p for p in own.get(name, []) if p in used]):
-            skipped[name] = f"{text.removesuffix(NEVER_CALLED)}is not called itself: another module or function uses {' and '.join(read)}"
-    for row in profile.layers:
+    modules = dict(model.named_modules())
+    used, run = {name for node in graph.nodes for name in node.params}, {node.module for node in graph.nodes}
+    rows, skipped = {row.name: row for row in profile.layers}, dict(profile.skipped)
+    for name in profile.skipped.keys() - rows.keys():
+        module = modules.get(name)
+        if isinstance(module, MEASURED) and (read := [n for p in own_parameters(module).values() if (n := names[id(p)]) in used]):
+            skipped[name] = f"{type(module).__name__} is not called itself: another module or function uses {' and '.join(read)}"
+    for name, row in rows.items():
+        skipped.pop(name, None)
         lacking = [label for measure, column, label in _COLUMNS if measure in profile.measures and getattr(row, column) is None]
-        shared = [p for p in own.get(row.name, []) if p.rpartition(".")[0] != row.name]
-        why = f"{row.kind} shares {shared[0]}" if shared else f"{row.kind} is not on the way from the input to the output"
-        text = skipped.pop(row.name, "")  # what it says of the norm alone is no reason for other columns
-        given = "" if text.startswith(_NORMLESS) else text.partition(f"; {_NORMLESS}")[0].partition(": ")[2]
         parts = []
-        if "norm" in lacking and row.name in run:
+        if "norm" in lacking and name in run:
             lacking.remove("norm")
-            parts = [f"{_NORMLESS}{row.kind} {_NO_PRODUCT}"]
-        if parts := ([f"{', '.join(lacking)}: {given or why}"] if lacking else []) + parts:
-            skipped[row.name] = "; ".join(parts)
+            parts = [f"norm: {row.kind} {_NO_PRODUCT}"]
+        if lacking:
+            given = without_capacity if without_capacity is not None and row.capacity is None else {}
+            parts.insert(0, f"{', '.join(lacking)}: {given.get(name) or _why_absent(name, row.kind, modules[name], names)}")
+        if parts:
+            skipped[name] = "; ".join(parts)
     return replace(profile, skipped=skipped)
+
+
+def _why_absent(name: str, kind: str, module: nn.Module, names: Mapping[int, str]) -> str:
+    own = {f"{name}.{key}".lstrip("."): names[id(p)] for key, p in own_parameters(module).items()}
+    shared = [first for here, first in own.items() if first != here]
+    if not own:
+        return f"{kind} has no parameters of its own"
+    return f"{kind} shares {shared[0]}" if shared else f"{kind} is not on the way from the input to the output"
 
 
 def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import CapnasError, UsageError, one_of
 from capnas.graph.tracing import Trace, trace
-from capnas.measures.probing import FAILURES, gradable, put_back, seeded
+from capnas.measures.probing import FAILURES, gradable, put_back, reason, seeded, unwrap_model
 from capnas.measures.saturation import THRESHOLD
-from capnas.profile.enriching import enrich
+from capnas.profile.enriching import enrich, with_params
 from capnas.profile.rows import MEASURES, Profile
 from capnas.recording import LayerRecord, Reading, Recorder
 
+_WRAP = "Wrap a model of several or named inputs in a module that takes one tensor."
 _LAYER_SCALE = r"gamma(_\d)?|layer_scale\w*"
 
 
@@ -44,7 +46,7 @@ def profile_model(
     """Profile a model on a batch of inputs, leaving the model untouched.
 
     Args:
-        model: any module that maps the inputs to outputs.
+        model: any module that maps one tensor of inputs to outputs; a compiled one is read as it was before.
         inputs: one batch (B, C, H, W) on the model's device, a pair of a batch and its classes (B,), or an iterable of either, such as a
             ``DataLoader``, which is kept in memory. Saturation pools them all; every other measure sees the first batch only.
         targets: (B,) classes, for measures that need a loss: of the first batch, or of all batches in order; those of the pairs if absent.
@@ -69,8 +71,9 @@ def profile_model(
 
     Raises:
         UsageError: unknown measure, reading or block pattern, a threshold out of its range, inputs that are no tensors or no images,
-            targets that are not one an image, one image for batch norms in train mode, or a model that was made in inference mode, where
-            a measure needs gradients or the call is outside of that mode.
+            targets that are not one an image, one image for batch norms in train mode, a model that takes other inputs, has
+            uninitialized parameters or is a ``torch.jit.ScriptModule``, or one that was made in inference mode, where a measure needs
+            gradients or the call is outside of that mode.
 
     >>> _ = torch.manual_seed(1)
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
@@ -83,6 +86,8 @@ def profile_model(
             raise UsageError(one_of("measures", measure, MEASURES))
     if not 0 < threshold <= 1:
         raise UsageError(f"threshold must be in (0, 1], got {threshold}.")
+    model = unwrap_model(model)
+    _check_initialized(model)
     batches, targets = _labelled(inputs, targets)
     untraced: dict[str, str] = {}
     kept: tuple[str, ...] = ()
@@ -107,16 +112,21 @@ def profile_model(
 
     try:
         fast = [_channels_last(batch) for batch in batches]
-        records, batches = record(fast), fast
-    except RuntimeError:  # some models take a view of a map that this layout does not allow
-        records = record(batches)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UsageError("batch norms in train mode need more than one value a channel: give two images or more, or mode='eval'.") from None
+        try:
+            records, batches = record(fast), fast
+        except RuntimeError:  # some models take a view of a map that this layout does not allow
+            records = record(batches)
+    except CapnasError:
+        raise
+    except (TypeError, LookupError, AttributeError, ValueError) as error:
+        if unfit := _unfit(model, batches, chosen, error):
+            raise UsageError(unfit) from error
+        raise
     profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
     flags = {"initialization": f"no reset sets {_listed(kept)}, which kept the values the model came with"} if kept else {}
     profile = replace(profile, skipped={**profile.skipped, **untraced}, flags=flags)
+    if untraced:
+        profile = with_params(profile, model)
     return enrich(
         profile, model, batches[0], targets, measures=measures, graph=graph, pixels=pixels, exact_capacity=exact_capacity, seed=seed
     )  # fmt: skip
@@ -127,9 +137,30 @@ def _channels_last(batch: Tensor) -> Tensor:
     return batch.to(memory_format=torch.channels_last) if batch.ndim == 4 and batch.device.type == "cpu" else batch
 
 
+def _check_initialized(model: nn.Module) -> None:
+    lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
+    if lazy:
+        raise UsageError(f"parameters must have a shape, these are uninitialized: {_listed(lazy)}. Run the lazy model on one batch first.")
+
+
+def _unfit(model: nn.Module, batches: Sequence[Tensor], mode: str, error: Exception) -> str | None:
+    """What to do where the model does not take the batches; None where it fails for another reason."""
+    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if isinstance(error, ValueError) and mode == "train" and normed and min(map(len, batches)) == 1:
+        return "batch norms in train mode need more than one value a channel: give two images or more, or mode='eval'."
+    shape = (1, *batches[0].shape[1:])
+    try:
+        trace(model, shape, dtype=batches[0].dtype)
+    except type(error):  # no image of that shape will do
+        return f"the model must take images of shape {shape} as its only input; {reason(error)}. {_WRAP}"
+    except Exception:  # whatever a model's own code raises: the inputs are not known to be at fault
+        return None
+    return None
+
+
 def _labelled(inputs: Tensor | Iterable[Tensor | Sequence[Tensor]], targets: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     """The batches, and the classes of the first."""
-    given: list[Any] = [inputs] if isinstance(inputs, Tensor) or _is_pair(inputs) else list(inputs)
+    given: list[Any] = [inputs] if isinstance(inputs, Tensor | Mapping) or _is_pair(inputs) else list(inputs)
     if not given:
         raise UsageError("inputs must be a batch or hold at least one, got none.")
     pairs: list[tuple[Any, Tensor | None]] = [(item[0], item[1]) if _is_pair(item) else (item, None) for item in given]
@@ -137,7 +168,7 @@ def _labelled(inputs: Tensor | Iterable[Tensor | Sequence[Tensor]], targets: Ten
     for images in batches:
         if not isinstance(images, Tensor):
             kind = type(images).__name__
-            raise UsageError(f"inputs must be tensors, or pairs of images and classes as a DataLoader gives them, got {kind}.")
+            raise UsageError(f"inputs must be tensors, or pairs of images and classes as a DataLoader gives them, got {kind}. {_WRAP}")
         if images.ndim == 0 or len(images) == 0:
             raise UsageError(f"every batch must hold at least one image, got one of shape {tuple(images.shape)}.")
     if targets is None:

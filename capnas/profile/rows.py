@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from capnas.documents import plain
 from capnas.errors import UsageError
-from capnas.layers import MEASURED
+from capnas.layers import MEASURED, is_quantized, own_parameters
+from capnas.measures.probing import unwrap_model
 from capnas.measures.saturation import THRESHOLD, effective_rank, intrinsic_dimension, saturation_of, spectrum, threshold_margin
 from capnas.recording import LayerRecord
 
 VERSION = 1
 MEASURES = ("saturation", "structure", "norms", "capacity", "proxies")
-NEVER_CALLED = "was never called in the forward pass"
 FEW_ROWS = 10  # rows below this multiple of the width are flagged: they cap the rank
 THRESHOLDS = (0.9, 0.95, 0.99, 0.999)
 
@@ -34,7 +35,7 @@ class LayerProfile:
         kind: class of the module.
         reading: "modules" or "blocks".
         width: features D of the output.
-        params: parameters of the module itself (of everything inside, for a block).
+        params: parameters of the module itself, with those that its weight is computed from (of everything inside, for a block).
         macs: multiply-accumulates for one image, of the same (measure "structure").
         rows: rows used; `rows_seen` passed, positions times samples.
         positions: rows that one image gives: height times width of a map, tokens of a sequence, 1 of a vector.
@@ -131,7 +132,7 @@ class Profile:
     Attributes:
         layers: conv and linear modules in execution order.
         blocks: repeated units in execution order.
-        skipped: parametrised modules that were not measured, name to reason; a reason for a layer with a row begins with the columns that
+        skipped: modules with weights that were not measured, name to reason; a reason for a layer with a row begins with the columns that
             the row lacks, as in "capacity: ...".
         mode: "train" or "eval", the model's mode while it was read.
         threshold: share of the variance that k explains.
@@ -206,6 +207,7 @@ class Profile:
         cls, model: nn.Module, records: Mapping[str, LayerRecord], *, mode: Literal["train", "eval"], threshold: float = THRESHOLD
     ) -> Profile:
         """Profile of what a `Recorder` saw, see `Recorder.pop`."""
+        model = unwrap_model(model)
         rows = [_row(model, record, threshold) for record in records.values()]
         return cls(
             layers=tuple(r for r in rows if r.reading == "modules"),
@@ -217,15 +219,18 @@ class Profile:
 
 
 def skipped_modules(model: nn.Module, measured: set[str]) -> dict[str, str]:
-    """Every module that holds parameters of its own and was not measured, with the reason."""
+    """Every module that holds parameters, or quantized weights, of its own and was not measured, with the reason."""
     reasons: dict[str, str] = {}
+    within = {id(part) for m in model.modules() if is_parametrized(m) for part in m.parametrizations.modules()}  # type: ignore[union-attr]
     for name, module in model.named_modules():
-        own = sum(p.numel() for p in module.parameters(recurse=False))
-        if own == 0 or name in measured:
+        quantized = is_quantized(module)
+        if name in measured or id(module) in within or not (quantized or any(p.numel() for p in own_parameters(module).values())):
             continue
         kind = type(module).__name__
-        if isinstance(module, MEASURED):
-            reasons[name] = f"{kind} {NEVER_CALLED}"
+        if quantized:
+            reasons[name] = f"{kind} holds its weights quantized, not as parameters: profile the model before it was quantized"
+        elif isinstance(module, MEASURED):
+            reasons[name] = f"{kind} was never called in the forward pass"
         elif "norm" in kind.lower():
             reasons[name] = f"{kind} rescales the layer before it"
         else:
@@ -235,12 +240,13 @@ def skipped_modules(model: nn.Module, measured: set[str]) -> dict[str, str]:
 
 def _row(model: nn.Module, record: LayerRecord, threshold: float) -> LayerProfile:
     module = model.get_submodule(record.name)
+    params = own_parameters(module).values() if record.reading == "modules" else module.parameters()
     cov = record.covariance
     spec, rank = replace(spectrum(cov), width=record.width), effective_rank(cov)
     return LayerProfile(
         name=record.name, kind=record.kind, reading=record.reading, width=spec.width, rows=record.rows, rows_seen=record.rows_seen,
         positions=record.positions,
-        params=sum(p.numel() for p in module.parameters(recurse=record.reading == "blocks")),
+        params=sum(p.numel() for p in params),
         k=intrinsic_dimension(spec.eigenvalues, threshold, spec.total) if spec.finite else None,
         saturation=saturation_of(spec, threshold),
         saturations={str(t): saturation_of(spec, t) for t in THRESHOLDS},
