@@ -25,8 +25,9 @@ def dense_norm(layer: nn.Module, shape: tuple[int, ...]) -> float:
     [(nn.Conv2d(2, 3, 3, padding=1), (2, 6, 6)), (nn.Conv2d(2, 4, 3, stride=2, padding=1), (2, 7, 7)),
      (nn.Conv2d(4, 4, 3, padding=1, groups=4), (4, 6, 6)), (nn.Conv2d(2, 3, 3, padding=2, dilation=2), (2, 7, 7)),
      (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 6, 6)),
+     (nn.Conv2d(2, 3, 3, padding="valid"), (2, 6, 5)), (nn.Conv3d(1, 2, 2, padding="valid"), (1, 3, 4, 5)),
      (nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1), (2, 4, 4)), (nn.Linear(5, 7), (5,))],
-    ids=["plain", "strided", "depthwise", "dilated", "circular", "transposed", "linear"],
+    ids=["plain", "strided", "depthwise", "dilated", "circular", "valid", "valid 3-d", "transposed", "linear"],
 )  # fmt: skip
 def test_norm_is_that_of_the_map_that_is_used(layer: nn.Module, shape: tuple[int, ...]) -> None:
     model = nn.Sequential(layer)

@@ -23,6 +23,7 @@ from capnas.capacity.patches import LAYERS, arguments, groups_of, input_rows, un
 from capnas.graph.tracing import Node, Trace, caches_kept
 from capnas.layers import MEASURED
 from capnas.measures.activation_codes import all_finite
+from capnas.measures.axes import CHANNEL, Atom, Layout, rearrange, unknown
 from capnas.measures.decoupling import Decoupling, gate_decoupling, output_decoupling
 from capnas.measures.layer_capacity import kfac_spectrum
 from capnas.measures.probing import untouched
@@ -33,6 +34,7 @@ ACTIVATIONS = frozenset((
 ))  # fmt: skip
 # names that only accelerators give to an operation: the trace, made on the meta device, has the general one
 _GENERAL = {f"aten.{library}_batch_norm.default": "aten.native_batch_norm.default" for library in ("cudnn", "miopen")}
+_CHANNEL_NORMS = ("native_batch_norm", "native_group_norm", "cudnn_batch_norm")
 _ROWS, _PLACES = 4096, 16  # rows for the output decoupling, positions for the gate decoupling
 
 
@@ -154,19 +156,30 @@ class MomentReader(TorchDispatchMode):
         return found
 
     def channel_axis(self, node: Node, ndim: int) -> int:
-        """Images keep channels second unless a linear layer or a layer norm made them."""
-        if ndim != 4:
-            return 1 if ndim == 2 else ndim - 1
-        index: int | None = node.index
+        """Where the units of the layer or norm behind an activation lie, followed through what rearranges them on the way.
+
+        Convolutions, batch and group norms make channels second, linear layers and layer norms last; without any, images keep them second.
+        """
+        way: list[Node] = []
+        index: int | None = node.inputs[0]
         while index is not None and index >= 0:
-            base = base_name(self.trace.nodes[index])
-            if base in ("addmm", "mm", "linear", "native_layer_norm"):
-                return 3
-            if base in ("convolution", "native_batch_norm", "native_group_norm", "cudnn_batch_norm"):
-                return 1
-            inputs = self.trace.nodes[index].inputs
-            index = inputs[0] if inputs else None
-        return 1
+            before = self.trace.nodes[index]
+            base, last = base_name(before), len(before.shape) - 1
+            over_last = base == "native_layer_norm" and len(before.attrs.get("normalized_shape", ())) == 1
+            if base == "convolution" or base in _CHANNEL_NORMS or base in ("addmm", "mm", "linear") or over_last:
+                made = last if over_last or base in ("addmm", "mm", "linear") else 1
+                layout: Layout = tuple((Atom(axes=(CHANNEL if i == made else i,), size=n),) for i, n in enumerate(before.shape))
+                for step in reversed(way):
+                    layout = rearrange(base_name(step), step.attrs, layout, step.shape) or (
+                        layout if len(layout) == len(step.shape) else unknown([layout], step.shape)
+                    )
+                held = [math.prod(a.size for a in axis if a.axes == (CHANNEL,)) for axis in layout]
+                if len(held) == ndim and max(held) > 1:
+                    return held.index(max(held))
+                break
+            way.append(before)
+            index = next((i for i in before.inputs if i is not None), None)
+        return 1 if ndim in (2, 4) else ndim - 1
 
 
 @dataclass(kw_only=True)
@@ -178,12 +191,13 @@ class LayerTap:
     n_params: int
     rms: float
     inputs: list[Tensor] = field(default_factory=list)  # per call (G, M, a), rows scaled so that their Gram is A
-    responses: list[Tensor] = field(default_factory=list)  # per projection and call (G, M, b), rows whose Gram is its part of B
-    maps: list[Tensor] = field(default_factory=list)  # per call, flat: E sum_o (d f_o / d z)^2 on one sample's output
+    responses: list[Tensor] = field(default_factory=list)  # per projection and call (G, M, b), rows whose Gram is its part of places * B
+    places: int = 0  # positions of all calls over the batch: A sums over them, B is their mean
+    maps: dict[int, Tensor] = field(default_factory=dict)  # per call, flat: E sum_o (d f_o / d z)^2 on one sample's output
 
     def spectrum(self) -> Tensor:
         """Eigenvalues of the layer's tangent covariance (35)."""
-        return kfac_spectrum(_gram(self.inputs), _gram(self.responses), self.rms)
+        return kfac_spectrum(_gram(self.inputs), _gram(self.responses) / self.places, self.rms)
 
 
 class LayerTaps(TorchFunctionMode):
@@ -262,6 +276,7 @@ class LayerTaps(TorchFunctionMode):
         rows = input_rows(func, given, out.shape, chosen)
         self.last_input = given["input"]
         entry.inputs.append(rows * math.sqrt(places / (len(chosen) * self.batch)))
+        entry.places += places
         call = len(entry.inputs) - 1
 
         def take(gradient: Tensor) -> None:
@@ -273,12 +288,9 @@ class LayerTaps(TorchFunctionMode):
                 picked = torch.arange(places, device=flat.device)
             part = flat.movedim(channel, -1)[unravel(picked, [n for axis, n in enumerate(flat.shape) if axis != channel])]
             part = part.reshape(len(part), groups, -1).transpose(0, 1)  # (G, rows, b)
-            entry.responses.append(part / math.sqrt(part.shape[1]))
+            entry.responses.append(part * math.sqrt(places / part.shape[1]))
             square = _mean_square(flat.unflatten(0, (self.batch, -1)).unbind()).flatten()
-            if call < len(entry.maps):
-                entry.maps[call] += square
-            else:
-                entry.maps += [torch.zeros_like(square) for _ in range(call - len(entry.maps))] + [square]
+            entry.maps[call] = entry.maps[call] + square if call in entry.maps else square
 
         if out.requires_grad and out.shape[0] % self.batch == 0:
             out.register_hook(take)

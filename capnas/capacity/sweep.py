@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from capnas.capacity.capture import ACTIVATIONS, base_name
 from capnas.graph.tracing import INPUT, Node, Trace
-from capnas.measures.capacity_push import inject, push, push_max_pool, push_ports
+from capnas.measures.capacity_push import inject, interpolation_squared, push, push_max_pool, push_ports
 
 Port = tuple[int, int]
 
@@ -40,6 +40,7 @@ _LINEAR = re.compile(
     "mean|sum|avg_pool[123]d|_?adaptive_avg_pool[123]d|upsample_.*|_upsample_.*|constant_pad_nd|reflection_pad.*|replication_pad.*|cat|stack|"
     "pixel_(un)?shuffle|im2col|col2im|select_scatter|slice_scatter"
 )
+_INTERPOLATION = re.compile("_?upsample_(linear1d|bilinear2d|trilinear3d|bicubic2d|lanczos2d)(_aa)?")  # taps that weigh unalike
 _MIX = re.compile("mm|bmm|addmm|baddbmm|mv|matmul|linear|convolution|einsum")
 _ELEMENTWISE = re.compile(
     "pow|square|abs|exp|log|neg|clamp.*|round|erf|where|masked_fill|dropout|native_dropout|_?prelu(_kernel)?|threshold"
@@ -76,7 +77,7 @@ class Sweeper:
         moments: Mapping[Port, Tensor],
         indices: Mapping[int, Tensor],
         capacity: Mapping[str, float],
-        responses: Mapping[str, list[Tensor]],
+        responses: Mapping[str, Mapping[int, Tensor]],
     ) -> None:
         self.trace, self.indices, self.capacity, self.responses = trace, indices, capacity, responses
         self.moments = dict(moments)
@@ -188,7 +189,9 @@ class Sweeper:
         k = parts.get(0)
         same = [j for j in data if tuple(node.input_shapes[j]) == tuple(node.shape)]
         if node.shape_only or _LINEAR.fullmatch(base):
-            shares, left = push_ports(parts, [self._moment(node, j) for j in data], lambda *s: self._call(node, dict(zip(data, s))))
+            op: Any = lambda *s: self._call(node, dict(zip(data, s)))  # noqa: E731
+            op = interpolation_squared(op, node.input_shapes[data[0]]) if _INTERPOLATION.fullmatch(base) else op
+            shares, left = push_ports(parts, [self._moment(node, j) for j in data], op)
             self.bias += left
             for j, share in zip(data, shares):
                 self._give(node, j, share)
@@ -259,7 +262,7 @@ class Sweeper:
             self._give(node, j, share)
 
     def _inject(self, node: Node, weight: str, place: int, call: int, calls: int) -> None:
-        maps = self.responses.get(weight, [])
+        maps = self.responses.get(weight, {})
         amount = self.capacity[weight] / calls
         self.total += amount
         data = self._data(node)
@@ -268,8 +271,8 @@ class Sweeper:
         if data and node.shape[0] == 1 and self._reads_once(node, data[0], place):
             alive = (self._moment(node, data[0]) > 0).to(_FLOAT)
             k = amount * alive / alive.sum().clamp_min(1)
-            k = k if call < len(maps) and bool(maps[call].any()) else None
-        elif call < len(maps) and maps[call].numel() == size and data:
+            k = k if call in maps and bool(maps[call].any()) else None
+        elif call in maps and maps[call].numel() == size and data:
             response = maps[call].cpu().reshape(node.shape)
 
             def op(s: Tensor, w: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class Node:
         shapes: shapes of all outputs.
         dtype: of the first output, e.g. ``"float32"``.
         attrs: the non-tensor arguments by schema name, defaults included (stride, padding, dilation, groups, dim, eps, ...), a number in
-            the place of a tensor too (``other`` in ``x * 0.5``); devices and memory layouts are left out.
+            the place of a tensor too (``other`` in ``x * 0.5``); devices and memory layouts are left out. Those of a convolution have one
+            number for each axis.
         flops: of torch's flop registry (two for a multiply-accumulate), 0 for operations that it does not count.
     """
 

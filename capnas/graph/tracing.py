@@ -177,6 +177,9 @@ def _bind(func: Any, args: tuple, kwargs: dict) -> tuple[list[tuple[str, Tensor]
                 attrs[argument.name] = tuple(isinstance(v, Tensor) for v in value)  # which axes an index op indexes
         elif isinstance(value, (bool, int, float)) or ("Tensor" not in str(argument.type) and argument.name not in _NOT_STRUCTURE):
             attrs[argument.name] = _plain(value)
+    if func is _ATEN.convolution.default:  # of padding="valid" torch gives one 0 for all axes
+        axes = tensors[1][1].ndim - 2
+        attrs |= {name: attrs[name] * axes for name in ("stride", "padding", "dilation", "output_padding") if len(attrs[name]) == 1}
     return tensors, attrs, targets
 
 

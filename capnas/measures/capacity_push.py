@@ -137,6 +137,35 @@ def average_pool_squared(kernel: int | tuple[int, int], **options: Any) -> Squar
     return apply
 
 
+def interpolation_squared(op: Callable[[Tensor], Tensor], shape: Sequence[int]) -> SquaredOp:
+    """Interpolation of the last axes, each on its own: squared coefficients of a linear, cubic or antialiased resize. Ours (38).
+
+    Args:
+        op: the interpolation, from (1, any channels, *sides) to (1, the same channels, *sides'); one number everywhere stays that number.
+        shape: (B, C, *sides) of its input.
+
+    Returns:
+        A map from (B, C, *sides) to (B, C, *sides'), in the precision of what it is given.
+
+    Example:
+        >>> double = lambda x: F.interpolate(x, scale_factor=2, mode="linear", align_corners=False)
+        >>> interpolation_squared(double, (1, 1, 2))(torch.tensor([[[1.0, 0.0]]])).tolist()
+        [[[1.0, 0.5625, 0.0625, 0.0]]]
+    """
+    squares: list[Tensor] = []
+    for axis, side in enumerate(shape[2:], start=2):
+        cells = torch.eye(side).view(1, side, *(side if i == axis else 1 for i in range(2, len(shape)))).expand(1, side, *shape[2:])
+        rows = op(cells.contiguous()).movedim(axis, 2)  # alike along the other axes
+        squares.append(rows.reshape(side, rows.shape[2], -1)[..., 0].square())  # (side, side')
+
+    def apply(s: Tensor) -> Tensor:
+        for axis, square in enumerate(squares, start=2):
+            s = (s.movedim(axis, -1) @ square.to(s)).movedim(-1, axis)
+        return s
+
+    return apply
+
+
 def global_mean_squared(axes: tuple[int, ...] = (-2, -1)) -> SquaredOp:
     """Mean over whole axes: each tap weighs ``1 / n^2``. Ours (38).
 

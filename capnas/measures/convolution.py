@@ -31,7 +31,7 @@ class Axis:
         dilation: Step between taps.
         before: Cells padded before the first input cell.
         source: (size + padding,) input cell that each padded cell copies, -1 for a zero.
-        outputs: Output side.
+        outputs: Output side, at most as many as the padded input has room for.
     """
 
     size: int
@@ -113,10 +113,14 @@ class Convolution:
         """A x for x of shape (B, *input_shape): (B, *output_shape)."""
         stride, dilation = [a.stride for a in self.axes], [a.dilation for a in self.axes]
         if all(axis.zeros_alike for axis in self.axes):
-            return _CONV[len(self.axes)](x, self.weight, None, stride, [a.before for a in self.axes], dilation, self.groups)
+            y = _CONV[len(self.axes)](x, self.weight, None, stride, [a.before for a in self.axes], dilation, self.groups)
+        else:
+            for dim, axis in enumerate(self.axes, start=2):
+                x = _gather(x, axis.source, dim)
+            y = _CONV[len(self.axes)](x, self.weight, None, stride, 0, dilation, self.groups)
         for dim, axis in enumerate(self.axes, start=2):
-            x = _gather(x, axis.source, dim)
-        return _CONV[len(self.axes)](x, self.weight, None, stride, 0, dilation, self.groups)
+            y = y.narrow(dim, 0, axis.outputs)
+        return y
 
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y for y of shape (B, *output_shape): (B, *input_shape)."""

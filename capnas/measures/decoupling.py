@@ -53,7 +53,10 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Decoupling:
-    """``out``: variance of the output not linear in the input (19b); ``gate``: one minus the cosine between gates (19a); both in [0, 1]."""
+    """``out``: variance of the output not linear in the input (19b), in [0, 1]; ``gate``: one minus the cosine between gates (19a).
+
+    Gates that oppose each other have a negative cosine: ``gate`` is in [0, 2], and in [0, 1 + 1 / (D - 1)] for D live units.
+    """
 
     out: float
     gate: float
@@ -165,7 +168,7 @@ def gate_decoupling(gates: Tensor, *, dead: float = 1e-6) -> float:
         dead: threshold below which a unit counts as dead.
 
     Returns:
-        A number in [0, 1 + 1 / (D - 1)]; NaN with fewer than two live units at every position.
+        A number in [0, 1 + 1 / (D - 1)] for D live units, the fewest of any position that has two; NaN where none has.
 
     Raises:
         UsageError: for gates of another number of axes.
@@ -173,6 +176,8 @@ def gate_decoupling(gates: Tensor, *, dead: float = 1e-6) -> float:
     Example:
         >>> gate_decoupling(torch.ones(8, 5))
         0.0
+        >>> gate_decoupling(torch.tensor([[1.0, -1.0, 0.0], [2.0, -2.0, 0.0]]))  # two live units that oppose each other
+        2.0
     """
     if gates.ndim not in (2, 3):
         raise UsageError(f"gates must have shape (S, D) or (S, D, Q), got {tuple(gates.shape)}.")

@@ -49,7 +49,9 @@ def gini(values: Iterable[float | None]) -> float:
 
 
 def evenness(values: Iterable[float | None]) -> float:
-    """1 - Gini, in (0, 1]: 1 when every layer works alike. All layers dead gives 0: nothing is shared where nothing is done. Ours.
+    """1 - Gini, in [1/L, 1]: 1 when every layer works alike; NaN without layers. Ours.
+
+    All layers dead gives 0: nothing is shared where nothing is done.
 
     >>> evenness([0.4, 0.4, 0.4])
     1.0

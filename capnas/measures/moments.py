@@ -7,7 +7,7 @@ a float32 mean-of-squares loses every digit once the mean is large beside the sp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from capnas.errors import UsageError
 
 _PANEL = 64  # features whose products are taken at once
 _RECENT = 2**17  # rows after which products are added to the float64 sums
+_MERGED = 16  # spacings of float64 that equal rows may seem to vary by once batches are merged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,8 @@ def moments_of(samples: Tensor, shift: Tensor | None = None) -> Moments:
         shift: (D,) a point near the mean, subtracted before the product; the batch's own mean when absent.
 
     Returns:
-        Moments in float64 on the samples' device. Non-finite samples give non-finite moments, never an exception.
+        Moments in float64 on the samples' device. Non-finite samples give non-finite moments, never an exception. A feature that varies by
+        less than the spacing of the numbers that are summed, float32 or float64, at its mean has no scatter: that is rounding.
 
     Raises:
         UsageError: samples that are not rows (S, D).
@@ -69,7 +71,8 @@ def moments_of(samples: Tensor, shift: Tensor | None = None) -> Moments:
     if shift is None:
         shift = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
     centred = rows - shift.to(rows.dtype)
-    return from_shifted_sums(len(rows), shift.double(), centred.sum(0, dtype=torch.float64), (centred.T @ centred).double())
+    found = from_shifted_sums(len(rows), shift.double(), centred.sum(0, dtype=torch.float64), (centred.T @ centred).double())
+    return _less_rounding(found, torch.finfo(rows.dtype).eps)
 
 
 def from_shifted_sums(count: int, shift: Tensor, total: Tensor, products: Tensor) -> Moments:
@@ -207,7 +210,7 @@ def update(moments: Moments, samples: Tensor) -> Moments:
     _check_rows(samples)
     if samples.shape[1] != moments.width:
         raise UsageError(f"samples must have {moments.width} features as the moments have, got {samples.shape[1]}.")
-    return merge(moments, moments_of(samples))
+    return _less_rounding(merge(moments, moments_of(samples)), torch.finfo(torch.promote_types(samples.dtype, torch.float32)).eps)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -234,10 +237,20 @@ def merge(a: Moments, b: Moments) -> Moments:
 def covariance(moments: Moments) -> Tensor:
     """The covariance matrix (D, D) in float64, divided by n as in Shenk et al., arXiv 2006.08679 (not by n - 1).
 
+    Of a feature whose spread is within the rounding of its mean in float64 it is 0, so that constant outputs have none at any scale.
+
     >>> covariance(moments_of(torch.tensor([[0.0], [2.0]]))).tolist()
     [[1.0]]
+    >>> covariance(update(moments_of(torch.full((3, 1), 1e20)), torch.full((7, 1), 1e20))).tolist()
+    [[0.0]]
     """
-    return moments.scatter / max(moments.count, 1)
+    return _less_rounding(moments, _MERGED * torch.finfo(torch.float64).eps).scatter / max(moments.count, 1)
+
+
+def _less_rounding(moments: Moments, spacing: float) -> Moments:
+    """Moments without the scatter of features whose standard deviation is below a spacing, relative to their mean."""
+    still = moments.scatter.diagonal() < moments.count * (moments.mean * spacing).square()
+    return replace(moments, scatter=moments.scatter.masked_fill(still[:, None] | still, 0.0)) if bool(still.any()) else moments
 
 
 def _check_rows(samples: Tensor) -> None:

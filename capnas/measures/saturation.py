@@ -3,7 +3,8 @@
 Shenk, Richter, Arpteg and Huss, 'Spectral analysis of latent representations' (arXiv 1907.08589) and Shenk et al.,
 'Feature space saturation during training' (arXiv 2006.08679): the share of eigenvalues of a layer's output covariance needed to
 explain a given share (99 %) of the variance. The published numbers stop one eigenvalue short, (k - 1) / D; ``legacy=True``
-gives them, the default follows the definition. Effective rank and Simpson index come from the same covariance.
+gives them, the default follows the definition. Effective rank and Simpson index come from the same covariance. None of them minds the
+scale of the outputs: a layer is dead where its covariance is 0, as `capnas.measures.moments.covariance` makes it for constant outputs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from capnas.measures.singular import EXACT_EIGENVALUES, SINGLE_DOUBT, single_eig
 THRESHOLD = 0.99
 _HELD = 1 - 1e-5  # share of the variance from which the leading eigenvalues stand for all of them
 _RANK = 1e-12  # eigenvalues below this share of the largest are rounding
+_NORMAL = torch.finfo(torch.float64).tiny  # a trace below it has no digits; rounding of a mean is for `covariance` to take off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def spectrum(cov: Tensor, held: float = _HELD) -> Spectrum:
     if width > EXACT_EIGENVALUES and basis is None:
         return Spectrum(eigenvalues=single_eigenvalues(cov, total), width=width, total=total, doubt=SINGLE_DOUBT)
     values = torch.linalg.eigvalsh(cov if basis is None else basis.T @ cov @ basis).flip(0).clamp_min(0)  # of the lower triangle
-    missed = max(0.0, 1 - float(values.sum()) / total) if basis is not None and total > _DEAD else 0.0
+    missed = max(0.0, 1 - float(values.sum()) / total) if basis is not None and total > _NORMAL else 0.0
     return Spectrum(eigenvalues=values, width=width, total=total, doubt=missed)
 
 
@@ -107,11 +109,8 @@ def intrinsic_dimension(eigenvalues: Tensor, threshold: float = THRESHOLD, total
     return _reach(values, _shares(values, float(values.sum()) if total is None else total), threshold)
 
 
-_DEAD = 1e-30  # variance below which a layer counts as constant
-
-
 def _shares(eigenvalues: Tensor, total: float) -> list[float]:
-    return (eigenvalues.cumsum(0) / total).tolist() if total > _DEAD else []
+    return (eigenvalues.cumsum(0) / total).tolist() if total > _NORMAL else []
 
 
 def _reach(eigenvalues: Tensor, shares: list[float], threshold: float) -> int:
@@ -173,7 +172,7 @@ def threshold_margin(spec: Spectrum, threshold: float = THRESHOLD) -> float:
     >>> round(threshold_margin(spectrum(torch.diag(torch.tensor([0.9, 0.08, 0.02])))), 6)
     0.01
     """
-    if not spec.finite or not spec.total > _DEAD:
+    if not spec.finite or not spec.total > _NORMAL:
         return float("nan")
     return max(0.0, min(abs(share - threshold) for share in spec.shares) - spec.doubt)
 
@@ -190,11 +189,11 @@ def effective_rank(cov: Tensor) -> float:
     (4.0, 1.0)
     """
     _square(cov)
-    flat = cov.double().flatten()
-    squared, trace = float(flat @ flat), float(cov.diagonal().sum())
-    if trace != trace or squared != squared:
-        return float("nan")
-    return trace * trace / squared if trace > _DEAD else 0.0
+    trace = float(cov.diagonal().double().sum())
+    if not trace > _NORMAL:
+        return float("nan") if trace != trace or bool(cov.isnan().any()) else 0.0
+    shares = (cov.double() / trace).flatten()  # their squares neither overflow nor vanish
+    return 1 / float(shares @ shares)
 
 
 def simpson_index(cov: Tensor) -> float:

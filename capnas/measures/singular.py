@@ -72,13 +72,14 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
 
 
 def leading_eigenvalue(
-    apply: Callable[[Tensor], Tensor], start: Tensor, *, tolerance: float, max_steps: int
+    apply: Callable[[Tensor], Tensor], start: Tensor, *, tolerance: float, max_steps: int, min_steps: int = 8
 ) -> tuple[Tensor, Tensor, int, bool]:
     """The largest eigenvalue of each of a batch of Hermitian positive maps on (B, n) vectors.
 
     Thick-restarted Lanczos with full orthogonalisation, all maps of the batch in step. Returns the Ritz values (B,), their error estimates
     min(residual, max(residual / 2, residual^2 / gap)) (B,), the steps taken, and whether no map of the batch can exceed the largest value
-    by more than `tolerance`, relatively, by these estimates.
+    by more than `tolerance`, relatively, by these estimates, after `min_steps` or n: a start that hardly holds the leading eigenvector
+    shows the next one first, and nothing but further steps tells.
     """
     batch, n = start.shape
     length = min(_BASIS, n)
@@ -109,7 +110,8 @@ def leading_eigenvalue(
         gap = (ritz[:, -1] - ritz[:, -2]).clamp_min(1e-300) if size > 1 else distance.clamp_min(1e-300)
         # the squared estimate is blind to a second eigenvalue that the basis has not told apart yet, the distance is not
         error = torch.where(exhausted, 0.0, torch.maximum(torch.minimum(distance, distance**2 / gap), distance / 2))
-        enough = size >= min(8, n) or bool(exhausted.all())  # early Ritz values may sit at a smaller eigenvalue
+        late = steps >= min(min_steps, n) and size >= min(8, n)
+        enough = late or bool(exhausted.all())  # early Ritz values may sit at a smaller eigenvalue
         converged = enough and bool((top + error <= top.max() * (1 + tolerance)).all())
         if converged or steps >= max_steps or bool(exhausted.all()):
             return top, error, steps, converged

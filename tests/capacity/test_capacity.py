@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from capnas.measures.capacity_push import inject, push
 from capnas.measures.decoupling import analytic_decoupling
 from capnas.measures.layer_capacity import kfac_capacity, kfac_spectrum
 from capnas.measures.pixel_map import exact_pixel_map, parameter_scales
+from capnas.recording import hooked
 
 
 def images(count: int = 12, size: int = 8, channels: int = 3) -> Tensor:
@@ -159,6 +161,43 @@ def test_capacity_of_layers_is_that_of_the_full_factors() -> None:
     assert found.utilisation["2"] == pytest.approx(found.capacity["2"] / 30)
 
 
+class Repeated(nn.Module):
+    """One convolution called on maps of two sizes, so that its calls have other numbers of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Conv1d(3, 3, 3, bias=False), nn.Linear(3 * 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(torch.tanh(self.mix(x)))).flatten(1))
+
+
+def test_capacity_of_a_layer_called_again_has_the_mean_of_the_responses_over_all_positions() -> None:
+    torch.manual_seed(2)
+    model, x = Repeated(), torch.randn(50, 3, 8)
+    found = capacity_map(model, x, mode="eval", rows=10**6, pixels=False)
+    first = model.mix(x)
+    inner = torch.tanh(first)
+    second = model.mix(inner)
+    last = torch.tanh(second).flatten(1)
+    out = model.head(last)
+    patches = torch.cat([h.unfold(2, 3, 1).transpose(1, 2).reshape(-1, 9) for h in (x, inner)]).detach().double().numpy()
+    slopes = np.zeros((3, 3))
+    for o in range(2):
+        gradients = torch.autograd.grad(out[:, o].sum(), [first, second], retain_graph=True)
+        rows = torch.cat([g.transpose(1, 2).reshape(-1, 3) for g in gradients]).double().numpy()
+        assert rows.shape == (50 * (6 + 4), 3)
+        slopes += rows.T @ rows / len(rows)
+    read = torch.cat([last, torch.ones(50, 1)], 1).detach().double().numpy()
+    factors = {"mix": (patches.T @ patches / 50, slopes, model.mix), "head": (read.T @ read / 50, np.eye(2), model.head)}
+    products = {
+        name: np.outer(np.linalg.eigvalsh(a), np.linalg.eigvalsh(b)).ravel() * float(layer.weight.detach().double().square().mean())
+        for name, (a, b, layer) in factors.items()
+    }
+    ridge = 1e-3 * np.sort(np.concatenate(list(products.values())))[-20:].mean()
+    assert dict(found.capacity) == pytest.approx({name: (p / (p + ridge)).sum() for name, p in products.items()}, rel=1e-3)
+
+
 def test_projections_dealt_over_the_samples_stand_for_every_output() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(512, 24))
@@ -251,6 +290,37 @@ def test_capacity_is_conserved_down_to_the_pixels(build, mode: str) -> None:
     scores = found.scores()
     assert all(math.isnan(value) or 0 <= value <= 1 for value in scores.values())
     assert 0 < scores["coverage"] <= 1
+
+
+class Resize(nn.Module):
+    def __init__(self, outputs: int, **options: object) -> None:
+        super().__init__()
+        self.options, self.head = options, nn.Linear(outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.interpolate(x, **self.options).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("sides", "options"),
+    [((3, 3), {"size": (5, 5), "mode": "bilinear"}), ((3, 4), {"scale_factor": 2, "mode": "bilinear", "align_corners": True}),
+     ((4, 3), {"size": (7, 5), "mode": "bicubic"}), ((5,), {"scale_factor": 1.6, "mode": "linear"}),
+     ((2, 3, 2), {"size": (3, 4, 5), "mode": "trilinear"}), ((7, 6), {"size": (3, 4), "mode": "bicubic", "antialias": True}),
+     ((3, 4), {"size": (6, 7), "mode": "nearest"})],
+    ids=["bilinear", "corners", "bicubic", "linear", "trilinear", "antialiased", "nearest"],
+)  # fmt: skip
+def test_interpolation_hands_capacity_on_by_its_squared_coefficients(sides: tuple[int, ...], options: dict) -> None:
+    torch.manual_seed(0)
+    cells = math.prod(sides)
+    taps = F.interpolate(torch.eye(cells).view(cells, 1, *sides), **options).flatten(1).T.double().numpy()  # (outputs, inputs)
+    x = torch.randn(30, 1, *sides) * torch.linspace(0.5, 2, cells).view(1, 1, *sides)
+    found = capacity_map(Resize(len(taps), **options), x, mode="eval")
+    moment = x.double().square().mean(0).flatten().numpy()
+    carried = np.full(len(taps), found.total / len(taps))  # the head reads each of its inputs once
+    expected = moment * ((taps**2).T @ (carried / (taps**2 @ moment)))
+    np.testing.assert_allclose(found.pixels.flatten().numpy(), expected, rtol=1e-4)
+    assert found.approximated == {}
+    assert found.bias == pytest.approx(0, abs=1e-4 * found.total)
 
 
 def test_gates_get_nothing_from_what_they_multiply() -> None:
@@ -359,6 +429,72 @@ def test_decoupling_of_real_activations() -> None:
     expected = analytic_decoupling("gelu")
     assert (found["1"].out, found["1"].gate) == pytest.approx((expected.out, expected.gate), abs=0.02)
     assert found["3"].out < 0.05
+
+
+class Turned(nn.Module):
+    """A layer or norm over channels that a permutation puts last, and back before the activation."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.act = inner, nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.inner(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+class Heads(nn.Module):
+    """Tokens whose units are cut into heads before the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.act = nn.Linear(6, 12), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.mix(x).view(len(x), 5, 2, 6).transpose(1, 2))
+
+
+TURNED = {
+    "conv 1-d": (nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU()), (3, 7), 1),
+    "conv 3-d": (nn.Sequential(nn.Conv3d(2, 6, 2), nn.ReLU()), (2, 4, 3, 4), 1),
+    "batch norm 1-d": (nn.Sequential(nn.Conv1d(3, 6, 1), nn.BatchNorm1d(6), nn.ReLU()), (3, 7), 1),
+    "group norm 1-d": (nn.Sequential(nn.Conv1d(3, 6, 1), nn.GroupNorm(2, 6), nn.ReLU()), (3, 7), 1),
+    "turned layer norm": (Turned(nn.LayerNorm(6)), (6, 5, 4), 1),
+    "turned linear": (Turned(nn.Linear(6, 8)), (6, 5, 4), 1),
+    "layer norm of timm": (timm.layers.LayerNormAct2d(6), (6, 5, 4), 1),
+    "layer norm of maps": (nn.Sequential(nn.Conv2d(3, 6, 1), nn.LayerNorm((6, 5, 4)), nn.ReLU()), (3, 5, 4), 1),
+    "tokens": (nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU()), (5, 6), 2),
+    "channels last": (nn.Sequential(nn.Linear(6, 8), nn.ReLU()), (5, 4, 6), 3),
+    "heads": (Heads(), (5, 6), 3),
+    "tokens of a map": (nn.Sequential(nn.Conv2d(3, 6, 2), nn.Flatten(2), nn.ReLU()), (3, 5, 4), 1),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_decoupling_is_over_the_units_of_the_layer_wherever_they_lie(name: str) -> None:
+    torch.manual_seed(0)
+    model, shape, axis = TURNED[name]
+    x = torch.randn(60, *shape) * torch.linspace(0.3, 3, shape[0]).view(-1, *[1] * (len(shape) - 1)) + 0.3
+    model = nn.Sequential(model, nn.Flatten(), nn.Linear(model(x)[0].numel(), 2))
+    seen: list[Tensor] = []
+    act = next(n for n, m in model.named_modules() if isinstance(m, nn.ReLU))
+    with hooked({act: lambda _, args: seen.append(args[0].detach().clone())}, model, before=True):
+        model.eval()(x)
+    found = capacity_map(model, x, mode="eval", pixels=False).decoupling
+    z = np.moveaxis(seen[0].double().numpy(), axis, -1).reshape(60, -1, seen[0].shape[axis])
+    flat, post = z.reshape(-1, z.shape[2]), np.maximum(z, 0).reshape(-1, z.shape[2])
+    correlations = np.array([np.corrcoef(a, b)[0, 1] if a.std() > 0 and b.std() > 0 else 0 for a, b in zip(flat.T, post.T)])
+    out = ((1 - correlations**2) * post.var(0)).sum() / post.var(0).sum()
+    (decoupling,) = found.values()
+    assert decoupling.out == pytest.approx(out, abs=1e-5)  # fewer rows and positions than are drawn: every one counts
+    gates = (z > 0).astype(float)
+    size = np.sqrt((gates**2).mean(0))  # (positions, units)
+    places = []
+    for q in range(z.shape[1]):
+        live = [j for j in range(z.shape[2]) if size[q, j] > 0]
+        pairs = [(gates[:, q, i] * gates[:, q, j]).mean() / (size[q, i] * size[q, j]) for i in live for j in live if i != j]
+        places += [1 - np.mean(pairs)] if pairs else []
+    if z.shape[1] <= 16:
+        assert decoupling.gate == pytest.approx(np.mean(places), abs=1e-5)
 
 
 def test_coherent_share_and_residual_sum() -> None:

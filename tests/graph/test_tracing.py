@@ -212,3 +212,10 @@ def test_dropout_leaves_a_node_or_a_note() -> None:
 def test_output_may_be_the_input() -> None:
     graph = trace(nn.Identity(), (1, 2))
     assert (graph.nodes, graph.output, graph.modules) == ((), (INPUT,), ("",))
+
+
+def test_a_convolution_without_padding_has_one_zero_for_each_axis_however_it_is_written() -> None:
+    for kind, shape in ((nn.Conv1d, (1, 2, 6)), (nn.Conv2d, (1, 2, 6, 5)), (nn.Conv3d, (1, 2, 6, 5, 4))):
+        valid, zero = (trace(kind(2, 3, 3, padding=padding), shape).nodes[0].attrs for padding in ("valid", 0))
+        assert valid == zero
+        assert valid["padding"] == (0,) * (len(shape) - 2)

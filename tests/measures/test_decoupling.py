@@ -127,6 +127,13 @@ def test_estimators_ignore_scale_and_handle_dead_units() -> None:
     assert math.isnan(gate_decoupling(torch.ones(5, 1)))
 
 
+def test_gates_that_oppose_each_other_reach_the_end_of_the_range_of_the_live_units() -> None:
+    simplex = torch.eye(3, dtype=torch.float64) - 1 / 3  # three gates, of which each pair has the cosine -1/2
+    for dead in (0, 4):
+        gates = torch.cat([simplex, torch.zeros(3, dead, dtype=torch.float64)], 1)
+        assert gate_decoupling(gates) == pytest.approx(1 + 1 / (3 - 1))
+
+
 def test_coherent_share_is_unbiased() -> None:
     generator = torch.Generator().manual_seed(4)
     direction = torch.randn(40, generator=generator)

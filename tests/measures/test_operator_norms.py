@@ -319,6 +319,88 @@ def test_transposed_convolution(stride: int, padding: int, extra: int, groups: i
         assert norm.value == pytest.approx(truth, rel=1e-10)
 
 
+@pytest.mark.parametrize("extra", [(0, 0), (1, 0), (2, 2)])
+@pytest.mark.parametrize("method", ["auto", "power"])
+def test_transposed_convolution_with_extra_cells_of_a_stride_or_more(extra: tuple[int, int], method: str) -> None:
+    layer = torch.nn.ConvTranspose2d(2, 3, 3, stride=(1, 2), padding=1, dilation=3, output_padding=extra, bias=False).double()
+    with torch.no_grad():
+        images = layer(torch.eye(2 * 4 * 5, dtype=torch.float64).view(-1, 2, 4, 5))
+    norm = operator_norm(
+        layer.weight, (4, 5), stride=(1, 2), padding=1, dilation=3, output_padding=extra, transposed=True, method=method, tolerance=1e-12,
+        tight=True,
+    )  # fmt: skip
+    truth = float(np.linalg.svd(images.flatten(1).numpy(), compute_uv=False)[0])
+    assert norm.value == pytest.approx(truth, rel=1e-10)
+    assert truth <= norm.upper * (1 + 1e-12)
+
+
+def test_transposed_convolution_by_hand() -> None:
+    found = operator_norm(torch.ones(1, 1, 3), 4, stride=1, dilation=2, transposed=True, output_padding=1)
+    rows = [[1, 0, 1, 0, 1, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 1, 0, 1, 0, 0], [0, 0, 0, 1, 0, 1, 0, 1, 0]]
+    assert found.value == pytest.approx(float(np.linalg.svd(np.array(rows, dtype=float), compute_uv=False)[0]), rel=1e-12)
+
+
+def norm_by_loops(
+    weight: torch.Tensor, size: list[int], stride: list[int], padding: list[int], mode: str = "zeros", groups: int = 1
+) -> float:
+    outputs = [(d + 2 * p - k) // s + 1 for d, p, k, s in zip(size, padding, weight.shape[2:], stride)]
+    cells = [[(o * s - p + np.arange(k)) for o in range(n)] for n, s, p, k in zip(outputs, stride, padding, weight.shape[2:])]
+    c_out, c_in = weight.shape[:2]
+    dense = np.zeros((c_out, *outputs, c_in * groups, *size))
+    for o, *place in np.ndindex(c_out, *outputs):
+        for i, *tap in np.ndindex(c_in, *weight.shape[2:]):
+            read = [cells[a][place[a]][tap[a]] for a in range(len(size))]
+            if mode == "replicate":
+                read = [min(max(r, 0), d - 1) for r, d in zip(read, size)]
+            elif mode == "circular":
+                read = [r % d for r, d in zip(read, size)]
+            if all(0 <= r < d for r, d in zip(read, size)):
+                dense[(o, *place, o // (c_out // groups) * c_in + i, *read)] += float(weight[(o, i, *tap)])
+    return float(np.linalg.svd(dense.reshape(c_out * math.prod(outputs), -1), compute_uv=False)[0])
+
+
+def test_iteration_over_one_input_channel_is_right_in_single_precision() -> None:
+    for seed in range(4):
+        weight = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+        norm = operator_norm(weight, (7, 5), stride=(1, 3), padding=(3, 0), method="power")
+        assert norm.value == pytest.approx(norm_by_loops(weight, [7, 5], [1, 3], [3, 0]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "padding", "mode", "groups", "seeds"),
+    [((3, 2, 2), [8], [3], "replicate", 1, (2705, 1939)), ((8, 1, 5, 5), [7, 7], [2, 2], "zeros", 8, (107, 139)),
+     ((4, 2, 3), [12], [0], "zeros", 1, (21, 307, 285))],
+    ids=["replicate", "depthwise", "plain"],
+)  # fmt: skip
+def test_iteration_of_a_small_layer_does_not_settle_on_a_smaller_singular_value(shape, size, padding, mode, groups, seeds) -> None:
+    for seed in seeds:  # of the first thousands, those whose start holds the leading vector least
+        weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        norm = operator_norm(weight, size, padding=padding, padding_mode=mode, groups=groups, method="power")
+        assert norm.converged
+        assert norm.value == pytest.approx(norm_by_loops(weight, size, [1] * len(size), padding, mode, groups), rel=1.1e-4), seed
+
+
+def test_unfolding_bound_holds_where_no_tap_reads_a_cell_twice_and_not_elsewhere() -> None:
+    generator = np.random.default_rng(0)
+    checked = 0
+    while checked < 150:
+        axes = int(generator.integers(1, 3))
+        kernel, size, padding = ([int(generator.integers(low, high)) for _ in range(axes)] for low, high in ((1, 6), (1, 8), (0, 3)))
+        mode = ("zeros", "circular")[checked % 2]
+        fits = all(d + 2 * p >= k for d, p, k in zip(size, padding, kernel))
+        if not fits or (mode == "circular" and any(2 * p >= k for p, k in zip(padding, kernel))):
+            continue
+        weight = torch.from_numpy(generator.normal(size=(2, 1, *kernel)))
+        strides = [int(generator.integers(1, 3)) for _ in range(axes)]
+        assert norm_by_loops(weight, size, strides, padding, mode) <= unfolding_bound(weight) * (1 + 1e-12)
+        checked += 1
+    weight = torch.ones(1, 2, 1, 1, dtype=torch.float64)
+    norm = norm_by_loops(weight, [5, 8], [2, 2], [2, 2], "circular")  # along the side of 8, six outputs read four cells
+    assert (norm, unfolding_bound(weight)) == pytest.approx((2, 2**0.5))
+    wide = convolution(weight, (5, 8), stride=2, padding=2, padding_mode="circular")
+    assert norm <= overlap_bound(wide) * (1 + 1e-12)
+
+
 @pytest.mark.parametrize(("k", "s"), [(2, 2), (3, 2), (3, 1), (1, 2)])
 def test_max_pool_constant_is_reached_and_never_passed(k: int, s: int) -> None:
     generator = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_recording import fill, load_models
 
 from capnas.measures import saturation as s
-from capnas.measures.moments import Moments, covariance, moments_of
+from capnas.measures.moments import Moments, covariance, moments_of, update
 
 
 def slow_dimension(cov: np.ndarray, threshold: float) -> int:
@@ -69,6 +69,45 @@ def test_dead_layer_is_zero_and_not_finite_is_nan() -> None:
     broken = torch.full((5, 5), float("nan"))
     assert np.isnan(s.saturation(broken))
     assert np.isnan(s.effective_rank(broken))
+
+
+THRESHOLDS = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-16, 1e-40, 1e-120, 1e60])
+def test_outputs_of_any_scale_have_the_saturation_that_numpy_counts(scale: float) -> None:
+    rows = np.random.default_rng(0).normal(size=(500, 20)) * np.logspace(0, -3, 20)
+    shares = np.cumsum(np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2)
+    counted = [int(np.argmax(shares >= t * shares[-1])) + 1 if t < 1 else 20 for t in THRESHOLDS]
+    assert len(set(counted)) == len(THRESHOLDS)
+    moments = moments_of(torch.from_numpy(scale * rows))
+    cov = covariance(moments)
+    assert [round(20 * s.saturation(cov, t)) for t in THRESHOLDS] == counted
+    assert s.lossless_projection(moments, 0.99).basis.shape == (20, counted[3])
+    assert s.effective_rank(cov) == pytest.approx(shares[-1] ** 2 / (np.diff(shares, prepend=0) ** 2).sum())
+    assert s.threshold_margin(s.spectrum(cov)) == pytest.approx(np.abs(shares / shares[-1] - 0.99).min(), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.1, -1234.567, 3e-5, 3e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_constant_outputs_are_dead_in_every_precision_and_however_they_come(dtype: torch.dtype, value: float, rounded: bool) -> None:
+    rows = torch.full((1037, 6), value, dtype=dtype) * torch.tensor([1, 0.7, -0.3, 0.011, 1, 0], dtype=dtype)
+    if rounded:  # as products of equal rows are, whose sums ran in another order
+        rows = rows.to(torch.promote_types(dtype, torch.float32))
+        flips = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+        rows = torch.where(flips & (rows != 0), torch.nextafter(rows, torch.zeros_like(rows)), rows)
+    pieces = Moments.empty(6)
+    for part in rows.split([1, 64, 300, 7, 665]):
+        pieces = update(pieces, part)
+    for moments in (moments_of(rows), pieces):
+        assert s.spectrum(covariance(moments)).total == 0
+        assert [s.saturation(covariance(moments), t) for t in THRESHOLDS] == [0] * len(THRESHOLDS)
+        assert s.effective_rank(covariance(moments)) == 0
+        assert s.lossless_projection(moments).basis.shape == (6, 0)
+    varying = rows.clone()
+    varying[::2, 1] *= 1.05
+    assert s.saturation(covariance(moments_of(varying)), 0.999) == pytest.approx(1 / 6), "what moves is told from what does not"
 
 
 def test_relatives_from_their_sums() -> None:

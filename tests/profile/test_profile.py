@@ -380,3 +380,15 @@ def test_profiles_models_that_view_their_maps() -> None:
     profile = profile_model(Views(), x, torch.arange(12) % 2, measures=MEASURES, mode="train")
     assert profile.measures == MEASURES
     assert profile.network["macs"] == macs(Views(), x).value == 4 * 27 * 64 + 512
+
+
+def test_images_of_one_channel_are_read_right_in_single_precision() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 4, stride=(1, 3), padding=(3, 0), bias=False))  # outputs one cell wide
+    x = torch.randn(64, 1, 7, 5)
+    weight = model[0].weight.detach().double().numpy()
+    padded = np.pad(x.double().numpy(), ((0, 0), (0, 0), (3, 3), (0, 0)))
+    rows = np.stack([np.einsum("bihw,oihw->bo", padded[:, :, top : top + 4, :4], weight) for top in range(10)], 1).reshape(-1, 3)
+    values = np.linalg.eigvalsh(np.cov(rows.T, bias=True))
+    (layer,) = profile_model(model, x, measures=["saturation"]).layers
+    assert layer.effective_rank == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-4)
