@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import numbers
@@ -39,7 +40,7 @@ def json_text(document: Any, *, indent: int | None = 1) -> str:
     r"""`plain` as JSON text with a line's end.
 
     >>> json_text({"a": float("inf")}, indent=None)
-    '{"a": null}\\n'
+    '{"a": null}\n'
     """
     return json.dumps(plain(document), indent=indent, allow_nan=False) + "\n"
 
@@ -50,11 +51,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Args:
         path: in a folder that exists; an older file is replaced.
         content: text is written as UTF-8, its line ends as they are.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and error.filename is not None:
+            error.filename, error.filename2 = str(path), None  # the partial file is no one's business
         raise

@@ -47,3 +47,12 @@ def test_what_fails_midway_leaves_the_old_file_and_nothing_beside_it(tmp_path: P
         write_whole(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["folder", "no/file", "plain/file"])
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "plain").touch()
+    with pytest.raises(OSError, match=r"^\[Errno \d+\] .*: ") as caught:
+        write_whole(tmp_path / name, "new")
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / name), None)
