@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capnas.errors import CapnasError, SpaceError, StudyError
@@ -127,7 +128,8 @@ def build_candidate(
 
     Raises:
         Infeasible: the space pruned the trial, or building or running the model raised an AssertionError, ValueError or RuntimeError.
-        SpaceError: the space returns no model, or one with another output than (B, num_classes), or asks for what the trial cannot give.
+        SpaceError: the space returns no model, one with lazy layers or with another output than (B, num_classes), or asks for what the
+            trial cannot give or timm does not know.
         StudyError: the study's sampler cannot be used.
 
     >>> from capnas.spaces import load_space
@@ -179,7 +181,8 @@ def build_model(
 
     Raises:
         Infeasible: these parameters give no model.
-        SpaceError: a parameter that the space asks for is missing, or the space returns no model.
+        SpaceError: a parameter that the space asks for is missing, the space returns no model or one with lazy layers, or timm does not
+            know one that it asks for.
     """
     sizes = {"num_classes": num_classes, "in_chans": in_chans, "image_size": image_size}
     with _reasons(space), torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -204,6 +207,9 @@ def _model(space: Callable[..., Any], trial: optuna.trial.BaseTrial, sizes: dict
     model = space(trial, **sizes)
     if not isinstance(model, nn.Module):
         raise SpaceError(f"the space {space_name(space)!r} must return a torch.nn.Module, got {type(model).__name__}.")
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        advice = "call the model once on zeros in the space, or give sizes"
+        raise SpaceError(f"the space {space_name(space)!r} returns a model whose lazy layers have no size yet: {advice}.")
     return model
 
 
@@ -217,6 +223,9 @@ def _reasons(space: Callable[..., Any]) -> Iterator[None]:
     except (AssertionError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
+        if _unknown_to_timm(error):
+            text = f"the space {space_name(space)!r} asks timm for what it does not know: {_line(error).rstrip('.')}"
+            raise SpaceError(f"{text}; timm.list_models() and timm.list_pretrained() list what it knows.") from error
         places = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not any(place.is_relative_to(_OPTUNA) for place in places):
             raise Infeasible(f"{type(error).__name__}: {_line(error) or 'no message'}") from error
@@ -226,6 +235,13 @@ def _reasons(space: Callable[..., Any]) -> Iterator[None]:
             text = f"the sampler cannot be used: {_line(error).rstrip('.')}. Choose another, such as optuna.samplers.TPESampler."
             raise StudyError(text) from error
         raise SpaceError(f"the space {space_name(space)!r} and its trial do not agree: {_parameter(error)}{_line(error)}") from error
+
+
+def _unknown_to_timm(error: BaseException) -> bool:
+    """Whether timm refused the name of a model or of its weights, which no parameter mends; it has no error of its own for that."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_by = str(frame.f_globals.get("__name__"))
+    return raised_by.startswith("timm.") and str(error).startswith(("Unknown model (", "Invalid pretrained tag ("))
 
 
 def _parameter(error: BaseException) -> str:

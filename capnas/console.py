@@ -91,7 +91,7 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
     """``NAME=VALUE`` texts (several to a text, with commas) as a mapping; values become numbers or truth values where they look like it.
 
     Raises:
-        UsageError: a text without ``=``.
+        UsageError: a text without ``=``, or a name given twice.
 
     >>> pairs(["lr=0.01,amp=off", "clip_grad=none,batch_size=1e2"], "--train")
     {'lr': 0.01, 'amp': 'off', 'clip_grad': None, 'batch_size': 100}
@@ -101,7 +101,9 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals or not name:
             raise UsageError(f"{option} takes NAME=VALUE, got {part!r}.")
-        found[name.strip()] = _value(value.strip())
+        if (name := name.strip()) in found:
+            raise UsageError(f"{option} takes each name once, got {name!r} twice.")
+        found[name] = _value(value.strip())
     return found
 
 
@@ -168,11 +170,11 @@ def no_value(result: Any) -> str:
     return f"no trial gave a value; see why with: capnas report {shlex.quote(str(result.folder))}"
 
 
-def guess(run: Any, accuracies: Iterable[float | None], split: str = "validation") -> float | None:
-    """The accuracy of a guess where none of these is better than that, one over the number of classes; None else, or where it is unknown.
+def guess(run: Any, accuracies: Iterable[float | None], split: str = "validation") -> dict[str, Any] | None:
+    """What `at_chance` is told where none of these is clearly better than a guess, one over the number of classes; None else.
 
     Args:
-        run: A `capnas.search.RunResult`.
+        run: A `capnas.search.RunResult`; None also where its images are unknown.
         accuracies: On a split of its images.
         split: Which.
     """
@@ -182,17 +184,34 @@ def guess(run: Any, accuracies: Iterable[float | None], split: str = "validation
     facts, known = run.study.user_attrs.get(DATA), [a for a in accuracies if a is not None]
     if facts is None or not known:
         return None
-    chance = 1 / facts["num_classes"]
-    return chance if no_better_than_a_guess(max(known), chance=chance, images=facts["sizes"][split]) else None
+    accuracy, chance, images = max(known), 1 / facts["num_classes"], facts["sizes"][split]
+    if not no_better_than_a_guess(accuracy, chance=chance, images=images):
+        return None
+    return {"chance": chance, "accuracy": accuracy, "images": images, "split": split}
 
 
-def at_chance(what: str, chance: float, advice: str = LONGER) -> str:
-    """What to say of what is no better than a guess; `what` is the start of the sentence.
+def at_chance(
+    what: str, chance: float, advice: str = LONGER, *, accuracy: float = 0.0, images: int | None = None, split: str = "validation"
+) -> str:
+    """What to say of what is no better than a guess, or better on so few images that luck may have done it.
+
+    Args:
+        what: The start of the sentence.
+        chance: The accuracy of a guess.
+        advice: What to do.
+        accuracy: That of the network, where it is known.
+        images: On how many it was measured.
+        split: On which.
 
     >>> at_chance("this network is no", 0.1, "train it")
     'this network is no better than a guess (10.0 %): train it'
+    >>> at_chance("this network is no", 0.1, "train it", accuracy=0.2, images=9)
+    'this network is not clearly better than a guess (10.0 %) on 9 images: take more validation images to tell; train it'
     """
-    return f"{what} better than a guess ({100 * chance:.1f} %): {advice}"
+    bar = f"better than a guess ({100 * chance:.1f} %)"
+    if accuracy <= chance or images is None:
+        return f"{what} {bar}: {advice}"
+    return f"{re.sub(' no$', ' not', what)} clearly {bar} on {counted(images, 'image')}: take more {split} images to tell; {advice}"
 
 
 def _accuracies(result: Any) -> list[float]:
@@ -219,8 +238,8 @@ def closing(result: Any) -> list[str]:
         limits = {"--max-macs": config.max_macs and "over_budget", "--max-params": config.max_params and "over_budget", "--gate": "gated"}
         ease = " or ".join(option for option, status in limits.items() if status in found)
         lines.append(f"{refused} of {total} were refused before training: raise --trials" + (f", or ease {ease}" if ease else ""))
-    if (chance := guess(result, _accuracies(result))) is not None:
-        lines.append(at_chance("no trial is", chance))
+    if (poor := guess(result, _accuracies(result))) is not None:
+        lines.append(at_chance("no trial is", **poor))
     return lines
 
 

@@ -167,6 +167,40 @@ def test_mistakes_are_not_infeasible() -> None:
         build_model(exhausted, {}, **SIZES, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "pretrained", "says"),
+    [("resnet18x", False, r"Unknown model \(resnet18x\)"), ("resnet18.nope", True, r"\(nope\) for resnet18")],
+)
+def test_what_timm_does_not_know_is_a_mistake_of_the_space(name: str, pretrained: bool, says: str) -> None:
+    def misspelt(trial: object, **sizes: int) -> nn.Module:
+        return timm.create_model(name, pretrained=pretrained)
+
+    with pytest.raises(SpaceError, match=f"the space 'misspelt' asks timm for what it does not know: .*{says}; timm.list_models"):
+        build_candidate(misspelt, fixed(), **SIZES)
+
+    def own(trial: object, **sizes: int) -> nn.Module:
+        raise RuntimeError("Unknown model (mine)")
+
+    with pytest.raises(Infeasible, match="Unknown model"):
+        build_candidate(own, fixed(), **SIZES)
+
+
+def test_lazy_layers_need_a_size() -> None:
+    def lazy(trial: optuna.trial.BaseTrial, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(in_chans, 2, 3), nn.LazyBatchNorm2d(affine=False), nn.Flatten(), nn.LazyLinear(num_classes))
+        if trial.suggest_categorical("called", [True, False]):
+            model(torch.zeros(1, in_chans, image_size, image_size))
+        return model
+
+    text = "the space 'lazy' returns a model whose lazy layers have no size yet: call the model once on zeros in the space, or give sizes"
+    for build in (build_candidate, lambda *a, **sizes: build_model(lazy, {"called": False}, **sizes, seed=0)):
+        with pytest.raises(SpaceError, match=text):
+            build(lazy, fixed(called=False), **SIZES)
+    candidate = build_candidate(lazy, fixed(called=True), **SIZES)
+    model = build_model(lazy, {"called": True}, **SIZES, seed=0)
+    assert candidate.n_params == sum(p.numel() for p in model.parameters()) == 20 + 72 * 3 + 3
+
+
 def test_what_optuna_refuses_is_not_the_spaces_fault() -> None:
     grid = optuna.create_study(sampler=optuna.samplers.GridSampler({"x": [1]}))
     with pytest.raises(StudyError, match=r"^the sampler cannot be used: The parameter name, depth, is .* grid\. Choose another, such as"):

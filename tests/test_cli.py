@@ -57,7 +57,7 @@ def test_the_same_command_resumes_and_a_finished_study_says_so(run: Run, study: 
     code, out, _ = run(*same, "--trials", "4", "--json")
     assert code == 0
     assert json.loads(out)["finished"] == 4
-    code, _, err = run(*same[:-8], "--seed", "2", "--trials", "4", *TINY)
+    code, _, err = run(*same[: -len(TINY)], "--seed", "2", "--trials", "4", *TINY)
     assert code == 2
     assert re.search(r"^error: .*seed", err, re.MULTILINE)
 

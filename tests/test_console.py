@@ -53,6 +53,12 @@ def test_pairs_without_equals_are_refused() -> None:
         pairs(["lr"], "--train")
 
 
+@pytest.mark.parametrize("given", [["a=0.1,a=0.2"], ["a=1", "b=1, a =1"]])
+def test_a_setting_named_twice_is_refused(given: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"^--weights takes each name once, got 'a' twice\.$"):
+        pairs(given, "--weights")
+
+
 def test_json_is_one_document_without_nan(capsys: pytest.CaptureFixture[str]) -> None:
     out_json({"a": [math.nan, math.inf, 1.5], 3: (True, None)})
     assert json.loads(capsys.readouterr().out) == {"a": [None, None, 1.5], "3": [True, None]}
@@ -159,9 +165,13 @@ def _result(statuses: list[tuple[str, float | None]], values: tuple[str, ...] = 
           "3 of 4 were refused before training: raise --trials, or ease --max-macs or --max-params or --gate"]),
         ([("infeasible", None)], {"max_macs": 9},
          ["1 trial: 1 infeasible", "1 of 1 were refused before training: raise --trials"]),
-        ([("complete", 0.1), ("complete", 0.11)], {},
+        ([("complete", 0.1), ("complete", 0.09)], {},
          ["2 trials: 2 complete",
           "no trial is better than a guess (10.0 %): train for more epochs, with a smaller batch_size or on more images"]),
+        ([("complete", 0.1), ("complete", 0.11)], {},
+         ["2 trials: 2 complete",
+          "no trial is clearly better than a guess (10.0 %) on 1000 images: take more validation images to tell; "
+          "train for more epochs, with a smaller batch_size or on more images"]),
     ],
 )  # fmt: skip
 def test_a_search_ends_with_what_came_of_its_trials(

@@ -68,8 +68,9 @@ def excess(
         why = "only the training error tells constraints apart"
         if hold == "validation":
             why = "such an error holds under any constraint, so the decades mean nothing"
-        accuracy = f"the unconstrained network's accuracy on validation, {1 - reading.validation_error:.4f}, is no"
-        line = at_chance(accuracy, study.chance, f"{why}; {LONGER}")
+        accuracy, images = 1 - reading.validation_error, study.header["data"]["sizes"]["validation"]
+        what = f"the unconstrained network's accuracy on validation, {accuracy:.4f}, is no"
+        line = at_chance(what, study.chance, f"{why}; {LONGER}", accuracy=accuracy, images=images)
         say(line) if json else print(line)
 
 

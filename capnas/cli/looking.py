@@ -78,11 +78,11 @@ def best(
                 test = test | {"model": str(found.run.folder / test["model"])}
         tested = None if test is None else test["test_accuracy"]
         accuracy, split = (document["metrics"].get("accuracy"), "validation") if tested is None else (tested, "test")
-        chance = guess(found.run, [accuracy], split)
+        poor = guess(found.run, [accuracy], split)
     if json:
-        out_json(document | {"at_chance": chance is not None, "code": script} | ({} if test is None else {"retrained": test}))
+        out_json(document | {"at_chance": poor is not None, "code": script} | ({} if test is None else {"retrained": test}))
     else:
         show_best(document, test, script if code is None else f"code: {code}")
-    if chance is not None:
-        line = at_chance(f"its accuracy on {split}, {accuracy:.4f}, is no", chance)
+    if poor is not None:
+        line = at_chance(f"its accuracy on {split}, {accuracy:.4f}, is no", **poor)
         say(line) if json else print(line)

@@ -99,11 +99,12 @@ def prune(
         if not json:
             show_report(document["report"])
             say(f"saved: {out}  (capnas.load_model({str(out)!r}))")
-        if line := guessed(document["report"]["accuracy"], document["report"]["at_chance"], found.data.guess):
+        measured = found.data.sizes["validation"]
+        if line := guessed(document["report"]["accuracy"], document["report"]["at_chance"], found.data.guess, measured):
             say(line) if json else print(line)
 
 
-def guessed(accuracy: dict[str, float], poor: dict[str, bool], chance: float) -> str:
+def guessed(accuracy: dict[str, float], poor: dict[str, bool], chance: float, images: int | None = None) -> str:
     """What to say where the network is no better than a guess, before it is narrowed or at the end; else nothing.
 
     >>> guessed({"before": 0.1, "pruned": 0.1}, {"before": True, "pruned": True}, 0.1).partition(":")[0]
@@ -112,10 +113,12 @@ def guessed(accuracy: dict[str, float], poor: dict[str, bool], chance: float) ->
     last = "finetuned" if "finetuned" in accuracy else "pruned"
     if poor["before"]:
         what = f"the network, with an accuracy of {accuracy['before']:.4f} before and {accuracy[last]:.4f} after narrowing, is no"
-        return at_chance(what, chance, f"the two say nothing of what narrowing costs; first {LONGER}")
+        advice = f"the two say nothing of what narrowing costs; first {LONGER}"
+        return at_chance(what, chance, advice, accuracy=accuracy["before"], images=images)
     if poor[last]:
         what = f"the narrowed network, with an accuracy of {accuracy[last]:.4f} ({accuracy['before']:.4f} before), is no"
-        return at_chance(what, chance, "keep more of it, or fine-tune it for more epochs (--finetune-epochs N)")
+        advice = "keep more of it, or fine-tune it for more epochs (--finetune-epochs N)"
+        return at_chance(what, chance, advice, accuracy=accuracy[last], images=images)
     return ""
 
 

@@ -42,6 +42,12 @@ def search(
     out: Annotated[str | None, typer.Option(help="The run's folder; runs/STUDY without one.")] = None,
     workers: Annotated[int, whole("Processes on this machine.")] = 1,
     device: Device = "auto",
+    enqueue: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What to begin with: a JSON list of parameters or what best --json prints.")
+    ] = None,
+    no_reuse: Annotated[
+        bool, typer.Option("--no-reuse", help="Train every draw, also of an architecture trained before: initial weights may differ.")
+    ] = False,
     train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More training settings: lr=0.01.")] = None,
     data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More data settings: image_size=32.")] = None,
     json: Json = False,
@@ -50,7 +56,9 @@ def search(
     with quiet():
         from capnas.search import run_study
         from capnas.search.config import StudyConfig
+        from capnas.search.enqueuing import read_parameters
 
+        first = [] if enqueue is None else read_parameters(enqueue)
         if study is not None and (study in ("", "..") or Path(study).name != study):
             raise UsageError(
                 f"--study is the name of a folder under runs/, got {study!r}; give a name without slashes, or a folder as --out."
@@ -76,6 +84,7 @@ def search(
             out=out,
             workers=workers,
             device=device,
+            reuse=not no_reuse,
             train=pairs(train or [], "--train"),
             data_options=pairs(data_option or [], "--data-option"),
         )
@@ -83,7 +92,7 @@ def search(
         start += f"{', '.join(config.values)}, into {config.folder}"
         progress = Progress(total=trials, names=config.values, directions=config.directions, workers=workers, epochs=epochs)
         with progress:
-            result = run_study(config, on_start=lambda: say(start), on_trial=progress.on_trial, on_epoch=progress.on_epoch)
+            result = run_study(config, enqueue=first, on_start=lambda: say(start), on_trial=progress.on_trial, on_epoch=progress.on_epoch)
     if json:
         out_json(run_document(result))
         if not result.front:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -24,8 +24,9 @@ from capnas.graph.structure import structure
 from capnas.layers import has_block
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
-from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation, fingerprint, timed
+from capnas.objective.evaluation import Evaluation, fingerprint, timed
 from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
+from capnas.objective.history import find_twin, past, take_over
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
 from capnas.objective.targets import INIT, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
@@ -38,7 +39,6 @@ from capnas.weights import InitialWeights
 
 _VALUED = ("complete", "duplicate")
 _FEASIBLE = (*_VALUED, "over_budget", MEASURED, "stopped")  # of the constraint "valid"; a budget and a share have their own constraints
-_REUSED = ("complete", "diverged")  # outcomes that the same architecture would have again
 _TURN = threading.RLock()  # torch has one random state a process: threads (n_jobs) take turns, or no seed would hold
 
 
@@ -67,6 +67,8 @@ class Objective:
         train: All other settings of the training.
         stopping: The rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
         probe_images: Size of the batch for the structure before training.
+        reuse: Whether an architecture that was trained before in the study gets that result instead of a training. False trains every
+            draw: for spaces that draw what the graph does not show, such as initial weights (a pool still takes equal graphs for one).
 
     Attributes:
         names: Value names in order.
@@ -115,6 +117,7 @@ class Objective:
         train: TrainConfig | None = None,
         stopping: MedianRule | None = MedianRule(),  # noqa: B008
         probe_images: int = 64,
+        reuse: bool = True,
     ) -> None:
         for name, limit in (("max_params", max_params), ("max_macs", max_macs), ("probe_images", probe_images)):
             if limit is not None and not (isinstance(limit, Real) and limit > 0):
@@ -137,6 +140,7 @@ class Objective:
         self.resolutions = None if resolutions is None else tuple(resolutions)
         self.stopping = stopping
         self.probe_images = probe_images
+        self.reuse = reuse
         self.on_epoch: Callable[[int, int, dict[str, Any]], None] | None = None
         base = train or TrainConfig()
         epochs, blocks = base.epochs if epochs is None else epochs, base.blocks if blocks is None else blocks
@@ -193,8 +197,9 @@ class Objective:
                 return "over_budget", "; ".join(over)
             if (useless := self._useless(candidate)) is not None:
                 return "infeasible", useless
-            if (twin := self._twin(trial, found)) is not None:
-                return self._reuse(found, *twin)
+            twin = find_twin(trial, found, names=self.names, weights=self.weights, epochs=self.train.epochs) if self.reuse else None
+            if twin is not None:
+                return take_over(found, *twin)
         try:
             with timed(found, "structure"):
                 model = build_model(self.space, candidate.params, **shape, seed=self.train.seed).to(resolve_device(self.train.device))
@@ -270,32 +275,9 @@ class Objective:
     def _costs(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
         return tuple(float(metrics[name]) for name in COSTS if name in self.names)
 
-    def _past(self, trial: Any, *states: TrialState) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Numbers and stored evaluations of the study's earlier trials."""
-        if isinstance(trial, optuna.Trial):
-            for earlier in trial.study.get_trials(deepcopy=False, states=states):
-                stored = earlier.user_attrs.get(ATTRIBUTE)
-                if isinstance(stored, dict) and stored.get("version") == VERSION:
-                    yield earlier.number, stored
-
     def _rivals(self, trial: Any) -> list[Rival]:
-        past = [s for _, s in self._past(trial, TrialState.COMPLETE) if s["status"] == "complete" and s["settings"] == self.settings]
-        return [Rival(accuracy=tuple(row["accuracy"] for row in s["curve"]), costs=self._costs(s["metrics"])) for s in past]
-
-    def _twin(self, trial: Any, found: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
-        """An earlier trial of the same architecture, resolution and settings whose outcome is this one's as well."""
-        for number, stored in self._past(trial, TrialState.COMPLETE, TrialState.PRUNED):
-            same = all(stored[key] == found[key] for key in ("hash", "image_size", "settings"))
-            if same and stored["status"] in _REUSED and stored["duplicate_of"] is None:
-                return number, stored
-        return None
-
-    def _reuse(self, found: dict[str, Any], number: int, stored: dict[str, Any]) -> tuple[str, str]:
-        twin = Evaluation.from_dict(stored)
-        found |= {"metrics": dict(twin.metrics), "curve": twin.curve, "profile": twin.profile, "duplicate_of": number}
-        if twin.status == "complete":
-            return "duplicate", f"same architecture as trial {number}"
-        return twin.status, f"same architecture as trial {number}: {twin.reason}"
+        done = [s for _, s in past(trial, TrialState.COMPLETE) if s["status"] == "complete" and s["settings"] == self.settings]
+        return [Rival(accuracy=tuple(row["accuracy"] for row in s["curve"]), costs=self._costs(s["metrics"])) for s in done]
 
     def _settle(self, trial: Any, found: dict[str, Any], status: str, reason: str) -> float | tuple[float, ...]:
         """Constraints first, then the attribute, then the values or the end: Optuna accepts neither after a trial ended."""
@@ -318,9 +300,10 @@ class Objective:
 
     def _worst(self, trial: Any, metrics: Mapping[str, Any]) -> tuple[float, ...]:
         """Values for samplers that must see some: the known costs, and the worst seen so far of what is not known."""
-        seen = [s["values"] for _, s in self._past(trial, TrialState.COMPLETE) if s["status"] in _VALUED]
+        valued = [s["values"] for _, s in past(trial, TrialState.COMPLETE) if s["status"] in _VALUED]
+        seen = {name: [values[name] for values in valued if name in values] for name in self.names}  # another objective has other values
         known = {name: float(metrics[name]) for name in COSTS if name in metrics}
-        return tuple(known[n] if n in known else worst_value(n, [v[n] for v in seen], limit=self.limits.get(n)) for n in self.names)
+        return tuple(known[n] if n in known else worst_value(n, seen[n], limit=self.limits.get(n)) for n in self.names)
 
     def _store(self, trial: Any, found: Mapping[str, Any], status: str, reason: str) -> None:
         Evaluation(status=status, reason=reason, params=dict(trial.params), **found).write(trial.set_user_attr)

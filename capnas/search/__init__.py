@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -22,10 +22,11 @@ from capnas.documents import write_whole
 from capnas.errors import CapnasError, StudyError
 from capnas.objective.claims import sweep
 from capnas.search.config import StudyConfig
+from capnas.search.enqueuing import begun, check_parameters, enqueue_new
 from capnas.search.export import write_environment, write_trials
 from capnas.search.opening import ATTRIBUTE, SCORE, check_folder, discard, open_study
 from capnas.search.runs import RunResult, count_finished, open_run
-from capnas.search.working import MAX_FAILURES, TrialCallback, failures_in_a_row, make_objective, work
+from capnas.search.working import MAX_FAILURES, TrialCallback, ended, failures_in_a_row, make_objective, work
 from capnas.spaces import load_space
 
 __all__ = ["ATTRIBUTE", "SCORE", "RunResult", "StudyConfig", "open_run", "run_study", "sweep", "worker"]
@@ -40,6 +41,7 @@ def run_study(
     *,
     space: Any = None,
     data: Any = None,
+    enqueue: Sequence[Mapping[str, Any]] = (),
     on_start: Callable[[], None] | None = None,
     on_trial: TrialCallback | None = None,
     on_epoch: EpochCallback | None = None,
@@ -53,6 +55,8 @@ def run_study(
         config: The study.
         space: The space itself, where ``config.space`` is only its name; needs one worker.
         data: The images themselves, where ``config.data`` is only their name; needs one worker.
+        enqueue: Parameters of architectures to begin with, before the sampler draws any; each becomes a trial once, also over several
+            sessions. What a dictionary leaves out is drawn.
         on_start: Called once before the first trial, when space, images and storage are there and nothing stands against it.
         on_trial: Called with the study and each trial that ends, in this process.
         on_epoch: Called after each epoch of a trial, with its number, the epoch and its row of the curve; with one worker only.
@@ -77,6 +81,7 @@ def run_study(
     if config.workers > 1 and not (space is None and data is None):
         raise StudyError("several workers load space and data by name: give names in the config, or use workers=1.")
     check_folder(config)
+    first = check_parameters(enqueue)
     if space is None:
         load_space(config.space)  # its errors belong before anything is created
     folder, objective = config.folder, None
@@ -91,8 +96,12 @@ def run_study(
         if made:
             discard(folder, whole=True)
         raise
-    before, known = count_finished(study), len(study.get_trials(deepcopy=False))
+    before = count_finished(study)
     write_whole(folder / "study.toml", config.to_toml())
+    if first and before < config.trials:
+        sweep(study, stale_after=config.stale_after)  # a killed one is enqueued again
+        enqueue_new(study, first)
+    known = len(begun(study))
     interrupted = False
     try:
         with _sigterm_interrupts() as go_on:
@@ -107,10 +116,10 @@ def run_study(
     except KeyboardInterrupt:
         interrupted = True
     except Exception:
-        if fresh and not study.get_trials(deepcopy=False):
+        if fresh and not begun(study):
             discard(folder, whole=made)
         with contextlib.suppress(Exception):  # the first error is the one to tell
-            if len(study.get_trials(deepcopy=False)) > known:  # a session that was refused leaves the files of the last one
+            if len(begun(study)) > known:  # a session that was refused leaves the files of the last one
                 _leave(study, config)
         raise
     _leave(study, config)
@@ -152,15 +161,15 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
     """Start the workers, watch their trials, and pass a signal on to them."""
     context = multiprocessing.get_context("spawn")
     messages = context.SimpleQueue()
-    since = len(study.get_trials(deepcopy=False))
+    before = ended(study)
     threads = max(1, len(os.sched_getaffinity(0)) // config.workers if hasattr(os, "sched_getaffinity") else 1)
     children = [
         context.Process(
-            target=_child, args=(config.to_dict(), config.storage, config.out, _device(config.device, i), threads, since, messages)
+            target=_child, args=(config.to_dict(), config.storage, config.out, _device(config.device, i), threads, before, messages)
         )
         for i in range(config.workers)
     ]
-    told = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
+    told = set(before)
     heard: dict[tuple[str, str, str], None] = {}  # each once, whoever sent it
 
     def tell() -> None:
@@ -196,7 +205,7 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
             if child.is_alive():
                 child.kill()
                 child.join()
-    if count_finished(study) < config.trials or len(failures_in_a_row(study.get_trials(deepcopy=False)[since:])) >= MAX_FAILURES:
+    if count_finished(study) < config.trials or len(failures_in_a_row(study.get_trials(deepcopy=False), before)) >= MAX_FAILURES:
         for kind, name, text in heard:
             if kind == "error":
                 raise getattr(capnas.errors, name, StudyError)(text)
@@ -206,7 +215,7 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
 
 
 def _child(
-    config: dict[str, Any], storage: str | None, out: str | None, device: str, threads: int, since: int, messages: Any
+    config: dict[str, Any], storage: str | None, out: str | None, device: str, threads: int, before: frozenset[int], messages: Any
 ) -> None:
     """The body of a worker process; its start, its warnings and its error go to the parent, each short enough to be written at once."""
 
@@ -225,7 +234,7 @@ def _child(
         with _sigterm_interrupts() as go_on:
             study, objective = open_study(settings), make_objective(settings)
             work(
-                study, settings, objective, parallel=True, on_start=lambda: send("start", "", ""), on_trial=None, since=since,
+                study, settings, objective, parallel=True, on_start=lambda: send("start", "", ""), on_trial=None, before=before,
                 go_on=lambda: go_on() and (parent is None or parent.is_alive()),
             )  # fmt: skip
     except KeyboardInterrupt:

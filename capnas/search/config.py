@@ -18,7 +18,7 @@ from capnas.objective.pool import check_pool
 from capnas.objective.targets import check_values, check_weights, direction_of, ranking, summed, wanted
 from capnas.scoring import Direction
 from capnas.search.samplers import PRUNERS, SAMPLERS, check_sampler
-from capnas.search.storages import hide_password
+from capnas.search.storages import hide_password, in_memory
 from capnas.size_survey import are_sizes
 from capnas.training import TrainConfig
 
@@ -28,7 +28,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
 VERSION = 1
-_FREE = ("trials", "workers", "device", "out", "stale_after")  # may change when a study is resumed
+_FREE = ("trials", "workers", "device", "out", "stale_after", "reuse")  # may change when a study is resumed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,11 @@ class StudyConfig:
         study: Name of the study and its folder; from space and data where None.
         trials: Finished trials in all, over all sessions and workers. With a gate that asks for a share only trained ones
             count, not those that are too large, infeasible or merely measured.
-        epochs, values, weights, max_params, max_macs, gate, pool, resolutions, blocks, seed, device: See `capnas.Objective`.
+        epochs, values, weights, max_params, max_macs, gate, pool, resolutions, blocks, seed, device, reuse: See `capnas.Objective`.
         sampler: One of tpe, random, nsga2, nsga3, gp, qmc, cmaes (cmaes with one value only).
         pruner: "median", "hyperband" (one value only) or "off".
         storage: None for a journal in the run's folder; else an Optuna storage URL, ``grpc://host:port``, or the path of a
-            journal file (``*.log``).
+            journal file (``*.log``). Not a database in memory, which no other process reaches and nobody after this one.
         out: The run's folder; ``runs/<study>`` where None. Not stored.
         workers: Processes on this host.
         train: Further fields of `capnas.training.TrainConfig`.
@@ -81,6 +81,7 @@ class StudyConfig:
     out: str | None = None
     workers: int = 1
     device: str = "auto"
+    reuse: bool = True
     train: Mapping[str, Any] = field(default_factory=dict)
     data_options: Mapping[str, Any] = field(default_factory=dict)
     stale_after: float = 6 * 3600.0
@@ -101,6 +102,9 @@ class StudyConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}.")
+        if in_memory(self.storage):
+            advice = "leave storage out, or name a file as in sqlite:///study.db"
+            raise UsageError(f"the storage {self.storage} keeps nothing after the process ends; {advice}.")
         if not self.stale_after >= 0:
             raise UsageError(f"stale_after must be seconds, at least 0, got {self.stale_after}.")
         if self.study is not None and (self.study in ("", "..") or (self.out is None and Path(self.study).name != self.study)):
@@ -156,6 +160,7 @@ class StudyConfig:
         """
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
         given |= {"study": self.name, "values": list(self.values), "storage": hide_password(self.storage)}
+        given["reuse"] = None if self.reuse else False  # older studies know no such setting
         given |= {"space": _file(self.space), "data": _folder(self.data), "data_options": dict(self.data_options)}
         if isinstance(root := self.data_options.get("root"), str) and os.path.exists(os.path.expanduser(root)):
             given["data_options"]["root"] = _absolute(root)

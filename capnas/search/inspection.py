@@ -22,7 +22,7 @@ from capnas.recording import Reading
 from capnas.scoring import score
 from capnas.search.runs import open_run
 from capnas.search.target import Target, open_target
-from capnas.search.trials import Rebuilt, rebuild
+from capnas.search.trials import Rebuilt, parse_trial, rebuild
 from capnas.training import evaluate, train
 from capnas.weights import InitialWeights
 
@@ -140,12 +140,11 @@ def inspect_target(
     if project is not None and not 0 < project <= 1:
         raise UsageError(f"project must be a share of the variance in (0, 1], got {project}.")
     chosen = tuple(name for name in MEASURES if name in {"saturation", *measures})
-    place, colon, which = target.rpartition(":")
-    of_search = bool(colon) and not Path(target).is_dir()
-    if of_search:
+    asked = parse_trial(target)
+    if asked is not None:
         if data is not None or weights is not None:
             raise UsageError("a trial uses the images of its run and weights trained as the search did: leave out data and weights.")
-        trial = _rebuilt(place, which)
+        trial = rebuild(open_run(asked[0]), asked[1])
         if initial:
             found = _untrained(trial, image_size, seed)
         elif project is not None or blocks is not None or set(chosen) - set(_WITHOUT_WEIGHTS):
@@ -155,7 +154,7 @@ def inspect_target(
     else:
         found = _model(target, data, image_size, weights, seed)
     if project is not None and not found.trained:
-        advice = "give a timm model its weights with --weights FILE.safetensors" if not colon else "leave out --initial"
+        advice = "give a timm model its weights with --weights FILE.safetensors" if asked is None else "leave out --initial"
         raise UsageError(f"a projection says what a trained network loses, and {found.name} is not trained: {advice}.")
     where = resolve_device(device)
     model, size = found.model.to(where), found.image_size
@@ -168,7 +167,7 @@ def inspect_target(
             model, state = at_default_initialization(model, seed=seed), f"{state} at torch's default initialization"
         profile = profile_model(model, x, y, threshold=threshold, reading=reading, blocks=blocks or found.blocks, mode=using, seed=seed)
         state = f"{state}, {len(x)} images of {found.data.name}"
-    exact = False if of_search else None  # a trial's scores compare with those of its run
+    exact = None if asked is None else False  # a trial's scores compare with those of its run
     profile = enrich(profile, model, x, y, measures=chosen, graph=graph, exact_capacity=exact, seed=seed, start=found.start)
     counted = with_macs(profile, graph)  # a stored profile may hold none
     cost = cost_of(model, graph)
@@ -183,12 +182,6 @@ def inspect_target(
         in_chans=found.data.in_chans,
         projection=None if project is None else _project(model, found.data, project, size, seed, device),
     )
-
-
-def _rebuilt(place: str, which: str) -> Rebuilt:
-    if which != "best" and not which.isdigit():
-        raise UsageError(f"a trial is given as RUN:NUMBER or RUN:best, got {f'{place}:{which}'!r}.")
-    return rebuild(open_run(place), "best" if which == "best" else int(which))
 
 
 def _untrained(trial: Rebuilt, image_size: int | None, seed: int) -> _Network:

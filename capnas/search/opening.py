@@ -19,6 +19,7 @@ from capnas.objective import Objective
 from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
 from capnas.scoring import CAPACITY_WEIGHTS
 from capnas.search.config import StudyConfig
+from capnas.search.enqueuing import begun
 from capnas.search.runs import count_finished, is_settled
 from capnas.search.samplers import make_pruner
 from capnas.search.storages import hide_password, open_storage
@@ -32,9 +33,11 @@ def check_folder(config: StudyConfig) -> None:
     """Look at a run's folder before anything in it is replaced.
 
     Raises:
-        StudyError: It holds another study, or its trials are lost and only their table is left.
+        StudyError: It is that of the images or inside it, it holds another study, or its trials are lost and only their table is left.
     """
-    folder = config.folder
+    folder, images = config.folder, Path(config.to_dict()["data"])  # absolute where it is a folder
+    if images.is_absolute() and folder.resolve().is_relative_to(images.resolve()):
+        raise StudyError(f"{folder} lies in the folder of the images, {images}, where it would be read as one of them: give another --out.")
     if (folder / "study.toml").is_file():
         held = StudyConfig.from_toml((folder / "study.toml").read_text(encoding="utf-8", errors="replace"), out=str(folder)).to_dict()
         changes = {k: c for k, c in config.differences(held).items() if k in ("study", "storage", "space", "data")}
@@ -65,7 +68,7 @@ def open_study(config: StudyConfig) -> optuna.Study:
     """
     storage = open_storage(config.storage, config.folder)
     study = _create(config, storage)
-    stored, empty = study.user_attrs.get(ATTRIBUTE), not study.get_trials(deepcopy=False)
+    stored, empty = study.user_attrs.get(ATTRIBUTE), not begun(study)
     if stored is None and not empty:
         raise StudyError(f"the storage holds a study named {config.name} that is not of capnas; choose another name.")
     if stored is not None and (conflicts := config.conflicts(stored)):

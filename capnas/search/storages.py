@@ -107,3 +107,13 @@ def hide_password(url: str | None) -> str | None:
     'postgresql://me:***@db/capnas'
     """
     return None if url is None else re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url)
+
+
+def in_memory(url: str | None) -> bool:
+    """Whether a storage URL names a database that ends with its process.
+
+    >>> [in_memory(url) for url in (None, "sqlite://", "sqlite:///:memory:", "sqlite:///study.db")]
+    [False, True, True, False]
+    """
+    database = re.fullmatch(r"sqlite(?:\+\w+)?:/*([^?]*)\??(.*)", url or "")
+    return database is not None and (database[1] in ("", ":memory:", "file::memory:") or "mode=memory" in database[2])

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from capnas.data.named import EMBEDDED
 from capnas.errors import StudyError, UsageError
 from capnas.saved import MANIFEST, build_recipe, load_model, read_manifest
 from capnas.search.runs import open_run
-from capnas.search.trials import rebuild
+from capnas.search.trials import parse_trial, rebuild
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +130,8 @@ def open_target(
     options |= dict(data_options or {})
     if Path(text).is_dir() and (Path(text) / MANIFEST).is_file():
         return _saved(Path(text), data, image_size, options)
-    place, colon, which = text.rpartition(":")
-    if colon:
-        if which != "best" and not which.isdigit():
-            raise UsageError(f"a trial is given as RUN:NUMBER or RUN:best, got {text!r}.")
-        return _trial(place, which, data, image_size, options)
+    if (trial := parse_trial(text)) is not None:
+        return _trial(*trial, data, image_size, options)
     if Path(text).is_dir():
         raise UsageError(f"the folder {text} holds no {MANIFEST}; a trial of a run is given as {text}:best or {text}:NUMBER.")
     return _timm(text, data, image_size, options)
@@ -153,17 +150,18 @@ def _timm(name: str, data: str | ImageData | None, image_size: int | None, optio
     return Target(name=name, data=images, image_size=size, trained=False, recipe={"timm": name, "args": args, "image_size": size})
 
 
-def _trial(place: str, which: str, data: str | ImageData | None, image_size: int | None, options: dict[str, Any]) -> Target:
+def _trial(
+    place: str, which: int | Literal["best"], data: str | ImageData | None, image_size: int | None, options: dict[str, Any]
+) -> Target:
     run = open_run(place)
     known = {"seed": run.config.seed} | dict(run.config.data_options)
     images = _images(data or run.config.data, (known if data is None else {}) | options)
-    number: Any = which if which == "best" else int(which)
     try:
-        found = rebuild(run, number, data=images)
+        found = rebuild(run, which, data=images)
     except StudyError:
         if data is None:
             raise
-        found = rebuild(run, number)  # other classes or channels make another hash: check with the run's own images
+        found = rebuild(run, which)  # other classes or channels make another hash: check with the run's own images
     size = image_size or found.candidate.image_size
     recipe = found.recipe | {"num_classes": images.num_classes, "in_chans": images.in_chans, "image_size": size}
     return Target(name=f"trial {found.number} of {run.config.name}", data=images, image_size=size, trained=False, recipe=recipe)

@@ -11,12 +11,13 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from torch import nn
 
-from capnas.candidates import Candidate, build_candidate, build_model
+from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
 from capnas.data import ImageData
 from capnas.documents import json_text, write_whole
 from capnas.errors import StudyError, UsageError
@@ -68,9 +69,16 @@ class Rebuilt:
         return {name: getattr(self.candidate, name) for name in ("num_classes", "in_chans", "image_size")}
 
     def model(self, seed: int | None = None) -> nn.Module:
-        """The model with the weights that the search started from, or those of another seed."""
+        """The model with the weights that the search started from, or those of another seed.
+
+        Raises:
+            StudyError: the trial gives none.
+        """
         start = (self.evaluation.seed or 0) if seed is None else seed
-        return build_model(self.space, self.candidate.params, **self.shape, seed=start)
+        try:
+            return build_model(self.space, self.candidate.params, **self.shape, seed=start)
+        except Infeasible as error:
+            raise _no_network(self.run, self.number, self.evaluation, error) from error
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -99,8 +107,8 @@ def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: Imag
         data: the run's images, where they are loaded already.
 
     Raises:
-        StudyError: no such trial, none with a value, other classes or channels than in the search, or the space builds another
-            architecture now than it did then.
+        StudyError: no such trial, none with a value, one without a network, other classes or channels than in the search, or the space
+            builds another architecture now than it did then.
     """
     if which == "best":
         best = run.best
@@ -115,13 +123,11 @@ def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: Imag
     elif known is None:
         data = _images(run)
     sizes = known if data is None else data_facts(data)
-    candidate = build_candidate(
-        space,
-        optuna.trial.FixedTrial(dict(evaluation.params)),
-        num_classes=sizes["num_classes"],
-        in_chans=sizes["in_chans"],
-        image_size=evaluation.image_size or sizes["image_size"],
-    )
+    shape = {name: sizes[name] for name in ("num_classes", "in_chans")} | {"image_size": evaluation.image_size or sizes["image_size"]}
+    try:
+        candidate = build_candidate(space, optuna.trial.FixedTrial(dict(evaluation.params)), **shape)
+    except Infeasible as error:
+        raise _no_network(run, which, evaluation, error) from error
     if evaluation.hash is not None and candidate.hash != evaluation.hash:
         raise StudyError(
             f"the space {run.config.space} has changed since the search: it builds another architecture for trial {which}. "
@@ -129,6 +135,29 @@ def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: Imag
         )
     candidate = dataclasses.replace(candidate, params=dict(evaluation.params))
     return Rebuilt(run=run, number=which, evaluation=evaluation, space=space, candidate=candidate, images=data)
+
+
+def parse_trial(text: str) -> tuple[str, int | Literal["best"]] | None:
+    """The run and the number of a trial given as ``RUN:NUMBER`` or ``RUN:best``; None for a text without a colon and for a folder.
+
+    Raises:
+        UsageError: what stands after the colon is neither.
+
+    >>> parse_trial("runs/demo:best"), parse_trial("demo:12"), parse_trial("resnet18")
+    (('runs/demo', 'best'), ('demo', 12), None)
+    """
+    place, colon, which = text.rpartition(":")
+    if not colon or Path(text).is_dir():
+        return None
+    if which != "best" and not which.isdecimal():
+        raise UsageError(f"a trial is given as RUN:NUMBER or RUN:best, got {text!r}.")
+    return place, "best" if which == "best" else int(which)
+
+
+def _no_network(run: RunResult, number: int, evaluation: Evaluation, error: Infeasible) -> StudyError:
+    if evaluation.status == "infeasible":
+        return StudyError(f"trial {number} of {run.config.name} ended as infeasible ({evaluation.reason}): it has no network.")
+    return StudyError(f"trial {number} of {run.config.name}, {evaluation.status} in the search, gives no network now: {error}")
 
 
 def _images(run: RunResult) -> ImageData:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from typing import Any
 
 import optuna
@@ -22,6 +23,7 @@ from capnas.objective.evaluation import Evaluation
 from capnas.objective.pool import superseded
 from capnas.objective.stopping import MedianRule
 from capnas.search.config import StudyConfig
+from capnas.search.enqueuing import unasked
 from capnas.search.opening import check_data
 from capnas.search.runs import is_finished, is_settled
 from capnas.search.samplers import first_judged, make_sampler
@@ -49,6 +51,7 @@ def make_objective(config: StudyConfig, space: Any = None, data: Any = None) -> 
         seed=config.seed,
         device=config.device,
         train=config.training(),
+        reuse=config.reuse,
         stopping=None if config.pruner == "off" else MedianRule(warmup_epochs=first_judged(config.epochs) - 1),
     )
 
@@ -61,7 +64,7 @@ def work(
     parallel: bool,
     on_trial: TrialCallback | None,
     on_start: Callable[[], None] | None = None,
-    since: int | None = None,
+    before: Collection[int] | None = None,
     go_on: Callable[[], bool] = lambda: True,
 ) -> int:
     """Run trials one after the other until the study is finished.
@@ -73,7 +76,7 @@ def work(
         parallel: Whether other workers may be at work.
         on_trial: Called with the study and each trial that ends.
         on_start: Called before the first trial, after all that could refuse it.
-        since: Number of the session's first trial, before which failures do not count; the next one's where None.
+        before: Numbers of the trials that ended before the session, whose failures do not count; those ended by now where None.
         go_on: Asked before each trial.
 
     Returns:
@@ -89,11 +92,11 @@ def work(
         return make_sampler(config.sampler, seed=config.seed, draws=draws, trials=config.trials, pool=pool, parallel=parallel)
 
     ran, own, error = 0, int.from_bytes(os.urandom(4), "big"), None
-    since = len(study.get_trials(deepcopy=False)) if since is None else since
+    before = ended(study) if before is None else before
     while go_on():
         sweep(study, stale_after=config.stale_after)
         trials = study.get_trials(deepcopy=False)
-        if len(failed := failures_in_a_row(trials[since:])) >= MAX_FAILURES:
+        if len(failed := failures_in_a_row(trials, before)) >= MAX_FAILURES:
             raise StudyError(
                 f"{len(failed)} trials in a row ended in an error, the last: {_reason(failed[-1])}. They count as finished and are not run "
                 "again: when the cause is mended, ask for as many more --trials, or begin anew with another --study."
@@ -118,8 +121,11 @@ def work(
         if ran == 0 and on_start is not None:
             on_start()
         number, error = _one(study, objective, config.trials, sampler if parallel else None)
+        trial = study.get_trials(deepcopy=False)[number]
+        if names := unasked(trial):
+            warnings.warn(f"trial {number} was enqueued with {', '.join(names)}, which the space does not ask for.", stacklevel=2)
         if on_trial is not None:
-            on_trial(study, study.get_trials(deepcopy=False)[number])
+            on_trial(study, trial)
         if isinstance(error, CapnasError):
             raise error
         ran += 1
@@ -154,10 +160,16 @@ def check_candidates(objective: Objective, *, seed: int) -> None:
         )
 
 
-def failures_in_a_row(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The ended trials after the last one that ended without an error of its own."""
-    ended = [t for t in trials if t.state.is_finished() and (t.state != TrialState.FAIL or _status(t) != "interrupted")]
-    return list(itertools.takewhile(lambda t: t.state == TrialState.FAIL, reversed(ended)))[::-1]
+def ended(study: optuna.Study) -> frozenset[int]:
+    """Numbers of the trials that ended, however they did."""
+    return frozenset(t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished())
+
+
+def failures_in_a_row(trials: list[FrozenTrial], before: Collection[int]) -> list[FrozenTrial]:
+    """The ended trials, but for those of the numbers `before`, after the last one that ended without an error of its own."""
+    new = (t for t in trials if t.state.is_finished() and t.number not in before)
+    own = [t for t in new if t.state != TrialState.FAIL or _status(t) != "interrupted"]
+    return list(itertools.takewhile(lambda t: t.state == TrialState.FAIL, reversed(own)))[::-1]
 
 
 def _status(trial: FrozenTrial) -> str | None:

@@ -74,6 +74,9 @@ def test_narrowing_that_leaves_nothing_but_a_guess() -> None:
     accuracy, well = {"before": 0.9, "pruned": 0.5}, {"before": False, "pruned": True}
     advice = f", is no {GUESS}keep more of it, or fine-tune it for more epochs (--finetune-epochs N)"
     assert guessed(accuracy, well, 0.5) == f"the narrowed network, with an accuracy of 0.5000 (0.9000 before){advice}"
+    few = f", is not clearly {GUESS[:-2]} on 9 images: take more validation images to tell; {advice.partition(': ')[2]}"
+    assert guessed(accuracy | {"pruned": 0.6}, well, 0.5, 9) == f"the narrowed network, with an accuracy of 0.6000 (0.9000 before){few}"
+    assert guessed(accuracy, well, 0.5, 9).endswith(advice)  # not above it
     assert guessed(accuracy | {"finetuned": 0.8}, well | {"finetuned": False}, 0.5) == ""
 
 

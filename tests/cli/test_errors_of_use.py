@@ -105,6 +105,24 @@ def test_images_that_changed_are_one_line(run: Run, tmp_path: Path) -> None:
     assert "finished before" in err
 
 
+def test_a_run_does_not_lie_in_its_images(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_images(tmp_path / "images")
+    monkeypatch.chdir(folder)
+    for data, out in ((folder, folder), ("../images", folder / "run"), (".", "runs/x"), (folder, "../other/../images")):
+        told = refused(run, "search", FILE, "--data", data, "--out", out, *QUICK)
+        where = f"{out} lies in the folder of the images, {folder}, where it would be read as one of them"
+        assert told == f"error: {where}: give another --out."
+        assert sorted(p.name for p in folder.iterdir()) == ["0", "1", "2"]
+    assert run("search", FILE, "--data", folder, "--out", tmp_path, *QUICK)[0] == 0  # beside them is fine
+
+
+def test_a_storage_that_keeps_nothing(run: Run, tmp_path: Path) -> None:
+    for url in ("sqlite://", "sqlite:///:memory:"):
+        told = refused(run, "search", FILE, "--storage", url, "--out", tmp_path / "run", *QUICK)
+        assert told.startswith(f"error: the storage {url} keeps nothing after the process ends; leave storage out, or name a file")
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_setting_that_a_resolution_cannot_have_is_one_line(run: Run) -> None:
     words = ["resolution", "resnet10t", "--candidates", "8,12", "--device", "cpu"]
     for more, says in (

@@ -25,6 +25,7 @@ def full() -> StudyConfig:
         weights={"saturation_evenness": 0.1, "tail_fraction": 1e-5}, max_params=10**6, max_macs=10**8, gate="saturation_mean>=0.2",
         resolutions=(28, 32), blocks=r"layer\d\.\d", sampler="nsga2", pruner="off", seed=3, storage="sqlite:///x.db", workers=2,
         device="cpu", train={"lr": 0.01, "clip_grad": 1.0, "record": True}, data_options={"download": False, "root": "x"},
+        reuse=False,
     )  # fmt: skip
 
 
@@ -101,6 +102,10 @@ def test_conflicts_ignore_what_may_change() -> None:
     changed = StudyConfig.from_dict(stored | {"trials": 99, "workers": 1, "device": "auto"})
     assert changed.conflicts(stored) == []
     older = {name: value for name, value in stored.items() if name != "blocks"}
+    kept = {name: value for name, value in stored.items() if name != "reuse"}
+    assert StudyConfig.from_dict(kept).reuse
+    assert StudyConfig.from_dict(kept).to_dict() == kept
+    assert full().conflicts(kept) == []
     assert full().conflicts(older) == [r"blocks was 'not set', now 'layer\\d\\.\\d'"]
     assert StudyConfig.from_dict(stored | {"sampler": "tpe"}).conflicts(stored) == ["sampler was 'nsga2', now 'tpe'"]
 
@@ -112,6 +117,9 @@ def test_conflicts_ignore_what_may_change() -> None:
         ({"pruner": "mean"}, "pruner must be one of hyperband, median, off; got 'mean'"),
         ({"sampler": "cmaes", "values": ("accuracy", "macs")}, "sampler cmaes works with one value, got 2: use tpe"),
         ({"pruner": "hyperband", "values": ("accuracy", "macs")}, "pruner hyperband works with one value, got 2: use median or off"),
+        ({"storage": "sqlite://"}, "the storage sqlite:// keeps nothing after the process ends; leave storage out, or name a file"),
+        ({"storage": "sqlite:///:memory:"}, "keeps nothing after the process ends"),
+        ({"storage": "sqlite+pysqlite:///file:x?mode=memory&uri=true"}, "keeps nothing after the process ends"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"max_macs": 0}, "max_macs must be at least 1, got 0"),
         ({"max_macs": "8M"}, "max_macs must be a whole number or none, got '8M'"),
@@ -172,7 +180,7 @@ def test_refuses_texts(text: str, message: str) -> None:
 def test_the_defaults_are_the_same_from_python_and_from_the_command() -> None:
     given = {name: parameter.default for name, parameter in inspect.signature(Objective).parameters.items()}
     config = StudyConfig(space="resnet")
-    for name in ("values", "gate", "pool", "weights", "max_params", "max_macs", "resolutions", "blocks", "seed", "device"):
+    for name in ("values", "gate", "pool", "weights", "max_params", "max_macs", "resolutions", "blocks", "seed", "device", "reuse"):
         default = WEIGHTS if name == "weights" else given[name]
         assert getattr(config, name) == default, name
     assert config.values == ("combined",)

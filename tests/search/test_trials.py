@@ -12,14 +12,14 @@ import torch
 from tiny_space import FILE, images, write_images
 
 from capnas.data import ImageData, load_data
-from capnas.errors import CapnasError, StudyError
+from capnas.errors import CapnasError, StudyError, UsageError
 from capnas.saved import load_model
 from capnas.search import open_run, run_study
 from capnas.search.config import StudyConfig
 from capnas.search.opening import DATA
 from capnas.search.runs import RunResult
 from capnas.search.target import open_target
-from capnas.search.trials import RETRAINED, read_retrained, rebuild, retrain_trial
+from capnas.search.trials import RETRAINED, parse_trial, read_retrained, rebuild, retrain_trial
 from capnas.training import evaluate
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -63,6 +63,25 @@ def test_unknown_trial_and_empty_study_are_refused(run: RunResult, data: ImageDa
     config = StudyConfig(space=FILE, data="noise", trials=1, max_params=1, out=str(tmp_path), device="cpu")
     with pytest.raises(StudyError, match="no trial with a value yet"):
         rebuild(run_study(config, data=data), data=data)
+
+
+def test_an_infeasible_trial_has_no_network(tmp_path: Path, data: ImageData) -> None:
+    config = StudyConfig(space=FILE, data="noise", study="tiny", trials=1, epochs=1, out=str(tmp_path / "run"), device="cpu")
+    run_study(config, data=data, enqueue=[{"width": 2, "depth": 3, "kind": "bad"}])
+    text = r"^trial 0 of tiny ended as infeasible \(depth 3 goes with plain only\): it has no network\.$"
+    with pytest.raises(StudyError, match=text):
+        rebuild(open_run(tmp_path / "run"), 0)
+    with pytest.raises(StudyError, match=text):
+        open_target(f"{tmp_path / 'run'}:0", data=data)
+
+
+def test_a_trial_by_run_and_number(tmp_path: Path) -> None:
+    assert parse_trial("a:b:7") == ("a:b", 7)
+    (tmp_path / "run:1").mkdir()
+    assert parse_trial(str(tmp_path / "run:1")) is None
+    for text in ("x:", "x:-1", "x:²", "x:last"):
+        with pytest.raises(UsageError, match=f"a trial is given as RUN:NUMBER or RUN:best, got {text!r}"):
+            parse_trial(text)
 
 
 def test_a_space_that_changed_since_the_search_is_noticed(run: RunResult, data: ImageData, tmp_path: Path) -> None:

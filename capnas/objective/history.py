@@ -1,0 +1,55 @@
+"""Earlier trials of a study: what they stored, and whose outcome is that of a new trial as well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation
+from capnas.objective.targets import value_of
+
+
+def past(trial: Any, *states: TrialState) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbers and stored evaluations of the trials of a study; nothing for a trial outside one (``FixedTrial``)."""
+    if isinstance(trial, optuna.Trial):
+        for earlier in trial.study.get_trials(deepcopy=False, states=states):
+            stored = earlier.user_attrs.get(ATTRIBUTE)
+            if isinstance(stored, dict) and stored.get("version") == VERSION:
+                yield earlier.number, stored
+
+
+def find_twin(
+    trial: Any, found: Mapping[str, Any], *, names: Sequence[str], weights: Mapping[str, float], epochs: int
+) -> tuple[int, dict[str, Any]] | None:
+    """An earlier trial of the same architecture, resolution and settings whose outcome is this one's as well.
+
+    The architecture is its dataflow graph: initial weights, which a space may draw too, are no part of it.
+
+    Args:
+        trial: The new trial.
+        found: Its hash, image_size and settings.
+        names: Of the values wanted; an earlier trial of another objective may not have measured them all.
+        weights: Of the scores in a sum.
+        epochs: Of a whole training.
+    """
+    for number, stored in past(trial, TrialState.COMPLETE, TrialState.PRUNED):
+        same = all(stored[key] == found[key] for key in ("hash", "image_size", "settings"))
+        if same and stored["duplicate_of"] is None:
+            if stored["status"] == "complete" and all(math.isfinite(value_of(n, stored["metrics"], weights)) for n in names):
+                return number, stored
+            if stored["status"] == "diverged" and len(stored["curve"]) < epochs:  # else a value did, which may not be wanted here
+                return number, stored
+    return None
+
+
+def take_over(found: dict[str, Any], number: int, stored: Mapping[str, Any]) -> tuple[str, str]:
+    """Fill in what the twin of this number found; the status and the reason."""
+    twin = Evaluation.from_dict(stored)
+    found |= {"metrics": dict(twin.metrics), "curve": twin.curve, "profile": twin.profile, "duplicate_of": number}
+    if twin.status == "complete":
+        return "duplicate", f"same architecture as trial {number}"
+    return twin.status, f"same architecture as trial {number}: {twin.reason}"
