@@ -126,6 +126,7 @@ def tune_resolution(
     budget: int | None = None,
     pay: float | None = None,
     config: TrainConfig | None = None,
+    refused: Mapping[int, str] | None = None,
     on_start: Callable[[], None] | None = None,
     on_run: Callable[[SizeRun], None] | None = None,
     on_pass: Callable[[int, int], None] | None = None,
@@ -134,7 +135,8 @@ def tune_resolution(
 
     Args:
         build: gives the network for a size, the same weights at each call as far as shapes allow; what it gives is copied, not trained.
-        data: images, loaded at the largest candidate, so that none is resized twice. Accuracies are those of the validation split.
+        data: images, loaded at the largest candidate that is not refused, so that none is resized twice. Accuracies are those of the
+            validation split.
         candidates: pixels.
         epochs: length of a full training, of which the cost is a share.
         share: most that all of it together may cost, as a share of training every size for `epochs`. Where a single size can be used there
@@ -142,6 +144,7 @@ def tune_resolution(
         budget: most multiply-accumulates of one image.
         pay: accuracy that a doubling of MACs has to bring; `capnas.measures.resolution.price` where it is None.
         config: all other settings of the training; its seed is that of every size, its epochs are ignored.
+        refused: by size, why it is ruled out already, such as images that do not fit into memory.
         on_start: called before the first training, when nothing stands against it.
         on_run: told of each short run.
         on_pass: told of each pass of the shared training: its number, and of how many.
@@ -160,10 +163,11 @@ def tune_resolution(
     """
     if epochs < 1 or not 0 < share <= 1:
         raise UsageError(f"epochs must be at least 1 and share in (0, 1], got {epochs} and {share}.")
-    surveys = survey_resolutions(build, candidates, in_chans=data.in_chans, budget=budget)
+    surveys = survey_resolutions(build, candidates, in_chans=data.in_chans, budget=budget, refused=refused)
     rows = {s.size: s for s in surveys if not s.refusal and s.macs is not None}
     macs = {size: int(row.macs or 0) for size, row in rows.items()}
-    sweep = epochs * sum(s.macs for s in surveys if s.macs is not None and (budget is None or s.macs <= budget))
+    possible = [s.macs for s in surveys if s.macs is not None and s.size not in (refused or {})]
+    sweep = epochs * sum(cost for cost in possible if budget is None or cost <= budget)
     left = share * sweep
     counts = halving.halving(len(macs))
     base, pay = config or TrainConfig(), rule.price(pay, budget)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 from torch import nn
 
+from capnas.devices import is_out_of_memory
 from capnas.errors import UsageError
 from capnas.graph.structure import structure
 from capnas.graph.tracing import INPUT, Trace, trace
@@ -65,7 +66,13 @@ class SizeSurvey:
 
 
 def survey_resolutions(
-    build: Build, candidates: Sequence[int], *, in_chans: int, budget: int | None = None, limit: float = rule.UNUSABLE
+    build: Build,
+    candidates: Sequence[int],
+    *,
+    in_chans: int,
+    budget: int | None = None,
+    limit: float = rule.UNUSABLE,
+    refused: Mapping[int, str] | None = None,
 ) -> tuple[SizeSurvey, ...]:
     """Borders and cost of each size, without training and without data.
 
@@ -75,6 +82,7 @@ def survey_resolutions(
         in_chans: channels of the images.
         budget: most multiply-accumulates of one image.
         limit: a size with more than this share of its looking layers past the border is refused, where a larger one is affordable.
+        refused: by size, why it is ruled out already, such as images that do not fit into memory.
 
     Raises:
         UsageError: no sizes, no whole numbers, the same size twice, or no size that the network can run at within the budget.
@@ -90,7 +98,10 @@ def survey_resolutions(
     for size in sorted(map(int, candidates)):
         try:
             graph = trace_size(build(size), in_chans, size)
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except (RuntimeError, ValueError, AssertionError, MemoryError) as error:
+            if is_out_of_memory(error):
+                rows.append(SizeSurvey(size=size, refusal=f"it does not fit into memory at {size} px"))
+                continue
             why = textwrap.shorten(str(error), _WIDE, placeholder=" ...") or type(error).__name__
             rows.append(SizeSurvey(size=size, refusal=f"it cannot run at {size} px: {why}"))
             continue
@@ -104,7 +115,7 @@ def survey_resolutions(
             unproductive=receptive.border_layers(report.fields, size),
             borderless=rule.borderless(report.fields),
             unread=unread_pixels(graph),
-            refusal=f"{report.macs:,} MACs are over the budget of {budget:,}" if over else "",
+            refusal=(refused or {}).get(size) or (f"{report.macs:,} MACs are over the budget of {budget:,}" if over else ""),
         )
         rows.append(row)
     affordable = [r for r in rows if not r.refusal]

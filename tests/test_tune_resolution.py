@@ -71,6 +71,21 @@ def test_a_size_at_which_the_network_cannot_run_is_named() -> None:
     assert [s.size for s in survey_resolutions(wide, np.array([16, 12]).tolist(), in_chans=1)] == [12, 16]
 
 
+def test_a_size_that_memory_cannot_hold_is_set_aside(data: ImageData) -> None:
+    def large(size: int) -> nn.Module:
+        if size == 24:
+            raise MemoryError
+        return net(size)
+
+    found = survey_resolutions(large, (8, 24), in_chans=1)
+    assert [s.refusal for s in found] == ["", "it does not fit into memory at 24 px"]
+    reason = "the images do not fit into memory at 5000 px"
+    tuned = tune_resolution(net, data, (8, 5000), epochs=4, config=CONFIG, refused={5000: reason})
+    assert f"5000 px: not trained, {reason}" in tuned.recommendation.reasons
+    assert {r.size for r in tuned.runs} == {8}
+    assert tuned.macs_share <= 0.3  # of training the one size that could be
+
+
 def test_tuning_stays_within_its_share_and_tells_every_run(data: ImageData) -> None:
     told: list[SizeRun] = []
     passes: list[tuple[int, int]] = []

@@ -49,25 +49,23 @@ def resolution(
         raise UsageError(f"{out} holds {' and '.join(there)} already; --force overwrites them, or give another folder.")
     with quiet():
         from capnas.resolution import advise_resolution, ladder, survey_resolutions, tune_resolution
-        from capnas.search.target import open_target
+        from capnas.search.target import open_largest, open_target
         from capnas.training import TrainConfig
 
         options = pairs(data_option or [], "--data-option")
-        found = open_target(target, data=data, image_size=None if sizes is None else max(sizes), data_options=options)
+        sizes = sizes or ladder(open_target(target, data=data, data_options=options).data.image_size)
+        found, refused = open_largest(target, sizes, data=data, data_options=options)
         if trained and not found.trained:
             raise UsageError(
                 f"--trained starts from the trained weights of a saved model, and {found.name} has none: "
                 "give the folder of a trained model that capnas saved, or leave --trained out."
             )
-        sizes = sizes or ladder(found.data.image_size)
-        if "image_size" not in options and max(sizes) > found.data.image_size:
-            found = open_target(target, data=data, image_size=max(sizes), data_options=options)
 
         def build(size: int) -> Any:
             return found.build(seed, image_size=size, trained=trained)
 
         if dry_run:
-            surveys = survey_resolutions(build, sizes, in_chans=found.data.in_chans, budget=budget)
+            surveys = survey_resolutions(build, sizes, in_chans=found.data.in_chans, budget=budget, refused=refused)
             advice = {
                 s.size: advise_resolution(build, s.size, in_chans=found.data.in_chans) for s in surveys if s.unproductive and not s.refusal
             }
@@ -79,7 +77,8 @@ def resolution(
             config = TrainConfig(seed=seed, device=device, **given)
             start = f"tuning the resolution of {found.name} on {found.data.name}: {', '.join(map(str, sizes))} px"
             asked = None if pay is None else pay / 100
-            settings: dict[str, Any] = {"epochs": epochs, "share": share, "budget": budget, "pay": asked, "config": config}
+            limits = {"share": share, "budget": budget, "pay": asked, "refused": refused}
+            settings: dict[str, Any] = {"epochs": epochs, "config": config, **limits}
             tuning = tune_resolution(build, found.data, sizes, **settings, on_start=lambda: say(start), on_run=_tell, on_pass=_tell_pass)
             document = {"name": found.name, "data": found.data.name, **tuning.to_dict()}
     if out is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import nn
 from capnas._timm import timm
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED
+from capnas.devices import is_out_of_memory
 from capnas.errors import StudyError, UsageError
 from capnas.saved import MANIFEST, build_recipe, load_model, read_manifest
 from capnas.search.runs import open_run
@@ -135,6 +136,34 @@ def open_target(
     if Path(text).is_dir():
         raise UsageError(f"the folder {text} holds no {MANIFEST}; a trial of a run is given as {text}:best or {text}:NUMBER.")
     return _timm(text, data, image_size, options)
+
+
+def open_largest(
+    text: str, sizes: Collection[int], *, data: str | ImageData | None = None, data_options: Mapping[str, Any] | None = None
+) -> tuple[Target, dict[int, str]]:
+    """A target whose images are loaded at the largest of several sizes at which they fit into memory.
+
+    Args:
+        text: see `open_target`.
+        sizes: pixels, at least one.
+        data: see `open_target`.
+        data_options: see `open_target`; an ``image_size`` among them is the size of the images in any case.
+
+    Returns:
+        The target, and by size why larger ones are refused.
+
+    Raises:
+        UsageError: the images fit at none of the sizes; else as `open_target`.
+    """
+    refused: dict[int, str] = {}
+    for size in sorted(sizes, reverse=True):
+        try:
+            return open_target(text, data=data, image_size=size, data_options=data_options), refused
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or "image_size" in (data_options or {}):
+                raise
+            refused[size] = f"the images do not fit into memory at {size} px"
+    raise UsageError(f"no size can be used: {'; '.join(refused.values())}.")
 
 
 def _timm(name: str, data: str | ImageData | None, image_size: int | None, options: dict[str, Any]) -> Target:

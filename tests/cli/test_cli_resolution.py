@@ -14,6 +14,7 @@ from tiny_space import FILE, images
 
 from capnas.candidates import count_cost
 from capnas.errors import CapnasError
+from capnas.data import load_data
 from capnas.search import StudyConfig, run_study
 
 Run = Callable[..., tuple[int, str, str]]
@@ -130,6 +131,22 @@ def test_settings_arrive_in_the_units_of_the_library(run: Run, folder: Path, mon
     assert (given["sizes"], given["pay"], given["share"], given["epochs"], given["budget"]) == ((12, 16), 0.01, 0.2, 7, 3_000_000)
     assert (given["config"].seed, given["config"].batch_size, given["config"].device) == (5, 9, "cpu")
     assert (plain["pay"], plain["share"], plain["epochs"], plain["budget"], plain["config"].seed) == (None, 0.3, 10, None, 0)
+
+
+def test_a_size_whose_images_do_not_fit_into_memory_is_named(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(source: Any, **options: Any) -> Any:
+        if options.get("image_size", 0) > 1000:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 250000000000 bytes.")
+        return load_data(source, **options)
+
+    monkeypatch.setattr("capnas.search.target.load_data", load)
+    words = ["resolution", MODEL, "--dry-run", "--json", "--data", folder]
+    code, out, _ = run(*words, "--candidates", "28,5000")
+    assert code == 0
+    refusals = {s["size"]: s["refusal"] for s in json.loads(out)["surveys"]}
+    assert refusals == {28: "", 5000: "the images do not fit into memory at 5000 px"}
+    code, _, err = run(*words, "--candidates", "5000")
+    assert (code, "no size can be used: the images do not fit into memory at 5000 px." in err) == (2, True)
 
 
 @pytest.mark.parametrize(
