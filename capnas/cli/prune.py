@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
 from capnas.console import LONGER, at_chance, out_json, say, short, show_table
 from capnas.errors import UsageError, counted
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from capnas.narrowing.pruning import PruneConfig
+    from capnas.search.target import Target
 
 
 @app.command()
@@ -21,7 +27,7 @@ def prune(
     target_macs: Annotated[float | None, typer.Option(metavar="SHARE", help="Keep this share of the multiply-accumulates.")] = None,
     lossless: Annotated[float | None, typer.Option(metavar="SHARE", help="As wide as this share of each layer's variance needs.")] = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Widths from a file: the JSON of --dry-run --json, edited; wider ones too.")
+        Path | None, typer.Option(metavar="FILE", help="Widths: the JSON of --dry-run --json, with planned or widths edited; wider too.")
     ] = None,
     method: Annotated[str, typer.Option(help="channels, or lowrank: layers split in two by their eigenspaces.")] = "channels",
     allocation: Annotated[str, typer.Option(help="Of a target: loss (least loss per MAC saved) or saturation (made even).")] = "loss",
@@ -43,10 +49,9 @@ def prune(
     """
     with quiet():
         from capnas.narrowing.planning import read_widths
-        from capnas.narrowing.pruning import PruneConfig, calibration_images, make_plan, pretrain
+        from capnas.narrowing.pruning import PruneConfig, propose
         from capnas.narrowing.pruning import prune as prune_model
         from capnas.saved import check_free, save_model
-        from capnas.search.inspection import load_weights
         from capnas.search.opening import data_record
         from capnas.search.target import open_target
 
@@ -68,24 +73,10 @@ def prune(
         if out is not None and not dry_run:
             check_free(out, force=force)
         found = open_target(target, data=data, image_size=image_size)
-        model = found.build(seed)
-        trained = found.trained or weights is not None
-        if weights is not None:
-            load_weights(model, found, weights)
-        if not trained and dry_run and not train_epochs:
-            say(f"{found.name} has no trained weights: groups, costs and what can be reached are its own, the widths are those of random "
-                "weights and will be others after training (--train-epochs N)")  # fmt: skip
-        elif not trained:
-            if train_epochs:
-                say(f"{found.name} has no trained weights; it is trained first, {counted(train_epochs, 'epoch')} on {found.data.name}")
-            model = pretrain(model, found.data, config, image_size=found.image_size, say=say)
+        model = _network(found, config, weights, dry_run)
         if dry_run:
-            from capnas.devices import resolve_device
-
-            where = resolve_device(device)
-            images = calibration_images(found.data, calibration, found.image_size, seed=seed, device=where)
-            chosen, _ = make_plan(model.to(where), images, config)
-            document: dict[str, Any] = {"target": found.name, "plan": chosen.to_dict()}
+            proposed = propose(model, found.data, config, image_size=found.image_size)
+            document: dict[str, Any] = {"target": found.name, "plan": proposed.to_dict()}
         else:
             result = prune_model(model, found.data, config, image_size=found.image_size, say=say)
             document = {"target": found.name, "plan": result.plan.to_dict(), "report": result.report, "out": str(out)}
@@ -102,6 +93,25 @@ def prune(
         measured = found.data.sizes["validation"]
         if line := guessed(document["report"]["accuracy"], document["report"]["at_chance"], found.data.guess, measured):
             say(line) if json else print(line)
+
+
+def _network(found: Target, config: PruneConfig, weights: Path | None, dry_run: bool) -> nn.Module:
+    """The network to be narrowed, with the weights given or, where it has none, trained first; a dry run may do without."""
+    from capnas.narrowing.pruning import pretrain
+    from capnas.search.inspection import load_weights
+
+    model, epochs = found.build(config.seed), config.train_epochs
+    if weights is not None:
+        load_weights(model, found, weights)
+    elif not found.trained:
+        if dry_run and not epochs:
+            say(f"{found.name} has no trained weights: groups, costs and what can be reached are its own, the widths are those of random "
+                "weights and will be others after training (--train-epochs N)")  # fmt: skip
+            return model
+        if epochs:
+            say(f"{found.name} has no trained weights; it is trained first, {counted(epochs, 'epoch')} on {found.data.name}")
+        return pretrain(model, found.data, config, image_size=found.image_size, say=say)
+    return model
 
 
 def guessed(accuracy: dict[str, float], poor: dict[str, bool], chance: float, images: int | None = None) -> str:
@@ -147,8 +157,11 @@ def show_plan(plan: dict[str, Any]) -> None:
                    "(results/pruning); --allocation saturation makes needed / planned even")  # fmt: skip
     if growing := [g["name"] for g in plan["groups"] if g.get("grow")]:
         typer.echo(f"candidates to grow (saturation at the ceiling): {', '.join(growing)}")
+    reasons: dict[str, list[str]] = {}
     for name, reason in plan["fixed"].items():
-        say(f"{name} keeps its width: {reason}")
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        say(f"{', '.join(names)} {'keeps its' if len(names) == 1 else 'keep their'} width: {reason}")
 
 
 def show_report(report: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ from capnas.measures.narrowing import mixture
 from capnas.narrowing.applying import Keep, change_widths, kept_channels
 from capnas.narrowing.calibration import refitted
 from capnas.narrowing.correcting import correct
-from capnas.narrowing.groups import CannotNarrow, CoupledGroup
+from capnas.narrowing.groups import CoupledGroup
 from capnas.narrowing.planning import Plan, plan_widths, read_widths
+from capnas.narrowing.refusing import CannotNarrow
 from capnas.narrowing.survey import Survey, survey
 from capnas.profile import untouched
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from capnas.layers import CONVS
-from capnas.narrowing.groups import CannotNarrow, CoupledGroup, Coupling, cannot_narrow, find_groups
-from capnas.profile import untouched
+from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, find_groups, layers_of
+from capnas.narrowing.refusing import FAILURES, CannotNarrow, check_network, differ, one_line
 
-_FAILURES = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)  # of a network that does not fit its input or its channels
-_DOUBLED = 30_000_000  # parameters beyond which the network is not tried with doubled channels
+_SHARE, _SMALL_SHARE = 3, 16  # one unit of so many is doubled in a trial: of usual networks, of large ones
+_LARGE = 30_000_000  # parameters
+_OTHER_ORDER = "its channels are read in another order, or together, than Torch-Pruning says: doubled channels change what is computed"
 Keep = Mapping[str, Sequence[int]]  # group name -> units that stay, ascending; a unit named twice is doubled
 
 
@@ -30,8 +31,8 @@ def narrowable(model: nn.Module, example: Tensor) -> Coupling:
         CannotNarrow: none can, or the network is no classifier that runs on the example: the text says why.
         MissingDependencyError: Torch-Pruning is not installed.
     """
-    if (reason := _unfit(model, example)) is not None:
-        raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {reason}.")
+    check_network(model, example)
+    modules = dict(model.named_modules())
     found = find_groups(model, example)
     if _failure(model, example, found.groups) is None:
         return found
@@ -41,7 +42,7 @@ def narrowable(model: nn.Module, example: Tensor) -> Coupling:
         if reason is None:
             fine.append(group)
         else:
-            fixed[group.name] = reason
+            fixed |= dict.fromkeys(layers_of(group, modules), reason)
     if fine and (reason := _failure(model, example, tuple(fine))) is not None:
         raise cannot_narrow(model, fixed | {"": reason})
     if not fine:
@@ -49,35 +50,11 @@ def narrowable(model: nn.Module, example: Tensor) -> Coupling:
     return Coupling(groups=tuple(fine), fixed=fixed)
 
 
-def _unfit(model: nn.Module, example: Tensor) -> str | None:
-    """Why nothing could be measured: broken weights, weights of another type than the images, outputs that are no logits; or None."""
-    for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and tensor.dtype != example.dtype:
-            return f"{name} is {tensor.dtype} and the images are {example.dtype}; give both one type, such as model.float()"
-        if not bool(torch.isfinite(tensor).all()):
-            return f"{name} holds NaN or infinity; give weights of a training that did not diverge"
-    for name, buffer in model.named_buffers():
-        if bool(torch.isnan(buffer).any()):  # not infinity, which masks hold
-            return f"{name} holds NaN; give weights of a training that did not diverge"
-    try:
-        with untouched(model, training=False), torch.no_grad():
-            got = model(example)
-    except _FAILURES as error:
-        return f"it does not run on images of shape {tuple(example.shape)} ({type(error).__name__}: {_one_line(error)})"
-    if not isinstance(got, Tensor):
-        return f"its output is a {type(got).__name__}; wrap it so that it gives one tensor of logits (B, classes)"
-    if got.dim() != 2 or len(got) != len(example):
-        return f"its output has the shape {tuple(got.shape)}, expected logits ({len(example)}, classes)"
-    return None if bool(torch.isfinite(got).all()) else "its outputs are not finite on the images"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
-
-
 def _failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) -> str | None:
     """Why the network does not run without the last unit of each group, or computes something else with units doubled; or None."""
     trial = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(0)
+    share = _SMALL_SHARE if sum(p.numel() for p in model.parameters()) > _LARGE else _SHARE
     try:
         with torch.no_grad():
             expected = trial(example)
@@ -85,23 +62,63 @@ def _failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) 
             got = trial(example)
             if got.shape != expected.shape:
                 return f"without a channel its output is {tuple(got.shape)} instead of {tuple(expected.shape)}"
-            if sum(p.numel() for p in model.parameters()) > _DOUBLED:
-                return None
-            trial = copy.deepcopy(model).eval()
-            change_widths(trial, groups, {g.name: _doubled(g, trial) for g in groups})
-            gap = float((trial(example) - expected).abs().max())
-    except _FAILURES as error:
-        return f"without a channel it does not run ({type(error).__name__}: {_one_line(error)})"
-    if gap > 1e-3 * float(expected.abs().max()) + 1e-6:
-        return "its channels are read in another order, or together, than Torch-Pruning says: doubled channels change what is computed"
+            del trial
+            averaged = [g for g in groups if _averaged(g, model)]
+            for _ in range(2):  # two draws: a wrong order may map one to itself
+                trial = copy.deepcopy(model).eval()
+                change_widths(trial, groups, {g.name: _doubled(g, model, share, generator) for g in groups})
+                if differ(trial(example), expected):
+                    return _OTHER_ORDER
+                if averaged:
+                    trial = copy.deepcopy(model).eval()
+                    permute_units(trial, groups, {g.name: torch.randperm(g.units, generator=generator) for g in averaged})
+                    if differ(trial(example), expected):
+                        return _OTHER_ORDER
+    except FAILURES as error:
+        return f"without a channel it does not run ({type(error).__name__}: {one_line(error)})"
     return None
 
 
-def _doubled(group: CoupledGroup, model: nn.Module) -> list[int]:
-    """Units with every third one twice; all of them twice where a norm or a response averages over channels, which that leaves alone."""
+def _averaged(group: CoupledGroup, model: nn.Module) -> bool:
+    """Whether a norm or a response averages over the group's channels."""
     modules = dict(model.named_modules())
-    averaged = any(p.side == "param" or isinstance(modules[p.module], (nn.LayerNorm, nn.GroupNorm)) for p in group.ports)
-    return sorted([*range(group.units), *range(0, group.units, 1 if averaged else 3)])
+    return any(p.side == "param" or isinstance(modules[p.module], (nn.LayerNorm, nn.GroupNorm)) for p in group.ports)
+
+
+def _doubled(group: CoupledGroup, model: nn.Module, share: int, generator: torch.Generator) -> list[int]:
+    """Units with a random one of `share` twice; averaged ones all twice, which leaves the average alone, in large networks once."""
+    if _averaged(group, model):
+        return sorted([*range(group.units)] * (2 if share == _SHARE else 1))
+    some = torch.randperm(group.units, generator=generator)[: max(1, group.units // share)]
+    return sorted([*range(group.units), *some.tolist()])
+
+
+def permute_units(model: nn.Module, groups: Sequence[CoupledGroup], orders: Mapping[str, Tensor]) -> None:
+    """Put the units of groups into another order, in place; the network computes the same if all that read them are known.
+
+    Args:
+        model: changed.
+        groups: of this model.
+        orders: per group (U,) which unit comes to each place; groups that are not named keep theirs.
+
+    >>> net = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 2)).eval()
+    >>> x = torch.randn(2, 1)
+    >>> before, (group,) = net(x), find_groups(net, x).groups
+    >>> permute_units(net, [group], {"0": torch.tensor([2, 0, 1])})
+    >>> torch.allclose(net(x), before, atol=1e-6)
+    True
+    """
+    modules = dict(model.named_modules())
+    indices: dict[tuple[str, str], Tensor] = {}
+    for group in groups:
+        for port in group.ports if group.name in orders else ():
+            place = port.module, port.side
+            if not (width := _place_width(model, modules, *place)):
+                continue  # an activation
+            index = indices.setdefault(place, torch.arange(width))
+            index[port.positions.flatten()] = port.positions[orders[group.name]].flatten()
+    for (name, side), index in indices.items():
+        _select(model, modules, name, side, index, torch.ones(len(index)))
 
 
 def change_widths(model: nn.Module, groups: Sequence[CoupledGroup], keep: Keep) -> None:
@@ -135,10 +152,8 @@ def change_widths(model: nn.Module, groups: Sequence[CoupledGroup], keep: Keep) 
     modules = dict(model.named_modules())
     head = _classifier(model)
     for (name, side), count in counts.items():
-        if side == "param":
-            _param(model, name, count, blocks[name, side])
-        else:
-            _module(modules[name], side, count, blocks[name, side])
+        index, often = _indices(_place_width(model, modules, name, side), count, blocks[name, side])
+        _select(model, modules, name, side, index, often)
     for module in modules.values():
         if hasattr(module, "num_heads") and isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "head_dim"):
             module.num_heads = module.qkv.out_features // (3 * module.head_dim)
@@ -198,30 +213,47 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[name] = value
 
 
-def _param(model: nn.Module, name: str, count: Mapping[int, int], block: Mapping[int, tuple[str, int]]) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    value = getattr(module, leaf)
-    axis = max(i for i, size in enumerate(value.shape) if size > 1)
-    _set(module, leaf, _take(value, axis, _indices(value.shape[axis], count, block)[0]))
+def _place_width(model: nn.Module, modules: Mapping[str, Any], name: str, side: str) -> int:
+    """Positions of a module's side, or of a bare parameter's last wide axis."""
+    if side == "param":
+        value = model.get_parameter(name)
+        return value.shape[_wide_axis(value)]
+    module = modules[name]
+    if isinstance(module, nn.LayerNorm):
+        return int(module.normalized_shape[-1])
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "in" else module.out_features
+    if isinstance(module, CONVS):
+        return module.in_channels if side == "in" else module.out_channels
+    return int(getattr(module, _norm_width(module), 0))
 
 
-def _module(module: Any, side: str, count: Mapping[int, int], block: Mapping[int, tuple[str, int]]) -> None:
-    conv = isinstance(module, CONVS)
-    if side == "both" and not conv:
-        return _norm(module, count, block)
-    transposed = conv and getattr(module, "transposed", False)
-    if side == "both":
-        index, _ = _indices(module.out_channels, count, block)
-        _set(module, "weight", _take(module.weight, 0, index))
-        module.in_channels = module.out_channels = module.groups = len(index)
-    elif side == "out":
-        index, _ = _indices(module.out_channels if conv else module.out_features, count, block)
-        _set(module, "weight", _take(module.weight, 1 if transposed else 0, index))
-        setattr(module, "out_channels" if conv else "out_features", len(index))
+def _wide_axis(value: Tensor) -> int:
+    return max(i for i, size in enumerate(value.shape) if size > 1)
+
+
+def _norm_width(module: nn.Module) -> str:
+    """The attribute with the width of a norm; "" of an activation, which has none."""
+    return next((a for a in ("num_features", "num_channels") if isinstance(getattr(module, a, None), int)), "")
+
+
+def _select(model: nn.Module, modules: Mapping[str, Any], name: str, side: str, index: Tensor, often: Tensor) -> None:
+    """Make the positions of one side of a module those of `index`, each of which is there so `often`."""
+    if side == "param":
+        owner, _, leaf = name.rpartition(".")
+        value = model.get_parameter(name)
+        _set(model.get_submodule(owner), leaf, _take(value, _wide_axis(value), index))
+    elif side == "both" and not isinstance(modules[name], CONVS):
+        _norm(modules[name], index)
     else:
+        _layer(modules[name], side, index, often)
+
+
+def _layer(module: Any, side: str, index: Tensor, often: Tensor) -> None:
+    conv = isinstance(module, CONVS)
+    transposed = conv and getattr(module, "transposed", False)
+    if side == "in":
         width = module.in_channels if conv else module.in_features
-        index, often = _indices(width, count, block)
         if conv and module.groups > 1:  # whole groups: each keeps its inputs
             module.groups = len(index) * module.groups // width
         else:
@@ -231,22 +263,25 @@ def _module(module: Any, side: str, count: Mapping[int, int], block: Mapping[int
             shape[axis] = len(index)
             _set(module, "weight", weight / often.to(weight).reshape(shape))
         setattr(module, "in_channels" if conv else "in_features", len(index))
-        return None
+        return
+    if side == "both":
+        _set(module, "weight", _take(module.weight, 0, index))
+        module.in_channels = module.out_channels = module.groups = len(index)
+    else:
+        _set(module, "weight", _take(module.weight, 1 if transposed else 0, index))
+        setattr(module, "out_channels" if conv else "out_features", len(index))
     if module.bias is not None:
         _set(module, "bias", _take(module.bias, 0, index))
-    return None
 
 
-def _norm(module: Any, count: Mapping[int, int], block: Mapping[int, tuple[str, int]]) -> None:
+def _norm(module: Any, index: Tensor) -> None:
     layer_norm = isinstance(module, nn.LayerNorm)
-    attribute = next((a for a in ("num_features", "num_channels") if isinstance(getattr(module, a, None), int)), None)
-    if not layer_norm and attribute is None:
+    if not layer_norm and not _norm_width(module):
         return  # an activation: no width of its own
-    index, _ = _indices(module.normalized_shape[-1] if layer_norm else getattr(module, str(attribute)), count, block)
     for name in ("weight", "bias", "running_mean", "running_var"):
         if getattr(module, name, None) is not None:
             _set(module, name, _take(getattr(module, name), -1, index))
     if layer_norm:
         module.normalized_shape = (*module.normalized_shape[:-1], len(index))
     else:
-        setattr(module, str(attribute), len(index))
+        setattr(module, _norm_width(module), len(index))

@@ -95,10 +95,11 @@ class NetworkCost:
         """Parameters of whole networks, (N,), for units per group (N, G)."""
         return self.planned_params(units).sum(1)
 
-    def fixed_macs(self) -> float:
-        """MACs of the modules that no group reaches."""
-        untouched = (self.inputs.abs().sum(1) + self.outputs.abs().sum(1)) == 0
-        return float(self.macs[untouched].sum())
+    def fixed_macs(self) -> dict[str, float]:
+        """MACs of the modules that no group reaches, the costliest first; those without any are left out."""
+        unreached = (self.inputs.abs().sum(1) + self.outputs.abs().sum(1)) == 0
+        found = {n: float(macs) for n, macs, free in zip(self.names, self.macs, unreached) if free and macs > 0}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _width(module: nn.Module, side: str) -> int:

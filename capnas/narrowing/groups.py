@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from capnas.errors import CapnasError, MissingDependencyError
+from capnas.errors import MissingDependencyError
 from capnas.layers import CONVS, MEASURED
+from capnas.narrowing.attention import has_plain_heads, head_units, is_attention
+from capnas.narrowing.refusing import CannotNarrow, one_line
 from capnas.profile import untouched
 from capnas.projection import head_names
 from capnas.recording import hooked
 
 Side = Literal["out", "in", "both", "param"]
 Atom = tuple[str, Side, int]
+Units = Sequence[Sequence[Atom]]
 _CLASSES = "it gives the classes"
 _RULES = (*CONVS, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-
-
-class CannotNarrow(CapnasError):
-    """A network, or a layer of it, whose width cannot be changed; the text says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +107,9 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
     order = _order(model, example)
     heads = head_names(model)
     fixed: dict[str, str] = {h: _CLASSES for h in heads if isinstance(modules[h], MEASURED)}
-    attentions = {n: m for n, m in modules.items() if _is_attention(m)}
+    attentions = {n: m for n, m in modules.items() if is_attention(m)}
     tied = shared_parameters(model)
-    found: list[list[list[Atom]]] = []
+    found: list[Units] = []
     for writer, units in _dependency_groups(model, example):
         reason = _tied(units, tied) or _refusal(units, modules, heads, attentions)
         if reason:
@@ -118,15 +117,29 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
                 fixed.setdefault(name, reason)
         else:
             found.append(units)
-    found += [_head_units(n, m) for n, m in attentions.items() if _plain_attention(m) and not {f"{n}.qkv", f"{n}.proj"} & tied.keys()]
-    for units in found:
-        for name in {a[0] for u in units for a in u if a[1] == "out"}:
-            fixed.pop(name, None)
-    groups = _merged(found, modules, order)
+    found += [head_units(n, m) for n, m in attentions.items() if has_plain_heads(m) and not {f"{n}.qkv", f"{n}.proj"} & tied.keys()]
+    groups = []
+    for atoms in _merged(found, modules):
+        group = _group(atoms, order)
+        if isinstance(group, CoupledGroup):
+            groups.append(group)
+            for name in {p.module for p in group.writers()}:
+                fixed.pop(name, None)
+        else:
+            for name in {name for unit in atoms for name, side, _ in unit if side != "in" and isinstance(modules.get(name), MEASURED)}:
+                fixed.setdefault(name, group)
     groups.sort(key=lambda g: order.get(g.name, len(order)))
+    held = {name for g in groups for name in layers_of(g, modules)}
+    for name in (n for n, m in modules.items() if isinstance(m, MEASURED) and n not in held):
+        fixed.setdefault(name, "Torch-Pruning follows none of its channels" if name in order else "the network does not call it")
     if not groups:
         raise cannot_narrow(model, fixed)
-    return Coupling(groups=tuple(groups), fixed=fixed)
+    return Coupling(groups=tuple(groups), fixed=dict(sorted(fixed.items(), key=lambda item: order.get(item[0], len(order)))))
+
+
+def layers_of(group: CoupledGroup, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The conv and linear layers whose width is the group's, depthwise ones too, without those that read it alone."""
+    return [p.module for p in group.ports if p.side != "in" and isinstance(modules.get(p.module), MEASURED)]
 
 
 def shared_parameters(model: nn.Module) -> dict[str, str]:
@@ -150,7 +163,7 @@ def shared_parameters(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _tied(units: list[list[Atom]], tied: Mapping[str, str]) -> str | None:
+def _tied(units: Units, tied: Mapping[str, str]) -> str | None:
     return next((tied[name] for name, _, _ in units[0] if name in tied), None)
 
 
@@ -183,10 +196,8 @@ def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str,
                 graph = tp.DependencyGraph().build_dependency(model, example, verbose=False)
                 groups = list(graph.get_all_groups())
             except Exception as error:
-                text = " ".join(str(error).split())[:200]
-                raise CannotNarrow(
-                    f"cannot narrow this {type(model).__name__}: Torch-Pruning cannot follow its channels ({type(error).__name__}: {text})."
-                ) from error
+                why = f"Torch-Pruning cannot follow its channels ({type(error).__name__}: {one_line(error)})"
+                raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {why}.") from error
     finally:
         model.train(was_training)
         for parameter, state in wanted:
@@ -216,7 +227,7 @@ def _side(module: nn.Module, handler: str) -> Side:
     return "both"
 
 
-def _refusal(units: list[list[Atom]], modules: Mapping[str, nn.Module], heads: set[str], attentions: Mapping[str, nn.Module]) -> str | None:
+def _refusal(units: Units, modules: Mapping[str, nn.Module], heads: set[str], attentions: Mapping[str, nn.Module]) -> str | None:
     """Why a group keeps its width, or None."""
     places = {(name, side) for name, side, _ in units[0]}
     if any((f"{n}.qkv", "in") in places for n in attentions):
@@ -238,30 +249,7 @@ def _refusal(units: list[list[Atom]], modules: Mapping[str, nn.Module], heads: s
     return None
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "qkv", None), nn.Linear) and isinstance(getattr(module, "proj", None), nn.Linear)
-
-
-def _plain_attention(module: Any) -> bool:
-    """Whether heads can be taken out: timm's plain ``Attention``, heads side by side in q, k and v."""
-    heads, width = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
-    if type(module).__name__ != "Attention" or not isinstance(heads, int) or not isinstance(width, int) or heads < 2:
-        return False
-    plain = isinstance(getattr(module, "norm", nn.Identity()), nn.Identity) and getattr(module, "gate", None) is None
-    return plain and module.qkv.out_features == 3 * heads * width and module.proj.in_features == heads * width
-
-
-def _head_units(name: str, module: Any) -> list[list[Atom]]:
-    width, all_heads = module.head_dim, module.num_heads * module.head_dim
-    units = []
-    for head in range(module.num_heads):
-        inside = range(head * width, (head + 1) * width)
-        atoms: list[Atom] = [(f"{name}.qkv", "out", part * all_heads + i) for part in range(3) for i in inside]
-        units.append(atoms + [(f"{name}.proj", "in", i) for i in inside])
-    return units
-
-
-def _merged(found: list[list[list[Atom]]], modules: Mapping[str, nn.Module], order: Mapping[str, int]) -> list[CoupledGroup]:
+def _merged(found: Sequence[Units], modules: Mapping[str, nn.Module]) -> list[Units]:
     """Units that share atoms, or sit in one group of a grouped conv, become one; groups that share units become one."""
     parent: dict[Atom, Atom] = {}
 
@@ -307,18 +295,23 @@ def _merged(found: list[list[list[Atom]]], modules: Mapping[str, nn.Module], ord
         unit = root(atom)
         if unit in owner:
             members[top(owner[unit])][unit].append(atom)
-    groups = (_group(list(units.values()), order) for units in members.values())
-    return [g for g in groups if g is not None]
+    return [list(units.values()) for units in members.values()]
 
 
-def _group(units: list[list[Atom]], order: Mapping[str, int]) -> CoupledGroup | None:
+def _group(units: Units, order: Mapping[str, int]) -> CoupledGroup | str:
+    """The group of these units, or why they are none."""
     places: dict[tuple[str, Side], list[list[int]]] = defaultdict(lambda: [[] for _ in units])
     for i, atoms in enumerate(units):
         for name, side, position in atoms:
             places[name, side][i].append(position)
     writers = [place for place in places if place[1] == "out"]
-    if not writers or len(units) < 2 or any(len({len(p) for p in positions}) != 1 for positions in places.values()):
-        return None  # units of different sizes: channels that are read in part, such as by a split
+    if not writers:
+        return "no conv or linear layer writes its channels"
+    if len(units) < 2:
+        return "its channels can only be removed all together"
+    if uneven := [name for (name, _), positions in places.items() if len({len(p) for p in positions}) != 1]:
+        first_of = min(uneven, key=lambda name: order.get(name, len(order)))
+        return f"{first_of} holds only some of the channels that are coupled to it, as behind a split"
     first = min(writers, key=lambda place: order.get(place[0], len(order)))
     ranks = sorted(range(len(units)), key=lambda i: min(places[first][i]))
     ports = tuple(

@@ -15,13 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from capnas.candidates import count_cost
 from capnas.errors import UsageError
 from capnas.measures.moments import Moments, covariance
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
 from capnas.narrowing.calibration import output_moments, readable
-from capnas.narrowing.groups import CannotNarrow
 from capnas.narrowing.planning import check_target
+from capnas.narrowing.refusing import CannotNarrow, check_modules, fixed_cost
 from capnas.projection import head_names
 
 
@@ -80,11 +79,12 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
         threshold: share of the variance to keep, in (0, 1].
 
     Raises:
-        CannotNarrow: no layer can be split.
+        CannotNarrow: no layer can be split, or see `capnas.narrowing.refusing`.
         UsageError: the target is out of reach.
     """
+    check_modules(model)
     modules, heads = dict(model.named_modules()), head_names(model)
-    cost = count_cost(model, (1, *images.shape[1:]))
+    cost = fixed_cost(model, images)
     names = [n for n, m in modules.items() if n in cost.layers and readable(m) and n not in heads]
     records = output_moments(model, images)
     names = [n for n in names if n in records]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,13 @@ import torch
 
 from capnas.errors import UsageError, one_of
 from capnas.measures.widths import Widths, equal_saturation, least_loss, needed_widths, width_choices
+from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.groups import CoupledGroup
 from capnas.narrowing.survey import Survey
 
 Allocation = Literal["loss", "saturation"]
 ALLOCATIONS = ("loss", "saturation")
+LARGEST = 100  # times the MACs or parameters of now, beyond which widths are taken for a mistake
 CEILING = 0.9  # saturation from which a group is named as one that could use more width
 
 
@@ -118,14 +121,14 @@ def plan_widths(
     full = float(found.cost.macs.sum())
     if widths is not None:
         units, goal = check_widths(found.groups, widths), "the widths of a plan"
+        check_growth(found.cost, units)
     elif lossless:
         units, goal = needed_widths(options), f"every group as wide as {found.threshold:g} of its variance needs"
     else:
         assert target_macs is not None
         check_target(target_macs)
-        least = float(found.cost.total_macs(torch.tensor([[float(o.choices[0]) for o in options]], dtype=torch.float64)))
-        if least > target_macs * full:
-            raise UsageError(f"{target_macs:g} of the MACs cannot be reached: {_why_not(found, least / full, full, round_to)}.")
+        if (least := _least(found, round_to)) > target_macs:
+            raise UsageError(f"{target_macs:g} of the MACs cannot be reached: {_why_not(found, target_macs, least)}.")
         allocate = least_loss if allocation == "loss" else equal_saturation
         units = allocate(options, found.cost.total_macs, target_macs * full)
         way = "least loss per MAC saved" if allocation == "loss" else "equal saturation"
@@ -133,12 +136,19 @@ def plan_widths(
     return _plan(found, units, goal)
 
 
-def _why_not(found: Survey, least: float, full: float, round_to: int) -> str:
-    fixed = found.cost.fixed_macs() / full
+def _least(found: Survey, round_to: int) -> float:
+    """Share of the MACs that remains with every group at its least width."""
+    least = [[float(width_choices(g.units, g.unit_channels, round_to)[0]) for g in found.groups]]
+    return float(found.cost.total_macs(torch.tensor(least, dtype=torch.float64))) / float(found.cost.macs.sum())
+
+
+def _why_not(found: Survey, target: float, least: float) -> str:
     words = [f"with every group at its least width {least:.2f} of them remain"]
-    if fixed >= 0.005:
-        words.append(f"layers of fixed width cost {fixed:.2f}")
-    if any(g.unit_channels < round_to for g in found.groups):
+    fixed, helps = found.cost.fixed_macs(), _least(found, 1) <= target
+    if (share := sum(fixed.values()) / float(found.cost.macs.sum())) >= 0.005:
+        costliest = ", ".join(name or "the network itself" for name in [n for n, m in fixed.items() if m >= sum(fixed.values()) / 10][:3])
+        words.append(f"layers of fixed width cost {share:.2f}" + ("" if helps else f", most of it {costliest}"))
+    if helps:
         words.append("a smaller --round-to allows narrower groups")
     return "; ".join(words)
 
@@ -168,8 +178,10 @@ def check_division(allocation: str, round_to: int) -> None:
 def read_widths(path: str | Path) -> dict[str, int]:
     """Widths by group from a JSON file: what ``--dry-run --json`` printed, or ``{"widths": {"layer1.0.conv1": 16}}``.
 
+    What was printed names each width twice, as ``planned`` of a group and in ``widths``: either may be edited.
+
     Raises:
-        UsageError: there is no such file, or it holds something else.
+        UsageError: there is no such file, it holds something else, or a width was edited to two values.
     """
     place = Path(path)
     try:
@@ -181,9 +193,36 @@ def read_widths(path: str | Path) -> dict[str, int]:
     if isinstance(document, dict) and isinstance(document.get("plan"), dict):
         document = document["plan"]
     widths = document.get("widths") if isinstance(document, dict) else None
-    if not isinstance(widths, dict) or not all(isinstance(w, int) and w > 0 for w in widths.values()):
+    rows = document.get("groups", []) if isinstance(document, dict) else None
+    named = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
+    given = [*widths.values(), *(row["planned"] for row in named if "planned" in row)] if isinstance(widths, dict) else []
+    if not isinstance(widths, dict) or not all(_is_width(w) for w in given):
         raise UsageError(f'the plan {place} must hold {{"widths": {{"layer": channels}}}} with whole numbers of channels above 0.')
-    return widths
+    return widths | {row["name"]: _edited(row, widths[row["name"]], place) for row in named if row.get("name") in widths}
+
+
+def _is_width(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
+
+
+def _edited(row: Mapping[str, Any], width: int, place: Path) -> int:
+    """A group's width, named in its row and in ``widths``: where the two differ, the one that is not what was planned.
+
+    What was planned follows from the row's other numbers: saturation is needed / width, and expected is needed / planned.
+    """
+    written = row.get("planned", width)
+    if written == width:
+        return width
+    numbers = [row.get(name) for name in ("saturation", "width", "expected")]
+    saturation, now, expected = (float(n) if isinstance(n, int | float) else 0.0 for n in numbers)
+    if min(saturation, now, expected) > 0:
+        before = round(saturation * now / expected)
+        if before in (written, width):
+            return int(width if before == written else written)
+    raise UsageError(
+        f"the plan {place} gives the group {row['name']} two widths, {written} as its planned and {width} in widths: "
+        'write the one that is meant in "widths" and take "groups" out.'
+    )
 
 
 def check_widths(groups: Sequence[CoupledGroup], widths: Mapping[str, int]) -> list[int]:
@@ -194,15 +233,34 @@ def check_widths(groups: Sequence[CoupledGroup], widths: Mapping[str, int]) -> l
         widths: channels by group; groups that are not named keep theirs.
 
     Raises:
-        UsageError: a name that is no group, or a width that is no multiple of the group's unit.
+        UsageError: a name that is no group, or a width that is no whole number above 0 or no multiple of the group's unit.
     """
     known = {g.name: g for g in groups}
     for name, width in widths.items():
         if name not in known:
             raise UsageError(one_of("a group of the plan", name, known))
+        if not _is_width(width):
+            raise UsageError(f"the width of {name} must be a whole number of channels above 0, got {width!r}.")
         if width % known[name].unit_channels or width < known[name].unit_channels:
             raise UsageError(f"the width of {name} must be a multiple of {known[name].unit_channels} channels, got {width}.")
     return [widths.get(g.name, g.channels) // g.unit_channels for g in groups]
+
+
+def check_growth(cost: NetworkCost, units: Sequence[int]) -> None:
+    """Refuse widths that would make a network of another order of size, before it is built.
+
+    Args:
+        cost: of the network as it is.
+        units: planned of each group.
+
+    Raises:
+        UsageError: more than `LARGEST` times the MACs or parameters of now.
+    """
+    wide = torch.tensor([list(units)], dtype=torch.float64)
+    for what, now, planned in (("MACs", cost.macs, cost.total_macs(wide)), ("parameters", cost.params, cost.total_params(wide))):
+        times = float(planned) / max(float(now.sum()), 1.0)
+        if times > LARGEST:
+            raise UsageError(f"the plan's network would cost {times:,.0f} times the {what} of now; give widths of at most {LARGEST} times.")
 
 
 def _plan(found: Survey, units: Sequence[int], goal: str) -> Plan:

@@ -22,8 +22,10 @@ from capnas.measures.guessing import no_better_than_a_guess
 from capnas.measures.saturation import THRESHOLD
 from capnas.narrowing import narrowed
 from capnas.narrowing.applying import narrowable
+from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.lowrank import RankPlan, factorized, plan_ranks
-from capnas.narrowing.planning import Allocation, Plan, check_division, check_target, check_widths, plan_widths
+from capnas.narrowing.planning import Allocation, Plan, check_division, check_growth, check_target, check_widths, plan_widths
+from capnas.narrowing.refusing import check_modules
 from capnas.narrowing.survey import saturations, survey
 from capnas.profile import untouched
 from capnas.projection import head_names
@@ -114,6 +116,28 @@ def calibration_images(data: ImageData, count: int, image_size: int, *, seed: in
     return data.probe(min(count, fitting), seed=seed, device=device, image_size=image_size)[0]
 
 
+def propose(model: nn.Module, data: ImageData, config: PruneConfig, *, image_size: int | None = None) -> Plan | RankPlan:
+    """The plan that `prune` would carry out; nothing is narrowed, and the network itself is not changed.
+
+    Args:
+        model: a classifier of the data's classes.
+        data: calibration images come from train.
+        config: what is wanted.
+        image_size: pixels, where not the data's.
+
+    Raises:
+        CannotNarrow, UsageError: as `prune`.
+    """
+    return make_plan(*_to_measure(model, data, config, image_size or data.image_size), config)[0]
+
+
+def _to_measure(model: nn.Module, data: ImageData, config: PruneConfig, size: int) -> tuple[nn.Module, Tensor]:
+    """A copy of the network on its device, in eval mode, and calibration images."""
+    check_modules(model)
+    device = resolve_device(config.device)
+    return copy.deepcopy(model).to(device).eval(), calibration_images(data, config.images, size, seed=config.seed, device=device)
+
+
 def make_plan(model: nn.Module, images: Tensor, config: PruneConfig) -> tuple[Plan | RankPlan, Callable[[], nn.Module]]:
     """Plan, and the function that carries the plan out on a copy of the network.
 
@@ -158,7 +182,8 @@ def pretrain(
         )
     if config.widths is not None:  # before minutes of training
         example = data.probe(2, seed=config.seed, device=next(model.parameters()).device, image_size=image_size)[0]
-        check_widths(narrowable(model, example).groups, config.widths)
+        groups = narrowable(model, example).groups
+        check_growth(NetworkCost.of(model, groups, (1, *example.shape[1:])), check_widths(groups, config.widths))
     settings = TrainConfig(epochs=config.train_epochs, seed=config.seed, device=config.device, record=False)
     _train(model, data, settings, image_size, "training", say)
     return model
@@ -200,8 +225,7 @@ def prune(
     config = PruneConfig(**settings) if config is None else replace(config, **settings)
     tell = say or (lambda text: None)
     device, size = resolve_device(config.device), image_size or data.image_size
-    full = copy.deepcopy(model).to(device).eval()
-    images = calibration_images(data, config.images, size, seed=config.seed, device=device)
+    full, images = _to_measure(model, data, config, size)
     tell(f"measuring {type(model).__name__} on {len(images)} images of {data.name}")
     start = time.perf_counter()
     plan, carry_out = make_plan(full, images, config)

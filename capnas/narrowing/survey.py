@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from capnas.capacity import capacity_map
 from capnas.errors import UsageError
-from capnas.measures.moments import covariance
 from capnas.measures.narrowing import Reader, RemovalPath, factor, removal_path
 from capnas.measures.saturation import THRESHOLD, intrinsic_dimension, spectrum
 from capnas.narrowing.applying import narrowable
 from capnas.narrowing.calibration import NormInputs, Reading, norm_inputs, norms_behind, output_moments, read_layers, readable, refitted
 from capnas.narrowing.costs import NetworkCost
-from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, shared_parameters
+from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, layers_of, shared_parameters
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,7 +67,7 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
         seed: of sampling.
 
     Raises:
-        CannotNarrow: no layer's width can be changed; the text says why.
+        CannotNarrow: no layer's width can be changed, or the network cannot be read, see `capnas.narrowing.refusing`; the text says why.
         MissingDependencyError: Torch-Pruning is not installed.
     """
     coupling = narrowable(model, images[:2])
@@ -82,7 +81,8 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
             groups.append(group)
             paths.append(removal_path(readers))
         else:
-            fixed[group.name] = "no layer that reads it is a plain dense conv or linear layer that could be refitted"
+            reason = "no layer that reads it is a plain dense conv or linear layer that could be refitted"
+            fixed |= dict.fromkeys(layers_of(group, modules), reason)
     if not groups:
         raise cannot_narrow(model, fixed)
     needed = _needed(model, groups, images, threshold)
@@ -142,8 +142,8 @@ def saturations(model: nn.Module, images: Tensor, threshold: float = THRESHOLD) 
     """
     found = {}
     for name, record in output_moments(model, images).items():
-        values = spectrum(covariance(record.moments))
-        found[name] = intrinsic_dimension(values.eigenvalues, threshold, values.total) / values.width
+        values = spectrum(record.covariance, threshold)
+        found[name] = intrinsic_dimension(values.eigenvalues, threshold, values.total) / record.width
     return found
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from capnas.measures.narrowing import moved_norm
 from capnas.narrowing import chosen_units, narrowed
 from capnas.narrowing.calibration import input_rows, norm_inputs, norms_behind, output_rows, read_layers, readable
 from capnas.narrowing.planning import plan_widths, read_widths
-from capnas.narrowing.survey import Survey, survey
+from capnas.narrowing.survey import Survey, saturations, survey
 from capnas.norms import measure_norms
 from capnas.saved import build_recipe
 
@@ -136,7 +137,9 @@ def test_goals_and_their_errors(measured: tuple[nn.Module, Survey], tmp_path) ->
     path = tmp_path / "plan.json"
     path.write_text('{"plan": {"widths": {"0": 4}}}')
     assert plan_widths(found, widths=read_widths(path)).widths["0"] == 4
-    for text, reason in (("[", "is not JSON"), ('{"widths": {"0": -1}}', "must hold"), ("{}", "must hold")):
+    for text, reason in (
+        ("[", "is not JSON"), ('{"widths": {"0": -1}}', "must hold"), ("{}", "must hold"), ('{"widths": {"0": true}}', "must hold"),
+    ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(UsageError, match=reason):
             read_widths(path)
@@ -151,13 +154,54 @@ def test_goals_and_their_errors(measured: tuple[nn.Module, Survey], tmp_path) ->
     ):
         plan_widths(found, target_macs=0.001, round_to=1)
     with pytest.raises(UsageError, match=r"remain; a smaller --round-to allows narrower groups\.$"):
+        plan_widths(found, target_macs=0.2, round_to=4)
+    with pytest.raises(UsageError, match=r"0.001 of the MACs cannot be reached: .* remain\.$"):  # nor with a smaller one
         plan_widths(found, target_macs=0.001, round_to=4)
     tight = plan_widths(found, widths={"0": 1})
     assert tight.groups[0].expected == pytest.approx(found.needed[0]) != 1  # not clipped: one channel for more than one direction
     with pytest.raises(UsageError, match="a group of the plan must be one of 0, 2; got '7'"):
         plan_widths(found, widths={"7": 2})
+    with pytest.raises(UsageError, match="the width of 0 must be a whole number of channels above 0, got True"):
+        plan_widths(found, widths={"0": True})
+    with pytest.raises(UsageError, match=r"would cost [\d,]+ times the MACs of now; give widths of at most 100 times"):
+        plan_widths(found, widths={"0": 10_000_000})
     with pytest.raises(UsageError, match="allocation must be one of loss, saturation"):
         plan_widths(found, target_macs=0.5, allocation="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_a_printed_plan_is_edited_in_a_row_or_in_widths(measured: tuple[nn.Module, Survey], tmp_path, round_to: int) -> None:
+    _, found = measured
+    path, printed = tmp_path / "plan.json", plan_widths(found, target_macs=0.7, round_to=round_to).to_dict()
+    before = printed["widths"]["0"]
+    for row, width, expected in ((1, before, 1), (before, 1, 1), (1, 1, 1), (before, before, before)):
+        printed["groups"][0]["planned"], printed["widths"]["0"] = row, width
+        path.write_text(json.dumps({"plan": printed}))
+        assert read_widths(path) == printed["widths"] | {"0": expected}
+    printed["groups"][0]["planned"], printed["widths"]["0"] = 9, 10
+    path.write_text(json.dumps({"plan": printed}))
+    with pytest.raises(UsageError, match="gives the group 0 two widths, 9 as its planned and 10 in widths: write the one that is meant"):
+        read_widths(path)
+    printed["groups"][0]["planned"] = True
+    path.write_text(json.dumps({"plan": printed}))
+    with pytest.raises(UsageError, match="whole numbers of channels above 0"):
+        read_widths(path)
+
+
+def test_saturations_of_wide_layers_need_no_more_eigenvalues_than_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 40)), torch.randn(200, 64)
+    with torch.no_grad():
+        net[0].weight.mul_(1.4 ** -torch.arange(40.0)[:, None])
+    exact = saturations(net, x)
+    sides: list[int] = []
+    full = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda m: (sides.append(len(m)), full(m))[1])
+    monkeypatch.setattr("capnas.measures.saturation.EXACT_EIGENVALUES", 12)  # they hold the threshold of 0.99, and not nearly everything
+    assert saturations(net, x) == exact
+    assert sides == [12]
+    assert saturations(net, x[:9])["0"] <= 8 / 40  # of the width, also where rows are fewer
+    assert sides == [12, 9]
 
 
 def test_residual_streams_are_narrowed_as_one() -> None:

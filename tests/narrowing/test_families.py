@@ -10,13 +10,16 @@ import optuna
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 from capnas.candidates import count_cost
 from capnas.errors import UsageError
+from capnas.layers import MEASURED
 from capnas.narrowing import narrowed, plan_widths, survey
 from capnas.narrowing.applying import change_widths, narrowable
 from capnas.narrowing.costs import NetworkCost
-from capnas.narrowing.groups import CannotNarrow
+from capnas.narrowing.groups import Coupling, layers_of
+from capnas.narrowing.refusing import CannotNarrow
 from capnas.saved import build_recipe, load_model, save_model
 from capnas.spaces import load_space
 
@@ -113,6 +116,32 @@ def test_grouped_convs_lose_whole_groups_and_attentions_whole_heads() -> None:
     assert any("token stream" in reason for reason in tokens.fixed.values())
 
 
+def unlisted(model: nn.Module, coupling: Coupling) -> set[str]:
+    """Layers that a plan would not name: in no group and without a reason."""
+    modules = dict(model.named_modules())
+    held = {name for g in coupling.groups for name in layers_of(g, modules)}
+    return {n for n, m in modules.items() if isinstance(m, MEASURED)} - held - coupling.fixed.keys()
+
+
+@pytest.mark.parametrize("name", ["skresnet18", "ghostnet_050", "vit_tiny_patch16_224"])
+def test_every_layer_is_in_a_group_or_fixed_with_a_reason(name: str) -> None:
+    model = build_recipe(recipe(name)).eval()
+    found = narrowable(model, torch.randn(2, 3, 32, 32))
+    assert unlisted(model, found) == set()
+    if name == "skresnet18":
+        why = "layer1.0.conv1.paths.0.conv holds only some of the channels that are coupled to it, as behind a split"
+        assert found.fixed["conv1"] == why
+
+
+def test_layers_that_are_not_called_or_not_read_by_plain_ones_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(96, 5))
+    model[1].unused = nn.Linear(2, 2)
+    found = survey(model.eval(), torch.randn(16, 3, 4, 4))
+    assert unlisted(model, found.coupling) == set()
+    assert found.coupling.fixed["1.unused"] == "the network does not call it"
+    assert found.coupling.fixed["0"].startswith("no layer that reads it is a plain dense conv")
+
+
 def test_removing_channels_that_do_nothing_changes_nothing() -> None:
     for name in ("resnet18", "densenet121"):
         model, x = build_recipe(recipe(name)).eval(), torch.randn(2, 3, 32, 32)
@@ -147,6 +176,8 @@ def test_layers_beside_shared_parameters_are_narrowed_and_the_shared_ones_left_a
     assert small[4].c.weight is small[4].b.weight
     assert torch.equal(small[4].b.weight, model[4].b.weight)
     with pytest.raises(UsageError, match=r"remain; layers of fixed width cost 0.29; a smaller"):  # 32 of 18 + 36 + 24 + 32
+        plan_widths(found, target_macs=0.4)
+    with pytest.raises(UsageError, match=r"remain; layers of fixed width cost 0.29, most of it 4.b, 4.c\.$"):  # no --round-to would help
         plan_widths(found, target_macs=0.01)
 
 
@@ -188,6 +219,40 @@ class Reversed(nn.Module):
         return self.head(self.conv(x).relu().mean((2, 3)).flip(1))
 
 
+class Mirrored(nn.Module):
+    """Adds its channels in reverse: a channel and its mirror image go together."""
+
+    def __init__(self, width: int, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, width, 1), norm or nn.Identity(), nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.conv(x)).relu().mean((2, 3))
+        return self.head(y * y.flip(1) + y)
+
+
+class Branching(nn.Module):
+    """Takes a path by what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(2 * x if x.mean() > 10 else x)
+
+
+class Noisy(nn.Module):
+    """Adds noise in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x + 0.1 * torch.randn_like(x))
+
+
 class Tied(nn.Module):
     """Two convs that are one parameter."""
 
@@ -221,6 +286,33 @@ def test_masks_of_infinity_are_no_broken_weights() -> None:
     assert [g.name for g in narrowable(net.eval(), torch.randn(2, 3, 4, 4)).groups] == ["0"]
 
 
+def masked() -> nn.Module:
+    net = plain()
+    l1_unstructured(net[0], "weight", 0.5)
+    return net
+
+
+def spectral(grad: bool) -> nn.Module:
+    net = plain()
+    torch.nn.utils.spectral_norm(net[0])
+    with torch.set_grad_enabled(grad):
+        net(torch.randn(2, 3, 4, 4))
+    return net
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(plain())
+
+
+def quantized() -> nn.Module:
+    from torch.ao.nn.quantized.dynamic import Linear
+
+    net = plain()
+    net[3] = Linear.__new__(Linear)  # making a real one warns in some releases of torch
+    nn.Module.__init__(net[3])
+    return net
+
+
 def broken() -> nn.Module:
     net = plain()
     net[1].running_var[2] = float("nan")
@@ -240,8 +332,24 @@ def broken() -> nn.Module:
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(128, 2)), "1 normalizes its channels in 2 groups"),
         (Split(), "cannot narrow this Split"),
         (Reversed(), "doubled channels change what is computed"),
+        *((Mirrored(width), "doubled channels change what is computed") for width in (4, 6, 7, 16)),  # the third ones of 3 n + 1 mirror
+        (Mirrored(16, nn.GroupNorm(1, 16)), "doubled channels change what is computed"),
+        (Branching(), r"this Branching: its path depends on the data \(RuntimeError: "),
+        (Noisy(), "this Noisy: its outputs are random in eval mode"),
+        (masked(), "0.weight is computed from other tensors; make it a parameter: torch.nn.utils.prune.remove for a mask, remove_spectral"),
+        (spectral(grad=True), "0.weight is computed from other tensors"),
+        (spectral(grad=False), "0.weight is computed from other tensors"),
+        (scripted(), "it is a ScriptModule; give the network that it was scripted or traced from"),
+        (quantized(), "3 is a quantized Linear; narrow the network first and quantize it after"),
     ],
 )
 def test_what_cannot_be_narrowed_says_why(model: nn.Module, reason: str) -> None:
     with pytest.raises(CannotNarrow, match=reason):
         narrowable(model.eval(), torch.randn(2, 3, 4, 4))
+
+
+def test_a_wrong_order_is_found_in_large_networks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capnas.narrowing.applying._LARGE", 10)
+    for model in (Mirrored(16), Mirrored(16, nn.GroupNorm(1, 16))):
+        with pytest.raises(CannotNarrow, match="doubled channels change what is computed"):
+            narrowable(model.eval(), torch.randn(2, 3, 4, 4))

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 from capnas.candidates import count_cost
 from capnas.errors import UsageError
 from capnas.measures.moments import covariance, moments_of
 from capnas.measures.saturation import lossless_projection
-from capnas.narrowing.groups import CannotNarrow
 from capnas.narrowing.lowrank import factorized, plan_ranks, split_layer
+from capnas.narrowing.refusing import CannotNarrow
 from capnas.saved import build_recipe, load_model, save_model
 
 RECIPE = {"timm": "resnet10t", "args": {"num_classes": 3, "in_chans": 1, "channels": [8, 12, 16, 24]}, "image_size": 32}
@@ -81,6 +82,10 @@ def test_what_saves_nothing_stays_whole() -> None:
 def test_errors() -> None:
     with pytest.raises(CannotNarrow, match="no plain dense conv or linear layer beside its head"):
         plan_ranks(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.randn(4, 1, 2, 2))
+    masked = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    l1_unstructured(masked[0], "weight", 0.5)
+    with pytest.raises(CannotNarrow, match=r"0\.weight is computed from other tensors"):
+        plan_ranks(masked, torch.randn(9, 4))
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     with pytest.raises(UsageError, match=r"0.01 of the MACs cannot be reached by splitting"):
         plan_ranks(model, torch.randn(9, 8), target_macs=0.01)

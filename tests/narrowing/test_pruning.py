@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_space import FILE, images
+from torch.nn.utils.prune import l1_unstructured
 
 from capnas.data import Augment, ImageData, load_data
 from capnas.errors import CapnasError, MissingDependencyError, UsageError
-from capnas.narrowing import narrowed, pruning
+from capnas.narrowing import CannotNarrow, narrowed, pruning
 from capnas.narrowing.pruning import PruneConfig, calibration_images, pretrain, prune
 from capnas.saved import build_recipe
 from capnas.training import evaluate
@@ -92,6 +93,20 @@ def test_a_plan_of_another_network_is_refused_before_training(data: ImageData, m
     monkeypatch.setattr(pruning, "train", lambda *args, **options: pytest.fail("trained"))
     with pytest.raises(UsageError, match="a group of the plan must be one of 0, 2, 4; got 'layer1'"):
         pretrain(build_recipe(RECIPE), data, PruneConfig(widths={"layer1": 4}, train_epochs=1), image_size=8)
+
+
+def test_widths_of_another_order_of_size_are_refused_before_training(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruning, "train", lambda *args, **options: pytest.fail("trained"))
+    with pytest.raises(UsageError, match="times the MACs of now"):
+        pretrain(build_recipe(RECIPE), data, PruneConfig(widths={"0": 10_000_000}, train_epochs=1), image_size=8)
+
+
+def test_a_masked_network_is_refused_in_a_line(data: ImageData) -> None:
+    masked = build_recipe(RECIPE)
+    l1_unstructured(masked[0], "weight", 0.5)
+    for method in ("channels", "lowrank"):
+        with pytest.raises(CannotNarrow, match=r"0\.weight is computed from other tensors"):
+            prune(masked, data, PruneConfig(target_macs=0.5, method=method, **CALM))
 
 
 def test_large_images_are_fewer(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,115 @@
+"""What cannot be narrowed at all, said before anything is measured: kinds of modules, weights, outputs, paths that depend on the data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from capnas.candidates import Cost, count_cost
+from capnas.errors import CapnasError
+from capnas.profile import untouched
+
+FAILURES = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)  # of a network that does not fit its input or its channels
+_QUANTIZED = ("torch.ao.nn.", "torch.nn.quantized", "torch.nn.intrinsic")
+
+
+class CannotNarrow(CapnasError):
+    """A network, or a layer of it, whose width cannot be changed; the text says why."""
+
+
+def check_modules(model: nn.Module) -> None:
+    """Refuse modules that cannot be copied, read or changed; nothing is run.
+
+    Raises:
+        CannotNarrow: a ScriptModule, a quantized module, or a weight that another module or a hook computes.
+
+    >>> check_modules(nn.Linear(2, 2))
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise _refused(model, f"{name or 'it'} is a ScriptModule; give the network that it was scripted or traced from")
+        kind = type(module)
+        if kind.__module__.startswith(_QUANTIZED) and ".quantized" in kind.__module__:
+            raise _refused(model, f"{name or 'it'} is a quantized {kind.__name__}; narrow the network first and quantize it after")
+        for leaf, value in vars(module).items():
+            derived = isinstance(value, Tensor) and (not value.is_leaf or {f"{leaf}_orig", f"{leaf}_v"} & module._parameters.keys())
+            if derived:
+                place = f"{name}.{leaf}" if name else leaf
+                raise _refused(
+                    model,
+                    f"{place} is computed from other tensors; make it a parameter: torch.nn.utils.prune.remove for a mask, "
+                    "remove_spectral_norm or remove_weight_norm for such a norm",
+                )
+
+
+def check_network(model: nn.Module, example: Tensor) -> None:
+    """Refuse a network of which nothing could be measured.
+
+    Args:
+        model: not changed.
+        example: (B, C, H, W) an input on the model's device.
+
+    Raises:
+        CannotNarrow: see `check_modules`; broken weights, weights of another type than the images, outputs that are no logits or that are
+            random, or a path that depends on the data.
+    """
+    check_modules(model)
+    if (reason := _unfit(model, example)) is not None:
+        raise _refused(model, reason)
+    fixed_cost(model, example)
+
+
+def fixed_cost(model: nn.Module, example: Tensor) -> Cost:
+    """The cost of one image, of a network that executes the same operations for every image of a shape.
+
+    Args:
+        model: not changed.
+        example: (B, C, H, W) an input.
+
+    Raises:
+        CannotNarrow: its cost cannot be counted from shapes, as where its path depends on the data.
+    """
+    try:
+        return count_cost(model, (1, *example.shape[1:]))
+    except FAILURES as error:
+        # operations that need values have no rule for shapes
+        why = "its path depends on the data" if "meta" in str(error) or "item()" in str(error) else "its cost cannot be counted"
+        raise _refused(model, f"{why} ({type(error).__name__}: {one_line(error)})") from error
+
+
+def _refused(model: nn.Module, reason: str) -> CannotNarrow:
+    return CannotNarrow(f"cannot narrow this {type(model).__name__}: {reason}.")
+
+
+def _unfit(model: nn.Module, example: Tensor) -> str | None:
+    """Why nothing could be measured: broken weights, weights of another type than the images, outputs that are no logits; or None."""
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.dtype != example.dtype:
+            return f"{name} is {tensor.dtype} and the images are {example.dtype}; give both one type, such as model.float()"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{name} holds NaN or infinity; give weights of a training that did not diverge"
+    for name, buffer in model.named_buffers():
+        if bool(torch.isnan(buffer).any()):  # not infinity, which masks hold
+            return f"{name} holds NaN; give weights of a training that did not diverge"
+    try:
+        with untouched(model, training=False), torch.no_grad():
+            got, again = model(example), model(example)
+    except FAILURES as error:
+        return f"it does not run on images of shape {tuple(example.shape)} ({type(error).__name__}: {one_line(error)})"
+    if not isinstance(got, Tensor):
+        return f"its output is a {type(got).__name__}; wrap it so that it gives one tensor of logits (B, classes)"
+    if got.dim() != 2 or len(got) != len(example):
+        return f"its output has the shape {tuple(got.shape)}, expected logits ({len(example)}, classes)"
+    if not bool(torch.isfinite(got).all()):
+        return "its outputs are not finite on the images"
+    return "its outputs are random in eval mode: one image gives two; switch its noise off in eval mode" if differ(got, again) else None
+
+
+def differ(got: Tensor, expected: Tensor) -> bool:
+    """Whether outputs are further apart than rounding takes them."""
+    return float((got - expected).abs().max()) > 1e-3 * float(expected.abs().max()) + 1e-6
+
+
+def one_line(error: Exception) -> str:
+    """The start of an error's text."""
+    return " ".join(str(error).split())[:160]
