@@ -13,8 +13,8 @@ from PIL import Image
 from tiny_space import FILE, images
 
 from capnas.candidates import count_cost
-from capnas.errors import CapnasError
 from capnas.data import load_data
+from capnas.errors import CapnasError
 from capnas.search import StudyConfig, run_study
 
 Run = Callable[..., tuple[int, str, str]]
