@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from capnas.errors import UsageError
+from capnas.measures.probing import untouched
+from capnas.recording import hooked
 
 SWITCHES = ("auto", "on", "off")
 # the last two from cuBLAS and cuDNN, which ask for memory of their own
@@ -33,12 +35,27 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def use_amp(switch: str, device: torch.device, model: nn.Module) -> bool:
+def use_amp(switch: str, device: torch.device, model: nn.Module, *, trained_on: tuple[int, ...] | None = None) -> bool:
     """Whether to compute in bfloat16: on CUDA devices that support it, on CPUs with bfloat16 arithmetic for models of dense convolutions.
 
     Measured on a CPU with AVX-512 BF16 at 28 px, per training epoch against float32: residual and VGG-like networks take a quarter less
     time, MBConv and ConvNeXt a tenth to a sixth more; CPUs without such arithmetic are slower throughout.
+
+    Never on a CPU, asked for or not, for a training in which a strided convolution reads a map so small that some of its taps lie in the
+    padding alone, as a 3x3 of stride 2 does on one pixel: with torch 2.13 their gradient in bfloat16 is whatever lay in memory.
+
+    Args:
+        switch: "auto", "on" or "off".
+        device: where to compute.
+        model: on that device.
+        trained_on: (C, H, W) of the images of a training; None for inference.
+
+    >>> deep = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), nn.Conv2d(2, 2, 3, 2, 1))
+    >>> [use_amp("on", torch.device("cpu"), deep, trained_on=(1, size, size)) for size in (3, 5)]
+    [False, True]
     """
+    if switch != "off" and device.type == "cpu" and trained_on is not None and _leaves_taps(model, trained_on):
+        return False
     if switch != "auto":
         return switch == "on"
     if device.type == "cuda":
@@ -69,6 +86,26 @@ def _convs(model: nn.Module) -> list[nn.Conv2d]:
 
 def _is_dense(model: nn.Module) -> bool:
     return {m.groups for m in _convs(model)} == {1}
+
+
+def _leaves_taps(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether some tap of a strided convolution reads no pixel of the map that it is given."""
+    strided = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1}
+    found: list[bool] = []
+
+    def look(conv: nn.Conv2d, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
+        for size, count, kernel, stride, pad, step in zip(
+            given[0].shape[-2:], out.shape[-2:], conv.kernel_size, conv.stride, padding, conv.dilation
+        ):
+            read = {tap for tap in range(kernel) for i in range(count) if 0 <= i * stride + tap * step - pad < size}
+            found.append(stride > 1 and len(read) < kernel)
+
+    if strided:
+        first = next(model.parameters())
+        with untouched(model), torch.no_grad(), hooked(dict.fromkeys(strided, look), model):
+            model(torch.zeros((1, *shape), dtype=first.dtype, device=first.device))
+    return any(found)
 
 
 def _overruns(conv: nn.Conv2d) -> bool:

@@ -321,6 +321,18 @@ def test_a_step_and_its_recording_stay_on_the_device_of_the_model(data: ImageDat
     assert any(seen._recent for seen in sums)
 
 
+def test_no_bfloat16_where_a_gradient_would_be_left_unwritten(data: ImageData) -> None:
+    layers = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    for size, used in ((8, True), (4, False), (2, False)):  # at 4 px the second convolution reads 2 of them, its first tap none
+        assert train(nn.Sequential(*layers), data, config(epochs=1, amp="on"), image_size=size).amp is used
+    one = nn.Conv2d(16, 24, 3, 2, 1, bias=False)
+    one(torch.randn(8, 16, 1, 1)).sum().backward()
+    assert one.weight.grad is not None
+    assert (one.weight.grad != 0).sum() == 16 * 24  # what the others must be, as in float32: the middle tap alone reads the pixel
+    assert not use_amp("on", torch.device("cpu"), one, trained_on=(16, 1, 1))
+    assert use_amp("on", torch.device("cpu"), nn.Conv2d(16, 24, 3, 1, 1), trained_on=(16, 1, 1))
+
+
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
