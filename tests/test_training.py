@@ -322,9 +322,10 @@ def test_a_step_and_its_recording_stay_on_the_device_of_the_model(data: ImageDat
 
 
 def test_no_bfloat16_where_a_gradient_would_be_left_unwritten(data: ImageData) -> None:
-    layers = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    convs = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1)]
+    model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
     for size, used in ((8, True), (4, False), (2, False)):  # at 4 px the second convolution reads 2 of them, its first tap none
-        assert train(nn.Sequential(*layers), data, config(epochs=1, amp="on"), image_size=size).amp is used
+        assert train(model, data, config(epochs=1, amp="on"), image_size=size).amp is used
     one = nn.Conv2d(16, 24, 3, 2, 1, bias=False)
     one(torch.randn(8, 16, 1, 1)).sum().backward()
     assert one.weight.grad is not None

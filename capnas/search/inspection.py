@@ -88,6 +88,21 @@ class _Network:
     blocks: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """How a network shall be read."""
+
+    measures: tuple[str, ...]
+    mode: Literal["train", "eval"] | None
+    threshold: float
+    reading: Reading
+    blocks: str | None
+
+    def is_held_by(self, profile: Profile) -> bool:
+        """Whether a profile that a training left behind, which reads layers and blocks, was read so."""
+        return self.mode in (None, profile.mode) and self.threshold == profile.threshold and self.reading == "both"
+
+
 def inspect_target(
     target: str,
     *,
@@ -108,15 +123,15 @@ def inspect_target(
 ) -> Inspection:
     """Profile a timm model, a saved model or a trial; a trial's profile after training is the stored one where that is enough.
 
-    A search keeps no weights. What needs those of a trial (norms, capacity, proxies, other blocks, a projection) trains it again as the
-    search did.
+    A search keeps no weights. What needs those of a trial (norms, capacity, proxies, other blocks, another threshold, reading or mode, a
+    projection) trains it again as the search did.
 
     Args:
         target: a name that ``timm.create_model`` takes, ``RUN:NUMBER`` or ``RUN:best``, or the folder of a saved model.
         data: images for a timm or saved model, see `capnas.load_data`. A trial uses its run's.
-        image_size: pixels, where not the data's.
-        batch: images.
-        mode: "train" or "eval"; by default "eval" where the weights are trained. A stored profile keeps its own.
+        image_size: pixels, where not the data's; a trained trial is read at the size that it was trained at.
+        batch: images; a profile that a training left behind is of the validation images.
+        mode: "train" or "eval"; by default "eval" where the weights are trained.
         threshold: of the intrinsic dimension.
         reading: "modules", "blocks" or "both".
         measures: any of `capnas.profile.MEASURES`; saturation always.
@@ -129,7 +144,8 @@ def inspect_target(
         tell: called with the epoch and its row of the curve while a trial is trained again.
 
     Raises:
-        UsageError: the target is none of these, a measure is unknown, no block has such a name, or weights are missing or do not fit.
+        UsageError: the target is none of these, a measure is unknown, no block has such a name, weights are missing or do not fit, or a
+            trained trial is asked for at another size.
         StudyError: the run has no such trial, or the trial was never trained.
     """
     if batch < 1:
@@ -140,21 +156,18 @@ def inspect_target(
     if project is not None and not 0 < project <= 1:
         raise UsageError(f"project must be a share of the variance in (0, 1], got {project}.")
     chosen = tuple(name for name in MEASURES if name in {"saturation", *measures})
-    asked = parse_trial(target)
-    if asked is not None:
-        if data is not None or weights is not None:
-            raise UsageError("a trial uses the images of its run and weights trained as the search did: leave out data and weights.")
-        trial = rebuild(open_run(asked[0]), asked[1])
-        if initial:
-            found = _untrained(trial, image_size, seed)
-        elif project is not None or blocks is not None or set(chosen) - set(_WITHOUT_WEIGHTS):
-            found = _train_again(trial, blocks, device, tell)
-        else:
-            found = _stored(trial)
-    else:
+    asked = _Asked(measures=chosen, mode=mode, threshold=threshold, reading=reading, blocks=blocks)
+    trial = parse_trial(target)
+    if trial is None:
         found = _model(target, data, image_size, weights, seed)
+    elif data is not None or weights is not None:
+        raise UsageError("a trial uses the images of its run and weights trained as the search did: leave out data and weights.")
+    elif initial:
+        found = _untrained(rebuild(open_run(trial[0]), trial[1]), image_size, seed)
+    else:
+        found = _trained(rebuild(open_run(trial[0]), trial[1]), asked, image_size, project is not None, device, tell)
     if project is not None and not found.trained:
-        advice = "give a timm model its weights with --weights FILE.safetensors" if asked is None else "leave out --initial"
+        advice = "give a timm model its weights with --weights FILE.safetensors" if trial is None else "leave out --initial"
         raise UsageError(f"a projection says what a trained network loses, and {found.name} is not trained: {advice}.")
     where = resolve_device(device)
     model, size = found.model.to(where), found.image_size
@@ -167,7 +180,7 @@ def inspect_target(
             model, state = at_default_initialization(model, seed=seed), f"{state} at torch's default initialization"
         profile = profile_model(model, x, y, threshold=threshold, reading=reading, blocks=blocks or found.blocks, mode=using, seed=seed)
         state = f"{state}, {len(x)} images of {found.data.name}"
-    exact = None if asked is None else False  # a trial's scores compare with those of its run
+    exact = None if trial is None else False  # a trial's scores compare with those of its run
     profile = enrich(profile, model, x, y, measures=chosen, graph=graph, exact_capacity=exact, seed=seed, start=found.start)
     counted = with_macs(profile, graph)  # a stored profile may hold none
     cost = cost_of(model, graph)
@@ -192,6 +205,16 @@ def _untrained(trial: Rebuilt, image_size: int | None, seed: int) -> _Network:
     )  # fmt: skip
 
 
+def _trained(trial: Rebuilt, asked: _Asked, image_size: int | None, weights: bool, device: str, tell: Tell | None) -> _Network:
+    """The trial's network as the search left it: its stored profile where that is what was asked for, else trained again."""
+    size, stored = trial.candidate.image_size, trial.evaluation.profile
+    if image_size not in (None, size):
+        raise UsageError(f"{_named(trial)} was trained at {size} px and is read so; --initial profiles its network at {image_size}.")
+    weights = weights or asked.blocks is not None or bool(set(asked.measures) - set(_WITHOUT_WEIGHTS))
+    enough = not weights and (stored is None or asked.is_held_by(stored))
+    return _stored(trial) if enough else _train_again(trial, asked, device, tell)
+
+
 def _stored(trial: Rebuilt) -> _Network:
     """The trial's profile as the search left it; the model has the weights that the search started from."""
     epochs = _epochs(trial)
@@ -201,7 +224,7 @@ def _stored(trial: Rebuilt) -> _Network:
     )  # fmt: skip
 
 
-def _train_again(trial: Rebuilt, blocks: str | None, device: str, tell: Tell | None) -> _Network:
+def _train_again(trial: Rebuilt, asked: _Asked, device: str, tell: Tell | None) -> _Network:
     """The trial's network after the training that the search gave it: the same weights on the same machine, none were kept."""
     epochs, name = _epochs(trial), _named(trial)
     if epochs == 0:
@@ -215,15 +238,16 @@ def _train_again(trial: Rebuilt, blocks: str | None, device: str, tell: Tell | N
         return "as far as the search went" if epoch == epochs else None
 
     config = trial.run.config.training()
-    config = dataclasses.replace(config, device=device, blocks=blocks or config.blocks)
+    config = dataclasses.replace(config, device=device, blocks=asked.blocks or config.blocks)
     result = train(model, trial.data, config, image_size=trial.candidate.image_size, on_epoch=stop)
     if result.profile is None or len(result.curve) < epochs:
         raise StudyError(f"training {name} again ended as {result.status}: {result.reason}.")
     where = torch.device(result.device)
     start = InitialWeights(weights={n: w.to(where) for n, w in start.weights.items()})
+    profile = result.profile if asked.is_held_by(result.profile) else None
     return _Network(
         model=model, name=name, state=f"trained again for {counted(epochs, 'epoch')} as in the search", data=trial.data,
-        image_size=trial.candidate.image_size, trained=True, profile=result.profile, start=start,
+        image_size=trial.candidate.image_size, trained=True, profile=profile, start=start, blocks=config.blocks,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from capnas._timm import timm
 from capnas.capacity import capacity_map
 from capnas.profile import Profile, profile_model
-from capnas.profile.enriching import with_capacity
+from capnas.profile.enriching import enrich
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -127,8 +127,7 @@ def test_layers_without_capacity_are_named_in_the_profile() -> None:
     assert {name: after.skipped[name] for name in before.skipped} == before.skipped
     assert before.skipped["spare"] == "Linear was never called in the forward pass"
     stale = replace(after, skipped={**after.skipped, "stem": "capacity: of another state"})
-    again = with_capacity(stale, capacity_map(model, x, mode="eval"))
-    assert again.skipped == after.skipped
+    assert enrich(stale, model, x, measures=("capacity",)).skipped == after.skipped
 
 
 def test_coherent_share_shattering_and_residual_sum_are_numbers_of_the_network() -> None:

@@ -114,6 +114,18 @@ def test_a_trial_is_trained_again_as_the_search_did_for_what_needs_its_weights(f
     assert document["left_out"] == ["structure", "capacity", "proxies"]
 
 
+def test_a_trial_is_read_as_asked_and_not_as_it_happens_to_be_stored(folder: Path) -> None:
+    stored = inspect_target(f"{folder}:best")
+    other = inspect_target(f"{folder}:best", threshold=0.5, reading="modules", mode="train", device="cpu")
+    assert (stored.state, other.state.partition(",")[0]) == ("after 1 epoch of the search", "trained again for 1 epoch as in the search")
+    assert (other.profile.threshold, other.profile.mode, other.profile.blocks) == (0.5, "train", ())
+    assert sum(row.k for row in other.profile.layers) < sum(row.k for row in stored.profile.layers)
+    assert inspect_target(f"{folder}:best", image_size=8, mode="eval").state == stored.state
+    with pytest.raises(UsageError, match="was trained at 8 px and is read so; --initial profiles its network at 16"):
+        inspect_target(f"{folder}:best", image_size=16)
+    assert inspect_target(f"{folder}:best", image_size=16, initial=True).image_size == 16
+
+
 def test_every_score_that_is_no_number_says_why(folder: Path, tmp_path: Path) -> None:
     trial = rebuild(open_run(folder))
     kept = retrain_trial(trial, epochs=1, device="cpu")["model"]
