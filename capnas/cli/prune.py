@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
-from capnas.console import LONGER, at_chance, out_json, say, short, show_table
+from capnas.console import LONGER, SAW_VALIDATION, at_chance, out_json, say, short, show_table
 from capnas.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -79,8 +79,11 @@ def prune(
             document: dict[str, Any] = {"target": found.name, "plan": proposed.to_dict()}
         else:
             result = prune_model(model, found.data, config, image_size=found.image_size, say=say)
-            document = {"target": found.name, "plan": result.plan.to_dict(), "report": result.report, "out": str(out)}
-            extra = {"target": found.name, "data": data_record(found.data), "trained": True, "report": result.report}
+            report = result.report | {"saw_validation": found.saw_validation}
+            document = {"target": found.name, "plan": result.plan.to_dict(), "report": report, "out": str(out)}
+            extra = {"target": found.name, "data": data_record(found.data), "trained": True, "report": report}
+            if found.saw_validation:
+                extra["retrained"] = True
             save_model(result.model.cpu(), out, found.recipe, extra=extra, force=force)  # type: ignore[arg-type]
     if json:
         out_json(document)
@@ -90,6 +93,8 @@ def prune(
         if not json:
             show_report(document["report"])
             say(f"saved: {out}  (capnas.load_model({str(out)!r}))")
+        if found.saw_validation:
+            say(SAW_VALIDATION)
         measured = found.data.sizes["validation"]
         if line := guessed(document["report"]["accuracy"], document["report"]["at_chance"], found.data.guess, measured):
             say(line) if json else print(line)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capnas.cli.app import Device, Json, app, quiet, whole
-from capnas.console import duration, number, out_json, pairs, say, short, show_table
+from capnas.console import SAW_VALIDATION, duration, number, out_json, pairs, say, short, show_table
 from capnas.documents import json_text, write_whole
 from capnas.errors import counted
 
@@ -60,6 +60,9 @@ def resolution(
                 f"--trained starts from the trained weights of a saved model, and {found.name} has none: "
                 "give the folder of a trained model that capnas saved, or leave --trained out."
             )
+
+        if trained and found.saw_validation:
+            say(SAW_VALIDATION)
 
         def build(size: int) -> Any:
             return found.build(seed, image_size=size, trained=trained)

@@ -266,7 +266,7 @@ def _named(trial: Rebuilt) -> str:
 def _model(target: str, data: str | None, image_size: int | None, weights: str | Path | None, seed: int) -> _Network:
     found = open_target(target, data=data, image_size=image_size)
     model, trained = found.build(seed), found.trained
-    state = "trained weights" if trained else "before training"
+    state = "weights trained on train and validation" if found.saw_validation else "trained weights" if trained else "before training"
     if weights is not None:
         load_weights(model, found, weights)
         state, trained = f"weights of {Path(weights).name}", True

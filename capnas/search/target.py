@@ -33,6 +33,8 @@ class Target:
         trained: whether there are trained weights: only a saved model has any, a trial keeps its architecture alone.
         recipe: JSON values from which `capnas.saved.build_recipe` builds the architecture.
         folder: of a saved model, else None.
+        saw_validation: whether its weights were trained on the validation images too, as `capnas.search.trials.retrain_trial` does:
+            accuracies on them are then of images that it knows.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Target:
     trained: bool
     recipe: dict[str, Any]
     folder: Path | None = None
+    saw_validation: bool = False
 
     def build(self, seed: int = 0, *, image_size: int | None = None, trained: bool = True) -> nn.Module:
         """The network on the CPU: its trained weights where there are any, in eval mode; else fresh ones, in training mode.
@@ -208,7 +211,9 @@ def _saved(folder: Path, data: str | ImageData | None, image_size: int | None, o
             f"the model in {folder} takes images of {shape['in_chans']} channels and knows {shape['num_classes']} classes, "
             f"but {images.name} has {images.in_chans} and {images.num_classes}; give its own data with --data."
         )
-    return Target(name=str(folder), data=images, image_size=size, trained=extra.get("trained", True), recipe=recipe, folder=folder)
+    trained = extra.get("trained", True)
+    saw = trained and bool(extra.get("retrained")) and data in (None, known.get("source"))
+    return Target(name=str(folder), data=images, image_size=size, trained=trained, recipe=recipe, folder=folder, saw_validation=saw)
 
 
 def _images(data: str | ImageData, options: dict[str, Any]) -> ImageData:

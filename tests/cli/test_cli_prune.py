@@ -53,6 +53,20 @@ def test_plan_edit_prune_and_load(run: Run, saved: Path, tmp_path: Path) -> None
     assert code == 0, err
 
 
+def test_a_network_that_knows_the_validation_images_says_so_narrowed_too(run: Run, saved: Path, tmp_path: Path) -> None:
+    extra = json.loads((saved / "manifest.json").read_text())["extra"] | {"retrained": {"epochs": 1}}
+    known = save_model(build_recipe(RECIPE), tmp_path / "known", RECIPE, extra=extra)
+    says = "the network was trained on the validation images too: accuracies on them are of images that it knows"
+    for source, out in ((known, "small"), (tmp_path / "small", "smaller"), (saved, "other")):
+        code, text, err = run("prune", source, "--target-macs", "0.8", "--out", tmp_path / out, "--json", *SHORT)
+        assert code == 0, err
+        assert (says in err, json.loads(text)["report"]["saw_validation"]) == (out != "other", out != "other")
+    assert run("prune", known, "--target-macs", "0.8", "--dry-run", *SHORT)[0] == 0
+    err = run("resolution", known, "--trained", "--candidates", "8", "--epochs", "4", "--device", "cpu")[2]
+    assert says in err
+    assert says not in run("resolution", known, "--candidates", "8", "--dry-run")[2]
+
+
 def test_the_plan_is_shown_as_a_table(run: Run, saved: Path) -> None:
     code, out, err = run("prune", saved, "--target-macs", "0.6", "--dry-run", *SHORT)
     assert code == 0, err

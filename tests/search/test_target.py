@@ -17,9 +17,11 @@ from capnas.narrowing.lowrank import factorized, plan_ranks
 from capnas.saved import build_recipe, save_model
 from capnas.search import run_study
 from capnas.search.config import StudyConfig
+from capnas.search.inspection import inspect_target
 from capnas.search.opening import data_record
 from capnas.search.runs import open_run
 from capnas.search.target import open_target
+from capnas.search.trials import rebuild, retrain_trial
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 OPTIONS = {"image_size": 8, "in_chans": 1}
@@ -75,6 +77,15 @@ def test_a_saved_model_brings_weights_and_images(folder: Path, tmp_path: Path) -
     assert not torch.equal(target.build(seed=6, trained=False).eval()(x), model(x))
     with pytest.raises(UsageError, match=r"takes images of 1 channels and knows 3 classes, but .* has 1 and 10"):
         open_target(str(tmp_path / "m"), data="fashion-mnist-12k")
+
+
+def test_a_retrained_trial_knows_the_validation_images_of_its_run(folder: Path) -> None:
+    record = retrain_trial(rebuild(open_run(folder), 0), epochs=1, device="cpu")
+    place = str(folder / record["model"])
+    assert open_target(place).saw_validation
+    assert not open_target(place, data=load_data(images(classes=3, n=90), validation=0.2, test=0.2)).saw_validation
+    assert not open_target(f"{folder}:0").saw_validation
+    assert inspect_target(place, batch=8, device="cpu").state.startswith("weights trained on train and validation, ")
 
 
 def test_a_network_with_a_fixed_input_is_built_for_the_images(tmp_path: Path) -> None:
