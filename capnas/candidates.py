@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from capnas.devices import is_out_of_memory
 from capnas.errors import CapnasError, SpaceError, StudyError
 from capnas.graph.canonical import architecture_hash
 from capnas.graph.tracing import Trace, trace
@@ -221,7 +222,7 @@ def _reasons(space: Callable[..., Any]) -> Iterator[None]:
     except optuna.TrialPruned as error:
         raise Infeasible(_line(error) or "pruned by the space without a reason") from error
     except (AssertionError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         if _unknown_to_timm(error):
             text = f"the space {space_name(space)!r} asks timm for what it does not know: {_line(error).rstrip('.')}"

@@ -129,15 +129,6 @@ class Trace:
                 seen.add(node.index)
         return frozenset(seen - {INPUT})
 
-    def consumers(self) -> dict[int, tuple[int, ...]]:
-        """For each producer (-1 included) the nodes that read it, in the order of execution."""
-        readers: dict[int, list[int]] = {i: [] for i in range(INPUT, len(self.nodes))}
-        for node in self.nodes:
-            for i in dict.fromkeys(node.inputs):
-                if i is not None:
-                    readers[i].append(node.index)
-        return {i: tuple(r) for i, r in readers.items()}
-
     def source(self, index: int | None) -> int | None:
         """Follow shape-only nodes back to the operation that computed the values (-1: the input; None: no such node)."""
         while index is not None and index >= 0 and self.nodes[index].shape_only:

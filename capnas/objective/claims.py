@@ -20,7 +20,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.evaluation import Evaluation, stored_with
 
 CLAIM = "capnas:claim"  # key of the trial's system attribute
 STALE_AFTER = 6 * 3600.0  # seconds until a trial of another host counts as abandoned
@@ -102,9 +102,9 @@ def sweep(study: optuna.Study, *, stale_after: float = STALE_AFTER) -> list[int]
         why = abandoned(trial, study.study_name, stale_after=stale_after)
         if why is None:
             continue
-        stored = trial.user_attrs.get(ATTRIBUTE)
+        stored = stored_with(trial)
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):  # another worker swept it first
-            if stored is None:
+            if not stored:
                 write = functools.partial(study._storage.set_trial_user_attr, trial._trial_id)
                 Evaluation(status="interrupted", reason=why, params=trial.params).write(write)
                 study.tell(trial.number, state=TrialState.FAIL)

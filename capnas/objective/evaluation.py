@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
 from capnas.data import ImageData
 from capnas.documents import plain
 from capnas.errors import StudyError
@@ -121,6 +123,17 @@ class Evaluation:
         """The evaluation stored with a trial of a study, or None where there is none."""
         stored = trial.user_attrs.get(ATTRIBUTE)
         return None if stored is None else cls.from_dict(stored)
+
+
+def stored_with(trial: FrozenTrial) -> Mapping[str, Any]:
+    """What an evaluation left with a trial, in JSON types and of any version; empty where nothing is.
+
+    >>> import optuna
+    >>> dict(stored_with(optuna.trial.create_trial(values=[0.5])))
+    {}
+    """
+    stored = trial.user_attrs.get(ATTRIBUTE)
+    return stored if isinstance(stored, Mapping) else {}
 
 
 def fingerprint(train: TrainConfig, data: ImageData) -> str:

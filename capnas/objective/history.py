@@ -9,22 +9,22 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from capnas.objective.evaluation import ATTRIBUTE, VERSION, Evaluation
+from capnas.objective.evaluation import VERSION, Evaluation, stored_with
 from capnas.objective.targets import value_of
 
 
-def past(trial: Any, *states: TrialState) -> Iterator[tuple[int, dict[str, Any]]]:
+def past(trial: Any, *states: TrialState) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Numbers and stored evaluations of the trials of a study; nothing for a trial outside one (``FixedTrial``)."""
     if isinstance(trial, optuna.Trial):
         for earlier in trial.study.get_trials(deepcopy=False, states=states):
-            stored = earlier.user_attrs.get(ATTRIBUTE)
-            if isinstance(stored, dict) and stored.get("version") == VERSION:
+            stored = stored_with(earlier)
+            if stored.get("version") == VERSION:
                 yield earlier.number, stored
 
 
 def find_twin(
     trial: Any, found: Mapping[str, Any], *, names: Sequence[str], weights: Mapping[str, float], epochs: int
-) -> tuple[int, dict[str, Any]] | None:
+) -> tuple[int, Mapping[str, Any]] | None:
     """An earlier trial of the same architecture, resolution and settings whose outcome is this one's as well.
 
     The architecture is its dataflow graph: initial weights, which a space may draw too, are no part of it.

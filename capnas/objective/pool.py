@@ -24,7 +24,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from capnas.errors import StudyError, UsageError
-from capnas.objective.evaluation import ATTRIBUTE, VERSION
+from capnas.objective.evaluation import VERSION, stored_with
 from capnas.objective.gates import BestShare, Measured, best_share, parse_gate
 from capnas.objective.targets import weighted
 
@@ -100,7 +100,7 @@ class Selection:
         if len(seen) < self.pool:
             return
         origins = {t.user_attrs[QUEUED] for t in trials if QUEUED in t.user_attrs and not _lost(t)}
-        taken = {m.key for t, m in seen if _status(t) != MEASURED or t.number in origins}
+        taken = {m.key for t, m in seen if stored_with(t).get("status") != MEASURED or t.number in origins}
         first = {m.key: (t, m) for t, m in reversed(seen) if m.key not in taken and not math.isnan(m.score)}
         waiting = sorted(first.values(), key=lambda row: (-row[1].score, row[0].number))
         if not self.costs:
@@ -119,9 +119,9 @@ class Selection:
         """
         idle: Counter[str] = Counter()
         for trial in reversed(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))):
-            if not is_untrained(trial) or trial.user_attrs[ATTRIBUTE].get("settings") not in (None, self.settings):
+            if not is_untrained(trial) or stored_with(trial).get("settings") not in (None, self.settings):
                 break  # what other settings or an older capnas measured is in no pool any more
-            idle[_status(trial) or ""] += 1
+            idle[stored_with(trial).get("status") or ""] += 1
         limit = self.pool + 20 / self.gate.share
         if idle[MEASURED] > limit:
             text = f"none of the last {idle[MEASURED]} candidates has a {self.gate.name} among the best {100 * self.gate.share:g} %"
@@ -142,8 +142,8 @@ class Selection:
                 yield trial, measured
 
     def _place(self, trial: FrozenTrial) -> Measured | None:
-        stored = trial.user_attrs.get(ATTRIBUTE)
-        if not isinstance(stored, dict) or stored.get("version") != VERSION or stored["settings"] != self.settings:
+        stored = stored_with(trial)
+        if stored.get("version") != VERSION or stored["settings"] != self.settings:
             return None
         known = stored["status"] not in ("gated", "interrupted") and all(name in stored["metrics"] for name in self.weights)
         return self._measured(stored) if known else None
@@ -164,13 +164,9 @@ def superseded(trial: optuna.Trial) -> bool:
 
 def is_untrained(trial: FrozenTrial) -> bool:
     """Whether a trial of a search with a share ended before its training: it was drawn for a look only."""
-    return GATE in trial.constraints and _status(trial) in _UNTRAINED
+    return GATE in trial.constraints and stored_with(trial).get("status") in _UNTRAINED
 
 
 def _lost(trial: FrozenTrial) -> bool:
     """Whether a signal ended the trial, so that its candidate is to be trained after all."""
-    return trial.state == TrialState.FAIL and _status(trial) != "failed"
-
-
-def _status(trial: FrozenTrial) -> str | None:
-    return (trial.user_attrs.get(ATTRIBUTE) or {}).get("status")
+    return trial.state == TrialState.FAIL and stored_with(trial).get("status") != "failed"

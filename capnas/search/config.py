@@ -204,14 +204,17 @@ class StudyConfig:
         except (tomllib.TOMLDecodeError, TypeError) as error:
             raise StudyError(f"the study's settings cannot be read: {error}.") from error
 
-    def images(self) -> ImageData:
+    def images(self, **more: Any) -> ImageData:
         """The images of the study; at the largest of `resolutions` where there are some, unless ``data_options`` name an ``image_size``.
+
+        Args:
+            more: options of `capnas.load_data` that come before the study's own.
 
         Raises:
             DataError, UsageError: see `capnas.load_data`.
         """
         largest = {} if self.resolutions is None else {"image_size": max(self.resolutions)}
-        return load_data(self.data, **{"seed": self.seed} | largest | dict(self.data_options))
+        return load_data(self.data, **{"seed": self.seed} | largest | dict(self.data_options) | more)
 
     @property
     def rates_capacity(self) -> bool:

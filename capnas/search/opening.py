@@ -16,7 +16,7 @@ from capnas.data import DataSpec, ImageData
 from capnas.data.digest import digest_changes
 from capnas.errors import StudyError
 from capnas.objective import Objective
-from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
+from capnas.objective.evaluation import stored_with
 from capnas.scoring import CAPACITY_WEIGHTS
 from capnas.search.config import StudyConfig
 from capnas.search.enqueuing import begun
@@ -117,7 +117,7 @@ def check_data(study: optuna.Study, objective: Objective) -> None:
             )
         if "digest" not in stored:
             study.set_user_attr(DATA, data_facts(objective.data))
-    elif not trials or any((t.user_attrs.get(EVALUATION) or {}).get("settings") == objective.settings for t in trials):
+    elif not trials or any(stored_with(t).get("settings") == objective.settings for t in trials):
         study.set_user_attr(DATA, data_facts(objective.data))  # else of a study from before this was kept: nobody knows its images
 
 

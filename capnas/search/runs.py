@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from capnas.errors import StudyError
-from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.evaluation import Evaluation, stored_with
 from capnas.objective.pool import is_untrained
 from capnas.search.config import StudyConfig
 from capnas.search.storages import HIDDEN, open_storage
@@ -84,7 +84,7 @@ class RunResult:
 def is_settled(trial: FrozenTrial) -> bool:
     """Whether a trial ended by itself, with a value, pruned or by an error of its own, but not by a signal."""
     if trial.state == TrialState.FAIL:
-        return (trial.user_attrs.get(ATTRIBUTE) or {}).get("status") == "failed"
+        return stored_with(trial).get("status") == "failed"
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 

@@ -186,8 +186,7 @@ def _trial(
     place: str, which: int | Literal["best"], data: str | ImageData | None, image_size: int | None, options: dict[str, Any]
 ) -> Target:
     run = open_run(place)
-    known = {"seed": run.config.seed} | dict(run.config.data_options)
-    images = _images(data or run.config.data, (known if data is None else {}) | options)
+    images = run.config.images(**options) if data is None else _images(data, options)
     try:
         found = rebuild(run, which, data=images)
     except StudyError:

@@ -18,8 +18,7 @@ from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
 from capnas.layers import has_block
 from capnas.objective import Objective
 from capnas.objective.claims import local, sweep
-from capnas.objective.evaluation import ATTRIBUTE as EVALUATION
-from capnas.objective.evaluation import Evaluation
+from capnas.objective.evaluation import Evaluation, stored_with
 from capnas.objective.pool import superseded
 from capnas.objective.stopping import MedianRule
 from capnas.search.config import StudyConfig
@@ -168,16 +167,12 @@ def ended(study: optuna.Study) -> frozenset[int]:
 def failures_in_a_row(trials: list[FrozenTrial], before: Collection[int]) -> list[FrozenTrial]:
     """The ended trials, but for those of the numbers `before`, after the last one that ended without an error of its own."""
     new = (t for t in trials if t.state.is_finished() and t.number not in before)
-    own = [t for t in new if t.state != TrialState.FAIL or _status(t) != "interrupted"]
+    own = [t for t in new if t.state != TrialState.FAIL or stored_with(t).get("status") != "interrupted"]
     return list(itertools.takewhile(lambda t: t.state == TrialState.FAIL, reversed(own)))[::-1]
 
 
-def _status(trial: FrozenTrial) -> str | None:
-    return (trial.user_attrs.get(EVALUATION) or {}).get("status")
-
-
 def _reason(trial: FrozenTrial) -> str:
-    return (trial.user_attrs.get(EVALUATION) or {}).get("reason", "an error that left no text")[:300]
+    return str(stored_with(trial).get("reason", "an error that left no text"))[:300]
 
 
 def _one(

@@ -84,8 +84,6 @@ def test_functional_code_constants_and_dead_branch() -> None:
     (pool,) = only(graph, "max_pool2d_with_indices")
     assert pool.attrs["kernel_size"] == (2, 2)
     assert pool.shapes == ((1, 5, 3, 3), (1, 5, 3, 3))
-    assert graph.consumers()[pool.index] == (only(graph, "add")[0].index,)
-    assert graph.consumers()[INPUT] == (dead.index, conv.index)
 
 
 def test_views_written_in_place_reach_the_readers_of_the_base() -> None:

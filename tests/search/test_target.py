@@ -160,6 +160,14 @@ def test_images_of_a_search_over_sizes_are_loaded_at_the_largest(tmp_path: Path)
     assert replace(config, resolutions=(16, 32)).images().image_size == 32
 
 
+def test_a_trial_of_a_search_over_sizes_has_the_images_of_the_search(folder: Path, tmp_path: Path) -> None:
+    asked = replace(open_run(folder).config, out=str(tmp_path / "sizes"), trials=1, resolutions=(8, 12), data_options={"in_chans": 1})
+    target = open_target(f"{run_study(asked).folder}:0")
+    assert (target.data.image_size, target.data.std) == (12, asked.images().std)
+    assert target.image_size in (8, 12)
+    assert open_target(f"{tmp_path / 'sizes'}:0", data_options={"image_size": 10}).data.image_size == 10
+
+
 def test_what_is_no_target_says_what_is(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"no timm model 'resnet1'; did you mean"):
         open_target("resnet1")
