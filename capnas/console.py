@@ -29,8 +29,8 @@ def number(text: str, option: str = "") -> int:
     """A whole number written as 8000000, 8e6, 8_000_000, 8M, 1.5G or 300k, with a sign or without.
 
     Args:
-        text: What was written.
-        option: Where, for the error.
+        text: what was written.
+        option: where, for the error.
 
     Raises:
         UsageError: anything else.
@@ -175,9 +175,9 @@ def guess(run: Any, accuracies: Iterable[float | None], split: str = "validation
     """What `at_chance` is told where none of these is clearly better than a guess, one over the number of classes; None else.
 
     Args:
-        run: A `capnas.search.RunResult`; None also where its images are unknown.
-        accuracies: On a split of its images.
-        split: Which.
+        run: a `capnas.search.RunResult`; None also where its images are unknown.
+        accuracies: on a split of its images.
+        split: which.
     """
     from capnas.measures.guessing import no_better_than_a_guess
     from capnas.search.opening import DATA
@@ -197,12 +197,12 @@ def at_chance(
     """What to say of what is no better than a guess, or better on so few images that luck may have done it.
 
     Args:
-        what: The start of the sentence.
-        chance: The accuracy of a guess.
-        advice: What to do.
-        accuracy: That of the network, where it is known.
-        images: On how many it was measured.
-        split: On which.
+        what: the start of the sentence.
+        chance: the accuracy of a guess.
+        advice: what to do.
+        accuracy: that of the network, where it is known.
+        images: on how many it was measured.
+        split: on which.
 
     >>> at_chance("this network is no", 0.1, "train it")
     'this network is no better than a guess (10.0 %): train it'

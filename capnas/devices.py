@@ -18,7 +18,7 @@ def resolve_device(device: str) -> torch.device:
     """The device behind "auto" or a name of torch.
 
     Raises:
-        UsageError: A device that torch does not know or that this machine lacks.
+        UsageError: a device that torch does not know or that this machine lacks.
 
     Example:
         >>> resolve_device("cpu")

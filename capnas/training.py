@@ -40,25 +40,25 @@ class TrainConfig:
     """How a candidate is trained.
 
     Args:
-        epochs: Passes over the training split, at least 1.
-        batch_size: Images per update.
-        optimizer: Any name of ``timm.optim.create_optimizer_v2``.
-        lr: Peak learning rate.
-        weight_decay: Applied to weights of two or more axes only (timm's grouping).
-        schedule: One of cosine, poly, step, constant, none; stepped per update.
-        warmup_epochs: Length of the linear warm-up, fractions allowed; never more than half the training.
-        label_smoothing: In [0, 1).
-        clip_grad: Largest gradient norm, or None.
-        seed: Of shuffling, augmentation and dropout. The weights of the model are the caller's.
+        epochs: passes over the training split, at least 1.
+        batch_size: images per update.
+        optimizer: any name of ``timm.optim.create_optimizer_v2``.
+        lr: peak learning rate.
+        weight_decay: applied to weights of two or more axes only (timm's grouping).
+        schedule: one of cosine, poly, step, constant, none; stepped per update.
+        warmup_epochs: length of the linear warm-up, fractions allowed; never more than half the training.
+        label_smoothing: in [0, 1).
+        clip_grad: largest gradient norm, or None.
+        seed: of shuffling, augmentation and dropout. The weights of the model are the caller's.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         amp: bfloat16 autocast: "auto" (where it is faster, see `capnas.devices.use_amp`), "on" or "off".
-        channels_last: Memory format: "auto", "on" or "off".
-        record: Measure saturation while training.
-        threshold: Share of the variance in the definition of saturation, in (0, 1].
-        blocks: Regular expression of the units that are read as blocks, see `capnas.layers.find_blocks`.
+        channels_last: memory format: "auto", "on" or "off".
+        record: measure saturation while training.
+        threshold: share of the variance in the definition of saturation, in (0, 1].
+        blocks: regular expression of the units that are read as blocks, see `capnas.layers.find_blocks`.
 
     Raises:
-        UsageError: A value of another kind or out of its range; the text says which.
+        UsageError: a value of another kind or out of its range; the text says which.
 
     Example:
         >>> TrainConfig(epochs=2).optimizer
@@ -116,13 +116,13 @@ class TrainingResult:
 
     Attributes:
         status: "complete", "stopped" (by ``on_epoch``), "diverged" or "out_of_memory".
-        reason: Why it did not complete, else "".
-        curve: One dict per finished epoch: epoch (from 1), train_loss, lr, seconds, and where measured val_loss, accuracy,
+        reason: why it did not complete, else "".
+        curve: one dict per finished epoch: epoch (from 1), train_loss, lr, seconds, and where measured val_loss, accuracy,
             saturation_mean and saturation_evenness over the layers, in eval mode plain, in train mode with the prefix ``train_``.
-        accuracy: On the evaluation split after the last finished epoch, in [0, 1]; None without one.
-        profile: Of the last finished epoch: of the evaluation (fixed weights), or of the training where nothing was evaluated.
-        seconds: Wall-clock time of the whole call.
-        device, amp, channels_last: What "auto" became.
+        accuracy: on the evaluation split after the last finished epoch, in [0, 1]; None without one.
+        profile: of the last finished epoch: of the evaluation (fixed weights), or of the training where nothing was evaluated.
+        seconds: wall-clock time of the whole call.
+        device, amp, channels_last: what "auto" became.
     """
 
     status: str
@@ -193,11 +193,11 @@ def train(
     running statistics of batch norms are measured anew first (`capnas.norms.measure_norms`).
 
     Args:
-        model: Ends trained, on ``config.device``, in eval mode.
-        data: Images.
-        config: How.
-        image_size: Resolution, where it is not the data set's.
-        on_epoch: Called with the epoch (from 1), its row of the curve and its profile; a text returned ends the training as "stopped".
+        model: ends trained, on ``config.device``, in eval mode.
+        data: images.
+        config: how.
+        image_size: resolution, where it is not the data set's.
+        on_epoch: called with the epoch (from 1), its row of the curve and its profile; a text returned ends the training as "stopped".
         split: "train" or "train+validation".
         evaluate_on: "validation", or None.
 
@@ -249,11 +249,11 @@ def retrain(
     """The final training: on train and validation together, then one evaluation on the test split, the only one in a study.
 
     Args:
-        model: Fresh, not the one of the search; ends trained.
-        data: Images.
-        config: Usually more epochs than in the search; ``replace(config, epochs=20)``.
-        image_size: Resolution, where it is not the data set's.
-        on_epoch: See `train`; there is no accuracy in its rows, nothing is held out.
+        model: fresh, not the one of the search; ends trained.
+        data: images.
+        config: usually more epochs than in the search; ``replace(config, epochs=20)``.
+        image_size: resolution, where it is not the data set's.
+        on_epoch: see `train`; there is no accuracy in its rows, nothing is held out.
 
     Returns:
         The training and, where it completed, the test split's accuracy and loss; else an empty dict.

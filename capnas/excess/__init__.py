@@ -45,9 +45,9 @@ class ExcessStudy:
     """The runs of one network on one task.
 
     Attributes:
-        header: What was asked for, in plain JSON types: model, data, what a guess gets on it, sample, recipe, grid, composition of the
+        header: what was asked for, in plain JSON types: model, data, what a guess gets on it, sample, recipe, grid, composition of the
             network.
-        runs: All of them, the unconstrained ones first.
+        runs: all of them, the unconstrained ones first.
     """
 
     header: dict[str, Any]
@@ -115,25 +115,25 @@ def excess_capacity(
     """Train the unconstrained network and the grid of constrained ones; ``.read()`` of the result gives the excess capacity.
 
     Args:
-        model: A plain or residual convolutional network; only its architecture counts, see `capnas.excess.network.paper_network`.
-        data: Images; the test split stays closed.
-        lipschitz: Factors in (0, 1] on the norm of each layer in the unconstrained run of the same seed.
-        distance: Factors in (0, 1] on its distance to initialization. The grid is every pair but (1, 1).
-        seeds: Of weights and shuffling; results are means over them.
-        recipe: How every network is trained.
-        tolerance: Rise of the error that still counts as holding it, a share of images. Only matters here to the settings that are spared.
+        model: a plain or residual convolutional network; only its architecture counts, see `capnas.excess.network.paper_network`.
+        data: images; the test split stays closed.
+        lipschitz: factors in (0, 1] on the norm of each layer in the unconstrained run of the same seed.
+        distance: factors in (0, 1] on its distance to initialization. The grid is every pair but (1, 1).
+        seeds: of weights and shuffling; results are means over them.
+        recipe: how every network is trained.
+        tolerance: rise of the error that still counts as holding it, a share of images. Only matters here to the settings that are spared.
         hold: "validation", "train" or "both".
-        full_grid: Train also the settings that are tighter, in both constraints, than one that failed.
-        image_size: In pixels, where it is not the data's.
+        full_grid: train also the settings that are tighter, in both constraints, than one that failed.
+        image_size: in pixels, where it is not the data's.
         device: "auto", "cpu", "cuda", ...
-        name: Of the model, for reports.
-        out: Folder that keeps every run as it ends; the same call goes on where it stopped.
-        on_start: Called once before the first training, with the number of runs that `out` holds already and of those that there can be at
+        name: of the model, for reports.
+        out: folder that keeps every run as it ends; the same call goes on where it stopped.
+        on_start: called once before the first training, with the number of runs that `out` holds already and of those that there can be at
             most: settings that are spared are among these.
-        on_run: Called with every run that was trained.
+        on_run: called with every run that was trained.
 
     Raises:
-        UsageError: A network that the theorem does not cover, or an argument out of range.
+        UsageError: a network that the theorem does not cover, or an argument out of range.
         StudyError: `out` holds another study; the unconstrained network learnt nothing.
     """
     recipe, size = recipe or Recipe(), image_size or data.image_size
@@ -199,7 +199,7 @@ def read_study(folder: str | Path) -> ExcessStudy:
     """The study that `excess_capacity` left in a folder, as far as it came.
 
     Raises:
-        StudyError: There is none, or its files are damaged.
+        StudyError: there is none, or its files are damaged.
     """
     folder = Path(folder)
     try:

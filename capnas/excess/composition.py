@@ -26,7 +26,7 @@ class Step:
     """One map that is not 1-Lipschitz as it is.
 
     Attributes:
-        layer: Name of the weight layer, "" for a map without weights.
+        layer: name of the weight layer, "" for a map without weights.
         constant: Lipschitz constant of a map without weights.
     """
 
@@ -39,7 +39,7 @@ class Stage:
     """One map, or branches that run from one point of the network to the next.
 
     Attributes:
-        branches: Steps of each branch; an empty one is an identity shortcut.
+        branches: steps of each branch; an empty one is an identity shortcut.
         join: "add" or "concat".
     """
 
@@ -69,10 +69,10 @@ def composition(trace: Trace) -> tuple[Stage, ...]:
     """The stages of a network from input to output.
 
     Args:
-        trace: Of `capnas.graph.tracing.trace`, of a network without norm layers and biases, see `capnas.excess.network.paper_network`.
+        trace: of `capnas.graph.tracing.trace`, of a network without norm layers and biases, see `capnas.excess.network.paper_network`.
 
     Raises:
-        UsageError: An operation that the theorem does not cover, or a structure that `Block` does not (branches within branches, a layer
+        UsageError: an operation that the theorem does not cover, or a structure that `Block` does not (branches within branches, a layer
             used twice, several outputs); the text names the module.
 
     >>> from torch import nn

@@ -39,10 +39,10 @@ class Operator:
     """A weight layer of a network as a linear map on the images that it sees.
 
     Attributes:
-        name: Of the module.
-        size: Input sides, () of a linear layer.
+        name: of the module.
+        size: input sides, () of a linear layer.
         options: stride, padding, dilation and groups of a convolution.
-        fixed: Whether it is the classifier, which is not trained.
+        fixed: whether it is the classifier, which is not trained.
     """
 
     name: str
@@ -108,10 +108,10 @@ class PaperNetwork:
     """A network to which Theorem 3.5 of Graf et al. applies.
 
     Attributes:
-        model: The modules, without norm layers and biases; the classifier is fixed.
-        stages: How the layers are composed.
-        operators: Weight layers in the order of the stages, the classifier last.
-        removed: Names of the norm layers that were taken out.
+        model: the modules, without norm layers and biases; the classifier is fixed.
+        stages: how the layers are composed.
+        operators: weight layers in the order of the stages, the classifier last.
+        removed: names of the norm layers that were taken out.
     """
 
     model: nn.Module
@@ -137,14 +137,14 @@ def paper_network(model: nn.Module, *, in_chans: int, image_size: int, num_class
     of the map that is used.
 
     Args:
-        model: A convolutional network, plain or residual; only read.
-        in_chans: Of the images.
-        image_size: Of the images, in pixels.
-        num_classes: Outputs.
-        seed: Of the weights.
+        model: a convolutional network, plain or residual; only read.
+        in_chans: of the images.
+        image_size: of the images, in pixels.
+        num_classes: outputs.
+        seed: of the weights.
 
     Raises:
-        UsageError: The theorem does not cover the network, see `capnas.excess.composition.composition`, or it has too few features.
+        UsageError: the theorem does not cover the network, see `capnas.excess.composition.composition`, or it has too few features.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     >>> paper = paper_network(net, in_chans=1, image_size=8, num_classes=3)

@@ -28,7 +28,7 @@ class Sample:
 
     Attributes:
         data_norm: Frobenius norm of all of them stacked, normalised as they enter the network.
-        samples: Their number.
+        samples: their number.
     """
 
     data_norm: float
@@ -40,14 +40,14 @@ class Setting:
     """One pair of relative constraints over all seeds.
 
     Attributes:
-        lipschitz: Factor on every layer's norm in the unconstrained run of the same seed.
-        distance: Factor on every layer's distance, likewise.
+        lipschitz: factor on every layer's norm in the unconstrained run of the same seed.
+        distance: factor on every layer's distance, likewise.
         verdict: "held", "failed", or "skipped" where not every seed was trained: a looser setting had failed, or the study goes on.
-        train_rise: Training error minus that of the unconstrained run, mean over seeds; None where nothing was trained, as below.
-        validation_rise: Likewise of validation.
-        decades: Per bound (`BOUNDS`; "lipschitz" is the product of the layers' constants): log10 of the unconstrained network's bound over
+        train_rise: training error minus that of the unconstrained run, mean over seeds; None where nothing was trained, as below.
+        validation_rise: likewise of validation.
+        decades: per bound (`BOUNDS`; "lipschitz" is the product of the layers' constants): log10 of the unconstrained network's bound over
             the constrained class's, mean over seeds, both at the margin of the unconstrained network.
-        own_decades: The same with each bound at its own network's margin. A class whose networks are only scaled down has decades by the
+        own_decades: the same with each bound at its own network's margin. A class whose networks are only scaled down has decades by the
             first number and none by this one.
     """
 
@@ -65,17 +65,17 @@ class Reading:
     """Excess capacity of a study.
 
     Attributes:
-        settings: In the order of the grid.
-        tightest: Per bound the setting that held with the most decades, None where none held.
-        decades: Per bound the excess capacity: decades of that setting, 0 where none held.
-        own_decades: Per bound the most decades at the networks' own margins of a setting that held, at least 0.
-        per_seed: Per bound the excess capacity of each seed judged alone, in the order of `seeds`.
-        seeds: Of the unconstrained runs.
-        unconstrained: Per bound log10 of the unconstrained networks' bound, mean over seeds.
-        train_error: Of the unconstrained networks, mean over seeds.
-        validation_error: Likewise.
-        slack: The cheap stand-in of the unconstrained runs, `capnas.measures.slack.capacity_slack`, mean over seeds.
-        slack_decades: Likewise, `capnas.measures.slack.slack_decades`.
+        settings: in the order of the grid.
+        tightest: per bound the setting that held with the most decades, None where none held.
+        decades: per bound the excess capacity: decades of that setting, 0 where none held.
+        own_decades: per bound the most decades at the networks' own margins of a setting that held, at least 0.
+        per_seed: per bound the excess capacity of each seed judged alone, in the order of `seeds`.
+        seeds: of the unconstrained runs.
+        unconstrained: per bound log10 of the unconstrained networks' bound, mean over seeds.
+        train_error: of the unconstrained networks, mean over seeds.
+        validation_error: likewise.
+        slack: the cheap stand-in of the unconstrained runs, `capnas.measures.slack.capacity_slack`, mean over seeds.
+        slack_decades: likewise, `capnas.measures.slack.slack_decades`.
     """
 
     settings: tuple[Setting, ...]
@@ -119,8 +119,8 @@ def holds(rises: Sequence[tuple[float, float]], *, tolerance: float, hold: Hold)
 
     Args:
         rises: (training, validation) of each seed.
-        tolerance: Share of images, not negative.
-        hold: What has to hold.
+        tolerance: share of images, not negative.
+        hold: what has to hold.
 
     >>> holds([(0.0, 0.02), (0.01, 0.0)], tolerance=0.01, hold="validation"), holds([(0.1, 0.0)], tolerance=0.01, hold="both")
     (True, False)
@@ -145,15 +145,15 @@ def read(
     """Judge every setting of a grid and take the tightest that holds: the protocol reconstructed.
 
     Args:
-        runs: Unconstrained ones and, of each setting that was trained, one per seed.
-        stages: Of the network.
-        sample: Of the training images.
-        grid: Pairs of factors (lipschitz, distance).
-        tolerance: Largest rise of the error, a share of images.
-        hold: Whose error.
+        runs: unconstrained ones and, of each setting that was trained, one per seed.
+        stages: of the network.
+        sample: of the training images.
+        grid: pairs of factors (lipschitz, distance).
+        tolerance: largest rise of the error, a share of images.
+        hold: whose error.
 
     Raises:
-        StudyError: No unconstrained run, or one that learnt nothing.
+        StudyError: no unconstrained run, or one that learnt nothing.
     """
     free = {run.seed: run for run in runs if run.lipschitz is None}
     if not free:

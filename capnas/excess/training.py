@@ -27,14 +27,14 @@ class Recipe:
     """How every network of a study is trained: cross-entropy, SGD with momentum, a cosine schedule, no augmentation, as in the paper.
 
     Attributes:
-        epochs: The paper takes 200.
-        batch_size: Images per step; the paper takes 256.
-        lr: First learning rate; the paper takes 0.003.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        project_every: Steps between projections.
-        sweeps: Of Dykstra's algorithm at each projection.
-        final_sweeps: After the training.
+        epochs: the paper takes 200.
+        batch_size: images per step; the paper takes 256.
+        lr: first learning rate; the paper takes 0.003.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        project_every: steps between projections.
+        sweeps: of Dykstra's algorithm at each projection.
+        final_sweeps: after the training.
     """
 
     epochs: int = 20
@@ -60,14 +60,14 @@ class LayerState:
     """One layer after a run.
 
     Attributes:
-        name: Of the module.
-        weights: Number of weights W.
+        name: of the module.
+        weights: number of weights W.
         norm: s, upper bound on the operator norm, see `Operator.norm`.
         distance: b, the (2,1) distance to where the run started.
         norm_start: s at the start, after scaling to the constraint.
         radius: (2,1) norm of the weight at the start.
-        norm_limit: The constraint on s, None of an unconstrained run and of the fixed classifier.
-        distance_limit: The constraint on b, likewise.
+        norm_limit: the constraint on s, None of an unconstrained run and of the fixed classifier.
+        distance_limit: the constraint on b, likewise.
     """
 
     name: str
@@ -85,17 +85,17 @@ class Run:
     """One training.
 
     Attributes:
-        seed: Of weights and shuffling.
-        lipschitz: Factor on the norms of the unconstrained run of this seed; None: this is that run.
-        distance: Factor on its distances; None: likewise.
+        seed: of weights and shuffling.
+        lipschitz: factor on the norms of the unconstrained run of this seed; None: this is that run.
+        distance: factor on its distances; None: likewise.
         status: "complete" or "diverged".
-        train_error: Share of all training images that are classified wrong, in [0, 1]; 1 where the training diverged.
-        validation_error: Likewise of validation.
-        train_loss: Cross-entropy of training; None where it diverged.
-        margin: Median margin of the training images that are classified right; None where none is.
-        least_margin: The smallest margin of all; the paper's gamma, where it is positive.
-        layers: In the order of the network, the classifier included.
-        seconds: Of the run.
+        train_error: share of all training images that are classified wrong, in [0, 1]; 1 where the training diverged.
+        validation_error: likewise of validation.
+        train_loss: cross-entropy of training; None where it diverged.
+        margin: median margin of the training images that are classified right; None where none is.
+        least_margin: the smallest margin of all; the paper's gamma, where it is positive.
+        layers: in the order of the network, the classifier included.
+        seconds: of the run.
     """
 
     seed: int
@@ -137,14 +137,14 @@ def train_run(
     last step a longer projection and `pull_back` make every constraint hold as measured, before anything is evaluated.
 
     Args:
-        network: Ends trained, on the device.
-        data: Trains on "train", never augmented.
-        limits: Constraints by layer name, of all trained layers; None for none.
-        factors: Relative constraints, kept in the result.
-        recipe: How.
-        seed: Of shuffling and dropout.
+        network: ends trained, on the device.
+        data: trains on "train", never augmented.
+        limits: constraints by layer name, of all trained layers; None for none.
+        factors: relative constraints, kept in the result.
+        recipe: how.
+        seed: of shuffling and dropout.
         device: "auto", "cpu", "cuda", ...
-        image_size: In pixels, where it is not the data's.
+        image_size: in pixels, where it is not the data's.
     """
     begin, recipe, where = time.perf_counter(), recipe or Recipe(), resolve_device(device)
     model = network.model.to(where)

@@ -25,13 +25,13 @@ class Axis:
     """One spatial axis of a convolution.
 
     Attributes:
-        size: Input side.
-        kernel: Taps.
-        stride: Step between outputs.
-        dilation: Step between taps.
-        before: Cells padded before the first input cell.
+        size: input side.
+        kernel: taps.
+        stride: step between outputs.
+        dilation: step between taps.
+        before: cells padded before the first input cell.
         source: (size + padding,) input cell that each padded cell copies, -1 for a zero.
-        outputs: Output side, at most as many as the padded input has room for.
+        outputs: output side, at most as many as the padded input has room for.
     """
 
     size: int
@@ -91,8 +91,8 @@ class Convolution:
 
     Attributes:
         weight: (C_out, C_in / groups, *kernel).
-        groups: Number of channel groups.
-        axes: One `Axis` per spatial dimension.
+        groups: number of channel groups.
+        axes: one `Axis` per spatial dimension.
     """
 
     weight: Tensor
@@ -180,12 +180,12 @@ def convolution(
 
     Args:
         weight: (C_out, C_in / groups, *kernel), cross-correlation as in torch.
-        input_size: Input side, one number or one per axis.
-        stride: Step between outputs, one number or one per axis.
-        padding: One number or one per axis, both sides alike; or pairs (before, after), one per axis; or "same"
+        input_size: input side, one number or one per axis.
+        stride: step between outputs, one number or one per axis.
+        padding: one number or one per axis, both sides alike; or pairs (before, after), one per axis; or "same"
             (output side ceil(size / stride), the odd cell after) or "valid".
-        dilation: Step between taps, one number or one per axis.
-        groups: Channel groups.
+        dilation: step between taps, one number or one per axis.
+        groups: channel groups.
         padding_mode: "zeros", "circular" (any padding, also more than the side), "reflect" or "replicate".
 
     Raises:

@@ -32,7 +32,7 @@ class WeightLayer:
         distance: b, the (2,1) distance to initialization; 0 for a fixed layer, which adds nothing to either bound but its norm.
         weights: W, number of weights. 0 marks a map without weights (pooling, a counted norm layer): a factor that is no layer of the
             theorem.
-        name: For the reader.
+        name: for the reader.
 
     Raises:
         UsageError: for a constant that is negative or not finite.
@@ -56,7 +56,7 @@ class Block:
     by the same covering argument: the constants of branches add, or add in squares when joined by concatenation.
 
     Attributes:
-        branches: Layers of each branch, from input to output.
+        branches: layers of each branch, from input to output.
         shortcut: Lip(g) of the fixed part: 1 for an identity, 0 for none.
         join: "add" or "concat".
 
@@ -80,9 +80,9 @@ class CapacityBounds:
     """Bounds on the empirical Rademacher complexity and what they are made of, as base-10 logarithms.
 
     Attributes:
-        club: First bound of Theorem 3.5, through the norms of the weights.
-        spade: Second bound of Theorem 3.5, through the number of weights.
-        lipschitz: The product of block constants.
+        club: first bound of Theorem 3.5, through the norms of the weights.
+        spade: second bound of Theorem 3.5, through the number of weights.
+        lipschitz: the product of block constants.
         constants: C of every weight layer in order, -inf where the distance is 0.
     """
 
@@ -138,7 +138,7 @@ def norm_layer_constant(gamma: Tensor | None, variance: Tensor, eps: float = 1e-
     Args:
         gamma: (C,) scale, or None for 1.
         variance: (C,), or a shape that broadcasts with it.
-        eps: Added to the variance.
+        eps: added to the variance.
 
     >>> norm_layer_constant(torch.tensor([1.0, -6.0]), torch.tensor([1.0, 4.0]), eps=0.0)
     3.0
@@ -170,7 +170,7 @@ def capacity_bounds(blocks: Sequence[Block], *, data_norm: float, samples: int, 
     and another psi: its numbers differ.
 
     Args:
-        blocks: The network from input to output; see `chain` and `Block`.
+        blocks: the network from input to output; see `chain` and `Block`.
         data_norm: Frobenius norm of all n inputs stacked, normalised as they enter the network.
         samples: n.
         margin: gamma > 0 of the ramp loss; use one value for all networks that are compared, or the smallest training margin.

@@ -9,9 +9,9 @@ def no_better_than_a_guess(accuracy: float, *, chance: float, images: int | None
     """Whether an accuracy is above that of a guess by two standard errors at most. Textbook (normal approximation of a binomial share).
 
     Args:
-        accuracy: Share of images that are classified right, in [0, 1].
-        chance: What a guess gets: one over the number of classes, or the share of the commonest class.
-        images: How many they are; without, nothing is allowed for.
+        accuracy: share of images that are classified right, in [0, 1].
+        chance: what a guess gets: one over the number of classes, or the share of the commonest class.
+        images: how many they are; without, nothing is allowed for.
 
     Example:
         >>> [no_better_than_a_guess(a, chance=0.1, images=1000) for a in (0.09, 0.118, 0.12)]

@@ -31,12 +31,12 @@ class OperatorNorm:
     """An operator norm and how it was found.
 
     Attributes:
-        value: The norm; equals `lower`.
-        lower: Lower bound: the exact value, or the Rayleigh quotient of the last vector of the iteration (up to rounding).
-        upper: Upper bound: the exact value, or `overlap_bound` (loose: 1.6 to 2 times the norm for 3x3), with `tight` also `ring_bound`.
+        value: the norm; equals `lower`.
+        lower: lower bound: the exact value, or the Rayleigh quotient of the last vector of the iteration (up to rounding).
+        upper: upper bound: the exact value, or `overlap_bound` (loose: 1.6 to 2 times the norm for 3x3), with `tight` also `ring_bound`.
         method: "patches", "fourier" or "dense" (exact to rounding), or "power" (Krylov-accelerated power iteration).
-        converged: Whether the estimated relative error is within the tolerance; always true for the exact methods.
-        steps: Applications of A^T A; 0 for the exact methods.
+        converged: whether the estimated relative error is within the tolerance; always true for the exact methods.
+        steps: applications of A^T A; 0 for the exact methods.
     """
 
     value: float
@@ -86,20 +86,20 @@ def operator_norm(
 
     Args:
         weight: (C_out, C_in / groups, *kernel); of a transposed convolution (C_in, C_out / groups, *kernel) as in torch.
-        input_size: Input side or sides.
-        stride: See `convolution`, as for `padding`, `dilation`, `groups` and `padding_mode`.
-        padding: Zero padding gives the norm of the zero-padded operator, which may be smaller than that of the circular one.
-        dilation: Step between taps.
-        groups: The norm is the largest over the groups, which share no channel.
+        input_size: input side or sides.
+        stride: see `convolution`, as for `padding`, `dilation`, `groups` and `padding_mode`.
+        padding: zero padding gives the norm of the zero-padded operator, which may be smaller than that of the circular one.
+        dilation: step between taps.
+        groups: the norm is the largest over the groups, which share no channel.
         padding_mode: "zeros", "circular", "reflect" or "replicate".
-        transposed: Take the transposed convolution, the adjoint of a convolution of equal norm.
-        output_padding: Extra output cells of a transposed convolution.
+        transposed: take the transposed convolution, the adjoint of a convolution of equal norm.
+        output_padding: extra output cells of a transposed convolution.
         method: "auto" or the method to use.
-        tolerance: Relative error at which "power" stops; from about 1e-6 down needs `dtype=torch.float64`.
-        max_steps: Limit of applications of A^T A.
-        tight: Pay for the closer upper bound of "power" where there is one (zero padding).
+        tolerance: relative error at which "power" stops; from about 1e-6 down needs `dtype=torch.float64`.
+        max_steps: limit of applications of A^T A.
+        tight: pay for the closer upper bound of "power" where there is one (zero padding).
         bounded: False spares "power" its upper bound, which is then infinite.
-        dtype: Precision of "power", float32 or float64; by default that of `weight`, at least float32. The exact methods use float64.
+        dtype: precision of "power", float32 or float64; by default that of `weight`, at least float32. The exact methods use float64.
 
     Raises:
         UsageError: for non-finite weights, unknown names, shapes that do not fit and a method that does not apply.

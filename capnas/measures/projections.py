@@ -26,7 +26,7 @@ def project_group_ball(delta: Tensor, radius: float) -> Tensor:
 
     Args:
         delta: (C_out, C_in / groups, *kernel) or (out, in); groups run along axis 1.
-        radius: Not negative.
+        radius: not negative.
 
     Raises:
         UsageError: for a negative radius.
@@ -65,8 +65,8 @@ def project_lipschitz(kernel: Tensor, radius: float, *, groups: int = 1) -> Tens
 
     Args:
         kernel: (C_out, C_in / groups, *grid), see `embed`; or (out, in), a matrix.
-        radius: Not negative.
-        groups: Channel groups, clipped on their own.
+        radius: not negative.
+        groups: channel groups, clipped on their own.
 
     Returns:
         The kernel on the full grid: in general its support is no longer that of a small kernel.
@@ -137,14 +137,14 @@ def project(
 
     Args:
         weight: (C_out, C_in / groups, *kernel) or (out, in).
-        init: The initial weight, same shape.
-        distance: Radius of the (2,1) ball around `init`, or None for no constraint.
-        lipschitz: Largest norm, or None for no constraint.
-        input_size: Input sides of a convolution; rounded up to a multiple that holds the kernel.
-        dilation: Of the convolution.
-        groups: Of the convolution.
+        init: the initial weight, same shape.
+        distance: radius of the (2,1) ball around `init`, or None for no constraint.
+        lipschitz: largest norm, or None for no constraint.
+        input_size: input sides of a convolution; rounded up to a multiple that holds the kernel.
+        dilation: of the convolution.
+        groups: of the convolution.
         sweeps: 1 between training steps, 15 at the end, in the paper's code.
-        norm: The operator norm of the layer, such as `lambda w: operator_norm(w, 32, padding=1).upper`.
+        norm: the operator norm of the layer, such as `lambda w: operator_norm(w, 32, padding=1).upper`.
 
     Raises:
         UsageError: for a negative radius, or an `init` outside of the constraint when `norm` is given.
@@ -183,10 +183,10 @@ def pull_back(
 
     Args:
         weight: (C_out, C_in / groups, *kernel) or (out, in).
-        init: The initial weight, same shape.
-        distance: Radius of the (2,1) ball around `init`, or None for no constraint.
-        lipschitz: Largest norm, or None for no constraint.
-        norm: The operator norm of the layer as a function of its weight.
+        init: the initial weight, same shape.
+        distance: radius of the (2,1) ball around `init`, or None for no constraint.
+        lipschitz: largest norm, or None for no constraint.
+        norm: the operator norm of the layer as a function of its weight.
 
     Raises:
         UsageError: when neither `init` nor `init` scaled down within the distance meets the Lipschitz constraint.
@@ -235,11 +235,11 @@ def project_radially(
     The second step may leave the distance ball again; `pull_back` meets both.
 
     Args:
-        weight: The weight.
-        init: The initial weight, same shape.
-        distance: Radius of the (2,1) ball, or None.
-        lipschitz: Largest norm, or None.
-        norm: The operator norm of the layer, needed with `lipschitz`.
+        weight: the weight.
+        init: the initial weight, same shape.
+        distance: radius of the (2,1) ball, or None.
+        lipschitz: largest norm, or None.
+        norm: the operator norm of the layer, needed with `lipschitz`.
 
     Raises:
         UsageError: for a negative radius, or `lipschitz` without `norm`.

@@ -25,8 +25,8 @@ class LayerMotion:
     """How a short training moved one layer.
 
     Attributes:
-        norm_start: Operator norm at initialization.
-        norm_end: Operator norm after the training.
+        norm_start: operator norm at initialization.
+        norm_end: operator norm after the training.
         distance: (2,1) distance travelled, `distance_to_init`.
         radius: (2,1) norm of the initial weight, `group_norm_21`.
     """
@@ -78,8 +78,8 @@ def capacity_slack(layers: Sequence[LayerMotion], *, fit: float = 1.0) -> float:
     factor.
 
     Args:
-        layers: The trained weight layers; leave fixed ones out.
-        fit: Share of the task that the training solved, in [0, 1]: the training accuracy, or a margin relative to the spread of the logits.
+        layers: the trained weight layers; leave fixed ones out.
+        fit: share of the task that the training solved, in [0, 1]: the training accuracy, or a margin relative to the spread of the logits.
             1 leaves it out, for use beside an accuracy objective.
 
     Raises:
@@ -102,9 +102,9 @@ def first_order_slack(weights: Sequence[Tensor], gradients: Sequence[Tensor], *,
     that can bring `margin`, and the slack is 1 / (1 + u). It ignores curvature and interference between samples, hence is optimistic.
 
     Args:
-        weights: Initial weights, (C_out, C_in / groups, *kernel) or (out, in).
-        gradients: Gradients of the mean of `margins` over a batch, of the same shapes.
-        margin: Rise asked for, in units of the logits; the standard deviation of the initial logits makes the slack independent of their
+        weights: initial weights, (C_out, C_in / groups, *kernel) or (out, in).
+        gradients: gradients of the mean of `margins` over a batch, of the same shapes.
+        margin: rise asked for, in units of the logits; the standard deviation of the initial logits makes the slack independent of their
             scale.
 
     Raises:

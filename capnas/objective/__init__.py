@@ -46,37 +46,37 @@ class Objective:
     """Callable for ``study.optimize``: samples, builds, trains and scores one candidate.
 
     Args:
-        space: A search space, or what `capnas.load_space` takes.
-        data: Images, or what `capnas.load_data` takes.
-        values: What to optimize, one value each, see `capnas.objective.targets`; ``"combined"`` is accuracy plus weighted scores.
-        weights: Of the scores in ``combined``; defaults in `capnas.objective.targets.WEIGHTS`, see ``objective.weights``.
-        epochs: Of the short training; that of ``train`` where None.
-        max_params: Most parameters, or None.
-        max_macs: Most multiply-accumulates of one image, or None.
-        gate: Who is trained after a look at the untrained network, none by default: ``"best:10%"`` trains a candidate if its score is
+        space: a search space, or what `capnas.load_space` takes.
+        data: images, or what `capnas.load_data` takes.
+        values: what to optimize, one value each, see `capnas.objective.targets`; ``"combined"`` is accuracy plus weighted scores.
+        weights: of the scores in ``combined``; defaults in `capnas.objective.targets.WEIGHTS`, see ``objective.weights``.
+        epochs: of the short training; that of ``train`` where None.
+        max_params: most parameters, or None.
+        max_macs: most multiply-accumulates of one image, or None.
+        gate: who is trained after a look at the untrained network, none by default: ``"best:10%"`` trains a candidate if its score is
             among the best tenth of the candidates seen so far, ``"combined:best:10%"`` goes by what is known of that sum before training,
             ``"saturation_evenness>=0.5"`` is a bound; see `capnas.objective.gates`.
-        pool: Candidates that are measured before the first training; then the best of them are trained first. Needs a gate ``best``.
-        resolutions: Image sizes to search jointly, as the parameter ``image_size``. A size that leaves more than half of an architecture's
+        pool: candidates that are measured before the first training; then the best of them are trained first. Needs a gate ``best``.
+        resolutions: image sizes to search jointly, as the parameter ``image_size``. A size that leaves more than half of an architecture's
             layers past the receptive-field border, where a larger one does not, is skipped for it: the trial ends as "infeasible".
-        blocks: Regular expression of the units that are read as blocks, see `capnas.layers.find_blocks`; that of ``train`` where None.
+        blocks: regular expression of the units that are read as blocks, see `capnas.layers.find_blocks`; that of ``train`` where None.
             An architecture without such a unit ends as "infeasible".
-        seed: Of weights, shuffling and augmentation, the same for every candidate: common random numbers make differences between
+        seed: of weights, shuffling and augmentation, the same for every candidate: common random numbers make differences between
             candidates less noisy than seeds of their own would. Threads (``n_jobs``) take turns; processes run side by side.
-        device: See `capnas.training.TrainConfig`.
-        train: All other settings of the training.
-        stopping: The rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
-        probe_images: Size of the batch for the structure before training.
-        reuse: Whether an architecture that was trained before in the study gets that result instead of a training. False trains every
+        device: see `capnas.training.TrainConfig`.
+        train: all other settings of the training.
+        stopping: the rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
+        probe_images: size of the batch for the structure before training.
+        reuse: whether an architecture that was trained before in the study gets that result instead of a training. False trains every
             draw: for spaces that draw what the graph does not show, such as initial weights (a pool still takes equal graphs for one).
 
     Attributes:
-        names: Value names in order.
+        names: value names in order.
         directions: ``"maximize"`` or ``"minimize"`` for each: what ``optuna.create_study(directions=...)`` needs.
         on_epoch: None, or what is called after each epoch of a training with the trial's number, the epoch and its row of the curve.
 
     Raises:
-        UsageError: An argument that cannot be used; the text says which and why.
+        UsageError: an argument that cannot be used; the text says which and why.
 
     A candidate over a limit, unbuildable, gated or untrainable is pruned with a violated constraint, which TPE learns from.
     Samplers that ignore pruned trials (NSGA-II, NSGA-III, GP) get the worst finite values instead, again with a violated
@@ -162,8 +162,8 @@ class Objective:
         """Evaluate one trial.
 
         Raises:
-            optuna.TrialPruned: The candidate gives no value; the reason is the text and is stored.
-            StudyError: The study's directions are not the objective's, or its sampler cannot be used.
+            optuna.TrialPruned: the candidate gives no value; the reason is the text and is stored.
+            StudyError: the study's directions are not the objective's, or its sampler cannot be used.
         """
         self._check_directions(trial)
         found: dict[str, Any] = {"metrics": {}, "seconds": {}, "seed": self.train.seed, "settings": self.settings}

@@ -67,9 +67,9 @@ def abandoned(trial: optuna.trial.FrozenTrial, study_name: str, *, stale_after: 
     """Why a RUNNING trial is not running any more, or None where it is or may be.
 
     Args:
-        trial: A trial in state RUNNING.
-        study_name: Of its study.
-        stale_after: Seconds since its start after which a trial of another host is given up.
+        trial: a trial in state RUNNING.
+        study_name: of its study.
+        stale_after: seconds since its start after which a trial of another host is given up.
     """
     age = _age(trial)
     claim = trial.system_attrs.get(CLAIM)
@@ -91,8 +91,8 @@ def sweep(study: optuna.Study, *, stale_after: float = STALE_AFTER) -> list[int]
     the trial gets it; else it fails and is marked "interrupted".
 
     Args:
-        study: Any study run by `capnas.Objective`.
-        stale_after: Seconds until a trial of another host is given up.
+        study: any study run by `capnas.Objective`.
+        stale_after: seconds until a trial of another host is given up.
 
     Returns:
         The numbers of the trials that were ended.

@@ -33,26 +33,26 @@ class Evaluation:
     """What one trial is and what came of it.
 
     Attributes:
-        status: How it ended. "complete": trained and scored. "duplicate": the result of `duplicate_of`, not trained again.
+        status: how it ended. "complete": trained and scored. "duplicate": the result of `duplicate_of`, not trained again.
             "stopped": ended early by the pruner or the median rule. "over_budget", "infeasible", "gated": ended before training.
             "measured": in the pool or outside the gate's share, not trained so far.
             "diverged", "out_of_memory": training could not go on. "failed": an error. "interrupted": by a signal.
-        reason: Why it is not complete, in words; else "".
-        params: The trial's parameters: the whole genotype.
-        values: The objective values by name, as given to Optuna; empty where the trial gave none.
-        metrics: All numbers by name: accuracy, val_loss, params, macs, each score, and with prefix ``init_`` each score of the
+        reason: why it is not complete, in words; else "".
+        params: the trial's parameters: the whole genotype.
+        values: the objective values by name, as given to Optuna; empty where the trial gave none.
+        metrics: all numbers by name: accuracy, val_loss, params, macs, each score, and with prefix ``init_`` each score of the
             structure before training.
-        curve: One dict per trained epoch (see `capnas.training.TrainingResult`).
-        profile: Layer profile after training, or before it where the trial got no further.
-        seconds: Wall-clock seconds by stage: cost, structure, training.
-        hash: Canonical hash of the architecture.
-        settings: Fingerprint of data and training settings; equal hash, image_size and settings make a duplicate.
-        n_params, macs: Parameters and multiply-accumulates of one image.
-        image_size: Resolution in pixels.
-        seed: Of weights, shuffling and augmentation.
-        duplicate_of: Number of the trial whose result this is.
-        standing: Share of the candidates seen until then that had a better score before training; None without such a gate.
-        version: Of this format.
+        curve: one dict per trained epoch (see `capnas.training.TrainingResult`).
+        profile: layer profile after training, or before it where the trial got no further.
+        seconds: wall-clock seconds by stage: cost, structure, training.
+        hash: canonical hash of the architecture.
+        settings: fingerprint of data and training settings; equal hash, image_size and settings make a duplicate.
+        n_params, macs: parameters and multiply-accumulates of one image.
+        image_size: resolution in pixels.
+        seed: of weights, shuffling and augmentation.
+        duplicate_of: number of the trial whose result this is.
+        standing: share of the candidates seen until then that had a better score before training; None without such a gate.
+        version: of this format.
 
     Example:
         >>> found = Evaluation(status="over_budget", reason="too many MACs", params={"depth": 9}, macs=10**9)
@@ -104,7 +104,7 @@ class Evaluation:
         """Read back what `to_dict` gave.
 
         Raises:
-            StudyError: Another version, an unknown status, or not an evaluation at all.
+            StudyError: another version, an unknown status, or not an evaluation at all.
         """
         version = stored.get("version") if isinstance(stored, Mapping) else None
         if version is None:

@@ -46,9 +46,9 @@ class Measured:
     """A candidate as a share sees it.
 
     Attributes:
-        key: Of its architecture: two trials of one architecture are one candidate.
-        score: Higher is better.
-        costs: Lower is better; the costs among the search's values, in their order.
+        key: of its architecture: two trials of one architecture are one candidate.
+        score: higher is better.
+        costs: lower is better; the costs among the search's values, in their order.
     """
 
     key: tuple[str | None, int | None]
@@ -107,7 +107,7 @@ def parse_gate(gate: str | Mapping[str, float] | None) -> tuple[Bound | BestShar
     ``best=0.1`` is the same.
 
     Raises:
-        UsageError: Text that is neither, an unknown score, a share outside (0, 1], or two shares.
+        UsageError: text that is neither, an unknown score, a share outside (0, 1], or two shares.
 
     Example:
         >>> parse_gate({"tail_fraction": 0.3}) == parse_gate("tail_fraction <= 0.3")

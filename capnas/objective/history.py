@@ -30,11 +30,11 @@ def find_twin(
     The architecture is its dataflow graph: initial weights, which a space may draw too, are no part of it.
 
     Args:
-        trial: The new trial.
-        found: Its hash, image_size and settings.
-        names: Of the values wanted; an earlier trial of another objective may not have measured them all.
-        weights: Of the scores in a sum.
-        epochs: Of a whole training.
+        trial: the new trial.
+        found: its hash, image_size and settings.
+        names: of the values wanted; an earlier trial of another objective may not have measured them all.
+        weights: of the scores in a sum.
+        epochs: of a whole training.
     """
     for number, stored in past(trial, TrialState.COMPLETE, TrialState.PRUNED):
         same = all(stored[key] == found[key] for key in ("hash", "image_size", "settings"))

@@ -39,7 +39,7 @@ def check_pool(gate: Any, pool: int | None) -> None:
     """Refuse a gate that cannot be read and a pool without a share to choose from it.
 
     Raises:
-        UsageError: Either.
+        UsageError: either.
     """
     if pool is not None and pool < 1:
         raise UsageError(f"pool must be at least 1, got {pool}.")
@@ -52,11 +52,11 @@ class Selection:
     """Chooses by a share among the candidates of one study.
 
     Args:
-        gate: The share.
-        pool: Candidates measured before the first training.
-        costs: Names of the costs among the values.
-        settings: Fingerprint of the trials that count, see `capnas.objective.evaluation.Evaluation`.
-        weights: Of what the share goes by, see `capnas.objective.targets.ranking`.
+        gate: the share.
+        pool: candidates measured before the first training.
+        costs: names of the costs among the values.
+        settings: fingerprint of the trials that count, see `capnas.objective.evaluation.Evaluation`.
+        weights: of what the share goes by, see `capnas.objective.targets.ranking`.
     """
 
     gate: BestShare
@@ -70,8 +70,8 @@ class Selection:
         """Why this candidate is not trained now, or None; its place becomes ``found["standing"]``.
 
         Args:
-            trial: The trial; one outside a study (``FixedTrial``) has no rivals.
-            found: Its hash, image_size and metrics.
+            trial: the trial; one outside a study (``FixedTrial``) has no rivals.
+            found: its hash, image_size and metrics.
         """
         seen = [measured for _, measured in self._seen(trial.study)] if isinstance(trial, optuna.Trial) else []
         candidate = self._measured(found)
@@ -115,7 +115,7 @@ class Selection:
         """Give up where nothing passes any more: where one in ten does, two hundred in a row fail once in 10^9 times.
 
         Raises:
-            StudyError: It is so.
+            StudyError: it is so.
         """
         idle: Counter[str] = Counter()
         for trial in reversed(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))):

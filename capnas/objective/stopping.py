@@ -28,11 +28,11 @@ class MedianRule:
     """Stop a candidate whose best accuracy so far is below the median of its rivals' after as many epochs.
 
     Args:
-        warmup_epochs: Epochs after which nobody is judged yet, at least 0.
-        min_rivals: Rivals needed to judge, at least 1.
+        warmup_epochs: epochs after which nobody is judged yet, at least 0.
+        min_rivals: rivals needed to judge, at least 1.
 
     Raises:
-        UsageError: An argument out of its range.
+        UsageError: an argument out of its range.
 
     Example:
         >>> rivals = [Rival(accuracy=(0.5, 0.6), costs=(10.0,)), Rival(accuracy=(0.6, 0.8), costs=(20.0,))]
@@ -57,9 +57,9 @@ class MedianRule:
         """Why to stop now, or None to go on.
 
         Args:
-            accuracy: The candidate's accuracy after each epoch so far, in [0, 1].
-            rivals: Earlier trials; those with shorter curves or higher costs are left out.
-            costs: The candidate's costs, in the order of the rivals' costs.
+            accuracy: the candidate's accuracy after each epoch so far, in [0, 1].
+            rivals: earlier trials; those with shorter curves or higher costs are left out.
+            costs: the candidate's costs, in the order of the rivals' costs.
         """
         epochs = len(accuracy)
         if epochs <= self.warmup_epochs or epochs == 0:

@@ -73,7 +73,7 @@ def check_weights(
     """The weights of the sum among the values or in the gate, see `summed`: given ones, else `PRINCIPLED` or `WEIGHTS`.
 
     Raises:
-        UsageError: An unknown score or cost, a weight that is not finite, or weights where nothing is a sum.
+        UsageError: an unknown score or cost, a weight that is not finite, or weights where nothing is a sum.
     """
     for name, weight in (weights or {}).items():
         if name not in (*COSTS, *_SCORES):
@@ -102,12 +102,12 @@ def ranking(share: BestShare | None, names: Sequence[str], weights: Mapping[str,
     """The weights that a share goes by: 1 for one score, for a sum those of its terms that are known before training.
 
     Args:
-        share: The gate; nothing goes by anything without one.
-        names: Values of the search.
-        weights: Of the sum that the gate names.
+        share: the gate; nothing goes by anything without one.
+        names: values of the search.
+        weights: of the sum that the gate names.
 
     Raises:
-        UsageError: A sum that knows nothing before training, or another one than among the values.
+        UsageError: a sum that knows nothing before training, or another one than among the values.
 
     Example:
         >>> ranking(BestShare(name="combined", share=0.1), ("accuracy",), {"init_naswot": 0.1, "rank_mean": 1.0, "macs": 1e-9})

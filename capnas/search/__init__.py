@@ -52,22 +52,22 @@ def run_study(
     trials are those that an uninterrupted study would have had. SIGINT (Ctrl-C) and SIGTERM abandon the running trials and return.
 
     Args:
-        config: The study.
-        space: The space itself, where ``config.space`` is only its name; needs one worker.
-        data: The images themselves, where ``config.data`` is only their name; needs one worker.
-        enqueue: Parameters of architectures to begin with, before the sampler draws any; each becomes a trial once, also over several
+        config: the study.
+        space: the space itself, where ``config.space`` is only its name; needs one worker.
+        data: the images themselves, where ``config.data`` is only their name; needs one worker.
+        enqueue: parameters of architectures to begin with, before the sampler draws any; each becomes a trial once, also over several
             sessions. What a dictionary leaves out is drawn.
-        on_start: Called once before the first trial, when space, images and storage are there and nothing stands against it.
-        on_trial: Called with the study and each trial that ends, in this process.
-        on_epoch: Called after each epoch of a trial, with its number, the epoch and its row of the curve; with one worker only.
+        on_start: called once before the first trial, when space, images and storage are there and nothing stands against it.
+        on_trial: called with the study and each trial that ends, in this process.
+        on_epoch: called after each epoch of a trial, with its number, the epoch and its row of the curve; with one worker only.
 
     Returns:
         The run, also after a signal (``interrupted``) and when nothing was left to do (``finished_before == config.trials``).
 
     Raises:
-        StudyError: The study exists with other settings or images (the text says which), its folder holds another study, its storage
+        StudyError: the study exists with other settings or images (the text says which), its folder holds another study, its storage
             does not answer, or `MAX_FAILURES` trials in a row ended in an error.
-        SpaceError, UsageError: No trial can do what is asked for, see `capnas.search.working.check_candidates`.
+        SpaceError, UsageError: no trial can do what is asked for, see `capnas.search.working.check_candidates`.
 
     Example:
         >>> import tempfile, numpy as np
@@ -139,16 +139,16 @@ def worker(
     """Run trials of a study beside other workers, on this or another machine, until it has ``config.trials`` finished trials.
 
     Args:
-        config: That of the study; on another machine its ``storage`` must be one that both reach.
-        device: Instead of ``config.device``.
-        on_trial: Called with the study and each trial that ends.
-        on_epoch: See `run_study`.
+        config: that of the study; on another machine its ``storage`` must be one that both reach.
+        device: instead of ``config.device``.
+        on_trial: called with the study and each trial that ends.
+        on_epoch: see `run_study`.
 
     Returns:
         How many trials it ran.
 
     Raises:
-        StudyError: See `run_study`.
+        StudyError: see `run_study`.
     """
     config = replace(config, device=device or config.device)
     with _sigterm_interrupts() as go_on:

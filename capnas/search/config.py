@@ -36,24 +36,24 @@ class StudyConfig:
     """A whole study in plain values; ``study.toml`` is its text.
 
     Args:
-        space: Name, ``file.py:function`` or ``module:function``, see `capnas.load_space`.
-        data: Name or folder, see `capnas.load_data`.
-        study: Name of the study and its folder; from space and data where None.
-        trials: Finished trials in all, over all sessions and workers. With a gate that asks for a share only trained ones
+        space: name, ``file.py:function`` or ``module:function``, see `capnas.load_space`.
+        data: name or folder, see `capnas.load_data`.
+        study: name of the study and its folder; from space and data where None.
+        trials: finished trials in all, over all sessions and workers. With a gate that asks for a share only trained ones
             count, not those that are too large, infeasible or merely measured.
-        epochs, values, weights, max_params, max_macs, gate, pool, resolutions, blocks, seed, device, reuse: See `capnas.Objective`.
-        sampler: One of tpe, random, nsga2, nsga3, gp, qmc, cmaes (cmaes with one value only).
+        epochs, values, weights, max_params, max_macs, gate, pool, resolutions, blocks, seed, device, reuse: see `capnas.Objective`.
+        sampler: one of tpe, random, nsga2, nsga3, gp, qmc, cmaes (cmaes with one value only).
         pruner: "median", "hyperband" (one value only) or "off".
         storage: None for a journal in the run's folder; else an Optuna storage URL, ``grpc://host:port``, or the path of a
             journal file (``*.log``). Not a database in memory, which no other process reaches and nobody after this one.
-        out: The run's folder; ``runs/<study>`` where None. Not stored.
-        workers: Processes on this host.
-        train: Further fields of `capnas.training.TrainConfig`.
-        data_options: Further arguments of `capnas.load_data`.
-        stale_after: Seconds until an unfinished trial of another host is given up.
+        out: the run's folder; ``runs/<study>`` where None. Not stored.
+        workers: processes on this host.
+        train: further fields of `capnas.training.TrainConfig`.
+        data_options: further arguments of `capnas.load_data`.
+        stale_after: seconds until an unfinished trial of another host is given up.
 
     Raises:
-        UsageError: A field that cannot be used; the text says which and why.
+        UsageError: a field that cannot be used; the text says which and why.
 
     Example:
         >>> config = StudyConfig(space="resnet", values=("accuracy", "macs"), train={"lr": 0.01})
@@ -173,7 +173,7 @@ class StudyConfig:
         """Read back what `to_dict` gave.
 
         Raises:
-            StudyError: Another version, or fields that this one does not know.
+            StudyError: another version, or fields that this one does not know.
         """
         given = dict(stored)
         version = given.pop("version", None)
@@ -197,7 +197,7 @@ class StudyConfig:
         """Read back what `to_toml` gave.
 
         Raises:
-            StudyError: No TOML, another version or unknown fields.
+            StudyError: no TOML, another version or unknown fields.
         """
         try:
             return cls.from_dict(tomllib.loads(text), out=out)

@@ -22,10 +22,10 @@ def read_parameters(path: str | Path) -> list[dict[str, Any]]:
     """Parameters of trials from a JSON file.
 
     Args:
-        path: Of a list of dictionaries from parameter names to values, or of what ``capnas best --json`` prints, or a list of such.
+        path: of a list of dictionaries from parameter names to values, or of what ``capnas best --json`` prints, or a list of such.
 
     Raises:
-        UsageError: The file cannot be read, or holds something else.
+        UsageError: the file cannot be read, or holds something else.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def check_parameters(given: Iterable[Any], where: str = "enqueue") -> list[dict[
     """Parameters as dictionaries of plain values.
 
     Raises:
-        UsageError: One is no such dictionary.
+        UsageError: one is no such dictionary.
 
     >>> check_parameters([{"depth": 3, "kind": "plain"}])
     [{'depth': 3, 'kind': 'plain'}]

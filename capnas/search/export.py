@@ -50,8 +50,8 @@ def trial_rows(study: optuna.Study, names: Sequence[str]) -> list[dict[str, Any]
     """One flat row per ended trial: number, state, outcome, values, parameters, metrics, seconds.
 
     Args:
-        study: Run by `capnas.Objective`.
-        names: Value names in order.
+        study: run by `capnas.Objective`.
+        names: value names in order.
     """
     rows = []
     for trial in study.get_trials(deepcopy=False):

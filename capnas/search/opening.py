@@ -33,7 +33,7 @@ def check_folder(config: StudyConfig) -> None:
     """Look at a run's folder before anything in it is replaced.
 
     Raises:
-        StudyError: It is that of the images or inside it, it holds another study, or its trials are lost and only their table is left.
+        StudyError: it is that of the images or inside it, it holds another study, or its trials are lost and only their table is left.
     """
     folder, images = config.folder, Path(config.to_dict()["data"])  # absolute where it is a folder
     if images.is_absolute() and folder.resolve().is_relative_to(images.resolve()):
@@ -64,7 +64,7 @@ def open_study(config: StudyConfig) -> optuna.Study:
     """The study, created or resumed.
 
     Raises:
-        StudyError: It exists with other settings, or its storage does not answer.
+        StudyError: it exists with other settings, or its storage does not answer.
     """
     storage = open_storage(config.storage, config.folder)
     study = _create(config, storage)
@@ -106,7 +106,7 @@ def check_data(study: optuna.Study, objective: Objective) -> None:
     """Compare the images with those of the study's earlier trials; of the first trial's, keep what there is to compare.
 
     Raises:
-        StudyError: They have changed.
+        StudyError: they have changed.
     """
     stored, trials = study.user_attrs.get(DATA), [t for t in study.get_trials(deepcopy=False) if is_settled(t)]
     if stored is not None and trials:

@@ -23,11 +23,11 @@ class RunResult:
     """A run as it stands.
 
     Attributes:
-        folder: Where its files are.
-        config: What was asked for.
+        folder: where its files are.
+        config: what was asked for.
         study: Optuna's study.
-        finished_before: Trials that were finished before this session.
-        interrupted: Whether a signal ended this session.
+        finished_before: trials that were finished before this session.
+        interrupted: whether a signal ended this session.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class RunResult:
         """The evaluation of one trial.
 
         Raises:
-            StudyError: There is none with this number.
+            StudyError: there is none with this number.
         """
         found = {t.number: e for t, e in self.evaluations()}
         if number not in found:
@@ -102,11 +102,11 @@ def open_run(path: str | Path, *, storage: str | None = None) -> RunResult:
     """Open a run to read it.
 
     Args:
-        path: The run's folder, or the name of a study under ``runs/``.
-        storage: The storage URL with its password, where ``study.toml`` holds it without; else taken from ``CAPNAS_STORAGE``.
+        path: the run's folder, or the name of a study under ``runs/``.
+        storage: the storage URL with its password, where ``study.toml`` holds it without; else taken from ``CAPNAS_STORAGE``.
 
     Raises:
-        StudyError: There is no run, or its trials cannot be read.
+        StudyError: there is no run, or its trials cannot be read.
     """
     folders = [Path(path), Path("runs") / path]
     folder = next((f for f in folders if (f / "study.toml").is_file()), None)

@@ -74,15 +74,15 @@ def make_sampler(
     the study, so nothing is lost. Workers side by side need different numbers in `draws`.
 
     Args:
-        name: One of `SAMPLERS`.
-        seed: Of the study.
-        draws: Numbers that tell this draw from all others.
-        trials: Trials asked for; sets the generation size of nsga2 and nsga3.
-        pool: Candidates measured before the first training, which tpe draws at random.
-        parallel: Whether other processes run trials of the study.
+        name: one of `SAMPLERS`.
+        seed: of the study.
+        draws: numbers that tell this draw from all others.
+        trials: trials asked for; sets the generation size of nsga2 and nsga3.
+        pool: candidates measured before the first training, which tpe draws at random.
+        parallel: whether other processes run trials of the study.
 
     Raises:
-        UsageError: An unknown name.
+        UsageError: an unknown name.
 
     Example:
         >>> type(make_sampler("random", seed=0)).__name__

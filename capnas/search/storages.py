@@ -24,8 +24,8 @@ def open_storage(url: str | None, folder: Path) -> Any:
     """The storage behind `StudyConfig.storage`.
 
     Raises:
-        StudyError: It does not answer.
-        MissingDependencyError: Its driver is not installed.
+        StudyError: it does not answer.
+        MissingDependencyError: its driver is not installed.
     """
     try:
         if url is None or url.endswith(".log"):

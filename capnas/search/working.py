@@ -69,21 +69,21 @@ def work(
     """Run trials one after the other until the study is finished.
 
     Args:
-        study: From `capnas.search.opening.open_study`.
-        config: Its settings.
-        objective: See `make_objective`.
-        parallel: Whether other workers may be at work.
-        on_trial: Called with the study and each trial that ends.
-        on_start: Called before the first trial, after all that could refuse it.
-        before: Numbers of the trials that ended before the session, whose failures do not count; those ended by now where None.
-        go_on: Asked before each trial.
+        study: from `capnas.search.opening.open_study`.
+        config: its settings.
+        objective: see `make_objective`.
+        parallel: whether other workers may be at work.
+        on_trial: called with the study and each trial that ends.
+        on_start: called before the first trial, after all that could refuse it.
+        before: numbers of the trials that ended before the session, whose failures do not count; those ended by now where None.
+        go_on: asked before each trial.
 
     Returns:
         How many trials it ran.
 
     Raises:
-        StudyError: The images have changed, or `MAX_FAILURES` trials in a row, of whichever worker, ended in an error.
-        SpaceError, UsageError: See `check_candidates`.
+        StudyError: the images have changed, or `MAX_FAILURES` trials in a row, of whichever worker, ended in an error.
+        SpaceError, UsageError: see `check_candidates`.
     """
 
     def sampler(*draws: int) -> BaseSampler:
@@ -135,7 +135,7 @@ def check_candidates(objective: Objective, *, seed: int) -> None:
     """Build candidates at random until one can be searched, so that what no trial can mend is said before the first one.
 
     Raises:
-        SpaceError: The space returns no model, or one of another output than the classes.
+        SpaceError: the space returns no model, or one of another output than the classes.
         UsageError: None of those that can be built calls a module of the name asked for as blocks.
     """
     data, pattern = objective.data, objective.train.blocks
