@@ -172,7 +172,7 @@ def no_value(result: Any) -> str:
 
 
 def guess(run: Any, accuracies: Iterable[float | None], split: str = "validation") -> dict[str, Any] | None:
-    """What `at_chance` is told where none of these is clearly better than a guess, one over the number of classes; None else.
+    """What `at_chance` is told where none of these is clearly better than a guess, the commonest class for every image; None else.
 
     Args:
         run: a `capnas.search.RunResult`; None also where its images are unknown.
@@ -185,7 +185,8 @@ def guess(run: Any, accuracies: Iterable[float | None], split: str = "validation
     facts, known = run.study.user_attrs.get(DATA), [a for a in accuracies if a is not None]
     if facts is None or not known:
         return None
-    accuracy, chance, images = max(known), 1 / facts["num_classes"], facts["sizes"][split]
+    accuracy, images = max(known), facts["sizes"][split]
+    chance = facts.get("guess") or 1 / facts["num_classes"]  # which studies did not keep before
     if not no_better_than_a_guess(accuracy, chance=chance, images=images):
         return None
     return {"chance": chance, "accuracy": accuracy, "images": images, "split": split}

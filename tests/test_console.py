@@ -9,12 +9,14 @@ from typing import Any
 
 import optuna
 import pytest
+from tiny_space import images
 
 from capnas.console import Progress, closing, duration, number, out_json, pairs, run_document, short, show_best, show_run, show_table
+from capnas.data import load_data
 from capnas.errors import UsageError
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
 from capnas.search.config import StudyConfig
-from capnas.search.opening import DATA
+from capnas.search.opening import DATA, data_facts
 from capnas.search.runs import RunResult
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -201,3 +203,13 @@ def test_the_test_accuracy_comes_after_the_code(capsys: pytest.CaptureFixture[st
     ]  # fmt: skip
     show_best(trial, {"status": "diverged", "reason": "the loss is NaN"}, "import timm")
     assert capsys.readouterr().out.splitlines()[-1] == "the final training ended as diverged: the loss is NaN"
+
+
+def test_a_guess_names_the_commonest_class() -> None:
+    result = _result([("complete", 0.42)])
+    assert len(closing(result)) == 1
+    result.study.set_user_attr(DATA, {"num_classes": 10, "sizes": {"validation": 1000}, "guess": 0.45})
+    assert closing(result)[1].startswith("no trial is better than a guess (45.0 %): ")
+    x, y = images(240)
+    uneven = load_data((x, [0 if i % 4 else c for i, c in enumerate(y)]), validation=0.2, test=0.2)
+    assert data_facts(uneven)["guess"] == max(uneven.pool.labels[uneven.index["validation"]].bincount()) / uneven.sizes["validation"] > 0.7

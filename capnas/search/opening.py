@@ -92,14 +92,14 @@ def open_study(config: StudyConfig) -> optuna.Study:
 
 def data_facts(data: ImageData) -> dict[str, Any]:
     """What the architectures and the numbers of a study's trials depend on, in JSON values."""
-    return {name: getattr(data, name) for name in ("name", "num_classes", "in_chans", "image_size", "sizes", "digest")}
+    return {name: getattr(data, name) for name in ("name", "num_classes", "in_chans", "image_size", "sizes", "digest", "guess")}
 
 
 def data_changes(stored: Mapping[str, Any], data: ImageData) -> list[str]:
     """How images differ from those of which `data_facts` were stored."""
-    facts = {name: value for name, value in data_facts(data).items() if name != "digest"}
+    facts = {name: value for name, value in data_facts(data).items() if name not in ("digest", "guess")}
     changes = [f"{name} was {stored.get(name)}, now {value}" for name, value in facts.items() if stored.get(name) != value]
-    return changes or digest_changes(stored.get("digest") or {}, data.digest)  # older studies have no digest
+    return changes or digest_changes(stored.get("digest") or {}, data.digest)  # older studies have no digest, and no guess
 
 
 def check_data(study: optuna.Study, objective: Objective) -> None:
