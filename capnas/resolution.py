@@ -165,11 +165,10 @@ def tune_resolution(
         raise UsageError(f"epochs must be at least 1 and share in (0, 1], got {epochs} and {share}.")
     surveys = survey_resolutions(build, candidates, in_chans=data.in_chans, budget=budget, refused=refused)
     rows = {s.size: s for s in surveys if not s.refusal and s.macs is not None}
-    macs = {size: int(row.macs or 0) for size, row in rows.items()}
+    macs = _macs(rows)
     possible = [s.macs for s in surveys if s.macs is not None and s.size not in (refused or {})]
     sweep = epochs * sum(cost for cost in possible if budget is None or cost <= budget)
     left = share * sweep
-    counts = halving.halving(len(macs))
     base, pay = config or TrainConfig(), rule.price(pay, budget)
     resolve_device(base.device)
     networks = {size: copy.deepcopy(build(size)) for size in rows}
@@ -180,36 +179,10 @@ def tune_resolution(
     left -= sum(seen * macs[size] for size, seen in shared.seen.items())
     if shared.reason:
         networks = {size: copy.deepcopy(build(size)) for size in rows}
-    models: dict[int, nn.Module] = {}
-    runs: list[SizeRun] = []
-    done, running = 0, tuple(rows)
-    for rung, count in enumerate(counts, 1):
-        readings = [r.reading for r in runs if r.reading is not None]
-        if rung > 1:
-            running = rule.survivors(readings, count, pay)
-            models = {size: models[size] for size in running}
-        most = epochs - done if len(rows) > 1 else 1
-        length = halving.rung_epochs([macs[s] for s in running], left=left, last=rung == len(counts), most=most)
-        if length < 1 and rung == 1:
-            least = math.ceil(sum(macs.values()) * epochs / left)
-            raise UsageError(
-                f"a share of {share:g} of {epochs} epochs does not pay for one epoch of every size: give at least {least} epochs."
-            )
-        if length < 1 or (rung > 1 and len(running) < 2):
-            break
-        for size in running:
-            if size not in models:
-                models[size] = copy.deepcopy(networks[size])  # it leaves what the others share
-            settings = dataclasses.replace(base, epochs=length, seed=base.seed + rung - 1, record=True)
-            result = train(models[size], data, settings, image_size=size)
-            runs.append(_run(rows[size], macs[size], rung, length, done + length, result))
-            left -= macs[size] * len(result.curve)
-            if on_run is not None:
-                on_run(runs[-1])
-        done += length
-        running = tuple(r.size for r in runs if r.rung == rung and r.reading is not None)
-        if not running:
-            raise UsageError(f"no size could be trained: {runs[-1].status}, {runs[-1].reason}.")
+    if halving.rung_epochs(list(macs.values()), left=left, last=True, most=1) < 1:
+        least = math.ceil(sum(macs.values()) * epochs / left)
+        raise UsageError(f"a share of {share:g} of {epochs} epochs does not pay for one epoch of every size: give at least {least} epochs.")
+    runs, left = _compare(rows, networks, data, base, most=epochs if len(rows) > 1 else 1, left=left, pay=pay, on_run=on_run)
     readings = [r.reading for r in runs if r.reading is not None]
     choice = rule.recommend(readings, budget=budget, pay=pay, images=data.sizes["validation"], chance=data.guess)
     left_out = _left_out(surveys, runs)
@@ -228,6 +201,63 @@ def tune_resolution(
         macs_share=(share * sweep - left) / sweep,
         seconds_share=_seconds_share(shared, runs, surveys, epochs),
     )
+
+
+def _macs(rows: Mapping[int, SizeSurvey]) -> dict[int, int]:
+    return {size: int(row.macs or 0) for size, row in rows.items()}
+
+
+def _compare(
+    rows: Mapping[int, SizeSurvey],
+    networks: Mapping[int, nn.Module],
+    data: ImageData,
+    base: TrainConfig,
+    *,
+    most: int,
+    left: float,
+    pay: float,
+    on_run: Callable[[SizeRun], None] | None,
+) -> tuple[list[SizeRun], float]:
+    """Successive halving: every size alone for some epochs, the better ones for more.
+
+    Args:
+        rows: of the sizes.
+        networks: to start from; copied.
+        data: the images.
+        base: settings of the training.
+        most: epochs of one size.
+        left: multiply-accumulates that all of it may cost, in epochs of one image.
+        pay: accuracy that a doubling of MACs has to bring.
+        on_run: told of each.
+
+    Returns:
+        The trainings, and what is left of the cost.
+    """
+    macs, counts = _macs(rows), halving.halving(len(rows))
+    models: dict[int, nn.Module] = {}
+    runs: list[SizeRun] = []
+    done, running = 0, tuple(rows)
+    for rung, count in enumerate(counts, 1):
+        if rung > 1:
+            running = rule.survivors([r.reading for r in runs if r.reading is not None], count, pay)
+            models = {size: models[size] for size in running}
+        length = halving.rung_epochs([macs[s] for s in running], left=left, last=rung == len(counts), most=most - done)
+        if length < 1 or (rung > 1 and len(running) < 2):
+            break
+        for size in running:
+            if size not in models:
+                models[size] = copy.deepcopy(networks[size])  # it leaves what the others share
+            settings = dataclasses.replace(base, epochs=length, seed=base.seed + rung - 1, record=True)
+            result = train(models[size], data, settings, image_size=size)
+            runs.append(_run(rows[size], macs[size], rung, length, done + length, result))
+            left -= macs[size] * len(result.curve)
+            if on_run is not None:
+                on_run(runs[-1])
+        done += length
+        running = tuple(r.size for r in runs if r.rung == rung and r.reading is not None)
+        if not running:
+            raise UsageError(f"no size could be trained: {runs[-1].status}, {runs[-1].reason}.")
+    return runs, left
 
 
 def advise_resolution(build: Build, size: int, *, in_chans: int) -> tuple[Advice, ...]:
