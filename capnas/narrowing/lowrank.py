@@ -8,7 +8,7 @@ followed by a pointwise one, exact for the projected outputs. It saves multiply-
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -102,13 +102,10 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
     goal, share = f"every layer keeps {threshold:g} of its variance", threshold
     if target_macs is not None:
         check_target(target_macs)
-        low, high = 0.0, 1.0
-        if planned(ranks(1e-9))[1] > target_macs * cost.macs:
+        found = _largest_share(lambda tried: planned(ranks(tried))[1] <= target_macs * cost.macs)
+        if found is None:
             raise UsageError(f"{target_macs:g} of the MACs cannot be reached by splitting layers; remove channels instead.")
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if planned(ranks(max(middle, 1e-9)))[1] <= target_macs * cost.macs else (low, middle)
-        share = max(low, 1e-9)
+        share = found
         goal = f"{target_macs:g} of the MACs: every layer keeps {share:.4g} of its variance"
     chosen = ranks(share)
     macs, total = planned(chosen)
@@ -143,6 +140,17 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
         planned_params=params,
         moments={n: records[n].moments for n in names},
     )
+
+
+def _largest_share(fits: Callable[[float], bool]) -> float | None:
+    """The largest share of variance at which a plan fits, by bisection; None where none does."""
+    low, high = 1e-9, 1.0
+    if not fits(low):
+        return None
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def factorized(model: nn.Module, plan: RankPlan) -> nn.Module:
