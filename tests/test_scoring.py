@@ -52,6 +52,10 @@ def test_directions_ranges_and_meanings() -> None:
     assert {name for name, spec in SCORES.items() if spec.low == -math.inf} == {
         "capacity_score", "log2_paths", "log2_gain", "intrinsic_power", "log10_lipschitz", "synflow", "zico"
     }  # logarithms, and sums of terms of either sign  # fmt: skip
+    assert {name for name, spec in SCORES.items() if spec.direction == "minimize"} == {
+        *(prefix + name for prefix in ("", "block_") for name in ("saturation_variation", "tail_fraction")),
+        "shortest_depth", "intrinsic_power", "log10_lipschitz", *COSTS,
+    }  # fmt: skip
     assert SCORES["tail_fraction"].oriented(0.2) == -0.2
     assert SCORES["saturation_evenness"].oriented(0.2) == 0.2
 
@@ -131,3 +135,4 @@ def test_size_counts_in_doublings() -> None:
     assert score(found, ["params", "macs"]) == {"params": 4 * 27 + 2 * 4 * 36 + 2, "macs": 36 * 4 * 27 + 2 * 4 * 36}
     assert {SCORES[name].direction for name in COSTS} == {"minimize"}
     assert measures_for(COSTS) == ("saturation", "structure")
+    assert measures_for(["log10_lipschitz"]) == ("saturation", "norms")

@@ -33,6 +33,16 @@ def test_other_labels_pixels_or_splits_are_told_apart_and_the_same_are_not() -> 
     assert "the labels differ" in changes(data, of(x, y))
 
 
+def test_pixels_of_validation_are_looked_at_and_a_tenth_of_a_standard_deviation_is_too_much() -> None:
+    def of(shade: int) -> ImageData:
+        parts = {name: images(60) for name in ("train", "test")}
+        return load_data(parts | {"validation": (np.full((9, 8, 8), shade, np.uint8), np.arange(9) % 3)})
+
+    assert changes(of(0), of(255)) == ["the pixels differ"]
+    assert digest_changes({"pixels": [0.5]}, {"pixels": [0.6]}) == digest_changes({"pixels": [0.5]}, {"pixels": [0.5, 0.5]})
+    assert digest_changes({"pixels": [0.5]}, {"pixels": [0.6]}) == ["the pixels differ"]
+
+
 @pytest.mark.parametrize("memory_limit", [2 << 30, 0])
 def test_a_file_moved_to_another_class_is_told_wherever_the_images_are_kept(tmp_path: Path, memory_limit: int) -> None:
     folder = write_images(tmp_path / "images")

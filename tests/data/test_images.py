@@ -49,6 +49,7 @@ def test_floats_that_are_bytes_become_bytes_and_others_stay() -> None:
     [
         (np.full((3, 4, 4), np.nan), "NaN or infinity in 3 of 3 images"),
         (np.full((3, 4, 4), 300), r"integer pixels in 0..255, found 300..300"),
+        (np.full((3, 4, 4), 256), "found 256..256"),
         (np.full((3, 4, 4), -1), "found -1..-1"),
         (np.zeros((3, 4)), r"found shape \(3, 4\)"),
         (np.zeros((0, 4, 4)), r"nothing empty, found shape \(0, 1, 4, 4\)"),

@@ -132,3 +132,14 @@ def test_refit_keeps_the_old_weights_where_samples_do_not_decide() -> None:
     stiff, _ = refit(x, 4 * x[:, :1], prior, ridge=1e9)
     torch.testing.assert_close(stiff, prior.double(), rtol=1e-4, atol=1e-4)
     assert bool(torch.isfinite(bias).all())
+
+
+def test_losses_of_readers_of_one_and_of_several_columns_a_unit_add_up() -> None:
+    one = Reader(weight=torch.tensor([[2.0, 1.0]]).sqrt(), covariance=torch.eye(2), columns=torch.tensor([[0], [1]]))
+    weight = torch.tensor([[1.0, 0.0, 2.2, 0.0]]).sqrt()
+    two = Reader(weight=weight, covariance=torch.eye(4), columns=torch.tensor([[0, 1], [2, 3]]))
+    assert removal_path([one, two]).order == (0, 1)  # 1.0 + 0.5 against 0.5 + 1.1
+
+
+def test_mixtures_of_kept_channels_that_are_the_same_are_finite() -> None:
+    assert mixture(torch.ones(3, 3), torch.tensor([0, 1]))[2].tolist() == pytest.approx([0.5, 0.5], abs=1e-2)

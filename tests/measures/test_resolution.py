@@ -185,6 +185,7 @@ def test_the_choice_is_among_the_longest_trainings_within_the_budget() -> None:
     tight = recommend(rows, budget=1000 * 32 * 32, images=400)
     assert tight.size == 32
     assert any("over the budget of 1,024,000 MACs: 64 px" in text for text in tight.reasons)
+    assert 64 not in {**tight.fitted, **tight.worth}
     assert any("standard error of 2.3 points" in text for text in tight.reasons)
     with pytest.raises(UsageError, match="no size is within 5 MACs; the cheapest takes 256,000"):
         recommend(rows, budget=5)

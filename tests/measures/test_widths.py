@@ -57,6 +57,17 @@ def test_least_loss_finds_the_best_widths_of_a_small_network() -> None:
     assert loss(units) <= 1.15 * loss(list(best))
 
 
+def test_a_width_that_is_just_enough_is_taken() -> None:
+    assert needed_widths([Widths(now=8, needed=4.0, choices=(2, 4, 8)), Widths(now=8, needed=4.1, choices=(2, 4, 8))]) == [4, 8]
+
+
+def test_least_loss_pays_for_no_more_than_the_target_asks() -> None:
+    losses = torch.zeros(101)
+    losses[10], losses[100] = 2.0, 10.0
+    groups = [Widths(now=101, needed=1, choices=(1, 101), losses=losses), Widths(now=20, needed=1, choices=(10, 20), losses=losses)]
+    assert least_loss(groups, lambda units: units.sum(1), 111.0) == [101, 10]  # the first would save ten times as much for five times the loss
+
+
 def test_least_loss_jumps_over_a_bad_width_and_gives_back_what_is_left() -> None:
     cliff = Widths(now=4, needed=4, choices=(1, 2, 3, 4), losses=torch.tensor([0.0, 50.0, 51.0, 52.0]))
     flat = Widths(now=4, needed=4, choices=(1, 2, 3, 4), losses=torch.tensor([0.0, 30.0, 60.0, 90.0]))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -87,6 +88,30 @@ def test_mixtures_go_for_nothing_once_the_readers_are_refitted(measured: tuple[n
     assert small[0].out_channels == small[1].num_features == small[2].in_channels == 3
     wrong = (sliced(x) - net(x)).norm() / net(x).norm()
     assert (small(x) - net(x)).norm() / net(x).norm() < 0.1 * wrong
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_removed_channels_always_put_out_goes_into_the_bias(bias: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, bias=bias), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        net[0].weight[3:] = 0
+        net[0].bias[3:] = 1.0
+    found = survey(net, torch.randn(48, 2, 8, 8))
+    small, x = narrowed(net, found, plan_widths(found, widths={"0": 3}, round_to=1)), torch.randn(40, 2, 8, 8)
+    assert small[2].in_channels == 3
+    torch.testing.assert_close(small(x), net(x), rtol=0.02, atol=0.02)
+
+
+def test_depthwise_layers_count_with_the_group_that_they_are_narrowed_with() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    ).eval()  # fmt: skip
+    (row,) = plan_widths(survey(net, torch.randn(32, 2, 8, 8)), widths={"0": 3}, round_to=1).groups
+    assert (row.params, row.planned_params) == (6 * 3 + 6 * 10, 3 * 3 + 3 * 10)
+    assert (row.macs, row.planned_macs) == (64 * 12 + 36 * 54, 64 * 6 + 36 * 27)
 
 
 def test_layers_too_wide_to_be_refitted_read_mixtures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +273,22 @@ def test_norms_put_out_on_the_images_what_they_did() -> None:
     before, after = net[:2](x)[:, kept], small[:2](x)
     torch.testing.assert_close(after.mean((0, 2, 3)), before.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(after.var((0, 2, 3)), before.var((0, 2, 3)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("eps", "moment"), [(1e-5, torch.var), (0.3, torch.mean)])
+def test_a_norm_behind_a_refitted_layer_puts_out_on_the_images_what_it_did(eps: float, moment: Callable[..., torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4, eps=eps), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+    x = torch.randn(48, 2, 8, 8)
+    net.train()(x)
+    net.eval()
+    found = survey(net, x)
+    small = narrowed(net, found, plan_widths(found, widths={"0": 2}, round_to=1))
+    assert not torch.allclose(small[:3](x).var((0, 2, 3)), net[:3](x).var((0, 2, 3)), rtol=0.1)
+    torch.testing.assert_close(moment(small[:4](x), (0, 2, 3)), moment(net[:4](x), (0, 2, 3)), rtol=1e-3, atol=1e-4)
 
 
 def test_the_moments_of_a_norm_move_within_bounds() -> None:

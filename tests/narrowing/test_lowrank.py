@@ -18,7 +18,10 @@ from capnas.saved import build_recipe, load_model, save_model
 RECIPE = {"timm": "resnet10t", "args": {"num_classes": 3, "in_chans": 1, "channels": [8, 12, 16, 24]}, "image_size": 32}
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(5, 7), nn.Conv2d(5, 7, 3, stride=2, padding=1, bias=False), nn.Conv2d(5, 7, 1)])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(5, 7), nn.Conv2d(5, 7, 3, stride=2, padding=1, bias=False), nn.Conv2d(5, 7, 1), nn.Conv2d(5, 7, 3, dilation=2, padding=1)],
+)
 def test_a_split_layer_is_its_projected_outputs_exactly(layer: nn.Module) -> None:
     x = torch.randn(30, 5) if isinstance(layer, nn.Linear) else torch.randn(4, 5, 6, 6) + 2
     y = layer(x).detach()

@@ -130,12 +130,53 @@ def test_a_failed_training_is_not_queued_again(data: ImageData, monkeypatch: pyt
     assert len(study.trials) == 4
 
 
+def test_what_failed_before_it_was_measured_again_is_not_queued_again(data: ImageData) -> None:
+    o = objective(data, pool=3, gate="log2_paths:best:30%")
+    study = run(o, net(4), net(2), net(6))
+    study.ask()
+    attributes: dict[str, Any] = {QUEUED: 2, ATTRIBUTE: Evaluation(status="failed").to_dict()}
+    study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attributes))
+    study.tell(3, state=TrialState.FAIL)
+    assert o.selection is not None
+    o.selection.queue_next(study)
+    assert len(study.trials) == 5
+
+
 def test_with_costs_among_the_values_small_networks_have_their_own_share(data: ImageData) -> None:
     o = objective(data, values=("accuracy", "macs"), gate="log2_paths:best:10%")
     study = run(o, net(8), net(2), net(6, 2), net(4), net(2, 3))
     assert outcomes(study) == ["complete", "complete", "complete", "complete", "complete"]
     alone = run(objective(data, gate="log2_paths:best:10%"), net(8), net(2), net(6, 2), net(4), net(2, 3))
     assert outcomes(alone) == ["complete", "measured", "complete", "measured", "complete"]
+
+
+def test_of_equal_standing_who_leads_more_rivals_is_trained_first(data: ImageData) -> None:
+    o = objective(data, values=("accuracy", "macs"), gate="log2_paths:best:10%", pool=3)
+    assert run(o, net(2), net(4), net(8), more=1).trials[3].params == net(8)  # net(2) has no rival that costs no more
+
+
+def test_while_one_is_trained_the_next_best_is_queued(data: ImageData) -> None:
+    o = objective(data, pool=2, gate="log2_paths:best:100%")
+    study = run(o, net(4), net(6))
+    running = study.ask()
+    assert o.selection is not None
+    o.selection.queue_next(study)
+    assert (running.user_attrs[QUEUED], study.trials[3].user_attrs[QUEUED]) == (1, 0)
+
+
+def test_a_queued_candidate_that_cannot_be_measured_again_is_not_trained(data: ImageData) -> None:
+    selection = objective(data, pool=2).selection
+    study = run(objective(data, pool=2), net(4), net(6))
+    assert selection is not None
+    found: dict[str, Any] = {"metrics": {"init_log2_paths": None}, "hash": "other", "image_size": 8}
+    assert "before training is nan" in (selection.judge(study.ask(), found) or "")
+
+
+def test_a_trained_candidate_is_feasible_wherever_it_stands(data: ImageData) -> None:
+    selection = objective(data).selection
+    assert selection is not None
+    assert [selection.violation(status, 0.9) for status in ("complete", "measured")] == [0.0, 0.5]
+    assert selection.violation("measured", 0.1) > 0
 
 
 def test_the_better_way_of_a_score_to_be_minimized_is_down(data: ImageData) -> None:
