@@ -47,6 +47,12 @@ def test_every_position_is_read_in_time_and_no_column_alone() -> None:
     assert seen == set(tensor[:, 0].flatten().tolist())
 
 
+def test_every_sample_is_read_in_time() -> None:
+    tensor = torch.arange(64.0)[:, None, None, None].expand(64, 3, 2, 2).contiguous()
+    lattice, chance = Lattice(tensor, 1, 16), random.Random(0)
+    assert {float(v) for _ in range(60) for v in lattice.of(tensor, chance)[0].flatten()} == set(range(64))
+
+
 def test_the_same_seed_reads_the_same() -> None:
     tensor = torch.randn(40, 4, 9, 9)
     lattice = Lattice(tensor, 1, 100)

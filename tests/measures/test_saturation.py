@@ -281,4 +281,4 @@ def test_reference_reductions_of_a_map_to_rows(rows: str, shared: Path, referenc
 
 
 def test_all_of_the_variance_leaves_rounding_out() -> None:
-    assert intrinsic_dimension(torch.tensor([0.1, 0.1, 0.1, 1e-14], dtype=torch.float64), 1.0) == 3
+    assert s.intrinsic_dimension(torch.tensor([0.1, 0.1, 0.1, 1e-14], dtype=torch.float64), 1.0) == 3
