@@ -11,7 +11,20 @@ import optuna
 import pytest
 from tiny_space import images
 
-from capnas.console import Progress, closing, duration, number, out_json, pairs, run_document, short, show_best, show_run, show_table
+from capnas.console import (
+    Progress,
+    closing,
+    duration,
+    guess,
+    number,
+    out_json,
+    pairs,
+    run_document,
+    short,
+    show_best,
+    show_run,
+    show_table,
+)
 from capnas.data import load_data
 from capnas.errors import UsageError
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
@@ -153,6 +166,23 @@ def _result(statuses: list[tuple[str, float | None]], values: tuple[str, ...] = 
     for status, accuracy in statuses:
         _ended(study, status, accuracy)
     return RunResult(folder=Path("runs/told"), config=config, study=study)
+
+
+def test_the_best_so_far_is_feasible_and_the_first_of_equals(capsys: pytest.CaptureFixture[str]) -> None:
+    study = optuna.create_study(directions=["maximize"])
+    found = Evaluation(status="complete", values={"accuracy": 0.9}).to_dict()
+    study.add_trial(optuna.trial.create_trial(value=0.9, user_attrs={ATTRIBUTE: found}, constraints={"gate": 0.1}))
+    progress = Progress(total=5, names=["accuracy"], directions=["maximize"])
+    for _ in range(2):
+        progress.on_trial(study, _ended(study, "complete", 0.4))
+    assert capsys.readouterr().err.count("best accuracy 0.4000 (trial 1)") == 2
+
+
+def test_an_accuracy_is_judged_by_the_images_of_its_split() -> None:
+    result = _result([])
+    result.study.set_user_attr(DATA, {"num_classes": 10, "sizes": {"validation": 10_000, "test": 100}})
+    assert guess(result, [0.15]) is None
+    assert guess(result, [0.15], "test") == {"chance": 0.1, "accuracy": 0.15, "images": 100, "split": "test"}
 
 
 @pytest.mark.parametrize(

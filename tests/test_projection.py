@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from capnas._timm import timm
-from capnas.measures.saturation import Projection
+from capnas.measures.moments import Moments
+from capnas.measures.saturation import Projection, random_projection
 from capnas.profile import profile_model
 from capnas.projection import head_names, project_model, projected
 
@@ -100,3 +101,18 @@ def test_a_compiled_model_is_projected_as_it_was_before() -> None:
 def test_heads() -> None:
     assert head_names(timm.create_model("resnet18")) == {"fc"}
     assert head_names(nn.Conv2d(1, 1, 1)) == set()
+
+
+def test_random_directions_are_others_for_each_layer_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def drawn(moments: Moments, k: int, seed: int) -> Projection:
+        seeds.append(seed)
+        return random_projection(moments, k, seed)
+
+    monkeypatch.setattr("capnas.projection.random_projection", drawn)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    accuracies = iter((0.75, 0.5, 0.25))
+    found = project_model(net, [torch.randn(20, 4)], lambda _: next(accuracies), seed=7)
+    assert seeds == [7, 8]
+    assert (found.lost, found.random) == (25.0, 0.25)

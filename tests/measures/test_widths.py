@@ -65,7 +65,7 @@ def test_least_loss_pays_for_no_more_than_the_target_asks() -> None:
     losses = torch.zeros(101)
     losses[10], losses[100] = 2.0, 10.0
     groups = [Widths(now=101, needed=1, choices=(1, 101), losses=losses), Widths(now=20, needed=1, choices=(10, 20), losses=losses)]
-    assert least_loss(groups, lambda units: units.sum(1), 111.0) == [101, 10]  # the first would save ten times as much for five times the loss
+    assert least_loss(groups, lambda units: units.sum(1), 111.0) == [101, 10]  # the first saves more than is asked
 
 
 def test_least_loss_jumps_over_a_bad_width_and_gives_back_what_is_left() -> None:
