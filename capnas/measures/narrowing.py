@@ -203,16 +203,16 @@ def moved_norm(
 ) -> tuple[Tensor, Tensor]:
     """The running mean and variance with which a batch norm puts out what it did, though its inputs have changed. Ours.
 
-    Over the same images, outputs have the mean and the variance that they had: v' = v * now / before for the variance, and for the mean
-    m' = now - s (before - m) with s the ratio of the new standard deviation to the old. Inputs that did not change leave both as they
-    were, however far the images are from what training had gathered.
+    Over the same images, outputs have the mean and the variance that they had: v' + eps = (v + eps) * now / before for the variance, and
+    for the mean m' = now - s (before - m) with s the ratio of the new standard deviation to the old. Inputs that did not change leave both
+    as they were, however far the images are from what training had gathered.
 
     Args:
         running: mean and variance (C,) and (C,) of the norm.
         before: of its inputs on some images, in the network as it was.
         now: of its inputs on the same images.
         eps: of the norm.
-        most: the variance changes by this factor at most.
+        most: v + eps changes by this factor at most; v' is at least 0.
 
     >>> one, two = torch.tensor([1.0]), torch.tensor([2.0])
     >>> [round(v.item(), 3) for v in moved_norm((one, one), (two, one), (two, 4 * one), eps=0.0)]  # twice the spread
@@ -220,7 +220,7 @@ def moved_norm(
     """
     (mean, variance), (old_mean, old), (new_mean, new) = running, before, now
     noise = 1e-6 * (variance + eps)  # inputs that vary less move the outputs by less than a thousandth
-    moved = variance * ((new + noise) / (old + noise)).clamp(1 / most, most)
+    moved = ((variance + eps) * ((new + noise) / (old + noise)).clamp(1 / most, most) - eps).clamp_min(0)
     stretch = ((moved + eps) / (variance + eps).clamp_min(1e-30)).sqrt()
     return new_mean + stretch * (mean - old_mean), moved
 
