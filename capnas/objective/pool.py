@@ -79,7 +79,9 @@ class Selection:
         found["standing"] = standing.share
         if QUEUED in trial.user_attrs and not math.isnan(candidate.score):
             return None
-        place = f"{self.gate.name} before training is {candidate.score:.4g}, place {standing.better + 1} of {standing.rivals}"
+        known = not math.isnan(candidate.score)  # else it is behind the last
+        place = f"{self.gate.name} before training is {candidate.score:.4g}"
+        place += f", place {standing.better + 1} of {standing.rivals}" if known else ", which has no place"
         if isinstance(trial, optuna.Trial) and len(seen) < self.pool:
             return f"{place}: drawn for the pool of {self.pool}, of which the best {100 * self.gate.share:g} % are trained"
         return None if self.gate.passes(standing) else f"{place} so far; the gate asks for the best {100 * self.gate.share:g} %"

@@ -169,7 +169,7 @@ def test_a_queued_candidate_that_cannot_be_measured_again_is_not_trained(data: I
     study = run(objective(data, pool=2), net(4), net(6))
     assert selection is not None
     found: dict[str, Any] = {"metrics": {"init_log2_paths": None}, "hash": "other", "image_size": 8}
-    assert "before training is nan" in (selection.judge(study.ask(), found) or "")
+    assert "before training is nan, which has no place" in (selection.judge(study.ask(), found) or "")
 
 
 def test_a_trained_candidate_is_feasible_wherever_it_stands(data: ImageData) -> None:
