@@ -65,8 +65,10 @@ MODELS = {
 NOTES = """\
 2,000 test images (one standard error is about 0.8 points), 9,000 to train on. `capnas loss` narrows where the loss per MAC saved is least
 (the default), `capnas saturation` makes saturation even; both refit what reads the removed channels on 1,024 training images, without
-labels and without a gradient step. Rivals are Torch-Pruning's importances, each in its better scope: one ratio for all layers, or one
-global ranking. A dash is a network that was not computed, or that cannot be made (BN scale finds no batch norm in ConvNeXt).
+labels and without a gradient step, and move batch norms with their inputs. The row without refitting has the choice of channels alone;
+rivals are not refitted either, and have a row with batch norms measured again. They are Torch-Pruning's importances, each in its better
+scope: one ratio for all layers, or one global ranking. A dash is a network that was not computed, or that cannot be made (BN scale finds no
+batch norm in ConvNeXt).
 All rows of a column are of the seeds that its head counts: those of which the unpruned network and `capnas loss` were both computed. A cell
 of fewer says so (n = 1). `kept MACs` is the range over the networks of a row: Torch-Pruning's widths are coarser, so that rivals at a
 target keep somewhat fewer. Five epochs: both allocations of capnas and the three rivals that are best after one, by the mean over
@@ -74,7 +76,8 @@ seeds. What is fine-tuned on CIFAR-10, and for five epochs MBConv and ConvNeXt, 
 seeds, which are the same to 1.1 points (`before` in the lines of the unpruned networks); all methods of a column start from one model."""
 AIMS = """\
 Points, means over seeds, paired by seed. Lost: `capnas loss` at half the MACs without fine-tuning, at most 2. Rival: what the best rival
-loses, at least twice as much (met by how much more than twice). Again: the same with the batch norms of the best rival of each seed
+loses, at least twice as much (met by how much more than twice). No refit: what the plan of `capnas loss` loses when channels are only
+removed, which no target is set for. Again: the same with the batch norms of the best rival of each seed
 measured again. Ratios: the least margin of `capnas loss` over the best rival at 75, 50 and 25 %. Tuned: its margin over the best rival
 after 1 and 5 epochs; within the spread over seeds (or one standard error, 0.8) counts as met. A dash: no rival of the same seeds."""
 FORMER = """\
@@ -358,9 +361,10 @@ class Table:
         """Per seed the best rival with its batch norms measured again."""
         return [max((x.get("renewed") or 0 for x in rows_of(self.at, model=model, seed=s)), default=0) or None for s in self.seeds[model]]
 
-    def lost(self, model, method):
+    def lost(self, model, method, what="accuracy"):
         """Points lost against the unpruned network, the mean over the seeds that both have, and those points."""
-        pairs = [100 * (self.base[model, line["seed"]] - line["accuracy"]) for line in self.rows(model, method)]
+        rows = [line for line in self.rows(model, method) if line.get(what) is not None]
+        pairs = [100 * (self.base[model, line["seed"]] - line[what]) for line in rows]
         return (round(statistics.mean(pairs), 6), pairs) if pairs else (None, [])
 
     def best_rival(self, model):
@@ -402,7 +406,8 @@ def targets(lines):
     def points(value):
         return f"{round(value, 1) + 0.0:.1f}"  # no minus before a zero
 
-    text = ["## Targets", "", AIMS, "", "| data | model | lost | rival | again | ratios | tuned 1 | tuned 5 |", "|---|" + "---|" * 7]
+    head = "| data | model | lost | no refit | rival | again | ratios | tuned 1 | tuned 5 |"
+    text = ["## Targets", "", AIMS, "", head, "|---|" + "---|" * 8]
     for data in sorted({line["data"] for line in lines}, reverse=True):
         here = rows_of(lines, data=data)
         tables = {r: Table(here, r, 0) for r in RATIOS}
@@ -411,7 +416,9 @@ def targets(lines):
             own, (_, other) = half.lost(model, "capnas loss")[0], half.best_rival(model)
             again = [100 * (half.base[model, s] - a) for s, a in zip(half.seeds[model], half.again(model)) if a is not None]
             margins = [t.best_rival(model)[1] - t.lost(model, "capnas loss")[0] for t in tables.values() if t.seeds[model]]
-            cells = [f"{points(own)}, {verdict(own <= 2, 2 - own)}", f"{points(other)}, {verdict(other >= 2 * own, other - 2 * own)}"]
+            bare = half.lost(model, "capnas loss", "without_refit")[0]
+            cells = [f"{points(own)}, {verdict(own <= 2, 2 - own)}", "-" if bare is None else points(bare)]
+            cells.append(f"{points(other)}, {verdict(other >= 2 * own, other - 2 * own)}")
             least = statistics.mean(again) if again else None
             cells.append("-" if least is None else f"{points(least)}, {verdict(least >= 2 * own, least - 2 * own)}")
             cells.append(verdict(min(margins) > 0, min(margins)))

@@ -1,11 +1,16 @@
 """What recording costs a training step, and what sampling changes, with delve beside it in the same run.
 
-    python results/saturation_overhead/run.py --tool ../shared/tools/bench_saturation_overhead.py [--reps 9]
+    python results/saturation_overhead/run.py --tool bench_saturation_overhead.py [--reps 9]
+    python results/saturation_overhead/run.py --table-only     # table.md from raw/ again
 
-Needs delve (`pip install delve`). Each case times the bare step, delve and capnas interleaved on one thread (process CPU time and
-wall time), twelve steps a repetition, so that each holds whole intervals of recording, and writes the raw output of the tool to
-raw/<case>.json; `difference.json` holds, per layer, saturation from sampled positions beside that from every row of the same training
-run. `table.md` is derived from both.
+Needs delve (`pip install delve`) and the timing tool bench_saturation_overhead.py, which is not in the repository. A script in its place
+has `build(name, width)`, `data(batch, size)` and `steps(model, optimizer, data, count)`, takes the options of the call in `measure`, and
+writes what raw/ holds: medians and quartiles of the ratios to the bare step, repetition by repetition, in rotated order.
+
+Each case times the bare step, delve and capnas interleaved on one thread (process CPU time and wall time), twelve steps a repetition, so
+that each holds whole intervals of recording, and writes the raw output of the tool, with the number of repetitions, to raw/<case>.json;
+`difference.json` holds, per layer, saturation from sampled positions beside that from every row of the same training run. `table.md` is
+derived from both.
 
 The C library gives freed memory back to the system at moments that depend on what else lies on the heap: the bare step of one and the same
 model took from 0 to 19,000 page faults, run by run, which is up to a tenth of its time. So each case is timed twice: with the two variables
@@ -73,6 +78,7 @@ def measure(tool_path, reps):
                        "--json", str(out)]  # fmt: skip
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=os.environ | variables)
             result = json.loads(out.read_text())
+            result |= {"steps": STEPS, "repetitions": reps}
             result["impl"] = {key.split(":")[-1].lower(): value for key, value in result["impl"].items()}
             out.write_text(json.dumps(result, indent=1) + "\n")
     environment = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
@@ -82,16 +88,18 @@ def measure(tool_path, reps):
 def table():
     difference = json.loads((HERE / "raw" / "difference.json").read_text())
     lines = ["| model | capnas, CPU time | delve, CPU time | target | capnas [quartiles] | as the allocator does it: capnas [quartiles], "
-             "delve | epoch end in steps, capnas / delve | layers | largest difference by sampling |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+             "delve | epoch end in steps, capnas / delve | layers | largest difference by sampling | repetitions |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for case, (name, _, _) in CASES.items():
-        kept, usual = (json.loads(raw(case, variables).read_text())["impl"] for variables in (KEPT, {}))
+        results = [json.loads(raw(case, variables).read_text()) for variables in (KEPT, {})]
+        kept, usual = (result["impl"] for result in results)
+        times = " and ".join(dict.fromkeys(str(result.get("repetitions", "not stored")) for result in results))
         own, peer, other = kept["capnas"]["cpu"], kept["delve"]["cpu"], usual["capnas"]["cpu"]
         worst = max(abs(s - v["every_row"]) for v in difference[case].values() for s in v["sampled"])
         lines.append(f"| {case} | {own['ratio_median']:.3f} | {peer['ratio_median']:.3f} | {TARGETS[name]:.2f} | {own['ratio_q1']:.3f} to "
                      f"{own['ratio_q3']:.3f} | {other['ratio_median']:.3f} [{other['ratio_q1']:.3f} to {other['ratio_q3']:.3f}], "
                      f"{usual['delve']['cpu']['ratio_median']:.3f} | {own['epoch_end_in_bare_steps']:.2f} / "
-                     f"{peer['epoch_end_in_bare_steps']:.2f} | {kept['capnas']['layers']} | {worst:.4f} |")  # fmt: skip
+                     f"{peer['epoch_end_in_bare_steps']:.2f} | {kept['capnas']['layers']} | {worst:.4f} | {times} |")  # fmt: skip
     (HERE / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -103,5 +111,7 @@ if __name__ == "__main__":
     parser.add_argument("--table-only", action="store_true", help="derive table.md from raw/ again")
     arguments = parser.parse_args()
     if not arguments.table_only:
+        if arguments.tool is None:
+            parser.error("--tool PATH is needed: the timing tool bench_saturation_overhead.py; or --table-only")
         measure(arguments.tool.resolve(), arguments.reps)
     table()
