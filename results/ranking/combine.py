@@ -10,7 +10,8 @@ together), each term too. Shipped are about a quarter of the fitted weights. The
 were at first their doubles, and halved after a real search with these on CIFAR-10 ended badly on the test images: a choice after the fact,
 which three seeds of each on two sets bear out (results/search). Beside them, what the same signals hold at most: gradient-boosted
 trees fitted on the space itself, out of fold. A gate `combined:best:...` ranks by the sum without the accuracy, before any training: that
-part alone is shown beside `capacity_score` and the MACs, on all spaces of the ranking study. Writes combined.md, combined.json and
+part alone is shown beside `capacity_score` and the MACs, on all spaces of the ranking study; on the rows of the sum it and
+`capacity_score` stand in the first table too, as choices without a training. Writes combined.md, combined.json and
 untrained.json. Needs scikit-learn.
 """
 
@@ -35,6 +36,8 @@ TRIED = (*TERMS, "capacity_score", "block_saturation_evenness", "dimension", "bl
 BEFORE = ("combined, untrained part", "capacity_score", "macs")
 NETWORKS = "networks"
 FORMER = {"capacity_score": 0.02, "log2_macs": 0.04}
+ALONE = {"untrained part of shipped alone": {name.removeprefix("init_"): w for name, w in WEIGHTS.items()},
+         "capacity_score alone": {"capacity_score": 1.0}}  # fmt: skip
 
 
 def records(space):
@@ -64,12 +67,16 @@ class Ranking:
         top = np.flatnonzero(self.final >= np.median(self.final))
         self.groups = [np.arange(len(found)), top]
 
-    def __call__(self, weights):
-        return ranked(self.short + self.terms @ weights, self.final)
+    def value(self, weights, trained=True):
+        """The sum, or its part that is known before a training."""
+        return self.short * trained + self.terms @ weights
 
-    def behind(self, weights, drawn=20, repeats=2000):
+    def __call__(self, weights, trained=True):
+        return ranked(self.value(weights, trained), self.final)
+
+    def behind(self, weights, trained=True, drawn=20, repeats=2000):
         """Points of final accuracy that the best of some random draws by this value is behind the best network, mean of the repeats."""
-        value, chance = self.short + self.terms @ weights, np.random.default_rng(0)
+        value, chance = self.value(weights, trained), np.random.default_rng(0)
         named = [draw[np.argmax(value[draw])] for draw in (chance.choice(len(value), drawn, replace=False) for _ in range(repeats))]
         return float((self.final.max() - self.final[named]).mean() * (100 if self.final.max() <= 1 else 1))
 
@@ -116,6 +123,8 @@ def choices(data):
     yield "accuracy alone", given({})
     for label, factor in (("shipped", 1), ("shipped, halved", 0.5), ("shipped, doubled", 2)):
         yield label, given({name.removeprefix("init_"): weight * factor for name, weight in WEIGHTS.items()})
+    for label, weights in ALONE.items():
+        yield label, given(weights)
     yield "capacity_score and MACs", given(FORMER)
     yield "fitted on all", fit(everything, TERMS)
     for left in ("nasbench201", "nasbench101", "mbconv"):
@@ -153,16 +162,18 @@ def main():
     lines = [f"| choice | {' | '.join(TRIED)} | {' | '.join(f'{s}: all, better half; behind' for s in SPACES)} | mean | mean behind |",
              "| --- |" + " ---: |" * len(TRIED) + " --- |" * len(SPACES) + " ---: | ---: |"]  # fmt: skip
     for name, weights in choices(data):
-        reached = {s: ranking(weights) for s, ranking in data.items()}
-        behind = {s: ranking.behind(weights) for s, ranking in data.items()}
+        trained = name not in ALONE
+        reached = {s: ranking(weights, trained) for s, ranking in data.items()}
+        behind = {s: ranking.behind(weights, trained) for s, ranking in data.items()}
         mean, points = float(np.mean(list(reached.values()))), float(np.mean(list(behind.values())))
         rows.append({"choice": name, "weights": {t: float(w) for t, w in zip(TRIED, weights) if w}, "reached": reached, "mean": mean,
                      "behind": behind, "mean_behind": points})  # fmt: skip
         cells = [f"{w:.3g}" if w else "" for w in weights] + [f"{a:.3f}, {b:.3f}; {behind[s]:.2f}" for s, (a, b) in reached.items()]
         lines.append(f"| {name} | {' | '.join(cells)} | {mean:.3f} | {points:.2f} |")
     lower = [name for name in TRIED if SCORES[name].direction == "minimize"]
-    lines += ["", f"Weights of scores with higher meaning better; {', '.join(lower)} counts negatively.",
-              "", "Gradient-boosted trees on every signal, fitted on the space itself (ten folds, each predicted by the others):", "",
+    lines += ["", f"Weights of scores with higher meaning better; {', '.join(lower)} counts negatively. "
+              "Alone: ranked by these terms without the short training.", "",
+              "Gradient-boosted trees on every signal, fitted on the space itself (ten folds, each predicted by the others):", "",
               f"| signals | {' | '.join(f'{s}: all, better half' for s in SPACES)} |", "| --- |" + " --- |" * len(SPACES)]  # fmt: skip
     for label, short in (("untrained", False), ("untrained and the short training", True)):
         lines.append(f"| {label} | {' | '.join('{:.3f}, {:.3f}'.format(*ceiling(data[s], short)) for s in SPACES)} |")

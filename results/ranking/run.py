@@ -1,7 +1,7 @@
 """How well training-free scores rank architectures whose trained accuracy is known, with every baseline proxy beside them.
 
     python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures structure,proxies] [--seed S] [--label L]
-                                                     [--images N] [--size PIXELS] [--mode train|eval] [--others]
+                                                     [--images N] [--size PIXELS] [--mode train|eval] [--others] [--width N]
     python results/ranking/run.py baselines SPACE --data DIR [--count N]
     python results/ranking/run.py tables
 
@@ -37,17 +37,18 @@ HERE = Path(__file__).resolve().parent
 # images of the probe batch and their size; None: the size that the table lists
 IMAGES = {"timm": (16, None), "mobilenetv2": (16, None), "mbconv": (64, 24)}
 OWN = ("timm", "mobilenetv2", "mbconv")  # initialized by their authors' rules: measured at torch's default, as a search measures
-WIDTHS = {"nasbench101": 64}  # channels of the first stage where not the published number: half of 128 (raw/nasbench101-quarter: 32)
+WIDTHS = {"nasbench101": 64}  # channels of the first stage where not the published number: half of 128
 
 
-def built(space, row, side, seed):
-    """An untrained network of a space, for images of `side` pixels where it comes from timm."""
+def built(space, row, side, seed, width=None):
+    """An untrained network of a space, for images of `side` pixels where it comes from timm; `width` in the place of `WIDTHS`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return benchmarks.build(space, row, WIDTHS.get(space, side if space == "timm" else None))
+        return benchmarks.build(space, row, side if space == "timm" else width or WIDTHS.get(space))
 
 
-def measure(space, folder, count, measures, seed, label, images=None, size=None, mode="train", others=False):
+def measure(space, folder, count, measures, seed, label, images=None, size=None, mode="train", others=False,
+            width=None):  # fmt: skip
     torch.set_num_threads(1)
     fitted = [json.loads(line)["arch"] for line in (HERE / "raw" / f"{space}.jsonl").open()] if others else []
     rows = benchmarks.table(space, folder, count, without=fitted)
@@ -63,7 +64,7 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
             if (row["arch"], row.get("img_size")) in known:
                 continue
             side = size or int(row["img_size"])
-            model = built(space, row, side, seed)
+            model = built(space, row, side, seed, width)
             x, y = probe(side)
             start = time.process_time()
             try:
@@ -297,6 +298,7 @@ if __name__ == "__main__":
     run.add_argument("--size", type=int, help="their side in pixels")
     run.add_argument("--mode", default="train", choices=("train", "eval"), help="state of the norms while measuring")
     run.add_argument("--others", action="store_true", help="rows that no weight was fitted on")
+    run.add_argument("--width", type=int, help="channels of the first stage, not of timm and MobileNetV2 (raw/nasbench101-quarter: 32)")
     few = commands.add_parser("baselines")
     few.add_argument("space", choices=benchmarks.SPACES)
     few.add_argument("--data", required=True)
@@ -309,4 +311,5 @@ if __name__ == "__main__":
         baselines(given.space, given.data, given.count)
     else:
         measure(given.space, given.data, given.count, tuple(given.measures.split(",")), given.seed,
-                given.label or ("others" if given.others else None), given.images, given.size, given.mode, given.others)  # fmt: skip
+                given.label or ("others" if given.others else None), given.images, given.size, given.mode, given.others,
+                given.width)  # fmt: skip

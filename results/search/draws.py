@@ -7,6 +7,8 @@
 Draws are of the space, the data and the limit on MACs of real.py. For each: scores before training, accuracy on the validation images
 after the short training of a search and the scores then, and, as a benchmark, the accuracy of the full training from new weights on 10,000
 images that neither the searches nor the final evaluations see. One JSON line a draw in raw/draws-CASE.jsonl; goes on where it stopped.
+Draws of mbconv come from the same seeds as those of the ranking study (train.py there), so that many of them are architectures that the
+weights of `combined` were fitted on; the table tells how many, and the correlations without them.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import numpy as np
 import optuna
 import torch
 from real import CASES, HERE, images, read
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from capnas.candidates import Infeasible, build_candidate, build_model
 from capnas.data import load_data
@@ -32,6 +34,8 @@ from capnas.training import TrainConfig, evaluate, train
 
 FRESH, POOL = 10_000, 10  # images of the benchmark; draws of which one is named
 FINAL_EPOCHS = {"fashion": 6, "cifar10": 10}
+RANKING = HERE.parent / "ranking" / "raw"
+SHORT = "accuracy of the short training"
 MEASURES = ("saturation", "structure", "capacity")
 NAMES = [n for n in UNTRAINED if set(measures_for([n])) <= {*MEASURES}]
 
@@ -114,7 +118,7 @@ else sees; and that accuracy, in points, of the draw that a signal names out of 
 
 def signals(rows):
     """Signal name to one value a draw, higher expected better; where all draws have one and it varies."""
-    found = {"accuracy of the short training": [r["short_accuracy"] for r in rows], "macs": [r["macs"] for r in rows],
+    found = {SHORT: [r["short_accuracy"] for r in rows], "macs": [r["macs"] for r in rows],
              "params": [r["params"] for r in rows], "combined": [combined(r) for r in rows],
              "combined, what it knows before training": [combined(r) - r["short_accuracy"] for r in rows]}  # fmt: skip
     for label, part in (("", "scores"), ("after: ", "scores_after")):
@@ -137,6 +141,23 @@ def picked(values, accuracy, pool=POOL, draws=5000):
     return float(accuracy[pools[np.arange(draws), values[pools].argmax(1)]].mean())
 
 
+def is_new(row, space):
+    """Whether a draw is none of the rows of the ranking study, whose weights were fitted on these."""
+    rows = read(RANKING / f"{space}-trained.jsonl")
+    measured = {r["arch"] for r in read(RANKING / f"{space}.jsonl")}
+    return row["params_drawn"] not in [r["params_drawn"] for r in rows if r["arch"] in measured]
+
+
+def less(mine, other, accuracy, draws=10_000):
+    """Difference of two signals' Spearman correlations with the accuracy, and its bootstrapped 95 % interval over the draws."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(accuracy), (draws, len(accuracy)))
+    ranks = [rankdata(v[picks], axis=1) for v in (mine, other, accuracy)]
+    a, b, c = ((r - r.mean(1, keepdims=True)) / r.std(1, keepdims=True) for r in ranks)
+    low, high = np.quantile(((a - b) * c).mean(1), [0.025, 0.975])
+    return [float(spearmanr(mine, accuracy)[0] - spearmanr(other, accuracy)[0]), float(low), float(high)]
+
+
 def table():
     lines, summary = [INTRODUCTION, ""], {}
     for case, setting in CASES.items():
@@ -153,10 +174,21 @@ def table():
         ranks = {name: spearmanr(v, accuracy)[0] for name, v in found.items()}
         named = {name: float(picked(v, accuracy)) for name, v in found.items()}
         summary[case] = {"draws": len(rows), "deviation": float(accuracy.std(ddof=1)), "spearman": {n: float(r) for n, r in ranks.items()},
-                         "named": named}  # fmt: skip
+                         "named": named,
+                         "combined_less": {n: less(found["combined"], found[n], accuracy) for n in (SHORT, "macs")}}  # fmt: skip
+        new = np.array([is_new(r, setting["space"]) for r in rows])
+        if not new.all():
+            ranks_new = {name: float(spearmanr(v[new], accuracy[new])[0]) for name, v in found.items() if np.ptp(v[new]) > 0}
+            summary[case]["new"] = {"draws": int(new.sum()), "spearman": ranks_new}
         for name in sorted(ranks, key=lambda n: -ranks[n]):
             low, high = interval(found[name], accuracy)
             lines.append(f"| {name} | {ranks[name]:.2f} [{low:.2f}, {high:.2f}] | {100 * named[name]:.2f} |")
+        apart = "; ".join(f"{d:+.2f} [{low:+.2f}, {high:+.2f}] {n}" for n, (d, low, high) in summary[case]["combined_less"].items())
+        lines += ["", f"Spearman of combined less that of another signal, the same draws, bootstrapped 95 % interval: {apart}."]
+        if not new.all():
+            alone = ", ".join(f"{n} {summary[case]['new']['spearman'][n]:.2f}" for n in ("combined", SHORT, "macs", "capacity_score"))
+            lines += ["", f"{(~new).sum()} of these {len(rows)} draws are rows of the ranking study that the weights of combined and "
+                          f"capacity_score were fitted on. Spearman over the {new.sum()} others: {alone}."]  # fmt: skip
         lines.append("")
     (HERE / "draws.md").write_text("\n".join(lines))
     (HERE / "draws.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -13,7 +13,8 @@ Cost is simulated: 12 epochs take as long as a model of the published training t
 as long as the rows of FILE took on average, naswot and synflow the share of that which they took on the same cells in one process
 (`time_scores`). It is shown in units of the table's mean training. Every method sees the same random cells first, seed by seed. A search
 names the best cell by its latest accuracy, also one that a pruner stopped. Cells of one isomorphism class are one cell;
-drawn again, its result is reused at no cost by every method. Where FILE scores a part of the table, that part is the space: regret is
+drawn again, its result is reused at no cost by every method. A pool counts drawn strings, for a gate and for TPE started by a proxy alike;
+methods named `CLASSES` have pools of as many different classes. Where FILE scores a part of the table, that part is the space: regret is
 that below its best cell, and what a sampler draws outside it is drawn again (for TPE see `InTable`; evolution mutates on until it is
 inside). The run can be stopped; run again it adds what is missing, also where weights or budgets have changed
 since; rows of other weights stay and are not shown.
@@ -40,6 +41,7 @@ from capnas.search_spaces import nasbench201
 from capnas.measures.proxies import naswot, synflow
 from capnas.objective import Objective
 from capnas.objective.gates import RANKED_BY
+from capnas.objective.history import find_twin, take_over
 from capnas.objective.targets import WEIGHTS, value_of
 from capnas.profile import profile_model
 from capnas.scoring import CAPACITY_WEIGHTS, score
@@ -109,17 +111,21 @@ class Table:
         unique = self.unique.get(nasbench201.architecture_string(params))
         return None if unique is None else (unique, self.rows[unique])
 
-    def draw(self, chance):
-        """Parameters of a cell, each string of the table equally likely."""
+    def draw(self, chance, seen=None):
+        """Parameters of a cell, each string of the table equally likely; drawn on while its class is in `seen`, which then has it."""
         strings = self.__dict__.setdefault("strings", list(self.unique))
-        return nasbench201.parameters(strings[chance.integers(len(strings))])
+        while (unique := self.unique[arch := strings[chance.integers(len(strings))]]) in (seen or ()):
+            pass
+        if seen is not None:
+            seen.add(unique)
+        return nasbench201.parameters(arch)
 
 
 class LookedUp(Objective):
     """The product's objective with two stages looked up: the score before training and the training itself."""
 
     def __init__(self, table, *, scored=False, epochs=(12,), ranked_by=RANKED_BY, **settings):
-        images = (np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2)
+        images = (np.arange(20 * 64).astype(np.uint8).reshape(20, 8, 8), np.arange(20) % 2)
         super().__init__(nasbench201.space, images, device="cpu", **settings)
         self.table, self.is_scored, self.rungs = table, scored, epochs
         self.training, self.scored, self.trained, self.best, self.track = 0.0, 0, set(), None, []
@@ -135,8 +141,8 @@ class LookedUp(Objective):
             trial.suggest_categorical(key, OPERATIONS)
         unique, row = self.table.cell(trial.params)
         found |= {"hash": unique, "image_size": 32}
-        if (twin := self._twin(trial, found)) is not None:
-            return self._reuse(found, *twin)
+        if (twin := find_twin(trial, found, names=self.names, weights=self.weights, epochs=self.train.epochs)) is not None:
+            return take_over(found, *twin)
         if self.is_scored:
             self.scored += 1
             found["metrics"] |= row["init"]
@@ -184,15 +190,19 @@ def inside(sampler, table):
     return sampler
 
 
-def optuna_search(table, seed, *, sampler, budget=BUDGET, scored=False, warm=None, pruner=None, **settings):
-    """One study on the simulated clock. Random draws (all of the random search, start-up trials, a pool) are cells of the table."""
+def optuna_search(table, seed, *, sampler, budget=BUDGET, scored=False, warm=None, pruner=None, distinct=False, **settings):
+    """One study on the simulated clock. Random draws (all of the random search, start-up trials, a pool) are cells of the table.
+
+    A pool is of drawn strings, as a gate counts it, or with `distinct` of as many different classes.
+    """
     objective = LookedUp(table, scored=scored, ranked_by=warm or RANKED_BY, **settings)
     chance, pool = np.random.default_rng([seed, 1]), settings.get("pool", 0)
     chosen = inside(sampler(seed) if callable(sampler) else make_sampler(sampler, seed=seed, trials=BUDGET, pool=pool), table)
     study = optuna.create_study(direction="maximize", sampler=chosen, pruner=pruner or optuna.pruners.NopPruner())
     startup = 10**9 if isinstance(chosen, optuna.samplers.RandomSampler) else max(10, pool)
+    seen = set() if distinct else None
     if warm is not None:
-        drawn = [table.draw(chance) for _ in range(POOL)]
+        drawn = [table.draw(chance, seen) for _ in range(POOL)]  # the pool of a gate of this seed
         objective.scored += POOL
         ranked = {table.cell(p)[0]: p for p in sorted(drawn, key=lambda p: table.cell(p)[1][warm])}  # the last of equals stays: the best
         for params in list(reversed(ranked.values()))[: POOL * SHARE // 100]:
@@ -201,7 +211,7 @@ def optuna_search(table, seed, *, sampler, budget=BUDGET, scored=False, warm=Non
     idle = settled = 0
     while (before := objective.spent) < budget and idle < IDLE:
         if settled < startup:
-            study.enqueue_trial(table.draw(chance))
+            study.enqueue_trial(table.draw(chance, seen))
         trial = study.ask()
         params = {key: trial.suggest_categorical(key, OPERATIONS) for key in KEYS}
         if (cell := table.cell(params)) is None:
@@ -274,6 +284,9 @@ METHODS = {
     "capnas: combined": CAPNAS | COMBINED,
     "capnas: gate + combined": CAPNAS | GATED | COMBINED,
 }
+CLASSES = f", {POOL} classes"  # the same with a pool of as many different classes; not in the figure
+METHODS |= {name + CLASSES: METHODS[name] | {"distinct": True}
+            for name in ("TPE started by synflow", "capnas: gate", "capnas: gate + combined")}  # fmt: skip
 
 
 def runs(table, method, seed):
@@ -331,6 +344,8 @@ def search(data, scores, seeds, methods, processes):
     space = {"classes": len(table.rows), "cells": len(table.unique), "best": table.best, "unit_seconds": round(table.unit, 2),
              "score_seconds": {name: round(seconds, 4) for name, seconds in table.seconds.items()}, "score": RANKED_BY,
              "blind": round(table.best - float(np.mean([table.rows[u]["c10_200"] for u in table.unique.values()])), 4)}  # fmt: skip
+    pool = classes_of_pools(table)
+    space |= {"pool_classes": {"mean": float(np.mean(pool)), "least": min(pool), "most": max(pool)}}
     SPACE.write_text(json.dumps(space, indent=1) + "\n")
     done = {(row["method"], row["seed"]) for row in read(RAW) if is_of(row, len(table.rows))}
     tasks = [(data, scores, method, seed) for seed in range(seeds) for method in methods if (method, seed) not in done]
@@ -368,7 +383,8 @@ GATES = {RANKED_BY: "shipped score", UNSEEN: "its terms fitted elsewhere", "untr
 def pools(table, repeats=1000):
     """Mean regret of a share at random draws, without any sampler: pool, trainings, gate, what names the winner -> points.
 
-    The gate ranks by one of `GATES`. Accuracy or ``combined`` names the winner; ``pool`` None trains what is drawn.
+    The gate ranks by one of `GATES`. Accuracy or ``combined`` names the winner; ``pool`` None trains what is drawn. A pool is of as many
+    different classes; the pools of most searches are of as many drawn strings, see `classes_of_pools`.
     """
     unique = np.array(list(table.unique.values()))
     names = list(table.rows)
@@ -380,26 +396,38 @@ def pools(table, repeats=1000):
     gates = {name: np.array([table.rows[n][name] for n in names]) for name in (RANKED_BY, UNSEEN, "synflow")}
     gates["untrained"] = values["combined"] - values["accuracy"]
     chance, rows = np.random.default_rng(0), []
-    plans = [(None, t) for t in (5, 10, 20, 50, 100)] + [(n, t) for n in (50, 100, 200, 400) for t in (5, 10, 20)]
+    plans = [(None, t) for t in (5, 10, 20, 50, 100)] + [(n, t) for n in (50, 100, 200, 400) for t in (5, 10, 20)] + [(None, POOL)]
     for pool, trainings in plans:
         regrets = {(gate, name): [] for gate in (gates if pool else [None]) for name in values}
+        bounds = []  # of the best that was drawn
         for _ in range(repeats):
             drawn = np.array(list(dict.fromkeys(chance.permutation(cells)[: 4 * (pool or trainings)].tolist())))[: pool or trainings]
+            bounds.append(table.best - final[drawn].max())
             chosen = {gate: drawn if gate is None else drawn[np.argsort(-gates[gate][drawn])][:trainings] for gate, _ in regrets}
             for (gate, name), found in regrets.items():
                 trained = chosen[gate]
                 found.append(table.best - final[trained[np.argmax(values[name][trained])]])
         for (gate, name), found in regrets.items():
             mean, low, high = interval(np.array(found)[:, None])[:, 0]
-            rows.append({"pool": pool, "trainings": trainings, "gate": gate, "named_by": name, "regret": mean, "low": low, "high": high})
+            rows.append({"pool": pool, "trainings": trainings, "gate": gate, "named_by": name, "regret": mean, "low": low, "high": high,
+                         "best_drawn": float(np.mean(bounds))})  # fmt: skip
     (HERE / "raw" / "pools.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def classes_of_pools(table):
+    """How many different classes the pool of a search holds, of each seed: gates and the searches started by a proxy draw the same."""
+    chances = (np.random.default_rng([seed, 1]) for seed in range(SEEDS))
+    return [len({table.cell(table.draw(chance))[0] for _ in range(POOL)}) for chance in chances]
 
 
 def pool_lines():
     """`pools` as a table."""
     rows = json.loads((HERE / "raw" / "pools.json").read_text())
+    sizes = dict.fromkeys(r["pool"] for r in rows if r["pool"])
+    best = ", ".join(f"{np.mean([r['best_drawn'] for r in rows if r['pool'] == size]):.2f} (pool {size})" for size in sizes)
     lines = ["", "The same table at random draws alone, 1,000 repeats: the best of the pool by the gate are trained. The second gate has "
-             "the terms of the shipped score with weights that were fitted without this space (fit.md of the ranking study).", "",
+             "the terms of the shipped score with weights that were fitted without this space (fit.md of the ranking study). A pool "
+             f"is of as many different classes; the best of them has a mean regret of {best}, below which no gate can come.", "",
              "| pool | trainings | gate | named by accuracy | named by combined |", "| --- | ---: | --- | ---: | ---: |"]  # fmt: skip
     for alone, summed in zip(rows[::2], rows[1::2]):
         texts = [f"{r['regret']:.2f} ({r['low']:.2f}, {r['high']:.2f})" for r in (alone, summed)]
@@ -472,18 +500,22 @@ def derive():
         f"Regret in points of 200-epoch test accuracy below the best cell ({space['best']:.2f} %), mean over seeds and "
         f"bootstrapped 95 % interval. The table: {space['classes']:,} classes ({space['cells']:,} cells) of NAS-Bench-201, CIFAR-10, one "
         f"of the spaces that the score and the sum were fitted on. Cost in mean trainings of 12 epochs ({space['unit_seconds']:.0f} s), "
-        f"scores included: {seconds} each. capnas ranks by {space['score']} before training. Pool {POOL}, share {SHARE} %. Cells are blank "
-        f"beyond the budget, or where a seed has made fewer than 20 trainings (of 200 epochs in successive halving). A search that finds "
-        f"nothing new in {IDLE} draws ends and keeps its result.",
+        f"scores included: {seconds} each. capnas ranks by {space['score']} before training. Pool {POOL} draws of a string, the "
+        f"same seed by seed for a gate and for TPE started by a proxy, {space['pool_classes']['mean']:.0f} different classes on average "
+        f"({space['pool_classes']['least']} to {space['pool_classes']['most']}), or of {POOL} different ones; share {SHARE} %. Cells are "
+        f"blank beyond the budget, or where a seed has made fewer than 20 trainings (of 200 epochs in successive halving). A search that "
+        f"finds nothing new in {IDLE} draws ends and keeps its result.",
         "",
     ]
     for m in cost:
         if m.startswith("capnas"):
+            started = "TPE started by synflow" + (CLASSES if m.endswith(CLASSES) else "")
             rivals = "; ".join(f"{less(cost[m][:, 19], cost[other][:, c - 1])} that of {other} at cost {c}"
-                               for other, c in (("TPE", 100), ("TPE as capnas sets it", 20), ("TPE started by synflow", 20)))  # fmt: skip
+                               for other, c in (("TPE", 100), ("TPE as capnas sets it", 20), (started, 20)))  # fmt: skip
             notes.append(f"- {m}, regret at cost 20 less: {rivals}.")
     (HERE / "tabular.md").write_text("\n".join([*lines, "", *notes, *pool_lines()]) + "\n")
-    (HERE / "tabular.svg").write_text(figure({m: interval(c) for m, c in cost.items()}, np.arange(1, BUDGET + 1)))
+    drawn = {m: interval(c) for m, c in cost.items() if not m.endswith(CLASSES)}
+    (HERE / "tabular.svg").write_text(figure(drawn, np.arange(1, BUDGET + 1)))
     print((HERE / "tabular.md").read_text())
 
 
@@ -539,7 +571,7 @@ if __name__ == "__main__":
         "--scores", default=str(HERE.parent / "ranking" / "raw" / "nasbench201.jsonl"), help="JSON lines: arch, the score, seconds"
     )
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=";".join(METHODS), help="some of them, with semicolons between")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--pools", action="store_true", help="only what pools of random draws give (raw/pools.json), then derive")
     parser.add_argument("--time-scores", action="store_true", help="only the seconds of the scores (raw/score_seconds.jsonl), then stop")
@@ -551,5 +583,5 @@ if __name__ == "__main__":
         pools(Table(given.data, read(given.scores)))
     elif not given.derive_only:
         pools(Table(given.data, read(given.scores)))
-        search(given.data, given.scores, given.seeds, [m for m in METHODS if m in given.methods.split(",")], given.processes)
+        search(given.data, given.scores, given.seeds, [m for m in METHODS if m in given.methods.split(";")], given.processes)
     derive()
