@@ -712,6 +712,15 @@ def test_the_texts_tell_what_narrowed_networks_keep() -> None:
                              table.lost(model, "capnas loss", "without_refit")[0], table.best_rival(model)[1], mean(again)]  # fmt: skip
         assert len(table.lost(model, "capnas loss", "without_refit")[1]) == 3
     check_table(text, "data, network | unpruned", {f"{PICTURES[d]}, {NETWORKS[m]}": half[d, m] for d, m in both})
+    for name, data in (("accuracy lost at half the MACs, no fine-tuning", "fashion"), ("the same on CIFAR-10", "cifar")):
+        four = [half[data, model] for model in NETWORKS]
+        figures = [values[what] for what in (2, 3, 4, 5) for values in four]
+        says = "| {}, {}, {}, {} points; without the refit {}, {}, {}, {} |"
+        check_says(table_row(ROOT / "README.md", name), says, *figures[:8])
+        found = re.search(r"\| [^|]*?(\d+), (\d+), (\d+), ([\d.]+); with batch norms measured again (\d+), (\d+), (\d+), ([\d.]+) \|",
+                          table_row(ROOT / "README.md", name))  # fmt: skip
+        assert found is not None
+        assert [float(v) for v in found.groups()] == [round(v, i % 4 // 3) for i, v in enumerate(figures[8:])]
     spans = [(min(values), max(values)) for what in (2, 4, 3) for d in PICTURES for values in [[half[d, m][what] for m in NETWORKS]]]
     worse = [sum(half[key][3] > half[key][rival] for key in both) for rival in (4, 5)]
     check_says(text, "loses more than the best rival in {} of the {} cases, and more than the best with batch norms measured again in {}.",
