@@ -62,6 +62,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, OSError) and error.filename is not None:
-            error.filename, error.filename2 = str(path), None  # the partial file is no one's business
+        if isinstance(error, OSError):  # a write that fails names no file, and the partial one is no one's business
+            error.filename, error.filename2 = str(path), None
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from types import UnionType
@@ -36,6 +37,15 @@ class StudyError(CapnasError):
 
 class MissingDependencyError(CapnasError, ImportError):
     """An optional package is needed; the text names the extra that installs it."""
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a write failed because there is no room: on the disk, in the user's share of it, or below the largest size of a file.
+
+    >>> is_disk_full(OSError(errno.ENOSPC, "No space left on device")), is_disk_full(OSError(errno.EACCES, "Permission denied"))
+    (True, False)
+    """
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_types(settings: Any, *texts: str) -> None:

@@ -43,8 +43,9 @@ def test_what_fails_midway_leaves_the_old_file_and_nothing_beside_it(tmp_path: P
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         write_whole(tmp_path / "file", "new")
+    assert caught.value.filename == str(tmp_path / "file")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

@@ -14,7 +14,7 @@ import typer
 
 from capnas.cli.app import app
 from capnas.console import say
-from capnas.errors import CapnasError
+from capnas.errors import CapnasError, is_disk_full
 
 # isort: split
 # in the order in which help lists the commands
@@ -43,8 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        text = f"{error.filename}: {error.strerror}; expected a path that can be read or written, give another one"
-        code = _failed(text, debug, status=2) if error.filename is not None else _unexpected(error, debug)
+        place = "" if error.filename is None else f"{error.filename}: "
+        if is_disk_full(error):
+            text = f"{place}{error.strerror}; make room and give the same command again (a search resumes: its finished trials are kept)"
+            code = _failed(text, debug, status=2)
+        else:
+            text = f"{place}{error.strerror}; expected a path that can be read or written, give another one"
+            code = _failed(text, debug, status=2) if place else _unexpected(error, debug)
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # its help is on the screen
             code = 2

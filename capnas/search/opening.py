@@ -135,8 +135,9 @@ def _create(config: StudyConfig, storage: Any) -> optuna.Study:
 def _finished_rows(path: Path) -> int:
     if not path.is_file():
         return 0
-    with path.open(newline="", encoding="utf-8") as file:
-        return sum(row.get("status") != "interrupted" for row in csv.DictReader(file))
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:  # a table that was edited since must not stop a resume
+        rows = csv.DictReader(line.replace("\0", "") for line in file)
+        return sum(row.get("status") != "interrupted" for row in rows)
 
 
 def _n_stored(config: StudyConfig) -> int:

@@ -7,16 +7,19 @@ import json
 import os
 import re
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage, journal
 
-from capnas.errors import CapnasError, MissingDependencyError, StudyError
+from capnas.errors import CapnasError, MissingDependencyError, StudyError, is_disk_full
 
 HIDDEN = "***"
 GRACE = 10  # seconds after which the lock of a process that was killed is freed
+RECORD = b'{"op_code":'  # how Optuna begins every record of a journal
 PATIENCE = 10.0  # seconds for a proxy to answer; a call on a dead one has no end or a message for programmers
 
 
@@ -41,9 +44,6 @@ def open_storage(url: str | None, folder: Path) -> Any:
         raise MissingDependencyError(f"the storage {hide_password(url)} needs a driver: {advice} ({error}).") from error
     except CapnasError:
         raise
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:  # only a journal holds JSON
-        path = folder / "journal.log" if url is None else Path(url)
-        raise StudyError(f"{path} is damaged in line {_damaged(path)} ({error}): restore the file from a copy, or start anew.") from error
     except ConnectionError as error:
         raise StudyError(
             f"nothing answers at {hide_password(url)} within {PATIENCE:g} s: is the proxy of the storage running there?"
@@ -52,23 +52,126 @@ def open_storage(url: str | None, folder: Path) -> Any:
         raise StudyError(f"the storage {hide_password(url) or folder} cannot be opened: {' '.join(str(error).split())[:300]}") from error
 
 
-def _journal(path: Path) -> journal.JournalFileBackend:
-    """Optuna's journal, first cut back to its last whole line: a process killed while writing leaves half of one, which nobody can read."""
-    path = path.absolute()  # the lock is a link to this path, read from beside the file
+class Journal(journal.JournalFileBackend):
+    """Optuna's journal in a file whose half records do no harm: a kill or a full disk in the middle of a write leaves them."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write records: each is there whole afterwards or not at all.
+
+        Raises:
+            StudyError: the disk is full.
+        """
+        text, path = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode(), Path(self._file_path)
+        try:
+            with _held(self._lock):
+                _cut(path)  # what another process left: a record written straight after it would be lost with it
+                try:
+                    with path.open("ab", buffering=0) as file:  # a buffer would be written once more when the file is closed
+                        rest = memoryview(text)
+                        while rest:
+                            rest = rest[file.write(rest) :]
+                        os.fsync(file.fileno())
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        _cut(path)  # whole records stay: another process may have read them
+                    raise
+        except OSError as error:
+            if is_disk_full(error):
+                kept = "the finished trials are kept: make room, the same command resumes"
+                raise StudyError(f"{path}: {error.strerror}; {kept}.") from error
+            raise
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """The records from this number on; half a record before a whole one, which older versions could leave, is taken out.
+
+        Raises:
+            StudyError: a line can be read neither as it is nor without its beginning.
+        """
+        number = log_number_from
+        while True:
+            try:
+                for log in super().read_logs(number):
+                    yield log
+                    number += 1
+                return
+            except ValueError as error:
+                if found := self._mend():
+                    advice = "restore the file from a copy, or start anew"
+                    raise StudyError(f"{self._file_path} is damaged in line {found[0]} ({found[1]}): {advice}.") from error
+
+    def _mend(self) -> tuple[int, ValueError] | None:
+        """Blank the half records before whole ones; the first line, from 1, that is damaged otherwise, and what is wrong with it.
+
+        Blanks are as long as what they replace, so that nothing moves under another process that reads the file.
+        """
+        path, place, mended = Path(self._file_path), 0, list[str]()
+        damaged: tuple[int, ValueError] | None = None
+        with _held(self._lock):
+            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+                try:
+                    json.loads(line)
+                except ValueError as error:
+                    if half := _half_record(line):
+                        with path.open("r+b") as file:
+                            file.seek(place)
+                            file.write(b" " * half)
+                        mended.append(str(number))
+                    else:
+                        damaged = damaged or (number, error)
+                place += len(line) + 1
+        if mended:
+            lines = ", ".join(mended)
+            warnings.warn(f"{path}: took out half a record that a failed write left, in line {lines}; whole ones are kept.", stacklevel=2)
+        return damaged
+
+
+def _half_record(line: bytes) -> int:
+    """The bytes of a half record, or of several, before the whole one that ends a line; 0 where the line is anything else.
+
+    >>> _half_record(b'{"op_code":4,"trial_{"op_code":5,"worker_id":"w"}'), _half_record(b'{"op_code":4,"trial_')
+    (20, 0)
+    """
+    if not (line.startswith(RECORD) or RECORD.startswith(line[: line.find(RECORD)])):
+        return 0
+    place = line.find(RECORD, 1)
+    while place > 0:
+        with contextlib.suppress(ValueError):
+            if "worker_id" in json.loads(line[place:]):
+                return place
+        place = line.find(RECORD, place + 1)
+    return 0
+
+
+def _journal(path: Path) -> Journal:
+    """The journal, first cut back to its last whole line: a process killed while writing leaves half of one, which nobody can read."""
+    lock = _lock(path := path.absolute())  # the lock is a link to this path, read from beside the file
+    if not _whole(path):
+        with _held(lock):
+            _cut(path)
+    return Journal(str(path), lock_obj=lock)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep others that ask for the same out while the block runs, for less than `GRACE` seconds; the file is made where there is none."""
+    with _held(_lock(path.absolute())):
+        yield
+
+
+def _lock(path: Path) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     _free_dangling(path)
     path.touch()  # before any lock: Optuna waits for ever for one whose link leads nowhere, which a killed process leaves
-    lock = journal.JournalFileOpenLock(str(path)) if os.name == "nt" else journal.JournalFileSymlinkLock(str(path), grace_period=GRACE)
-    if not _whole(path):
-        lock.acquire()
-        try:
-            text = path.read_bytes()
-            if not text.endswith(b"\n"):
-                with path.open("r+b") as file:
-                    file.truncate(text.rfind(b"\n") + 1)
-        finally:
-            lock.release()
-    return journal.JournalFileBackend(str(path), lock_obj=lock)
+    return journal.JournalFileOpenLock(str(path)) if os.name == "nt" else journal.JournalFileSymlinkLock(str(path), grace_period=GRACE)
+
+
+@contextlib.contextmanager
+def _held(lock: Any) -> Iterator[None]:
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _free_dangling(path: Path) -> None:
@@ -89,15 +192,10 @@ def _whole(path: Path) -> bool:
     return True
 
 
-def _damaged(path: Path) -> int:
-    """The number of the first line that is no JSON, from 1."""
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            json.loads(line)
-        except ValueError:
-            return number
-    return len(lines)
+def _cut(path: Path) -> None:
+    """Cut a file back to its last whole line; only under its lock."""
+    if not _whole(path):
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def hide_password(url: str | None) -> str | None:

@@ -190,6 +190,36 @@ def test_a_damaged_journal_is_named_with_the_line(run: Run, study: Path, tmp_pat
         assert told.endswith("restore the file from a copy, or start anew.")
 
 
+def test_a_full_disk_is_one_line_that_says_what_is_kept(run: Run, study: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    copy = shutil.copytree(study, tmp_path / "copy")
+    words = ["search", FILE, "--out", copy, *QUICK, "--trials", "3"]
+    size, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    journal, code = copy / "journal.log", ["best", copy, "--trial", "0", "--code", tmp_path / "x.py"]
+    for given, room, place in ((words, journal.stat().st_size + 1200, f"{journal}: "), (code, 64, "")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+        try:
+            status, out, err = run(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+        told = err.splitlines()[-1]
+        assert (status, out) == (2, ""), err
+        assert told.startswith(f"error: {place}File too large; "), err
+        assert "make room" in told
+        assert "finished trials are kept" in told
+    assert run(*words)[0] == 0
+    assert open_run(copy).n_finished == 3
+
+
+def test_a_table_that_is_no_utf8_stops_no_resume(run: Run, study: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(study, tmp_path / "copy")
+    with (copy / "trials.csv").open("ab") as file:
+        file.write(b"\xff\0,\n")
+    code, _, err = run("search", FILE, "--out", copy, *QUICK, "--trials", "2")
+    assert code == 0, err
+    assert b"\xff" not in (copy / "trials.csv").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [(("--values", ""), r"values must be one of \d+ names such as accuracy, val_loss, .*; got an empty name."),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
@@ -26,6 +27,57 @@ def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     again = optuna.load_study(storage=open_storage(None, tmp_path), study_name="s")
     assert [t.state.name for t in again.trials] == ["COMPLETE"] * 4
+
+
+@contextlib.contextmanager
+def full_disk(path: Path, room: int) -> Iterator[None]:
+    """No file grows by more than so many bytes beyond the size of this one."""
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_full_disk_leaves_no_half_record_and_harms_no_other_process(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
+    other = optuna.load_study(storage=open_storage(None, tmp_path), study_name="s")
+    path = tmp_path / "journal.log"
+    whole = path.read_bytes()
+    with full_disk(path, 20), pytest.raises(StudyError, match=r"journal\.log: File too large; the finished trials are kept: make room"):
+        study.set_user_attr("x", "y" * 50)
+    assert path.read_bytes() == whole
+    for writer in (other, study):
+        writer.set_user_attr("z", 1)
+        with path.open("ab") as file:  # killed while writing
+            file.write(b'{"op_code":4,"trial')
+        writer.set_user_attr("z", 2)
+    assert optuna.load_study(storage=open_storage(None, tmp_path), study_name="s").user_attrs == {"z": 2}
+
+
+def test_half_a_record_before_a_whole_one_is_taken_out(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
+    path = tmp_path / "journal.log"
+    for half in (b'{"op_code":4,"tri', b'{"op', b'{"op_code":4,"tri{"op_code":8,"a'):
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines) + half)
+        with path.open("ab") as file:
+            file.write(b'{"op_code":2,"worker_id":"w","study_id":0,"user_attr":{"op":{"op_code":"%d"}}}\n' % len(half))
+            file.write(b'{"op_code":2,"worker_id":"w","study_id":0,"user_attr":{"last":1}}\n')
+        with pytest.warns(UserWarning, match=rf"took out half a record that a failed write left, in line {len(lines) + 1};"):
+            assert study.user_attrs["op"] == {"op_code": str(len(half))}
+        assert optuna.load_study(storage=open_storage(None, tmp_path), study_name="s").user_attrs == study.user_attrs
+
+
+def test_damage_under_an_open_study_is_an_error_of_capnas(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
+    lines = (tmp_path / "journal.log").read_bytes().splitlines(keepends=True)
+    with (tmp_path / "journal.log").open("ab") as file:
+        file.write(b"nonsense\n" + lines[-1])
+    with pytest.raises(StudyError, match=rf"journal\.log is damaged in line {len(lines) + 1} \(Expecting value.*restore the file from"):
+        study.get_trials()
 
 
 def test_journal_elsewhere_and_empty_journal(tmp_path: Path) -> None:
