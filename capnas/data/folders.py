@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from capnas.data.sources import SPLIT_NAMES, FileReader, Found, Pair, Reader, some
 from capnas.errors import DataError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+
+Identity = tuple[int, int]  # of a folder, by whichever name it is reached
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -21,9 +25,42 @@ def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
     return [p for p in entries if p.is_dir()], [p for p in entries if p.is_file() and p.suffix.lower() in EXTENSIONS]
 
 
-def _images(folder: Path) -> list[Path]:
-    names = (Path(base) / f for base, _, files in os.walk(folder, followlinks=True) for f in files if not f.startswith("."))
-    return sorted((p for p in names if p.suffix.lower() in EXTENSIONS), key=lambda p: (_natural(str(p)), str(p)))
+def _identity(folder: str | Path) -> Identity:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _way(folder: Path, above: Mapping[Identity, Path] | None = None) -> dict[Identity, Path]:
+    """A folder and those that it lies in, to which no link inside it may lead."""
+    way = dict(above or {})
+    for place in (folder, *folder.resolve().parents):
+        with contextlib.suppress(OSError):
+            way.setdefault(_identity(place), place)
+    return way
+
+
+def _images(folder: Path, above: Mapping[Identity, Path]) -> list[Path]:
+    """The images anywhere inside a folder, those of a folder that is linked to again once.
+
+    Raises:
+        DataError: a link leads back to a folder that it lies in, of those `above` or below.
+    """
+    found: list[Path] = []
+    seen: set[Identity] = set()
+    ways = {str(folder): dict(above)}
+    for base, folders, files in os.walk(folder, followlinks=True):
+        here, way = _identity(base), ways.pop(base)
+        if here in way:
+            advice = "its images would be read again and again, or in another class; take the link away"
+            raise DataError(f"{base} leads back to {way[here]}, in which it lies: {advice}.")
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(base, name)), name))  # a folder goes by its own name, not by a link's
+        ways |= {os.path.join(base, name): way | {here: Path(base)} for name in folders}
+        found += [Path(base) / f for f in files if not f.startswith(".")]
+    return sorted((p for p in found if p.suffix.lower() in EXTENSIONS), key=lambda p: (_natural(str(p)), str(p)))
 
 
 def _are_splits(folders: list[Path]) -> bool:
@@ -41,7 +78,8 @@ def read_folder(path: Path) -> Found:
     warned of by `capnas.data.splits.check_classes`. Images may lie deeper inside. Hidden files and other files than images are ignored.
 
     Raises:
-        DataError: loose images, no or one class, an empty class, a split without train, a class that train does not have.
+        DataError: loose images, no or one class, an empty class, a split without train, a class that train does not have, a link
+            that leads back to a folder that it lies in.
     """
     folders, loose = _visible(path)
     splits: dict[str, Path] = {}
@@ -53,7 +91,8 @@ def read_folder(path: Path) -> Found:
             splits[split] = folder
     if splits and "train" not in splits:
         raise DataError(f"{path}: expected train/ beside {', '.join(f.name + '/' for f in splits.values())}, found none.")
-    extra = [f.name + "/" for f in folders if f not in splits.values() and _images(f)] + [p.name for p in loose]
+    others = [f for f in folders if f not in splits.values()] if splits else []
+    extra = [f.name + "/" for f in others if _images(f, _way(path))] + [p.name for p in loose]
     if splits and extra:
         raise DataError(f"{path}: expected images only in train/, val/ and test/, found also {some(extra)}; move them away.")
     splits = splits or {"train": path}
@@ -80,8 +119,9 @@ def _class_folders(folder: Path, known: tuple[str, ...], root: Path) -> tuple[Fi
         raise DataError(f"{folder}: expected the classes of train ({some(known)}), found also {more}; add them to train or take them away.")
     paths: list[Path] = []
     classes: list[int] = []
+    way = _way(folder, _way(root))
     for class_folder in folders:
-        files = _images(class_folder)
+        files = _images(class_folder, way)
         if not files:
             raise DataError(f"{class_folder}: expected images ({', '.join(EXTENSIONS)}), found none; add some or remove the empty class.")
         paths += files

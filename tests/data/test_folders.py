@@ -58,6 +58,30 @@ def test_train_can_be_a_class(tmp_path: Path) -> None:
     assert read_folder(tmp_path).class_names == ("car", "train")
 
 
+@pytest.mark.parametrize(("link", "target", "back"), [("a/deep/loop", "..", "a"), ("a/loop", "..", ""), ("c", "..", ".."), ("c", ".", "")])
+def test_a_link_that_leads_back_is_refused(tmp_path: Path, link: str, target: str, back: str) -> None:
+    for split in ("", "train"):
+        root = tmp_path / f"pictures{split}"
+        folder = fill(root / split)
+        put(folder / "a" / "deep" / "x.png")
+        (folder / link).symlink_to(target)
+        place = (folder / back).resolve()
+        with pytest.raises(DataError, match=f"^{folder / link} leads back to {place}, in which it lies: .*take the link away"):
+            read_folder(root)
+
+
+def test_a_folder_that_is_linked_to_is_read_once_in_a_class(tmp_path: Path) -> None:
+    root = fill(tmp_path / "pictures")
+    put(tmp_path / "more" / "x.png", root / "a" / "z" / "y.png")
+    for name in ("first", "second"):
+        (root / "a" / name).symlink_to(tmp_path / "more")
+    (root / "a" / "again").symlink_to("z")
+    (root / "b" / "more").symlink_to(tmp_path / "more")
+    part = read_folder(root).parts["train"]
+    names = [part.name(i) for i in range(len(part.labels()))]  # type: ignore[union-attr]
+    assert names == ["a/0.png", "a/1.png", "a/first/x.png", "a/z/y.png", "b/0.png", "b/1.png", "b/more/x.png"]
+
+
 def test_wrong_layouts(tmp_path: Path) -> None:
     def told(name: str, text: str) -> None:
         with pytest.raises(DataError, match=text):
