@@ -23,10 +23,11 @@ from capnas.documents import json_text, write_whole
 from capnas.errors import StudyError, UsageError
 from capnas.objective.evaluation import Evaluation
 from capnas.profile import Profile
-from capnas.saved import save_model
+from capnas.saved import MANIFEST, save_model
 from capnas.search.opening import DATA, data_changes, data_facts, data_record
 from capnas.search.runs import RunResult
 from capnas.search.standalone import standalone_script
+from capnas.search.storages import locked
 from capnas.spaces import load_space, space_spec
 from capnas.training import retrain
 
@@ -169,8 +170,12 @@ def _images(run: RunResult) -> ImageData:
 def _check_shape(run: RunResult, data: ImageData) -> None:
     stored = run.study.user_attrs.get(DATA)
     if stored is not None and (stored["num_classes"], stored["in_chans"]) != (data.num_classes, data.in_chans):
-        changed = "; ".join(data_changes(stored, data))
-        raise StudyError(f"the images {data.name} are not those of the search: {changed}. Bring those of {run.config.data} back.")
+        raise _other_images(run, data, data_changes(stored, data))
+
+
+def _other_images(run: RunResult, data: ImageData, changes: list[str]) -> StudyError:
+    text = f"the images {data.name} are not those of the search: {'; '.join(changes)}. Bring those of {run.config.data} back."
+    return StudyError(text)
 
 
 def retrain_trial(
@@ -179,8 +184,8 @@ def retrain_trial(
     """Train a trial's architecture anew on train and validation, and evaluate it once on the test split.
 
     The result is kept in the run's folder (`RETRAINED`), the trained network beside it as a folder that `capnas.load_model`, ``capnas
-    prune`` and the other commands take. The same study, trial, architecture, epochs and seed again return the result without training, so
-    that the test split is read once for each.
+    prune`` and the other commands take. The same study, trial, architecture, labels, epochs and seed again return the result without
+    training, so that the test split is read once for each.
 
     Args:
         found: from `rebuild`.
@@ -192,16 +197,21 @@ def retrain_trial(
     Returns:
         study, trial, hash, epochs, seed, status, reason, test_accuracy, test_loss (None unless status is "complete"), seconds, curve,
         model: the network's folder inside that of the run; None where the training did not complete or the space does not build the
-        same network twice (``reason`` then says so).
+        same network twice, or of an earlier result whose folder is gone (``reason`` then says so).
+
+    Raises:
+        StudyError: the images are not those of the search, or the file of earlier results is damaged.
     """
     path = found.run.folder / RETRAINED
-    known = read_retrained(found.run)
+    stored = found.run.study.user_attrs.get(DATA)
+    if stored is not None and (changes := data_changes(stored, found.data)):
+        raise _other_images(found.run, found.data, changes)
     candidate = found.candidate
     key = {"study": found.run.config.name, "trial": found.number, "hash": candidate.hash, "epochs": epochs, "seed": seed}
     sizes = {"test_images": found.data.sizes["test"], "n_params": candidate.n_params, "macs": candidate.macs}
-    for record in known:  # older ones know neither study nor hash: the sizes tell
-        if record["status"] == "complete" and all(record.get(name, value) == value for name, value in (key | sizes).items()):
-            return record
+    same = key | sizes | {"labels": found.data.digest.get("labels")}
+    if (record := _find(read_retrained(found.run), same)) is not None:
+        return _with_network(record, found.run.folder)
 
     def tell(epoch: int, row: dict[str, Any], profile: Profile | None) -> None:
         if on_epoch is not None:
@@ -210,7 +220,9 @@ def retrain_trial(
     config = dataclasses.replace(found.run.config.training(), epochs=epochs, seed=seed, device=device)
     model = found.model(seed)
     result, test = retrain(model, found.data, config, image_size=found.candidate.image_size, on_epoch=tell)
-    place, reason = None, result.reason
+    place, reason, known = None, result.reason, read_retrained(found.run)  # again: another process may have added to them meanwhile
+    if (record := _find(known, same)) is not None:
+        return _with_network(record, found.run.folder)
     if result.status == "complete":
         others = {r.get("model") for r in known}  # of another study or of a trial that was another architecture then: theirs stay
         name = f"retrained/trial-{found.number}-epochs-{epochs}-seed-{seed}"
@@ -222,6 +234,7 @@ def retrain_trial(
         except UsageError as error:
             reason = f"the trained network is not kept: {error}"
     record = key | {
+        "labels": same["labels"],
         "status": result.status,
         "reason": reason,
         "test_accuracy": test.get("accuracy"),
@@ -232,8 +245,24 @@ def retrain_trial(
         "model": place,
         "curve": list(result.curve),
     }
-    write_whole(path, json_text([*known, record]))
+    with locked(path):
+        write_whole(path, json_text([*read_retrained(found.run), record]))
     return record
+
+
+def _find(known: list[dict[str, Any]], same: dict[str, Any]) -> dict[str, Any] | None:
+    """The first complete retraining of what is asked for; older ones know neither study, hash nor labels: the sizes tell."""
+    complete = (record for record in known if record["status"] == "complete")
+    return next((r for r in complete if all(r.get(name, value) == value for name, value in same.items())), None)
+
+
+def _with_network(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A stored result, its network only where that is still there."""
+    place = record.get("model")
+    if place is None or (folder / place / MANIFEST).is_file():
+        return record
+    advice = "bring it back, or retrain with another seed"
+    return record | {"model": None, "reason": f"the trained network is gone: {folder / place} holds no {MANIFEST}; {advice}."}
 
 
 def read_retrained(run: RunResult) -> list[dict[str, Any]]:
@@ -246,6 +275,6 @@ def read_retrained(run: RunResult) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8") or "[]")  # empty while the first is being written
     except ValueError as error:
         raise StudyError(f"{path} cannot be read: {error}.") from error

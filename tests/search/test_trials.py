@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,14 @@ import torch
 from tiny_space import FILE, images, write_images
 
 from capnas.data import ImageData, load_data
+from capnas.documents import json_text, write_whole
 from capnas.errors import CapnasError, StudyError, UsageError
 from capnas.saved import load_model
-from capnas.search import open_run, run_study
+from capnas.search import open_run, run_study, trials
 from capnas.search.config import StudyConfig
 from capnas.search.opening import DATA
 from capnas.search.runs import RunResult
+from capnas.search.storages import locked
 from capnas.search.target import open_target
 from capnas.search.trials import RETRAINED, parse_trial, read_retrained, rebuild, retrain_trial
 from capnas.training import evaluate
@@ -151,6 +156,62 @@ def test_a_trial_is_not_retrained_on_images_of_other_classes(moved: Path) -> Non
         retrain_trial(found, epochs=1)
     with pytest.raises(StudyError, match="not those of the search"):
         rebuild(open_run("../run"), data=load_data(moved / "pictures"))
+
+
+def test_a_trial_is_not_retrained_on_images_that_changed(moved: Path) -> None:
+    first = retrain_trial(rebuild(open_run("../run")), epochs=1, device="cpu")
+    shutil.move(moved / "pictures" / "0" / "0.png", moved / "pictures" / "1" / "0.png")
+    with pytest.raises(StudyError, match=r"the images pictures are not those of the search: .*differ.*Bring those of"):
+        retrain_trial(rebuild(open_run("../run")), epochs=1, device="cpu")
+    shutil.move(moved / "pictures" / "1" / "0.png", moved / "pictures" / "0" / "0.png")
+    found = rebuild(open_run("../run"))
+    assert retrain_trial(found, epochs=1) == first
+    (moved / "run" / RETRAINED).write_text(json.dumps([first | {"labels": "others", "test_accuracy": -1.0}]))
+    assert retrain_trial(found, epochs=1, device="cpu")["test_accuracy"] >= 0
+
+
+def test_a_retraining_beside_another_loses_neither(run: RunResult, data: ImageData, tmp_path: Path) -> None:
+    found = rebuild(dataclasses.replace(run, folder=tmp_path), data=data)
+    inner: list[int] = []
+
+    def meanwhile(seed: int) -> None:
+        if seed not in inner:
+            inner.append(seed)
+            retrain_trial(found, epochs=1, seed=seed, device="cpu")
+
+    first = retrain_trial(found, epochs=1, seed=1, device="cpu", on_epoch=lambda epoch, row: meanwhile(2))
+    assert [record["seed"] for record in read_retrained(found.run)] == [2, 1]
+    assert first["seed"] == 1
+    same = retrain_trial(found, epochs=1, seed=3, device="cpu", on_epoch=lambda epoch, row: meanwhile(3))
+    assert [record["seed"] for record in read_retrained(found.run)] == [2, 1, 3]  # the one that ended first stays
+    assert same == read_retrained(found.run)[-1]
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_retraining_waits_for_another_that_writes(run: RunResult, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rebuild(dataclasses.replace(run, folder=tmp_path), data=data)
+    entered: list[Path] = []
+
+    @contextlib.contextmanager
+    def others(path: Path) -> Iterator[None]:
+        with locked(path):
+            entered.append(path)
+            write_whole(path, json_text([{"status": "failed", "seed": 9}]))
+            yield
+
+    monkeypatch.setattr(trials, "locked", others)
+    retrain_trial(found, epochs=1, device="cpu")
+    assert entered == [tmp_path / RETRAINED]
+    assert [record["seed"] for record in read_retrained(found.run)] == [9, 0]
+
+
+def test_a_retrained_network_that_is_gone_is_not_named(run: RunResult, data: ImageData, tmp_path: Path) -> None:
+    found = rebuild(dataclasses.replace(run, folder=tmp_path), data=data)
+    record = retrain_trial(found, epochs=1, device="cpu")
+    shutil.rmtree(tmp_path / record["model"])
+    again = retrain_trial(found, epochs=1, device="cpu")
+    assert (again["model"], again["test_accuracy"]) == (None, record["test_accuracy"])
+    assert re.fullmatch(r"the trained network is gone: .*retrained/trial.* holds no manifest\.json; .*with another seed\.", again["reason"])
 
 
 def test_a_retraining_of_another_study_or_architecture_is_not_taken(run: RunResult, data: ImageData, tmp_path: Path) -> None:
