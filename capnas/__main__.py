@@ -1,6 +1,22 @@
 """``python -m capnas`` is the command ``capnas``."""
 
-from capnas.cli import main
+from __future__ import annotations
+
+import signal
+import sys
+
+
+def main() -> None:
+    """Run the command line: an interrupt, also by SIGTERM, ends it with a word and status 130 from its first moments on."""
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        from capnas.cli import main as run  # a tenth of a second and more
+
+        run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
 
 if __name__ == "__main__":
     main()

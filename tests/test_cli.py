@@ -103,6 +103,19 @@ def test_an_interrupt_says_how_to_resume_and_resuming_keeps_what_was_finished(ru
     assert (document["finished_before"], document["finished"]) == (finished, finished + 1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("start", ["runpy.run_module('capnas', run_name='__main__')", "{script}"])
+def test_an_interrupt_while_capnas_is_imported_is_one_word(number: signal.Signals, start: str, tmp_path: Path) -> None:
+    metadata = pytest.importorskip("tomllib").loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    module, function = metadata["scripts"]["capnas"].split(":")
+    (tmp_path / "typer.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(5)\n")  # the first slow import
+    code = start.format(script=f"from {module} import {function}; {function}()")
+    command = [sys.executable, "-c", f"import runpy, signal, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['capnas', '--help']\n"
+               f"signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_a_worker_joins_by_folder_or_by_storage(run: Run, folder: Path, tmp_path: Path) -> None:
     import optuna
 
