@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capnas._timm import import_timm
 from capnas.measures.narrowing import gram
 from capnas.norms import channel_moments, running_norms
 from capnas.profile import untouched
@@ -21,6 +22,9 @@ REFITTED = 4608  # input columns beyond which a reader is not refitted in full
 _ROWS = 8192  # samples kept per layer, more where it is wider
 _VALUES = 2**27  # numbers in the sampled inputs of one layer at most
 NormInputs = tuple[Tensor, Tensor]  # mean and variance of each channel, (C,) and (C,)
+_timm_layers: Any = import_timm("timm.layers")
+_LINEAR = (nn.Linear.forward, _timm_layers.Linear.forward)  # timm's casts where it is scripted; its standardized convs compute weights
+_CONV = (nn.Conv2d.forward, _timm_layers.Conv2dSame.forward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +46,25 @@ class Reading:
 
 
 def readable(module: nn.Module) -> bool:
-    """Whether a layer's inputs can be laid out as rows: a plain linear layer, or a dense 2-d conv with plain zero padding."""
+    """Whether a layer's inputs can be laid out as rows: a plain linear layer, or a dense 2-d conv with plain zero padding.
+
+    >>> readable(_timm_layers.Linear(2, 2)), readable(_timm_layers.Conv2dSame(2, 2, 3)), readable(_timm_layers.StdConv2d(2, 2, 3))
+    (True, True, False)
+    """
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward and module.in_features <= REFITTED
+        return type(module).forward in _LINEAR and module.in_features <= REFITTED
     return (
         isinstance(module, nn.Conv2d)
-        and type(module).forward is nn.Conv2d.forward
+        and type(module).forward in _CONV
         and module.groups == 1
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
     )
+
+
+def pads_by_size(module: nn.Module) -> bool:
+    """Whether a conv pads each image by its size, as timm's ``Conv2dSame`` does, which says itself that it pads nothing."""
+    return isinstance(module, _timm_layers.Conv2dSame)
 
 
 def refitted(module: nn.Module) -> bool:
@@ -78,6 +91,8 @@ def input_rows(module: Any, x: Tensor, index: Tensor) -> Tensor:
     index = index.to(x.device)
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])[index]
+    if pads_by_size(module):
+        x = _timm_layers.pad_same(x, module.kernel_size, module.stride, module.dilation)
     (ph, pw), (kh, kw), (sh, sw), (dh, dw) = module.padding, module.kernel_size, module.stride, module.dilation
     windows = F.pad(x, (pw, pw, ph, ph)).unfold(2, (kh - 1) * dh + 1, sh).unfold(3, (kw - 1) * dw + 1, sw)[..., ::dh, ::dw]
     _, _, height, width, _, _ = windows.shape

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from capnas.errors import UsageError
 from capnas.measures.moments import Moments, covariance
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
-from capnas.narrowing.calibration import output_moments, readable
+from capnas.narrowing.calibration import output_moments, pads_by_size, readable
 from capnas.narrowing.planning import check_target
 from capnas.narrowing.refusing import CannotNarrow, check_modules, fixed_cost
 from capnas.projection import head_names
@@ -85,7 +85,7 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
     check_modules(model)
     modules, heads = dict(model.named_modules()), head_names(model)
     cost = fixed_cost(model, images)
-    names = [n for n, m in modules.items() if n in cost.layers and readable(m) and n not in heads]
+    names = [n for n, m in modules.items() if n in cost.layers and readable(m) and not pads_by_size(m) and n not in heads]
     records = output_moments(model, images)
     names = [n for n in names if n in records]
     if not names:

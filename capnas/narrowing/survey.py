@@ -26,7 +26,7 @@ class Survey:
     Attributes:
         coupling: the groups, and the layers whose width is fixed.
         cost: of the network by widths.
-        readings: of every dense layer, see `capnas.narrowing.calibration.read_layers`.
+        readings: of every plain dense layer, see `capnas.narrowing.calibration.read_layers`.
         norms: layers straight before a batch norm, and that norm.
         norm_inputs: mean and variance of what each batch norm reads on the images.
         needed: per group the units that hold `threshold` of the variance of each of its writers' outputs.
@@ -77,11 +77,14 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
     fixed, groups, paths = dict(coupling.fixed), [], []
     for group in coupling.groups:
         readers = _readers(group, modules, readings)
-        if readers:
+        unread = _unread(group, modules, readings)
+        if readers and not unread:
             groups.append(group)
             paths.append(removal_path(readers))
         else:
             reason = "no layer that reads it is a plain dense conv or linear layer that could be refitted"
+            if readers:
+                reason = f"{unread[0]} reads it too, and is no plain dense conv or linear layer that could be weighed and refitted"
             fixed |= dict.fromkeys(layers_of(group, modules), reason)
     if not groups:
         raise cannot_narrow(model, fixed)
@@ -109,6 +112,11 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
         threshold=threshold,
         images=images,
     )
+
+
+def _unread(group: CoupledGroup, modules: Mapping[str, nn.Module], readings: Mapping[str, Reading]) -> list[str]:
+    """Dense layers that read the group and were not read; a grouped conv loses inputs only with the outputs that they alone make."""
+    return [p.module for p in group.readers() if p.module not in readings and getattr(modules[p.module], "groups", 1) == 1]
 
 
 def _readers(group: CoupledGroup, modules: Mapping[str, nn.Module], readings: Mapping[str, Reading]) -> list[Reader]:

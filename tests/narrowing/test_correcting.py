@@ -9,6 +9,7 @@ import torch
 from cases import small_cnn
 from torch import nn
 
+from capnas._timm import timm
 from capnas.errors import UsageError
 from capnas.measures.narrowing import moved_norm
 from capnas.narrowing import chosen_units, narrowed
@@ -45,6 +46,10 @@ def test_a_conv_is_read_as_its_own_matrix_product() -> None:
         index = torch.tensor([0, 3, y[0, 0].numel() + 1, 2 * y[0, 0].numel() - 1])
         rows = input_rows(conv, x, index) @ conv.weight.flatten(1).T + conv.bias
         torch.testing.assert_close(rows, output_rows(conv, y, index))
+    same = timm.layers.Conv2dSame(3, 5, 3, stride=2)
+    y = same(x)
+    index = torch.arange(y[:, 0].numel())
+    torch.testing.assert_close(input_rows(same, x, index) @ same.weight.flatten(1).T + same.bias, output_rows(same, y, index))
     linear, tokens = nn.Linear(3, 2), torch.randn(2, 4, 3)
     index = torch.tensor([1, 7])
     torch.testing.assert_close(linear(input_rows(linear, tokens, index)), output_rows(linear, linear(tokens), index))
@@ -56,6 +61,9 @@ def test_what_can_be_read() -> None:
     assert not readable(nn.Conv2d(2, 2, 3, groups=2))
     assert not readable(nn.Conv2d(2, 2, 3, padding="same"))
     assert not readable(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
+    head = build_recipe({"timm": "mobilenetv3_small_050", "args": {"num_classes": 3}, "image_size": 32}).get_classifier()
+    assert type(head) is not nn.Linear
+    assert readable(head)
 
 
 def test_reading_leaves_the_model_alone_and_gives_the_curvature_of_the_loss() -> None:

@@ -1,0 +1,54 @@
+"""What weighs a group: every layer that reads it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from capnas._timm import timm
+from capnas.narrowing import narrowed, plan_widths, survey
+from capnas.saved import build_recipe
+
+
+class TwoReaders(nn.Module):
+    """Its channels are read by a conv that hardly matters, and by another layer."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.small, self.other, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), other, nn.Linear(2, 3)
+        with torch.no_grad():
+            self.head.weight *= 1e-3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x).tanh()
+        read = y.mean((2, 3)) if isinstance(self.other, nn.Linear) else y
+        gone = self.other(read)
+        return self.head(self.small(y).mean((2, 3))) + (gone if gone.dim() == 2 else gone.mean((2, 3)))
+
+
+def test_a_group_is_weighed_by_all_that_read_it_or_keeps_its_width() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 4, 4)
+    plain, timms = TwoReaders(nn.Linear(8, 3)).eval(), TwoReaders(timm.layers.Linear(8, 3)).eval()
+    timms.load_state_dict(plain.state_dict())
+    assert torch.equal(survey(timms, x).paths[0].losses, survey(plain, x).paths[0].losses)  # the conv alone would say a millionth
+    mixed = survey(TwoReaders(nn.Conv2d(8, 3, 3, padding=1, padding_mode="circular")).eval(), x)
+    assert [g.name for g in mixed.groups] == ["small"]
+    assert mixed.coupling.fixed["conv"].startswith("other reads it too, and is no plain dense conv or linear layer")
+
+
+@pytest.mark.slow
+def test_every_layer_that_reads_a_group_of_mobilenetv3_is_weighed() -> None:
+    model, x = (
+        build_recipe({"timm": "mobilenetv3_small_050", "args": {"num_classes": 5}, "image_size": 32}).eval(),
+        torch.randn(16, 3, 32, 32),
+    )
+    found = survey(model, x)
+    assert {p.module for g in found.groups for p in g.readers()} == found.readings.keys() - {"conv_stem"}
+    head = found.coupling["conv_head"]
+    assert [p.module for p in head.readers()] == ["classifier"]
+    full = model(x).detach()
+    small = narrowed(model, found, plan_widths(found, widths={"conv_head": 16}))
+    off = (small(x) - full).detach().square().mean().sqrt()
+    assert float(off) < 0.05 * float(full.std(0).mean())  # 16 images span 16 directions
