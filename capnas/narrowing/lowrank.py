@@ -8,7 +8,7 @@ followed by a pointwise one, exact for the projected outputs. It saves multiply-
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from capnas.measures.moments import Moments, covariance
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
 from capnas.narrowing.calibration import output_moments, pads_by_size, readable
 from capnas.narrowing.planning import check_target
-from capnas.narrowing.refusing import CannotNarrow, check_modules, fixed_cost
+from capnas.narrowing.refusing import FAILURES, CannotNarrow, check_modules, differ, fixed_cost, one_line
 from capnas.projection import head_names
 
 
@@ -88,6 +88,10 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
     names = [n for n, m in modules.items() if n in cost.layers and readable(m) and not pads_by_size(m) and n not in heads]
     records = output_moments(model, images)
     names = [n for n in names if n in records]
+    whole = _irreplaceable(model, names, images[:2])
+    names = [n for n in names if n not in whole]
+    if whole and not names:
+        raise CannotNarrow(f"cannot split this {type(model).__name__}: {next(iter(whole.values()))}.")
     if not names:
         raise CannotNarrow(f"cannot split this {type(model).__name__}: it has no plain dense conv or linear layer beside its head.")
     spectra = {n: spectrum(records[n].covariance) for n in names}
@@ -133,13 +137,44 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
     return RankPlan(
         goal=goal,
         groups=tuple(rows),
-        fixed=dict.fromkeys(heads, "it gives the classes"),
+        fixed=dict.fromkeys(heads, "it gives the classes") | whole,
         macs=cost.macs,
         planned_macs=total,
         params=cost.params,
         planned_params=params,
         moments={n: records[n].moments for n in names},
     )
+
+
+def _irreplaceable(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[str, str]:
+    """Layers that the network cannot do without, as where it reads their weights itself, each with what then happens."""
+    trial, found = copy.deepcopy(model).eval(), {}
+
+    def swap(name: str, layer: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(trial.get_submodule(parent), child, layer)
+
+    def fails() -> str | None:
+        try:
+            return "computes something else" if differ(trial(example), expected) else None
+        except (*FAILURES, AttributeError) as error:
+            return f"fails ({type(error).__name__}: {one_line(error)})"
+
+    layers = {name: trial.get_submodule(name) for name in names}
+    with torch.no_grad():
+        expected = trial(example)
+        for name, layer in layers.items():
+            swap(name, nn.Sequential(layer, nn.Identity()))  # as a split layer is, and computes the same
+        if fails() is None:
+            return {}
+        for name, layer in layers.items():
+            swap(name, layer)
+        for name, layer in layers.items():
+            swap(name, nn.Sequential(layer, nn.Identity()))
+            if (what := fails()) is not None:
+                found[name] = f"with {name} in two parts the network {what}"
+                swap(name, layer)
+    return found
 
 
 def _largest_share(fits: Callable[[float], bool]) -> float | None:

@@ -82,6 +82,33 @@ def test_what_saves_nothing_stays_whole() -> None:
     assert factorized(model, plan)[0].weight.shape == (4, 1, 1, 1)
 
 
+class ReadsWeights(nn.Module):
+    """Reads the weight of a layer that it also calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.b(self.a(x).relu()).relu()
+        return self.head(x.to(self.b.weight.dtype))
+
+
+def test_layers_whose_weights_the_network_reads_stay_whole() -> None:
+    model, x = ReadsWeights().eval(), torch.randn(20, 1) @ torch.randn(1, 8)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    plan = plan_ranks(model, x, threshold=0.5)
+    assert [(g.name, g.rank) for g in plan.groups] == [("a", 1)]
+    assert plan.fixed["b"].startswith(
+        "with b in two parts the network fails (AttributeError: 'Sequential' object has no attribute 'weight'"
+    )
+    assert bool(torch.isfinite(factorized(model, plan)(x)).all())
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    model.a = nn.Identity()
+    with pytest.raises(CannotNarrow, match="cannot split this ReadsWeights: with b in two parts"):
+        plan_ranks(model, x)
+
+
 def test_errors() -> None:
     with pytest.raises(CannotNarrow, match="no plain dense conv or linear layer beside its head"):
         plan_ranks(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.randn(4, 1, 2, 2))
