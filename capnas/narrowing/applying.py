@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capnas._timm import import_timm
 from capnas.layers import CONVS
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, find_groups, layers_of
 from capnas.narrowing.refusing import FAILURES, CannotNarrow, check_network, differ, one_line
 
 _SHARE, _SMALL_SHARE = 3, 16  # one unit of so many is doubled in a trial: of usual networks, of large ones
 _LARGE = 30_000_000  # parameters
+_timm_layers: Any = import_timm("timm.layers")
+_UNBIASED_NORMS = (_timm_layers.SimpleNorm, _timm_layers.SimpleNorm2d)
 _OTHER_ORDER = "its channels are read in another order, or together, than Torch-Pruning says: doubled channels change what is computed"
 Keep = Mapping[str, Sequence[int]]  # group name -> units that stay, ascending; a unit named twice is doubled
 
@@ -43,14 +46,44 @@ def narrowable(model: nn.Module, example: Tensor) -> Coupling:
             fine.append(group)
         else:
             fixed |= dict.fromkeys(layers_of(group, modules), reason)
-    if fine and (reason := _failure(model, example, tuple(fine))) is not None:
-        raise cannot_narrow(model, fixed | {"": reason})
-    if not fine:
+    kept, reasons = _together(model, example, fine)
+    for group in fine:
+        if group.name in reasons:
+            fixed |= dict.fromkeys(layers_of(group, modules), f"together with other groups {reasons[group.name]}")
+    if not kept:
         raise cannot_narrow(model, fixed)
-    return Coupling(groups=tuple(fine), fixed=fixed)
+    return Coupling(groups=tuple(kept), fixed=fixed)
+
+
+def _together(
+    model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup], kept: Sequence[CoupledGroup] = ()
+) -> tuple[Sequence[CoupledGroup], dict[str, str]]:
+    """Those kept and what can be narrowed beside them, found by halving, and by name why the others cannot."""
+    if not groups or (reason := _failure(model, example, (*kept, *groups))) is None:
+        return (*kept, *groups), {}
+    if len(groups) == 1:
+        return kept, {groups[0].name: reason}
+    half = len(groups) // 2
+    kept, first = _together(model, example, groups[:half], kept)
+    kept, second = _together(model, example, groups[half:], kept)
+    return kept, first | second
 
 
 def _failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) -> str | None:
+    """Why these groups cannot be narrowed at once, or None; where outputs differ, float64 tells rounding from another order."""
+    reason = _trial_failure(model, example, groups)
+    if reason != _OTHER_ORDER or example.dtype == torch.float64:
+        return reason
+    try:
+        precise = copy.deepcopy(model).eval().double()
+        with torch.no_grad():
+            precise(example.double())
+    except FAILURES:
+        return reason  # it does not run in float64
+    return _trial_failure(precise, example.double(), groups)
+
+
+def _trial_failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) -> str | None:
     """Why the network does not run without the last unit of each group, or computes something else with units doubled; or None."""
     trial = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)
@@ -85,10 +118,16 @@ def _averaged(group: CoupledGroup, model: nn.Module) -> bool:
     return any(p.side == "param" or isinstance(modules[p.module], (nn.LayerNorm, nn.GroupNorm)) for p in group.ports)
 
 
+def _unbiased(group: CoupledGroup, model: nn.Module) -> bool:
+    """Whether a norm divides by one less than the group's channels: all of them doubled, it puts out something else."""
+    owners = (p.module.rpartition(".")[0] for p in group.ports if p.side == "param")
+    return any(isinstance(model.get_submodule(owner), _UNBIASED_NORMS) for owner in owners)
+
+
 def _doubled(group: CoupledGroup, model: nn.Module, share: int, generator: torch.Generator) -> list[int]:
-    """Units with a random one of `share` twice; averaged ones all twice, which leaves the average alone, in large networks once."""
+    """Units with a random one of `share` twice; averaged ones all twice, which leaves the average alone, or once and only permuted."""
     if _averaged(group, model):
-        return sorted([*range(group.units)] * (2 if share == _SHARE else 1))
+        return sorted([*range(group.units)] * (2 if share == _SHARE and not _unbiased(group, model) else 1))
     some = torch.randperm(group.units, generator=generator)[: max(1, group.units // share)]
     return sorted([*range(group.units), *some.tolist()])
 

@@ -1,0 +1,84 @@
+"""What is tried before a group counts as one that can be narrowed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from capnas._timm import timm
+from capnas.narrowing.applying import change_widths, narrowable
+from capnas.narrowing.refusing import CannotNarrow
+from capnas.saved import build_recipe
+
+
+class NeverBoth(nn.Module):
+    """Runs with the first or the second conv narrower, not with both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.a.out_channels < 8 and self.b.out_channels < 8:
+            raise RuntimeError("both are narrow")
+        return self.head(self.c(self.b(self.a(x).relu()).relu()).relu().mean((2, 3)))
+
+
+def test_of_groups_that_fail_together_only_those_that_break_it_keep_their_width() -> None:
+    model, x = NeverBoth().eval(), torch.randn(2, 3, 4, 4)
+    found = narrowable(model, x)
+    assert [g.name for g in found.groups] == ["a", "c"]
+    assert found.fixed["b"] == "together with other groups without a channel it does not run (RuntimeError: both are narrow)"
+    change_widths(model, found.groups, {g.name: range(3) for g in found.groups})
+    assert model(x).shape == (2, 2)
+
+
+@pytest.mark.parametrize("kind", [timm.layers.SimpleNorm2d, timm.layers.GroupNorm1])
+def test_norms_of_unbiased_variance_are_tried_by_another_order(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), kind(8), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)).eval()
+    assert [g.name for g in narrowable(model, torch.randn(2, 3, 4, 4)).groups] == ["0", "2"]
+
+
+def test_a_convnext_of_simple_norms_is_narrowed() -> None:
+    args = {"num_classes": 5, "depths": [1, 1, 1, 1], "dims": [16, 24, 32, 40]}
+    model = build_recipe({"timm": "convnext_zepto_rms", "args": args, "image_size": 32}).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                parameter.fill_(1.0)
+    found = {g.name for g in narrowable(model, torch.randn(2, 3, 32, 32)).groups}
+    assert {f"stages.{i}.blocks.0.mlp.fc1" for i in range(4)} <= found
+
+
+class Cancelling(nn.Module):
+    """Adds what is nothing but rounding: a mean of large products less the products of a mean."""
+
+    def __init__(self, reverse: bool = False) -> None:
+        super().__init__()
+        self.conv, self.large, self.same, self.head = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 2, 1), nn.Linear(24, 2), nn.Linear(24, 2)
+        self.reverse = reverse
+        with torch.no_grad():
+            self.large.weight.mul_(1e5)
+            self.same.weight.copy_(self.large.weight.flatten(1))
+            self.same.bias.copy_(self.large.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x).tanh()
+        read = y.mean((2, 3))
+        return self.head(read.flip(1) if self.reverse else read) + self.large(y).mean((2, 3)) - self.same(read)
+
+
+class Single(Cancelling):
+    """Runs in float32 alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float())
+
+
+def test_rounding_is_no_other_order() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    assert [g.name for g in narrowable(Cancelling().eval(), x).groups] == ["conv"]
+    for model in (Cancelling(reverse=True), Single()):
+        with pytest.raises(CannotNarrow, match="doubled channels change what is computed"):
+            narrowable(model.eval(), x)
