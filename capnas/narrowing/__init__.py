@@ -53,7 +53,7 @@ def narrowed(model: nn.Module, found: Survey, plan: Plan, *, refit: bool = True,
         model: the surveyed network; not changed.
         found: its survey.
         plan: from `plan_widths`.
-        refit: False only removes the channels, without correction.
+        refit: False only removes the channels, without correction, and adds no biases: fewer parameters than planned where there are any.
         seed: of the small noise that tells doubled channels apart where a group grows.
 
     Returns:

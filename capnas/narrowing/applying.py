@@ -256,7 +256,7 @@ def _place_width(model: nn.Module, modules: Mapping[str, Any], name: str, side: 
     """Positions of a module's side, or of a bare parameter's last wide axis."""
     if side == "param":
         value = model.get_parameter(name)
-        return value.shape[_wide_axis(value)]
+        return value.shape[wide_axis(value)]
     module = modules[name]
     if isinstance(module, nn.LayerNorm):
         return int(module.normalized_shape[-1])
@@ -267,7 +267,8 @@ def _place_width(model: nn.Module, modules: Mapping[str, Any], name: str, side: 
     return int(getattr(module, _norm_width(module), 0))
 
 
-def _wide_axis(value: Tensor) -> int:
+def wide_axis(value: Tensor) -> int:
+    """The axis of a bare parameter that holds its channels: the last that is wider than one."""
     return max(i for i, size in enumerate(value.shape) if size > 1)
 
 
@@ -281,7 +282,7 @@ def _select(model: nn.Module, modules: Mapping[str, Any], name: str, side: str, 
     if side == "param":
         owner, _, leaf = name.rpartition(".")
         value = model.get_parameter(name)
-        _set(model.get_submodule(owner), leaf, _take(value, _wide_axis(value), index))
+        _set(model.get_submodule(owner), leaf, _take(value, wide_axis(value), index))
     elif side == "both" and not isinstance(modules[name], CONVS):
         _norm(modules[name], index)
     else:

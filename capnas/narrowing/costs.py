@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from capnas.candidates import count_cost
 from capnas.layers import CONVS, MEASURED
+from capnas.narrowing.applying import wide_axis
 from capnas.narrowing.groups import CoupledGroup
 
 
@@ -53,8 +54,9 @@ class NetworkCost:
                 if port.side == "in":
                     if getattr(module, "groups", 1) == 1:  # in grouped convs the inputs go with the outputs
                         inputs[place[name], j] += b / _width(module, "in")
-                elif port.side == "param":
-                    outputs[place[name], j] = 1 / group.units
+                elif port.side == "param":  # the module's other parameters stay
+                    value = model.get_parameter(port.module)
+                    outputs[place[name], j] += value.numel() * b / value.shape[wide_axis(value)] / layers[name].params
                 else:
                     outputs[place[name], j] += b / _width(module, "out")
                 if port.side == "out" and name.endswith(".qkv"):  # the attention's own products shrink with its heads

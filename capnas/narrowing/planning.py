@@ -63,7 +63,8 @@ class Plan:
         goal: what was asked for, in words.
         groups: in the order of the network.
         fixed: layers that keep their width, and why.
-        macs, planned_macs, params, planned_params: of the whole network, for one image.
+        macs, planned_macs, params, planned_params: of the whole network, for one image; planned with the biases that refitting gives
+            to layers that have none, without which ``refit=False`` of `capnas.narrowing.narrowed` has fewer parameters.
     """
 
     goal: str

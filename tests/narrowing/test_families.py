@@ -190,6 +190,27 @@ def test_planned_parameters_are_those_of_the_narrowed_network(name: str) -> None
         assert plan.planned_params == sum(p.numel() for p in narrowed(model, found, plan).parameters())
 
 
+class Shifted(nn.Module):
+    """Has bare parameters of its own, of which one is in a group; a layer without bias is given one by refitting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.other = nn.Parameter(torch.randn(8, 1, 1)), nn.Parameter(torch.randn(3, 4, 4))
+        self.conv, self.inner, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner((self.conv(x + self.other) + self.shift).relu()).relu().mean((2, 3)))
+
+
+def test_planned_parameters_of_modules_with_bare_ones() -> None:
+    model, x = Shifted().eval(), torch.randn(32, 3, 4, 4)
+    found = survey(model, x)
+    plan = plan_widths(found, widths={"conv": 5, "inner": 3})
+    count = [sum(p.numel() for p in narrowed(model, found, plan, refit=refit).parameters()) for refit in (True, False)]
+    assert any(p.module == "shift" for p in found.coupling["conv"].ports)
+    assert count == [plan.planned_params, plan.planned_params - 3]
+
+
 def test_a_narrowed_network_can_be_exported() -> None:
     x = torch.randn(2, 3, 32, 32)
     small, _ = halve(build_recipe(recipe("resnet18")).eval(), x)
