@@ -29,7 +29,7 @@ from scipy.optimize import nnls
 
 from capnas.errors import UsageError
 from capnas.measures import evenness
-from capnas.measures.guessing import no_better_than_a_guess
+from capnas.measures.guessing import no_better_than_a_guess, standard_error
 from capnas.measures.receptive import LayerField, border_layers
 from capnas.measures.resolution_reasons import comparison
 
@@ -330,14 +330,14 @@ def recommend(
     final = {r.size: r for r in sorted(allowed, key=lambda r: r.size) if r.epochs == last}
     best = max(final, key=lambda size: values[size])
     chosen = best
-    error = math.sqrt(max(final[best].accuracy * (1 - final[best].accuracy), 0.0) / images) if images else 0.0
+    error = standard_error(final[best].accuracy, images=images) if images else 0.0
     if not final[best].even:
         chosen = next((s for s in final if s > best and final[s].even and values[s] >= values[best] - max(slack, error)), best)
     row = final[chosen]
     guessed = None
     if chance is not None and all(no_better_than_a_guess(r.accuracy, chance=chance, images=images) for r in final.values()):
         guessed = chance
-    reasons = comparison(final, fitted, values, chosen=chosen, best=best, pay=pay, guessed=guessed)
+    reasons = comparison(final, fitted, values, chosen=chosen, best=best, pay=pay, guessed=guessed, images=images)
     if row.saturations:
         said = "inference is spread evenly" if row.even else "a tail remains"
         reasons.append(f"{said}: {row.tail} of {len(row.saturations)} layers are below a quarter of the greatest saturation")

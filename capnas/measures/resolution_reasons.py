@@ -19,6 +19,7 @@ def comparison(
     best: int,
     pay: float,
     guessed: float | None = None,
+    images: int | None = None,
 ) -> list[str]:
     """Why neither the next smaller nor the next larger size, or why that cannot be said. Ours.
 
@@ -29,7 +30,8 @@ def comparison(
         chosen: the recommended size.
         best: that of most worth.
         pay: accuracy that a doubling of MACs has to bring.
-        guessed: accuracy of a guess where no size is better than that, else None.
+        guessed: accuracy of a guess where no size is clearly better than that, else None.
+        images: how many images the accuracies come from, where it is known.
 
     >>> from capnas.measures.resolution import SizeReading
     >>> final = {s: SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.5), (32, 0.6))}
@@ -40,7 +42,9 @@ def comparison(
     if len(values) == 1:
         return [f"nothing was compared: {chosen} px is the only size left"]
     if guessed is not None:
-        return [f"no size is better than a guess ({100 * guessed:.1f} %), and accuracy cannot tell them apart: train for more epochs"]
+        above = images is not None and any(r.accuracy > guessed for r in final.values())
+        bar = f"{'clearly ' if above else ''}better than a guess ({100 * guessed:.1f} %)" + (f" on {images:,} images" if above else "")
+        return [f"no size is {bar}, and accuracy cannot tell them apart: train for more epochs"]
     sizes = list(final)
     at = sizes.index(chosen)
     reasons = []

@@ -217,10 +217,19 @@ def test_sizes_of_the_same_macs_are_told_apart_at_each_length_of_training() -> N
     assert fitted[20] - fitted[24] == pytest.approx(0.1)
 
 
+def test_few_images_that_are_all_right_leave_a_standard_error() -> None:
+    perfect = recommend([reading(16, 1.0), reading(32, 1.0)], images=6)
+    assert perfect.reasons[-1] == "an accuracy from 6 images has a standard error of 7.1 points"
+    assert recommend([reading(16, 0.0), reading(32, 0.0)], images=6).reasons[-1] == perfect.reasons[-1]
+
+
 def test_no_size_better_than_a_guess_is_said() -> None:
     rows = [reading(16, 0.11), reading(32, 0.09), reading(64, 0.12)]
     poor = recommend(rows, images=500, chance=0.1)
-    assert poor.reasons[0] == "no size is better than a guess (10.0 %), and accuracy cannot tell them apart: train for more epochs"
+    rest = "and accuracy cannot tell them apart: train for more epochs"
+    assert poor.reasons[0] == f"no size is clearly better than a guess (10.0 %) on 500 images, {rest}"
+    below = recommend([reading(16, 0.1), rows[1]], images=500, chance=0.1)
+    assert below.reasons[0] == f"no size is better than a guess (10.0 %), {rest}"
     assert not any("paying" in reason or "pays" in reason for reason in poor.reasons)
     assert "it pays" in recommend([*rows[:2], reading(64, 0.2)], images=500, chance=0.1).reasons[0]
     assert not any("guess" in reason for reason in recommend(rows, images=500).reasons)
