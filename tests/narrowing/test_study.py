@@ -64,4 +64,4 @@ def test_the_committed_table_is_of_the_committed_lines(study: ModuleType) -> Non
     lines = [x for path in sorted((FOLDER / "raw").glob("*.jsonl")) for x in study.read(path)]
     text = study.derived(lines)
     assert text == (FOLDER / "table.md").read_text(encoding="utf-8")
-    assert "| data | model | lost | rival | again | ratios | tuned 1 | tuned 5 |" in text
+    assert "| data | model | lost | no refit | rival | again | ratios | tuned 1 | tuned 5 |" in text
