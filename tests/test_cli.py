@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from PIL import Image
@@ -19,6 +19,8 @@ from tiny_space import FILE, images
 from capnas.cli import main
 from capnas.cli.app import app
 from capnas.console import number
+from capnas.errors import CapnasError
+from capnas.search import StudyConfig
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = ["--train", "batch_size=16", "--pruner", "off", "--device", "cpu", "--data-option", "image_size=8", "--data-option", "augment=false"]
@@ -142,6 +144,46 @@ def test_best_writes_a_script_that_needs_no_capnas(run: Run, study: Path, tmp_pa
     done = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"parameters: {wanted}," in done.stdout
+
+
+def test_settings_of_a_search_arrive_in_the_library(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[StudyConfig, Any]] = []
+
+    def record(config: StudyConfig, *, enqueue: Any, **tell: Any) -> None:
+        asked.append((config, enqueue))
+        raise CapnasError("enough")
+
+    monkeypatch.setattr("capnas.search.run_study", record)
+    (tmp_path / "first.json").write_text('[{"width": 4}]')
+    given = {"data": "noise", "trials": 7, "epochs": 4, "max_macs": 9000, "max_params": 800, "gate": "naswot:best:20%", "pool": 12,
+             "blocks": "layer.*", "sampler": "nsga2", "pruner": "off", "seed": 3, "storage": "sqlite:///s.db", "study": "name",
+             "out": "here", "workers": 2, "device": "cpu"}  # fmt: skip
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words += ["--values", "combined, macs", "--weights", "macs=1e-9", "--resolutions", "8,16", "--no-reuse", "--train", "lr=0.5"]
+    words += ["--data-option", "image_size=8", "--enqueue", tmp_path / "first.json"]
+    for more in (words, []):
+        assert run("search", "vgg", *more)[2].splitlines()[-1] == "error: enough"
+    (config, first), (plain, nothing) = asked
+    assert config == StudyConfig(
+        space="vgg", values=("combined", "macs"), weights={"macs": 1e-9}, resolutions=(8, 16), reuse=False, train={"lr": 0.5},
+        data_options={"image_size": 8}, **given,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert (plain, first, nothing) == (StudyConfig(space="vgg"), [{"width": 4}], [])
+
+
+def test_a_trial_and_its_retraining_are_those_asked_for(run: Run, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, dict[str, Any]]] = []
+
+    def record(found: Any, **settings: Any) -> None:
+        asked.append((found.number, settings))
+        raise CapnasError("enough")
+
+    monkeypatch.setattr("capnas.search.trials.retrain_trial", record)
+    for number in (0, 1):
+        words = ["best", study, "--trial", number, "--retrain", "--epochs", 7, "--seed", 5, "--device", "cpu"]
+        assert run(*words)[2].splitlines()[-1] == "error: enough"
+    assert [n for n, _ in asked] == [0, 1]
+    assert [asked[0][1][name] for name in ("epochs", "seed", "device")] == [7, 5, "cpu"]
 
 
 def test_retrain_evaluates_once_on_test(run: Run, study: Path) -> None:

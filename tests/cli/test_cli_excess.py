@@ -4,9 +4,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_space import write_images
+
+from capnas.errors import CapnasError
 
 Run = Callable[..., tuple[int, str, str]]
 NET = """
@@ -70,6 +73,24 @@ def test_tables_and_json_tell_the_same_and_a_second_call_resumes(run: Run, words
     assert first["distance_reached"] <= first["distance_limit"] * (1 + 1e-4)
     assert document["study"]["recipe"]["lr"] == 0.2
     assert len((tmp_path / "study" / "runs.jsonl").read_text().splitlines()) == 3
+
+
+def test_settings_arrive_in_the_library(run: Run, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def record(network: Any, data: Any, **settings: Any) -> None:
+        asked.append(settings | {"pixels": data.image_size})
+        raise CapnasError("enough")
+
+    monkeypatch.setattr("capnas.excess.excess_capacity", record)
+    more = ["--seeds", 4, "--tolerance", 0.2, "--hold", "both", "--full-grid", "--out", tmp_path / "out"]
+    for extra in (more, []):
+        assert run(*words, *extra)[2].splitlines()[-1] == "error: enough"
+    given, plain = asked
+    assert (given["lipschitz"], given["distance"], given["image_size"], given["pixels"]) == ([1.0, 0.5], [0.5], 8, 8)
+    assert (list(given["seeds"]), given["tolerance"], given["hold"], given["full_grid"]) == ([0, 1, 2, 3], 0.2, "both", True)
+    assert (given["recipe"].epochs, given["recipe"].lr, given["device"], given["out"]) == (3, 0.2, "cpu", tmp_path / "out")
+    assert (plain["hold"], plain["full_grid"], plain["out"]) == ("validation", False, None)
 
 
 def test_what_is_kept_is_counted_and_what_is_not_is_said(run: Run, words: list[object], tmp_path: Path) -> None:

@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_space import FILE, write_images
 
 import capnas
+from capnas.errors import CapnasError
+from capnas.narrowing.pruning import PruneConfig
 from capnas.saved import build_recipe, save_model
 from capnas.training import evaluate
 
@@ -99,6 +102,24 @@ def test_trained_weights_of_a_timm_model(run: Run, tmp_path: Path) -> None:
     code, _, err = run("prune", tmp_path / "small", "--weights", tmp_path / "w.safetensors", "--target-macs", "0.9", "--dry-run")
     assert code == 2
     assert "weights are for a timm model given by its name" in err
+
+
+def test_settings_arrive_in_the_library(run: Run, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[PruneConfig, int]] = []
+
+    def record(model: Any, data: Any, config: PruneConfig, *, image_size: int) -> None:
+        asked.append((config, image_size))
+        raise CapnasError("enough")
+
+    monkeypatch.setattr("capnas.narrowing.pruning.propose", record)
+    given = {"target_macs": 0.7, "method": "channels", "allocation": "saturation", "round_to": 2, "train_epochs": 3, "finetune_epochs": 4,
+             "seed": 5, "device": "cpu"}  # fmt: skip
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words += ["--calibration", 33, "--image-size", 12]
+    for more in (words, ["--lossless", 0.9, "--method", "lowrank"]):
+        assert run("prune", saved, "--dry-run", *more)[2].splitlines()[-1] == "error: enough"
+    assert asked[0] == (PruneConfig(images=33, **given), 12)  # type: ignore[arg-type]
+    assert asked[1] == (PruneConfig(lossless=0.9, method="lowrank"), 8)
 
 
 def test_errors_of_use(run: Run, saved: Path) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from capnas.cli import main
 from capnas.cli.profiling import _field, _marks, show_profile
+from capnas.errors import CapnasError
 from capnas.profile import FieldReport
 from capnas.projection import ProjectionResult
 from capnas.search.inspection import Inspection, inspect_target
@@ -65,6 +68,25 @@ def test_json_of_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["left_out"] == ["norms", "capacity", "proxies"]
     assert document["profile"]["receptive"]["border"]["toolbox"][0] == "layer3.0.conv2"
     assert document["projection"] is None
+
+
+def test_settings_arrive_in_the_library(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def record(target: str, **settings: Any) -> None:
+        asked.append({"target": target} | settings)
+        raise CapnasError("enough")
+
+    monkeypatch.setattr("capnas.search.inspection.inspect_target", record)
+    given = {"data": "noise", "image_size": 16, "batch": 5, "mode": "eval", "threshold": 0.9, "reading": "blocks", "blocks": "layer.*",
+             "weights": "w.safetensors", "project": 0.8, "seed": 7, "device": "cpu"}  # fmt: skip
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    for more in ([*words, "--initial", "--measures", "norms, capacity"], []):
+        assert run("profile", "resnet10t", *more)[2].splitlines()[-1] == "error: enough"
+    asked[0].pop("tell")
+    assert asked[0] == given | {"target": "resnet10t", "initial": True, "measures": ["norms", "capacity"]}
+    plain = [asked[1][name] for name in ("mode", "threshold", "reading", "blocks", "initial", "project", "seed")]
+    assert plain == [None, 0.99, "both", None, False, None, 0]
 
 
 def test_an_unknown_measure_is_an_error_of_use(capsys: pytest.CaptureFixture[str]) -> None:
