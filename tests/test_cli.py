@@ -179,8 +179,8 @@ def test_a_trial_and_its_retraining_are_those_asked_for(run: Run, study: Path, m
         raise CapnasError("enough")
 
     monkeypatch.setattr("capnas.search.trials.retrain_trial", record)
-    for number in (0, 1):
-        words = ["best", study, "--trial", number, "--retrain", "--epochs", 7, "--seed", 5, "--device", "cpu"]
+    for trial in (0, 1):
+        words = ["best", study, "--trial", trial, "--retrain", "--epochs", 7, "--seed", 5, "--device", "cpu"]
         assert run(*words)[2].splitlines()[-1] == "error: enough"
     assert [n for n, _ in asked] == [0, 1]
     assert [asked[0][1][name] for name in ("epochs", "seed", "device")] == [7, 5, "cpu"]

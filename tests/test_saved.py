@@ -124,6 +124,14 @@ def test_what_the_recipe_would_build_otherwise_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "n").exists()
 
 
+def test_a_part_with_another_padding_is_refused(tmp_path: Path) -> None:
+    model = narrowed()
+    model[2][0].padding_mode = "circular"
+    with pytest.raises(UsageError, match="2 holds a Conv2d, which a manifest cannot describe"):
+        save_model(model, tmp_path / "m", {**SPACE, "params": {"width": 6, "depth": 2, "kind": "plain"}})
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_number_types_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
     model, x = build_recipe(TIMM).to(dtype).eval(), torch.randn(1, 1, 32, 32, dtype=dtype)

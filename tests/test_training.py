@@ -48,6 +48,7 @@ def test_learns_and_reports(data: ImageData) -> None:
     assert result.status == "complete"
     assert result.reason == ""
     assert [row["epoch"] for row in result.curve] == [1, 2, 3]
+    assert sum(row["seconds"] for row in result.curve) <= result.seconds
     assert result.accuracy == result.curve[-1]["accuracy"] > 0.8
     assert result.curve[-1]["train_loss"] < result.curve[0]["train_loss"]
     assert not model.training
@@ -71,6 +72,32 @@ def test_saturation_of_the_last_epoch_in_both_modes(data: ImageData) -> None:
     assert 0 < last["train_saturation_mean"] <= 1
     assert not any(m._forward_hooks for m in model.modules())
     assert train(net(), data, config(record=False)).profile is None
+
+
+def test_a_model_without_norms_ends_in_eval_mode(data: ImageData) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 3))
+    train(model, data, config(epochs=1), evaluate_on=None)
+    assert not model.training
+
+
+def test_threshold_and_blocks_are_those_of_the_settings(data: ImageData) -> None:
+    profile = train(net(), data, config(epochs=1, threshold=0.5, blocks="0|4")).profile
+    assert profile is not None
+    assert (profile.threshold, [row.name for row in profile.blocks]) == (0.5, ["0", "4"])
+
+
+def test_images_are_shuffled_by_the_seed_and_anew_in_each_epoch(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    batches = ImageData.batches
+
+    def record(self: ImageData, split: str, batch_size: int, **how: Any) -> Any:
+        if split == "train":
+            asked.append((how["epoch"], how["seed"]))
+        return batches(self, split, batch_size, **how)
+
+    monkeypatch.setattr(ImageData, "batches", record)
+    train(net(), data, config(epochs=3, seed=5))
+    assert asked == [(epoch, 5) for epoch in range(3) for _ in ("to train", "to measure the norms")]
 
 
 def test_recording_changes_nothing_in_the_training(data: ImageData) -> None:
@@ -122,6 +149,13 @@ def test_warm_up_then_cosine_to_zero(data: ImageData) -> None:
     cosine = [0.05 * (1 + math.cos(math.pi * t / (4 * n))) for t in range(n, 4 * n)]
     assert n == data.sizes["train"] // 16
     assert seen == pytest.approx(warm_up + cosine)
+
+
+def test_warm_up_ends_with_half_of_the_training(data: ImageData) -> None:
+    seen = watched(data, learning_rate, epochs=2, warmup_epochs=5.0)
+    half = len(seen) // 2
+    assert seen[:half] == pytest.approx([0.001 + t * (0.1 - 0.001) / half for t in range(half)])
+    assert seen[half:] == sorted(seen[half:], reverse=True)
 
 
 @pytest.mark.parametrize(("epochs", "powers"), [(2, [0, 1]), (6, [0, 0, 1, 1, 2, 2])])

@@ -21,6 +21,7 @@ from capnas.graph.tracing import trace
 from capnas.mixed_sizes import train_together
 from capnas.repair import advise
 from capnas.resolution import SizeRun, advise_resolution, ladder, survey_resolutions, tune_resolution
+from capnas.size_survey import unread_pixels
 from capnas.training import TrainConfig, train
 
 CONFIG = TrainConfig(batch_size=32, lr=1e-2, device="cpu")
@@ -160,6 +161,23 @@ def test_sizes_left_out_are_named(data: ImageData) -> None:
     (dropped,) = {10, 12, 14} - {r.size for r in found.runs if r.rung == 2}
     assert f"{dropped} px: dropped after round 1, it was worth less than the others" in reasons
     assert found.to_dict()["left_out"]["3"] == found.left_out[3]
+
+
+def test_a_budget_may_be_spent_whole() -> None:
+    macs = survey_resolutions(net, (12,), in_chans=1)[0].macs
+    assert macs is not None
+    assert [s.refusal != "" for s in survey_resolutions(net, (8, 12, 16), in_chans=1, budget=macs)] == [False, False, True]
+
+
+def test_patches_with_padding_read_to_the_end() -> None:
+    assert [unread_pixels(trace(nn.Conv2d(1, 4, 16, 16, padding=p), (1, 1, 24, 24))) for p in (0, 4)] == [8, 0]
+
+
+def test_two_layers_that_look_around_are_too_few_to_leave_the_others_out(data: ImageData) -> None:
+    found = tune_resolution(lambda size: net(size, depth=2), data, (8,), epochs=4, config=CONFIG)
+    assert found.surveys[0].looking == ("0", "2")
+    mixed = lambda size: nn.Sequential(nn.Conv2d(1, 6, 1), *net(size, depth=2)[2:3], nn.Flatten(), nn.Linear(6 * size**2, 3))  # noqa: E731
+    assert tune_resolution(mixed, data, (8,), epochs=4, config=CONFIG).last(8).layers == ("0", "1")
 
 
 def test_a_single_size_is_trained_for_its_saturations_only(data: ImageData) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from capnas.data import Augment, DataSpec, ImageData, load_data
+from capnas.data.decoding import judge_unreadable
 from capnas.data.splits import carve, check_classes
 from capnas.errors import DataError, UsageError
 
@@ -452,6 +453,23 @@ def test_a_class_with_nothing_readable_is_empty(pets: Path, tmp_path: Path) -> N
     (root / "fox" / "1.png").write_bytes(b"")
     with pytest.warns(UserWarning, match="skipped 1 of 91"), pytest.raises(DataError, match="found none of fox; leave no class empty"):
         load_data(root, max_unreadable=0.5)
+
+
+def test_damage_in_a_sample_stands_for_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capnas.data.decoding._SURVEY", 20)
+    for i in range(40):
+        path = tmp_path / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((32, 32), 50).save(path)
+        if i // 2 % 2:
+            path.write_bytes(path.read_bytes()[:200])  # it opens and cannot be decoded
+    with pytest.raises(DataError, match=r"of 40 images cannot be read \(an estimated [456]\d\.\d%, max_unreadable is 35\.0%\)"):
+        load_data(tmp_path, max_unreadable=0.35, image_size=8, memory_limit=0, workers=0)
+
+
+def test_a_share_of_unreadable_images_up_to_the_limit_is_skipped() -> None:
+    with pytest.warns(UserWarning, match="skipped 1 of 10 images"):
+        judge_unreadable(["a.png (not an image)"], 10, 0.1)
 
 
 def test_dataset_items_that_fail_are_unreadable() -> None:

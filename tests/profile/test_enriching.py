@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -60,6 +61,13 @@ class Attends(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).unsqueeze(0)
         return self.head((x + self.attention(x, x, x)[0])[0])
+
+
+def test_a_remark_on_the_norms_goes_with_what_it_was_about() -> None:
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), noise(8, 1, 2, 2)
+    profile = profile_model(model, x, measures=("saturation",))
+    stale = dataclasses.replace(profile, flags={"log10_lipschitz": "of before", "other": "stays"})
+    assert enrich(stale, model, x, measures=("norms",)).flags == {"other": "stays"}
 
 
 def test_a_coherent_share_within_the_noise_bounds_propagation_and_is_said() -> None:

@@ -30,6 +30,7 @@ def test_ticks_reach_over_the_greatest_value_and_panels_stand_in_rows() -> None:
     text = line_panels(panels, axis="px", columns=3)
     for top in (0.04, 0.4, 4, 40):
         assert f">{top:g}</text>" in text
+    assert f">{40:g}</text>" in line_panels({"a tick itself": {"x": [(8, 40.0)]}}, axis="px")
     heights = {float(y) for y in re.findall(r"y=\"([\d.]+)\" font-weight", text)}
     assert len(heights) == 2
     assert ElementTree.fromstring(line_panels({"empty": {"x": []}}, axis="px")) is not None

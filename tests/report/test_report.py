@@ -139,6 +139,7 @@ def test_retrained_networks_are_listed_and_on_the_checklist(run: RunResult, tmp_
     assert "capnas best --retrain" in Report.of(run).to_markdown()
     best = Report.of(run).to_dict()["best"][0]["trial"]
     records = [record | {"trial": best, "test_accuracy": a, "epochs": n} for a, n in ((0.5, 4), (0.75, 4), (1.0, 1))]
+    records.append(record | {"trial": best, "epochs": 9, "status": "diverged", "test_accuracy": None, "test_loss": None})
     path.write_text(json.dumps([record, *records]))
     try:
         text = Report.of(run).to_markdown()

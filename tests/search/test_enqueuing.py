@@ -16,7 +16,7 @@ from torch import nn
 from capnas.data import ImageData
 from capnas.errors import StudyError, UsageError
 from capnas.search import RunResult, open_run, run_study
-from capnas.search.enqueuing import ENQUEUED, read_parameters
+from capnas.search.enqueuing import ENQUEUED, enqueue_new, read_parameters
 
 KNOWN = [{"width": 6, "depth": 3, "kind": "plain"}, {"width": 2, "depth": 1, "kind": "bad"}]
 
@@ -33,6 +33,12 @@ def test_known_architectures_come_first_and_once(tmp_path: Path, data: ImageData
         assert result.n_finished == trials
     assert drawn(result)[:2] == KNOWN
     assert [ENQUEUED in t.user_attrs for t in result.study.get_trials()] == [True, True, False, False]
+
+
+def test_one_given_twice_is_enqueued_once() -> None:
+    study = optuna.create_study()
+    assert enqueue_new(study, [KNOWN[0], KNOWN[0], KNOWN[1]]) == 2
+    assert len(study.get_trials()) == 2
 
 
 def test_what_a_sampler_drew_already_is_not_enqueued(tmp_path: Path, data: ImageData) -> None:  # noqa: F811

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -124,6 +125,12 @@ def test_a_trial_is_read_as_asked_and_not_as_it_happens_to_be_stored(folder: Pat
     with pytest.raises(UsageError, match="was trained at 8 px and is read so; --initial profiles its network at 16"):
         inspect_target(f"{folder}:best", image_size=16)
     assert inspect_target(f"{folder}:best", image_size=16, initial=True).image_size == 16
+
+
+@pytest.mark.parametrize("asked", [{"threshold": 0.5}, {"reading": "modules"}, {"mode": "train"}])
+def test_one_thing_that_is_not_stored_so_is_enough_to_train_again(folder: Path, asked: dict[str, Any]) -> None:
+    found = inspect_target(f"{folder}:best", device="cpu", **asked)
+    assert found.state.startswith("trained again for 1 epoch as in the search")
 
 
 def test_every_score_that_is_no_number_says_why(folder: Path, tmp_path: Path) -> None:

@@ -26,6 +26,13 @@ def test_draws_follow_from_seed_and_number(name: str) -> None:
     assert len(set(first)) == 4
 
 
+def test_qmc_goes_on_in_one_sequence() -> None:
+    study = optuna.create_study(sampler=make_sampler("qmc", seed=3))
+    for _ in range(4):
+        study.tell(trial := study.ask(), trial.suggest_float("x", 0, 1))
+    assert draws("qmc", 3, [0, 1, 2, 3])[1:] == [t.params["x"] for t in study.trials][1:]  # the first is drawn independently
+
+
 def test_tpe_is_multivariate_in_groups_and_lies_only_in_company() -> None:
     alone, beside = make_sampler("tpe", seed=0), make_sampler("tpe", seed=0, parallel=True)
     assert (alone._multivariate, alone._group, alone._constant_liar, beside._constant_liar) == (True, True, False, True)  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
 from capnas.objective.evaluation import Evaluation
 from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, worker
+from capnas.search.export import trial_rows
 from capnas.search.opening import DATA, open_study
 from capnas.search.runs import is_finished
 from capnas.search.working import make_objective, work
@@ -57,6 +58,14 @@ def config(folder: Path, **changes: Any) -> StudyConfig:
 
 def finished(result: RunResult) -> list[tuple[dict[str, Any], Any]]:
     return [(t.params, t.values) for t in result.study.get_trials() if is_finished(t)]
+
+
+def test_a_trial_that_runs_is_no_row_of_the_table() -> None:
+    study = optuna.create_study()
+    for _ in range(2):
+        Evaluation(status="complete", values={"accuracy": 0.5}).write(study.ask().set_user_attr)
+    study.tell(0, 0.5)
+    assert [(row["number"], row["value.accuracy"]) for row in trial_rows(study, ["accuracy"])] == [(0, 0.5)]
 
 
 def test_same_seed_same_trials(tmp_path: Path, data: ImageData) -> None:

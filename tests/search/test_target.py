@@ -20,7 +20,7 @@ from capnas.search.config import StudyConfig
 from capnas.search.inspection import inspect_target
 from capnas.search.opening import data_record
 from capnas.search.runs import open_run
-from capnas.search.target import open_target
+from capnas.search.target import open_largest, open_target
 from capnas.search.trials import rebuild, retrain_trial
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -77,6 +77,26 @@ def test_a_saved_model_brings_weights_and_images(folder: Path, tmp_path: Path) -
     assert not torch.equal(target.build(seed=6, trained=False).eval()(x), model(x))
     with pytest.raises(UsageError, match=r"takes images of 1 channels and knows 3 classes, but .* has 1 and 10"):
         open_target(str(tmp_path / "m"), data="fashion-mnist-12k")
+
+
+def test_a_saved_model_is_used_as_it_says(folder: Path, tmp_path: Path) -> None:
+    trial = open_target(f"{folder}:0")
+    source = str(trial.data.spec.source)
+    extra = {"trained": False, "data": {"source": source, "options": {"image_size": 16, "in_chans": 1}}}
+    place = save_model(trial.build(), tmp_path / "m", trial.recipe | {"image_size": 12}, extra=extra)
+    target = open_target(str(place))
+    assert (target.trained, target.image_size, target.data.image_size) == (False, 12, 16)
+    assert open_target(str(place), data=source, data_options={"in_chans": 1}).data.image_size == 8  # pixels of its files
+
+
+def test_a_trial_at_another_size(folder: Path) -> None:
+    target = open_target(f"{folder}:0", image_size=12)
+    assert (target.image_size, target.recipe["image_size"], target.data.image_size) == (12, 12, 12)
+
+
+def test_images_are_loaded_at_the_largest_size() -> None:
+    target, refused = open_largest("resnet10t", (16, 24, 20))
+    assert (target.data.image_size, refused) == (24, {})
 
 
 def test_a_retrained_trial_knows_the_validation_images_of_its_run(folder: Path) -> None:
@@ -183,4 +203,7 @@ def test_a_record_of_data_keeps_that_nothing_is_augmented() -> None:
     assert record is not None
     assert record["options"] == {"image_size": 8, "augment": False}
     assert load_data(record["source"], **record["options"]).augment == plain.augment
+    split = data_record(load_data("fashion-mnist-12k", image_size=8, validation=0.3))
+    assert split is not None
+    assert split["options"] == {"image_size": 8, "validation": 0.3}
     assert "augment" not in (data_record(load_data("fashion-mnist-12k")) or {})["options"]
