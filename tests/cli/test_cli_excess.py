@@ -77,10 +77,16 @@ def test_tables_and_json_tell_the_same_and_a_second_call_resumes(run: Run, words
 
 def test_settings_arrive_in_the_library(run: Run, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
+    judged: list[dict[str, Any]] = []
 
-    def record(network: Any, data: Any, **settings: Any) -> None:
+    class Study:
+        def read(self, **settings: Any) -> None:
+            judged.append(settings)
+            raise CapnasError("enough")
+
+    def record(network: Any, data: Any, **settings: Any) -> Study:
         asked.append(settings | {"pixels": data.image_size})
-        raise CapnasError("enough")
+        return Study()
 
     monkeypatch.setattr("capnas.excess.excess_capacity", record)
     more = ["--seeds", 4, "--tolerance", 0.2, "--hold", "both", "--full-grid", "--out", tmp_path / "out"]
@@ -91,6 +97,7 @@ def test_settings_arrive_in_the_library(run: Run, words: list[object], tmp_path:
     assert (list(given["seeds"]), given["tolerance"], given["hold"], given["full_grid"]) == ([0, 1, 2, 3], 0.2, "both", True)
     assert (given["recipe"].epochs, given["recipe"].lr, given["device"], given["out"]) == (3, 0.2, "cpu", tmp_path / "out")
     assert (plain["hold"], plain["full_grid"], plain["out"]) == ("validation", False, None)
+    assert judged == [{"tolerance": 0.2, "hold": "both"}, {"tolerance": 0.5, "hold": "validation"}]
 
 
 def test_what_is_kept_is_counted_and_what_is_not_is_said(run: Run, words: list[object], tmp_path: Path) -> None:

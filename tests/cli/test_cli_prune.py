@@ -122,6 +122,25 @@ def test_settings_arrive_in_the_library(run: Run, saved: Path, monkeypatch: pyte
     assert asked[1] == (PruneConfig(lossless=0.9, method="lowrank"), 8)
 
 
+def test_fresh_weights_are_those_of_the_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.nn.Module] = []
+
+    def record(model: torch.nn.Module, *rest: Any, **settings: Any) -> None:
+        asked.append(model)
+        raise CapnasError("enough")
+
+    monkeypatch.setattr("capnas.narrowing.pruning.propose", record)
+    assert run("prune", "test_resnet", "--target-macs", 0.7, "--seed", 5, "--dry-run", "--device", "cpu")[0] == 2
+    wanted = build_recipe({"timm": "test_resnet", "args": {"num_classes": 10, "in_chans": 1}}, seed=5).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in asked[0].state_dict().items())
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_loaded(run: Run, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capnas.search.target.open_target", lambda *given, **options: pytest.fail("it was opened"))
+    code, _, err = run("prune", saved, "--target-macs", "0.6", "--out", saved, *SHORT)
+    assert (code, "force (--force) to write over it" in err) == (2, True)
+
+
 def test_errors_of_use(run: Run, saved: Path) -> None:
     for words, reason in (
         (["prune", saved, "--target-macs", "0.5"], "give --out DIR"),
