@@ -121,6 +121,14 @@ def test_reasons_that_differ_in_numbers_only_are_one_outcome(run: RunResult) -> 
     assert rows[0]["reason (of the first)"] == over[0].reason
 
 
+def test_trials_over_the_budget_are_one_outcome_whichever_budget_it_was(tmp_path: Path) -> None:
+    run = told(tmp_path, ("accuracy",))
+    over = Evaluation(status="over_budget", reason="7 parameters too many").to_dict()
+    run.study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, user_attrs={ATTRIBUTE: over}))
+    rows = [row for row in Report.of(run).to_dict()["outcomes"] if row["outcome"] == "over_budget"]
+    assert rows == [{"outcome": "over_budget", "trials": 2, "reason (of the first)": "5 MACs too many"}]
+
+
 def test_correlations_are_scipys_over_trained_architectures(run: RunResult) -> None:
     complete = [e for _, e in run.evaluations() if e.status == "complete"]
     rows = {row["score"]: row for row in Report.of(run).to_dict()["correlations"]}
