@@ -105,7 +105,10 @@ def _network(found: Target, config: PruneConfig, weights: Path | None, dry_run: 
     from capnas.narrowing.pruning import pretrain
     from capnas.search.inspection import load_weights
 
-    model, epochs = found.build(config.seed), config.train_epochs
+    epochs = config.train_epochs
+    if epochs and (found.trained or weights is not None):
+        say("this network has weights and is not trained first: --train-epochs is not used, --finetune-epochs trains it narrowed")
+    model = found.build(config.seed)
     if weights is not None:
         load_weights(model, found, weights)
     elif not found.trained:

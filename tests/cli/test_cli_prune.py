@@ -70,6 +70,12 @@ def test_a_network_that_knows_the_validation_images_says_so_narrowed_too(run: Ru
     assert says not in run("resolution", known, "--candidates", "8", "--dry-run")[2]
 
 
+def test_trained_weights_are_not_trained_first(run: Run, saved: Path) -> None:
+    says = "this network has weights and is not trained first: --train-epochs is not used"
+    assert says in run("prune", saved, "--target-macs", "0.6", "--train-epochs", "1", "--dry-run", *SHORT)[2]
+    assert says not in run("prune", saved, "--target-macs", "0.6", "--dry-run", *SHORT)[2]
+
+
 def test_the_plan_is_shown_as_a_table(run: Run, saved: Path) -> None:
     code, out, err = run("prune", saved, "--target-macs", "0.6", "--dry-run", *SHORT)
     assert code == 0, err
