@@ -77,9 +77,9 @@ class Selection:
         candidate = self._measured(found)
         standing = self.gate.standing(candidate, seen)
         found["standing"] = standing.share
-        if QUEUED in trial.user_attrs and not math.isnan(candidate.score):
-            return None
         known = not math.isnan(candidate.score)  # else it is behind the last
+        if QUEUED in trial.user_attrs and known:
+            return None
         place = f"{self.gate.name} before training is {candidate.score:.4g}"
         place += f", place {standing.better + 1} of {standing.rivals}" if known else ", which has no place"
         if isinstance(trial, optuna.Trial) and len(seen) < self.pool:
