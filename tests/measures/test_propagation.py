@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from capnas.errors import UsageError
+from capnas.measures.convolution import convolution
 from capnas.measures.decoupling import ACTIVATIONS, analytic_decoupling, residual_share
 from capnas.measures.propagation import (
     diffuse,
@@ -84,6 +85,37 @@ def test_one_activation_is_nearer_the_partial_rule_than_either_limit(name: str) 
     partial, markov, linear = (variation(measured, propagate_partly(v, weight, d)) for d in (analytic_decoupling(name).out, 1.0, 0.0))
     assert partial < 0.04
     assert partial < linear < markov
+
+
+@pytest.mark.parametrize(("stride", "dilation", "groups"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 3)])
+def test_a_convolution_is_a_layer_as_well(stride: int, dilation: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    kernel = torch.randn(6, 3 // groups, 3, 3, generator=generator, dtype=torch.float64)
+    found = convolution(kernel, (5, 5), stride=stride, padding=1, dilation=dilation, groups=groups)
+    weight = torch.block_diag(*found.matrix())
+    conv = torch.nn.functional.conv2d  # the witness that knows no matrix
+    samples, shape = 30_000, found.output_shape
+    x = torch.randn(samples, 75, generator=generator, dtype=torch.float64)
+    units = weight.shape[0]
+    v = torch.randn(units, 4, generator=generator, dtype=torch.float64)
+    common = torch.randn(samples, 1, generator=generator, dtype=torch.float64)
+    gates = torch.sign(common + torch.randn(samples, units, generator=generator, dtype=torch.float64))
+
+    def functions(images: torch.Tensor) -> torch.Tensor:
+        z = conv(images.view(-1, 3, 5, 5), kernel, None, stride, 1, dilation, groups)
+        assert z.shape[1:] == shape
+        return (gates[: len(z)] * z.flatten(1)) @ v
+
+    leaf = x.clone().requires_grad_()
+    made = functions(leaf)
+    projected = (made @ torch.linalg.inv(made.T @ made / samples)).detach()
+    (slope,) = torch.autograd.grad((made * projected).sum(), leaf)
+    measured = (slope * x).mean(0)
+    d = 1 - float((gates.T @ gates / samples).fill_diagonal_(0).sum()) / (units * (units - 1))
+    kappa = propagate_partly(v, weight, d)
+    assert kappa.sum().item() == pytest.approx(4)
+    assert variation(measured, kappa) < 0.02
+    assert min(variation(measured, propagate_partly(v, weight, limit)) for limit in (0.0, 1.0)) > 0.03
 
 
 def test_markov_matrix_conserves_capacity_and_feeds_the_bias() -> None:
