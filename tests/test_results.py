@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import math
 import re
 import shutil
 import statistics
@@ -482,6 +483,23 @@ def regret(rows: list[dict[str, Any]], cost: float) -> float:
         return float(next((t[3] for t in reversed(row["track"]) if t[0] + t[1] * score <= cost), space["blind"]))
 
     return statistics.mean(map(at, rows))
+
+
+def test_the_figure_of_the_searches_is_drawn_to_its_ticks(searches: dict[str, list[dict[str, Any]]]) -> None:
+    drawing = (RESULTS / "search" / "tabular.svg").read_text()
+    across = {float(t): float(x) for x, t in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">(\d+)</text>', drawing)}
+    up = {float(t): float(y) - 4 for y, t in re.findall(r'<text x="[\d.]+" y="([\d.]+)" text-anchor="end">([\d.]+)</text>', drawing)}
+    names = [n for n in re.findall(r'y="[\d.]+">([^<]+)</text>', drawing) if n in searches]
+    lines = re.findall(r'<polyline points="([^"]+)"', drawing)
+    assert len(names) == len(lines) == len([m for m in searches if not m.endswith(CLASSES)])
+    low, first, last = min(up), min(across), max(across)
+    tall, wide = math.log(max(up) / low) / (up[low] - up[max(up)]), math.log(last / first) / (across[last] - across[first])
+    for name, line in zip(names, lines):
+        spots = [(float(x), float(y)) for x, y in (spot.split(",") for spot in line.split())]
+        found = [y for x, y in spots if x <= across[20] + 0.1][-1]
+        assert low * math.exp((up[low] - found) * tall) == pytest.approx(regret(searches[name], 20), rel=0.01), name
+        spent = statistics.mean(r["training"] for r in searches[name])  # less what its scores cost
+        assert first * math.exp((spots[-1][0] - across[first]) * wide) == pytest.approx(spent, rel=0.25), name
 
 
 def test_the_texts_tell_what_a_looked_up_search_saves(searches: dict[str, list[dict[str, Any]]]) -> None:

@@ -27,7 +27,7 @@ def line_panels(panels: Mapping[str, Mapping[str, Line]], *, axis: str, columns:
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     rows = math.ceil(len(panels) / columns)
-    width, height = min(columns, len(panels)) * (_WIDTH + _GAP) + _GAP, rows * (_HEIGHT + 2 * _GAP) + _GAP + 16
+    width, height = min(columns, len(panels)) * (_WIDTH + _GAP) + _GAP, rows * (_HEIGHT + _GAP) + 16
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">']
     parts.append(f'<rect width="{width}" height="{height}" fill="#ffffff"/><g font-family="sans-serif" font-size="11" fill="#30363d">')
     at = float(_GAP)
@@ -35,7 +35,7 @@ def line_panels(panels: Mapping[str, Mapping[str, Line]], *, axis: str, columns:
         parts.append(f'<rect x="{at:.0f}" y="8" width="10" height="10" fill="{colours[name]}"/>{_text(at + 14, 17, name)}')
         at += 30 + 6.2 * len(name)
     for place, (title, lines) in enumerate(panels.items()):
-        x, y = _GAP + place % columns * (_WIDTH + _GAP), _TOP + place // columns * (_HEIGHT + 2 * _GAP)
+        x, y = _GAP + place % columns * (_WIDTH + _GAP), _TOP + place // columns * (_HEIGHT + _GAP)
         parts += _panel(x, y, title, lines, colours, axis)
     return "\n".join([*parts, "</g></svg>"]) + "\n"
 

@@ -126,7 +126,7 @@ def figure(rows: list[dict]) -> str:
 
     for column, task in enumerate(tasks):
         meaning = cells[keys[0], task]["meaning"]
-        text(left + column * (width + gap), 48, f"<tspan font-weight='bold'>{task}</tspan> {meaning}")
+        text(left + column * (width + gap), 48, f"<tspan font-weight='bold'>{task}</tspan> {meaning}", 'font-size="10"')
     for line, key in enumerate(keys):
         y = top + line * (height + gap + 16)
         first = cells[key, tasks[0]]

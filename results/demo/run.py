@@ -7,8 +7,10 @@ Raw: study.toml, journal.log and trials.csv (the trials), environment.json, retr
 """
 
 import argparse
+import math
 import statistics
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import optuna
@@ -30,10 +32,10 @@ def chosen(run):
     return {"best": done[0].number, "median": done[len(done) // 2].number}
 
 
-def svg(series, *, title, x_label, y_label, y_range, lines):
-    """A small chart: series is a list of (name, colour, points)."""
+def svg(series, *, title, x_label, y_label, y_range):
+    """A small chart: series is a list of (name, colour, points, how), "line", "dots" or "steps", each value held to the next."""
     width, height, left, top = 720, 320, 60, 50
-    xs = [x for _, _, points in series for x, _ in points]
+    xs = [x for _, _, points, _ in series for x, _ in points]
     low, high = min(xs), max(xs)
 
     def place(x, y):
@@ -48,11 +50,14 @@ def svg(series, *, title, x_label, y_label, y_range, lines):
         x1, y1 = place(low, value).split(",")
         parts.append(f'<line x1="{x1}" y1="{y1}" x2="{width - 20}" y2="{y1}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 8}" y="{float(y1) + 4}" text-anchor="end">{value:.2f}</text>')
-    for position, (name, colour, points) in enumerate(series):
-        places = [place(*p) for p in points]
-        if lines:
-            parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3.2" fill="{colour}"/>' for p in places]
+    for position, (name, colour, points, how) in enumerate(series):
+        if how != "dots":
+            held = [(after, y) for (_, y), (after, _) in pairwise(points)] if how == "steps" else []
+            path = " ".join(place(*p) for p in sorted([*points, *held]))
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        if how != "steps":
+            places = [place(*p).split(",") for p in points]
+            parts += [f'<circle cx="{x}" cy="{y}" r="3.2" fill="{colour}"/>' for x, y in places]
         parts.append(f'<text x="{left + position * 220}" y="40" fill="{colour}">{name}</text>')
     parts.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">{x_label}: {low:g} to {high:g}</text>')
     parts.append(f'<text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})" text-anchor="middle">{y_label}</text></svg>')
@@ -75,7 +80,7 @@ def derive(run):
         numbers = (evaluation.values["combined"], evaluation.metrics["accuracy"], evaluation.metrics["saturation_evenness"])
         shown = " | ".join(f"{value:.4f}" for value in numbers)
         rows.append(f"| {name} | {number} | {shown} | {evaluation.n_params:,} | {evaluation.macs:,} | {each} |")
-        curves.append((f"{name}: trial {number}", colour, list(enumerate((r.saturation for r in evaluation.profile.layers), 1))))
+        curves.append((f"{name}: trial {number}", colour, list(enumerate((r.saturation for r in evaluation.profile.layers), 1)), "line"))
     counts = Counter(evaluation.status for _, evaluation in run.evaluations())
     outcomes = ", ".join(f"{status} {count}" for status, count in counts.items())
     note = (f"Retrained alike: {EPOCHS} epochs on train and validation (10,000 images), seeds {', '.join(map(str, SEEDS))}, evaluated "
@@ -83,12 +88,15 @@ def derive(run):
     (HERE / "table.md").write_text("\n".join(rows) + "\n\n" + note + "\n")
     done = [(t.number, e.metrics["accuracy"]) for t, e in run.evaluations() if e.status == "complete"]
     best = [(n, max(a for m, a in done if m <= n)) for n, _ in done]
-    low, high = min(a for _, a in done) - 0.01, max(a for _, a in done) + 0.01
-    figure = svg([("trial", "#2f6db5", done), ("best so far", "#c4532f", best)], title="Validation accuracy after three epochs",
-                 x_label="trial", y_label="accuracy", y_range=(low, high), lines=False)  # fmt: skip
+    low, high = min(a for _, a in done), max(a for _, a in done)
+    step = math.ceil((high - low) / 4 * 100) / 100  # ticks on whole hundredths
+    low = math.floor(low / step) * step
+    figure = svg([("best so far", "#c4532f", best, "steps"), ("trial", "#2f6db5", done, "dots")],
+                 title="Validation accuracy after three epochs", x_label="trial", y_label="accuracy",
+                 y_range=(low, low + 5 * step))  # fmt: skip
     (HERE / "accuracy.svg").write_text(figure)
     figure = svg(curves, title="Saturation through the network after three epochs", x_label="conv or linear layer in execution order",
-                 y_label="saturation k / width", y_range=(0, 1), lines=True)  # fmt: skip
+                 y_label="saturation k / width", y_range=(0, 1))  # fmt: skip
     (HERE / "saturation.svg").write_text(figure)
     print((HERE / "table.md").read_text())
 
