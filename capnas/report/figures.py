@@ -172,7 +172,7 @@ def _bars(graph: Any, correlations: Sequence[Mapping[str, Any]]) -> Any:
         figure.add_vline(x=x, line={"dash": "dot", "color": GREY})
     return _styled(
         figure,
-        "rank correlation with accuracy; dotted: chance",
+        "rank correlation; dotted: chance",
         None,
         xaxis_range=[-1.02, 1.02],
         height=120 + 30 * len(shown),
@@ -205,7 +205,7 @@ def _optuna(run: RunResult) -> dict[str, Any]:
     bars = graph.Figure(graph.Bar(x=[shares[n] for n in names], y=names, orientation="h", marker={"color": BLUE}))
     height = 120 + 26 * len(names)
     return {
-        "Which decisions mattered": _styled(bars, f"importance for {name}, shares (PED-ANOVA)", None, height=height, margin=_WIDE_LEFT),
+        "Which decisions mattered": _styled(bars, f"share for {name} (PED-ANOVA)", None, height=height, margin=_WIDE_LEFT),
         "Values by decision": _styled(slices, None, None, showlegend=False, width=None),
     }
 
