@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import math
+import random
 import re
 import shutil
 import statistics
@@ -990,6 +991,56 @@ def test_the_tables_are_those_of_the_rows(study: str, tmp_path: Path) -> None:
     (copy / "table.md").unlink()
     subprocess.run([sys.executable, str(copy / "run.py"), DERIVED[study]], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     assert (copy / "table.md").read_text() == (RESULTS / study / "table.md").read_text()
+
+
+def gates() -> dict[str, dict[str, Any]]:
+    return json.loads((RESULTS / "search" / "gates.json").read_text())
+
+
+def test_the_texts_tell_what_a_gate_saves_on_new_networks() -> None:
+    found, text = gates(), section("search")
+
+    def of(space: str, gate: str | None, trainings: int = 5) -> tuple[float, Any]:
+        rows = [r for r in found[space]["rows"] if (r["gate"], r["trainings"]) == (gate, trainings)]
+        return (rows[0]["regret"][0], rows[0]["random_trainings"]) if rows else (math.nan, None)
+
+    def cell(space: str, gate: str) -> Cell:
+        points, alike = of(space, gate)
+        if math.isnan(points):
+            return "-"
+        return ("{}: {}", points, alike) if alike else ("{}: more than {}", points, found[space]["networks"])
+
+    shown = ("capacity_score", "elsewhere", "macs", "published logsynflow")
+    heads = {"nasbench201": "NAS-Bench-201, 1,000", "nasbench101": "NAS-Bench-101, 300", "macro": "NAS-Bench-Macro, 300",
+             "mbconv": "`mbconv`, 100, pools of 50"}  # fmt: skip
+    assert all(f", {found[space]['networks']:,}" in head for space, head in heads.items())
+    check_table(text, "networks", {head: [*(cell(space, gate) for gate in shown), of(space, None)[0]] for space, head in heads.items()})
+    new = list(heads)[:3]
+    assert [found[space]["pool"] for space in heads] == [100, 100, 100, 50]
+    check_says(text, "A pool of 100 has a best network that is {}, {} and {} points behind, and training all of it names one {}, {} and {} "
+               "behind", *(found[s]["pool_best"] for s in new), *(found[s]["all_of_pool"] for s in new))  # fmt: skip
+    scored, costs, alone = ([of(s, gate) for s in new] for gate in ("capacity_score", "macs", None))
+    row = table_row(ROOT / "README.md", "the best 5 of 100 untrained draws are trained")
+    check_says(row, "| {}, {}, {}; as good as {}, {} and {} random trainings | MACs {}, {}, {}; five random trainings {}, {}, {} | {}, {} "
+               "and {} networks, 2,000 pools; by weights fitted without the space {}, {}, {} |",
+               *(r for r, _ in scored), *(n for _, n in scored), *(r for r, _ in costs), *(r for r, _ in alone),
+               *(found[s]["networks"] for s in new), *(of(s, "elsewhere")[0] for s in new))  # fmt: skip
+
+
+def test_what_a_gate_saves_is_found_again_by_drawing() -> None:
+    records = lines_of(RANKING / "raw" / "nasbench101-others.jsonl")
+    score = [sum(weight * r["scores"][term] for term, weight in CAPACITY_WEIGHTS.items()) for r in records]
+    best, chance = max(r["accuracy"] for r in records), random.Random(1)
+    sums = {"capacity_score": 0.0, None: 0.0}
+    for _ in range(1000):
+        pool = chance.sample(range(len(records)), 100)
+        for gate, trained in (("capacity_score", sorted(pool, key=lambda i: -score[i])[:5]), (None, pool[:5])):
+            named = max(trained, key=lambda i: records[i]["short_accuracy"])
+            sums[gate] += (best - records[named]["accuracy"]) / 1000
+    rows = {r["gate"]: r["regret"] for r in gates()["nasbench101"]["rows"] if r["trainings"] == 5}
+    mean, low, high = rows["capacity_score"]
+    assert abs(sums["capacity_score"] - mean) < 2.5 * (high - low)
+    assert sums[None] == pytest.approx(rows[None][0], abs=0.2)
 
 
 def test_the_texts_tell_what_chooses_among_draws() -> None:
