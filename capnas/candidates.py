@@ -23,6 +23,7 @@ from capnas.devices import is_out_of_memory
 from capnas.errors import CapnasError, SpaceError, StudyError
 from capnas.graph.canonical import architecture_hash
 from capnas.graph.tracing import Trace, trace
+from capnas.measures.probing import unwrap_model
 from capnas.spaces import space_name
 
 __all__ = ["Candidate", "Cost", "Infeasible", "LayerCost", "architecture_hash", "build_candidate", "build_model", "cost_of", "count_cost"]
@@ -87,7 +88,7 @@ class Candidate:
 
 def cost_of(model: nn.Module, graph: Trace) -> Cost:
     """The cost of a model that has been traced already; see `count_cost`."""
-    macs = Counter(graph.macs)
+    model, macs = unwrap_model(model), Counter(graph.macs)
     own = Counter({name: 0 for name, _ in model.named_modules()})
     for name, parameter in model.named_parameters():
         own[name.rpartition(".")[0]] += parameter.numel()

@@ -22,6 +22,7 @@ from capnas.graph.downsampling import Step, macs_without, steps, without
 from capnas.graph.structure import structure
 from capnas.graph.tracing import Trace, trace
 from capnas.layers import find_blocks
+from capnas.measures.probing import unwrap_model
 from capnas.measures.receptive import border_layers
 from capnas.measures.resolution import looking_layers, smallest_productive
 from capnas.recording import hooked
@@ -87,7 +88,7 @@ def advise(
     """
     if not idle:
         return ()
-    report = structure(graph)
+    model, report = unwrap_model(model), structure(graph)
     known = looking_layers(report.fields) if layers is None else tuple(layers)
     if unknown := set(idle) - set(known):
         among = "those that read neighbours" if layers is None else "the given layers"

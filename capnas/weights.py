@@ -16,7 +16,7 @@ from capnas.layers import CONVS
 from capnas.measures.applied_weights import applied_weight, is_norm, is_plain
 from capnas.measures.excess import distance_to_init, group_norm_21, norm_layer_constant
 from capnas.measures.operator_norms import OperatorNorm, linear_norm, operator_norm
-from capnas.measures.probing import FAILURES, untouched
+from capnas.measures.probing import FAILURES, untouched, unwrap_model
 from capnas.measures.slack import LayerMotion, capacity_slack
 
 _NORM_OPS = ("batch_norm", "layer_norm", "group_norm")
@@ -49,7 +49,7 @@ def weight_norms(
     >>> round(weight_norms(layer, trace(layer, (1, 1, 4, 4)))["0"].value, 6)
     2.0
     """
-    modules, given = dict(model.named_modules()), weights or {}
+    modules, given = dict(unwrap_model(model).named_modules()), weights or {}
     found: dict[str, OperatorNorm] = {}
     refused: set[str] = set()
     for node in trace.nodes:
@@ -83,7 +83,7 @@ def norm_layer_constants(model: nn.Module, trace: Trace) -> dict[str, float | No
     >>> norm_layer_constants(net, trace(net, (2, 3)))
     {'0': 0.5, '1': None}
     """
-    modules, fed = dict(model.named_modules()), trace.fed()
+    modules, fed = dict(unwrap_model(model).named_modules()), trace.fed()
     found: dict[str, float | None] = {}
     for node in trace.nodes:
         module: Any = modules.get(node.module)
@@ -192,7 +192,7 @@ class InitialWeights:
         """Copy the weights as they are now."""
         copies: dict[int, Tensor] = {}
         held: dict[str, Tensor] = {}
-        for name, module in model.named_modules():
+        for name, module in unwrap_model(model).named_modules():
             weight = applied_weight(module) if isinstance(module, (*CONVS, nn.Linear)) else None
             if isinstance(weight, nn.Parameter):
                 if id(weight) not in copies:
@@ -204,7 +204,7 @@ class InitialWeights:
 
     def distances(self, model: nn.Module) -> dict[str, float]:
         """(2,1) distance of each layer from where it began, `capnas.measures.excess.distance_to_init`, over its outputs."""
-        found = {}
+        model, found = unwrap_model(model), {}
         for name, before in self.weights.items():
             module = model.get_submodule(name)
             if (now := applied_weight(module)) is not None:
@@ -213,6 +213,7 @@ class InitialWeights:
 
     def motion(self, model: nn.Module, trace: Trace) -> dict[str, LayerMotion]:
         """What a training did to each layer: norms before and after, distance, initial radius. Norm layers are left out."""
+        model = unwrap_model(model)
         after, distances = weight_norms(model, trace), self.distances(model)
         initial = {name: weight for name, weight in self.weights.items() if name in after and name in distances}
         before = weight_norms(model, trace, weights=initial)

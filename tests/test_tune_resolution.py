@@ -230,6 +230,7 @@ def test_a_tail_of_a_transformer_names_whole_blocks_to_cut() -> None:
     (most,) = advise(model, graph, 16, idle=layers[1:], layers=layers)
     assert most.layers == ("blocks.1", "blocks.2", "blocks.3")
     assert advise(model, graph, 16, idle=layers[-2:], layers=layers) == ()
+    assert advise(torch.compile(model, backend="eager"), graph, 16, idle=layers[1:], layers=layers) == (most,)
     with pytest.raises(UsageError, match="among the given layers, got head"):
         advise(model, graph, 16, idle=("head",), layers=layers)
 

@@ -236,3 +236,15 @@ def test_what_normalises_a_weight_is_no_norm_layer() -> None:
         nn.utils.parametrizations.spectral_norm(nn.Linear(32, 3)), nn.LayerNorm(3), NormedLinear(3, 2),
     )  # fmt: skip
     assert norm_layer_constants(model, trace(model, (1, 2, 6, 6))) == {"4": None}
+
+
+def test_weights_of_a_compiled_model_have_the_names_from_before() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    compiled, shape = torch.compile(net, backend="eager"), (1, 1, 8, 8)
+    graph = trace(compiled, shape)
+    assert graph == trace(net, shape)
+    assert weight_norms(compiled, graph) == weight_norms(net, graph)
+    assert norm_layer_constants(compiled, graph) == norm_layer_constants(net, graph) != {}
+    start = InitialWeights.of(compiled)
+    assert start.distances(net) == start.distances(compiled) == {"0": 0.0, "3": 0.0}
+    assert start.motion(compiled, graph) == start.motion(net, graph)

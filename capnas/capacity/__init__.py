@@ -24,7 +24,7 @@ from capnas.layers import MEASURED
 from capnas.measures import capacity_scores
 from capnas.measures.decoupling import Decoupling, coherent_error, gradient_pairs, pair_mean, shattering
 from capnas.measures.layer_capacity import common_ridge, kfac_capacity, over_wide, utilisation
-from capnas.measures.probing import gradable
+from capnas.measures.probing import gradable, unwrap_model
 
 _NEAR_LINEAR = 0.5  # coherent share above which total decoupling is no approximation
 _SHARERS = 16  # samples that a projection needs for its coherent share
@@ -146,7 +146,7 @@ def capacity_map(
     """Measure capacity allocation of any model that maps images to outputs.
 
     Args:
-        model: on one device, with floating-point weights.
+        model: on one device, with floating-point weights; a compiled one is read as it was before.
         inputs: (B, C, H, W), at least two samples.
         mode: "train" (batch statistics, for networks at initialization) or "eval"; the model's own when absent. Dropout is off in both.
         projections: random projections of the outputs that stand for all of them, dealt over the samples where there are at least 32;
@@ -174,6 +174,7 @@ def capacity_map(
     if inputs.ndim < 2 or len(inputs) < 2:
         raise UsageError(f"inputs must be a batch (B, C, H, W) of at least two samples, got shape {tuple(inputs.shape)}.")
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
+    model = unwrap_model(model)
     batch, (inputs,) = len(inputs), gradable(model, inputs)
     graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
     reader = MomentReader(graph, batch, seed=seed)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from capnas.graph.dataflow import INPUT, Node, Trace, is_shape_only
-from capnas.measures.probing import eagerly, swapped
+from capnas.measures.probing import eagerly, swapped, unwrap_model
 
 __all__ = ["INPUT", "Node", "Trace", "is_shape_only", "trace"]
 
@@ -270,9 +270,12 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
     also when its forward raises; that error is passed on as it is.
 
     Args:
-        model: any module that takes one tensor.
+        model: any module that takes one tensor; of a compiled one the names are those that it had before.
         input_shape: with the batch axis.
         dtype: of the input; the default is that of the first floating-point parameter.
+
+    Raises:
+        UsageError: the model is a ``torch.jit.ScriptModule``.
 
     >>> graph = trace(nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()), (1, 3, 9, 9))
     >>> [(n.op, n.inputs, n.params, n.module, n.shape) for n in graph.nodes]  # doctest: +NORMALIZE_WHITESPACE
@@ -281,6 +284,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
     >>> graph.nodes[0].attrs["stride"], graph.nodes[0].flops // 2, graph.output
     ((2, 2), 3456, (1,))
     """
+    model = unwrap_model(model)
     dtype = dtype or next((t.dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
     with swapped(model, _without_values(model)):
         recorder = _Recorder(model)

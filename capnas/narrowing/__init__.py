@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError
 from capnas.measures.narrowing import mixture
+from capnas.measures.probing import unwrap_model
 from capnas.narrowing.applying import Keep, change_widths, kept_channels
 from capnas.narrowing.calibration import refitted
 from capnas.narrowing.correcting import correct
@@ -59,7 +60,7 @@ def narrowed(model: nn.Module, found: Survey, plan: Plan, *, refit: bool = True,
     Returns:
         In eval mode, on the model's device.
     """
-    keep = chosen_units(found, plan)
+    model, keep = unwrap_model(model), chosen_units(found, plan)
     small = copy.deepcopy(model).eval()
     fitted = {n: r for n, r in found.readings.items() if refitted(model.get_submodule(n))}
     if refit:

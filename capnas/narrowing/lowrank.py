@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError
 from capnas.measures.moments import Moments, covariance
+from capnas.measures.probing import unwrap_model
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
 from capnas.narrowing.calibration import output_moments, pads_by_size, readable
 from capnas.narrowing.planning import check_target
@@ -82,7 +83,7 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
         CannotNarrow: no layer can be split, or see `capnas.narrowing.refusing`.
         UsageError: the target is out of reach.
     """
-    check_modules(model)
+    model = check_modules(model)
     modules, heads = dict(model.named_modules()), head_names(model)
     cost = fixed_cost(model, images)
     names = [n for n, m in modules.items() if n in cost.layers and readable(m) and not pads_by_size(m) and n not in heads]
@@ -197,7 +198,7 @@ def factorized(model: nn.Module, plan: RankPlan) -> nn.Module:
     >>> [tuple(layer.weight.shape) for layer in small[0]], torch.allclose(small(flat), net(flat), atol=1e-5)
     ([(1, 6), (6, 1)], True)
     """
-    small = copy.deepcopy(model).eval()
+    small = copy.deepcopy(unwrap_model(model)).eval()
     for row in plan.groups:
         if row.rank < row.width:
             parent, _, child = row.name.rpartition(".")

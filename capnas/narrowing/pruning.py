@@ -133,8 +133,7 @@ def propose(model: nn.Module, data: ImageData, config: PruneConfig, *, image_siz
 
 def _to_measure(model: nn.Module, data: ImageData, config: PruneConfig, size: int) -> tuple[nn.Module, Tensor]:
     """A copy of the network on its device, in eval mode, and calibration images."""
-    check_modules(model)
-    device = resolve_device(config.device)
+    model, device = check_modules(model), resolve_device(config.device)
     return copy.deepcopy(model).to(device).eval(), calibration_images(data, config.images, size, seed=config.seed, device=device)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from capnas.candidates import Cost, count_cost
 from capnas.errors import CapnasError
+from capnas.measures.probing import unwrap_model
 from capnas.profile import untouched
 
 FAILURES = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)  # of a network that does not fit its input or its channels
@@ -17,13 +18,17 @@ class CannotNarrow(CapnasError):
     """A network, or a layer of it, whose width cannot be changed; the text says why."""
 
 
-def check_modules(model: nn.Module) -> None:
+def check_modules(model: nn.Module) -> nn.Module:
     """Refuse modules that cannot be copied, read or changed; nothing is run.
+
+    Returns:
+        The model, of a compiled one what was compiled.
 
     Raises:
         CannotNarrow: a ScriptModule, a quantized module, or a weight that another module or a hook computes.
 
     >>> check_modules(nn.Linear(2, 2))
+    Linear(in_features=2, out_features=2, bias=True)
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -40,6 +45,7 @@ def check_modules(model: nn.Module) -> None:
                     f"{place} is computed from other tensors; make it a parameter: torch.nn.utils.prune.remove for a mask, "
                     "remove_spectral_norm or remove_weight_norm for such a norm",
                 )
+    return unwrap_model(model)
 
 
 def check_network(model: nn.Module, example: Tensor) -> None:

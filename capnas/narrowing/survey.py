@@ -17,6 +17,7 @@ from capnas.narrowing.applying import narrowable
 from capnas.narrowing.calibration import NormInputs, Reading, norm_inputs, norms_behind, output_moments, read_layers, readable, refitted
 from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, layers_of, shared_parameters
+from capnas.narrowing.refusing import check_modules
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +71,7 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
         CannotNarrow: no layer's width can be changed, or the network cannot be read, see `capnas.narrowing.refusing`; the text says why.
         MissingDependencyError: Torch-Pruning is not installed.
     """
+    model = check_modules(model)
     coupling = narrowable(model, images[:2])
     modules = dict(model.named_modules())
     tied = shared_parameters(model)  # refitting one layer would change the other

@@ -635,3 +635,8 @@ def test_timm_families_give_capacity_and_pixels(name: str) -> None:
 def test_errors_say_what_to_do(call, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         call()
+
+
+def test_capacity_of_a_compiled_model_has_the_names_from_before() -> None:
+    model, x = cnn(), images()
+    assert capacity_map(torch.compile(model, backend="eager"), x).capacity == capacity_map(model, x).capacity

@@ -145,3 +145,11 @@ def test_without_torch_pruning_the_extra_is_named(trained: torch.nn.Module, data
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'capnas\[prune\]'"):
         prune(trained, data, PruneConfig(target_macs=0.5, **SHORT))
+
+
+@pytest.mark.parametrize("method", ["channels", "lowrank"])
+def test_a_compiled_network_is_narrowed_as_it_was_before(trained: torch.nn.Module, data: ImageData, method: Any) -> None:
+    settings: dict[str, Any] = CALM | {"target_macs": 0.7, "method": method}
+    expected, found = (prune(m, data, **settings) for m in (trained, torch.compile(trained, backend="eager")))
+    assert found.plan.to_dict() == expected.plan.to_dict()
+    assert found.model.state_dict().keys() == expected.model.state_dict().keys()

@@ -550,3 +550,15 @@ def test_a_score_without_training_may_be_a_value_and_capacity_slack_may_not(data
         objective(data, gate="capacity_slack>0.5")
     with pytest.raises(UsageError, match="not both"):
         objective(data, values="combined,principled")
+
+
+def test_a_space_may_compile_its_models(data: ImageData) -> None:
+    settings: dict[str, Any] = {"values": ("accuracy", "capacity_slack", "depth_evenness"), "epochs": 1}
+    compiled = objective(data, lambda trial, **sizes: torch.compile(space(trial, **sizes), backend="eager"), **settings)
+    (plain,), (found,) = (evaluations(run(o, SMALL)) for o in (objective(data, **settings), compiled))
+    assert found.status == "complete", found.reason
+    assert found.profile is not None
+    assert plain.profile is not None
+    assert found.hash == plain.hash
+    assert [(r.name, r.macs) for r in found.profile.layers] == [(r.name, r.macs) for r in plain.profile.layers]
+    assert found.metrics == pytest.approx(plain.metrics)
