@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from capnas.candidates import Cost, count_cost
 from capnas.errors import CapnasError
+from capnas.layers import is_quantized
 from capnas.measures.probing import unwrap_model
 from capnas.profile import untouched
 
 FAILURES = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)  # of a network that does not fit its input or its channels
-_QUANTIZED = ("torch.ao.nn.", "torch.nn.quantized", "torch.nn.intrinsic")
 
 
 class CannotNarrow(CapnasError):
@@ -33,9 +33,9 @@ def check_modules(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise _refused(model, f"{name or 'it'} is a ScriptModule; give the network that it was scripted or traced from")
-        kind = type(module)
-        if kind.__module__.startswith(_QUANTIZED) and ".quantized" in kind.__module__:
-            raise _refused(model, f"{name or 'it'} is a quantized {kind.__name__}; narrow the network first and quantize it after")
+        if is_quantized(module):
+            kind = type(module).__name__
+            raise _refused(model, f"{name or 'it'} is a quantized {kind}; narrow the network first and quantize it after")
         for leaf, value in vars(module).items():
             derived = isinstance(value, Tensor) and (not value.is_leaf or {f"{leaf}_orig", f"{leaf}_v"} & module._parameters.keys())
             if derived:
