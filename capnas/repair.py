@@ -22,12 +22,12 @@ from capnas.graph.downsampling import Step, macs_without, steps, without
 from capnas.graph.structure import structure
 from capnas.graph.tracing import Trace, trace
 from capnas.layers import find_blocks
-from capnas.measures.probing import unwrap_model
+from capnas.measures.probing import FAILURES, unwrap_model
 from capnas.measures.receptive import border_layers
 from capnas.measures.resolution import looking_layers, smallest_productive
 from capnas.recording import hooked
 
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, CapnasError)  # of a changed network that does not run
+_FAILURES = (*FAILURES, CapnasError)  # of a changed network that does not run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from capnas.errors import UsageError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-# what a user's model may raise in a forward or backward pass: a score turns it into a flag
+# what a user's model may raise in a forward or backward pass: a score turns it into a flag, narrowing into a refusal
 FAILURES = (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError)
 
 
@@ -59,13 +59,22 @@ def eagerly(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def described(error: Exception) -> str:
+    r"""The kind of an error and the start of its text, in one line.
+
+    >>> described(ValueError("too small:\n  2"))
+    'ValueError: too small: 2'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 def reason(error: Exception) -> str:
     """One short line for a failure of the model.
 
     >>> reason(ValueError("too small"))
     'the model failed: ValueError: too small'
     """
-    return f"the model failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    return f"the model failed: {described(error)}"
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from capnas._timm import import_timm
 from capnas.layers import CONVS
+from capnas.measures.probing import FAILURES, described
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, find_groups, layers_of
-from capnas.narrowing.refusing import FAILURES, CannotNarrow, check_network, differ, one_line
+from capnas.narrowing.refusing import CannotNarrow, check_network, differ
 
 _SHARE, _SMALL_SHARE = 3, 16  # one unit of so many is doubled in a trial: of usual networks, of large ones
 _LARGE = 30_000_000  # parameters
@@ -108,7 +109,7 @@ def _trial_failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGr
                     if differ(trial(example), expected):
                         return _OTHER_ORDER
     except FAILURES as error:
-        return f"without a channel it does not run ({type(error).__name__}: {one_line(error)})"
+        return f"without a channel it does not run ({described(error)})"
     return None
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from capnas.errors import MissingDependencyError
 from capnas.layers import CONVS, MEASURED
+from capnas.measures.probing import described
 from capnas.narrowing.attention import has_plain_heads, head_units, is_attention
-from capnas.narrowing.refusing import CannotNarrow, one_line
+from capnas.narrowing.refusing import CannotNarrow
 from capnas.profile import untouched
 from capnas.projection import head_names
 from capnas.recording import hooked
@@ -196,7 +197,7 @@ def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str,
                 graph = tp.DependencyGraph().build_dependency(model, example, verbose=False)
                 groups = list(graph.get_all_groups())
             except Exception as error:
-                why = f"Torch-Pruning cannot follow its channels ({type(error).__name__}: {one_line(error)})"
+                why = f"Torch-Pruning cannot follow its channels ({described(error)})"
                 raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {why}.") from error
     finally:
         model.train(was_training)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError
 from capnas.measures.moments import Moments, covariance
-from capnas.measures.probing import unwrap_model
+from capnas.measures.probing import FAILURES, described, unwrap_model
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
 from capnas.narrowing.calibration import output_moments, pads_by_size, readable
 from capnas.narrowing.planning import check_target
-from capnas.narrowing.refusing import FAILURES, CannotNarrow, check_modules, differ, fixed_cost, one_line
+from capnas.narrowing.refusing import CannotNarrow, check_modules, differ, fixed_cost
 from capnas.projection import head_names
 
 
@@ -158,8 +158,8 @@ def _irreplaceable(model: nn.Module, names: Sequence[str], example: Tensor) -> d
     def fails() -> str | None:
         try:
             return "computes something else" if differ(trial(example), expected) else None
-        except (*FAILURES, AttributeError) as error:
-            return f"fails ({type(error).__name__}: {one_line(error)})"
+        except FAILURES as error:
+            return f"fails ({described(error)})"
 
     layers = {name: trial.get_submodule(name) for name in names}
     with torch.no_grad():

@@ -8,10 +8,8 @@ from torch import Tensor, nn
 from capnas.candidates import Cost, count_cost
 from capnas.errors import CapnasError
 from capnas.layers import is_quantized
-from capnas.measures.probing import unwrap_model
+from capnas.measures.probing import FAILURES, described, unwrap_model
 from capnas.profile import untouched
-
-FAILURES = (RuntimeError, ValueError, IndexError, AssertionError, TypeError)  # of a network that does not fit its input or its channels
 
 
 class CannotNarrow(CapnasError):
@@ -80,7 +78,7 @@ def fixed_cost(model: nn.Module, example: Tensor) -> Cost:
     except FAILURES as error:
         # operations that need values have no rule for shapes
         why = "its path depends on the data" if "meta" in str(error) or "item()" in str(error) else "its cost cannot be counted"
-        raise _refused(model, f"{why} ({type(error).__name__}: {one_line(error)})") from error
+        raise _refused(model, f"{why} ({described(error)})") from error
 
 
 def _refused(model: nn.Module, reason: str) -> CannotNarrow:
@@ -101,7 +99,7 @@ def _unfit(model: nn.Module, example: Tensor) -> str | None:
         with untouched(model, training=False), torch.no_grad():
             got, again = model(example), model(example)
     except FAILURES as error:
-        return f"it does not run on images of shape {tuple(example.shape)} ({type(error).__name__}: {one_line(error)})"
+        return f"it does not run on images of shape {tuple(example.shape)} ({described(error)})"
     if not isinstance(got, Tensor):
         return f"its output is a {type(got).__name__}; wrap it so that it gives one tensor of logits (B, classes)"
     if got.dim() != 2 or len(got) != len(example):
@@ -114,8 +112,3 @@ def _unfit(model: nn.Module, example: Tensor) -> str | None:
 def differ(got: Tensor, expected: Tensor) -> bool:
     """Whether outputs are further apart than rounding takes them."""
     return float((got - expected).abs().max()) > 1e-3 * float(expected.abs().max()) + 1e-6
-
-
-def one_line(error: Exception) -> str:
-    """The start of an error's text."""
-    return " ".join(str(error).split())[:160]

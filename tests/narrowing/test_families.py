@@ -376,3 +376,10 @@ def test_a_wrong_order_is_found_in_large_networks_too(monkeypatch: pytest.Monkey
     for model in (Mirrored(16), Mirrored(16, nn.GroupNorm(1, 16))):
         with pytest.raises(CannotNarrow, match="doubled channels change what is computed"):
             narrowable(model.eval(), torch.randn(2, 3, 4, 4))
+
+
+def test_a_network_that_misses_an_attribute_is_refused_as_one_that_fails() -> None:
+    net = plain()
+    net[0].forward = lambda x: net.missing(x)  # type: ignore[method-assign]
+    with pytest.raises(CannotNarrow, match=r"it does not run on images of shape .*AttributeError: 'Sequential' object has no attribute"):
+        narrowable(net.eval(), torch.randn(2, 3, 4, 4))
