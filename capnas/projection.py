@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from capnas.layers import CONVS
-from capnas.measures.probing import unwrap_model
+from capnas.measures.probing import untouched, unwrap_model
 from capnas.measures.saturation import THRESHOLD, Projection, lossless_projection, random_projection
-from capnas.profile import untouched
 from capnas.recording import Recorder, hooked
 
 
@@ -106,7 +105,7 @@ def project_model(
     """
     model = unwrap_model(model)
     head = head_names(model)
-    with untouched(model, training=False), torch.no_grad():
+    with untouched(model), torch.no_grad():
         with Recorder(model, reading="modules", values_per_call=None) as recorder:
             for batch in calibration:
                 model(batch)

@@ -78,12 +78,15 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, *, statistics: bool = False, seed: int = 0) -> Iterator[None]:
-    """Eval mode and a fixed seed inside; modes, buffers, gradient flags and random state as before outside.
+def untouched(model: nn.Module, *, training: bool = False, statistics: bool = False, seed: int = 0) -> Iterator[None]:
+    """One mode for all modules and a fixed seed inside; modes, buffers, gradient flags and random state as before outside, error or not.
+
+    Weights are the caller's duty: do not step an optimizer inside.
 
     Args:
         model: any.
-        statistics: whether batch norms use the statistics of the batch (the published training-free scores do).
+        training: train mode; else eval mode.
+        statistics: whether batch norms use the statistics of the batch in eval mode too (the published training-free scores do).
         seed: of anything random inside.
 
     >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
@@ -93,34 +96,14 @@ def untouched(model: nn.Module, *, statistics: bool = False, seed: int = 0) -> I
     >>> net[0].num_batches_tracked.item(), net[1].training
     (0, True)
     """
-    with put_back(model, seed=seed):
-        for module in model.modules():
-            module.training = statistics and isinstance(module, nn.modules.batchnorm._NormBase)
-        yield
-
-
-@contextlib.contextmanager
-def put_back(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
-    """A fixed seed inside; every module's mode, the buffers, gradient flags and the random state as before outside, also after an error.
-
-    Weights are the caller's duty: do not step an optimizer inside.
-
-    Args:
-        model: any.
-        seed: of anything random inside.
-
-    >>> net = nn.BatchNorm1d(2)
-    >>> with put_back(net):
-    ...     _ = net.eval(), net.running_mean.add_(1)
-    >>> net.training, net.running_mean.tolist()
-    (True, [0.0, 0.0])
-    """
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     tables = [m._buffers for m in model.modules()]
     buffers = [(held, k, b, None if b.is_meta else b.clone()) for held in tables for k, b in held.items() if b is not None]
     try:
         with seeded(seed, (t.device for t in [*model.parameters(), *model.buffers()])), eagerly(model):
+            for module in model.modules():  # not by model.train, where some models merge or freeze weights
+                module.training = training or (statistics and isinstance(module, nn.modules.batchnorm._NormBase))
             yield
     finally:
         for module, training in modes:

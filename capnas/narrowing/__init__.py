@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError
 from capnas.measures.narrowing import mixture
-from capnas.measures.probing import unwrap_model
+from capnas.measures.probing import untouched, unwrap_model
 from capnas.narrowing.applying import Keep, change_widths, kept_channels
 from capnas.narrowing.calibration import refitted
 from capnas.narrowing.correcting import correct
@@ -22,7 +22,6 @@ from capnas.narrowing.groups import CoupledGroup
 from capnas.narrowing.planning import Plan, plan_widths, read_widths
 from capnas.narrowing.refusing import CannotNarrow
 from capnas.narrowing.survey import Survey, survey
-from capnas.profile import untouched
 
 __all__ = ["CannotNarrow", "CoupledGroup", "Plan", "Survey", "chosen_units", "narrowed", "plan_widths", "read_widths", "survey"]
 
@@ -93,7 +92,7 @@ def _name_features(model: nn.Module, small: nn.Module, example: Tensor) -> None:
     for attribute in ("forward_features", "num_features"):
         if not hasattr(model, attribute):
             return
-    with torch.no_grad(), untouched(model, training=False):
+    with torch.no_grad(), untouched(model):
         before, after = (tuple(m.forward_features(example).shape) for m in (model, small))  # type: ignore[operator]
     axes = [i for i, size in enumerate(before) if size == model.num_features]
     if len(axes) == 1 and len(after) == len(before):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from capnas._timm import import_timm
 from capnas.measures.narrowing import gram
+from capnas.measures.probing import untouched
 from capnas.norms import channel_moments, running_norms
-from capnas.profile import untouched
 from capnas.recording import LayerRecord, Recorder, hooked
 
 WIDEST = 2304  # input columns of a reader beyond which kernel positions are taken for independent
@@ -165,9 +165,9 @@ def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed:
     generator = torch.Generator().manual_seed(seed)
     try:
         model.requires_grad_(False)
-        with untouched(model, training=False), torch.no_grad(), hooked({n: keep(n) for n in names}, model):
+        with untouched(model), torch.no_grad(), hooked({n: keep(n) for n in names}, model):
             model(images)
-        with untouched(model, training=False), torch.enable_grad(), hooked({n: watch(n) for n in names}, model):
+        with untouched(model), torch.enable_grad(), hooked({n: watch(n) for n in names}, model):
             for part in images.split(batch):
                 logits = model(part.clone().requires_grad_(True))
                 labels = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
@@ -199,7 +199,7 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
 
     layers = {n: note for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     norms = {n: look for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    with untouched(model, training=False), torch.no_grad(), hooked(layers, model), hooked(norms, model, before=True):
+    with untouched(model), torch.no_grad(), hooked(layers, model), hooked(norms, model, before=True):
         model(example)
     return found
 
@@ -218,14 +218,14 @@ def norm_inputs(model: nn.Module, images: Tensor) -> dict[str, NormInputs]:
         if names[module] not in found:
             found[names[module]] = channel_moments(args[0])
 
-    with untouched(model, training=False), torch.no_grad(), hooked(dict.fromkeys(running_norms(model), look), model, before=True):
+    with untouched(model), torch.no_grad(), hooked(dict.fromkeys(running_norms(model), look), model, before=True):
         model(images)
     return found
 
 
 def output_moments(model: nn.Module, images: Tensor) -> dict[str, LayerRecord]:
     """What each conv and linear layer puts out over the images, in eval mode; layers with broken outputs or none are left out."""
-    with untouched(model, training=False), torch.no_grad(), Recorder(model, reading="modules") as recorder:
+    with untouched(model), torch.no_grad(), Recorder(model, reading="modules") as recorder:
         for part in images.split(256):
             model(part)
     return {name: record for name, record in recorder.pop("eval").items() if record.finite and record.moments.count}

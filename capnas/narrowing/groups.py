@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from capnas.errors import MissingDependencyError
 from capnas.layers import CONVS, MEASURED
-from capnas.measures.probing import described
+from capnas.measures.probing import described, untouched
 from capnas.narrowing.attention import has_plain_heads, head_units, is_attention
 from capnas.narrowing.refusing import CannotNarrow
-from capnas.profile import untouched
 from capnas.projection import head_names
 from capnas.recording import hooked
 
@@ -330,6 +329,6 @@ def _order(model: nn.Module, example: Tensor) -> dict[str, int]:
     def note(module: nn.Module, args: Any) -> None:
         order.setdefault(names[module], len(order))
 
-    with untouched(model, training=False), torch.no_grad(), hooked(dict.fromkeys(names.values(), note), model, before=True):
+    with untouched(model), torch.no_grad(), hooked(dict.fromkeys(names.values(), note), model, before=True):
         model(example)
     return order

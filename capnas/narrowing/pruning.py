@@ -19,6 +19,7 @@ from capnas.devices import resolve_device
 from capnas.errors import CapnasError, UsageError, check_names, one_of
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.guessing import no_better_than_a_guess
+from capnas.measures.probing import untouched
 from capnas.measures.saturation import THRESHOLD
 from capnas.narrowing import narrowed
 from capnas.narrowing.applying import narrowable
@@ -27,7 +28,6 @@ from capnas.narrowing.lowrank import RankPlan, factorized, plan_ranks
 from capnas.narrowing.planning import Allocation, Plan, check_division, check_growth, check_target, check_widths, plan_widths
 from capnas.narrowing.refusing import check_modules
 from capnas.narrowing.survey import saturations, survey
-from capnas.profile import untouched
 from capnas.projection import head_names
 from capnas.training import TrainConfig, TrainingResult, evaluate, train
 
@@ -286,7 +286,7 @@ def largest_outputs(full: nn.Module, small: nn.Module, x: Tensor) -> dict[str, f
     """
     found = []
     for model in (full, small):
-        with untouched(model, training=False), torch.no_grad():
+        with untouched(model), torch.no_grad():
             found.append(float(model(x).abs().max()))
     if not math.isfinite(found[1]):
         raise CapnasError(

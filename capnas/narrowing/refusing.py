@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from capnas.candidates import Cost, count_cost
 from capnas.errors import CapnasError
 from capnas.layers import is_quantized
-from capnas.measures.probing import FAILURES, described, unwrap_model
-from capnas.profile import untouched
+from capnas.measures.probing import FAILURES, described, untouched, unwrap_model
 
 
 class CannotNarrow(CapnasError):
@@ -96,7 +95,7 @@ def _unfit(model: nn.Module, example: Tensor) -> str | None:
         if bool(torch.isnan(buffer).any()):  # not infinity, which masks hold
             return f"{name} holds NaN; give weights of a training that did not diverge"
     try:
-        with untouched(model, training=False), torch.no_grad():
+        with untouched(model), torch.no_grad():
             got, again = model(example), model(example)
     except FAILURES as error:
         return f"it does not run on images of shape {tuple(example.shape)} ({described(error)})"

@@ -7,7 +7,7 @@ the model as it was: weights, buffers, mode, gradients, hooks and random state.
 from __future__ import annotations
 
 from capnas.profile.enriching import enrich, with_macs
-from capnas.profile.reading import at_default_initialization, profile_model, untouched
+from capnas.profile.reading import at_default_initialization, profile_model
 from capnas.profile.rows import MEASURES, VERSION, FieldReport, LayerProfile, Profile, skipped_modules
 
 __all__ = [
@@ -20,6 +20,5 @@ __all__ = [
     "enrich",
     "profile_model",
     "skipped_modules",
-    "untouched",
     "with_macs",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from capnas.errors import CapnasError, UsageError, one_of
 from capnas.graph.tracing import Trace, trace
-from capnas.measures.probing import FAILURES, gradable, put_back, reason, seeded, unwrap_model
+from capnas.measures.probing import FAILURES, gradable, reason, seeded, untouched, unwrap_model
 from capnas.measures.saturation import THRESHOLD
 from capnas.profile.enriching import enrich, with_params
 from capnas.profile.rows import MEASURES, Profile
@@ -260,14 +260,3 @@ def _reset_parametrized(module: nn.Module, reset: Callable[[], object]) -> None:
         reset()
         for name in module.parametrizations:  # type: ignore[union-attr]
             setattr(module, name, getattr(module, name))
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module, *, training: bool, seed: int = 0) -> Iterator[None]:
-    """Run a model in a mode and put back its buffers, every module's mode and the random state, also after an error.
-
-    Weights are the caller's duty: do not step an optimizer inside.
-    """
-    with put_back(model, seed=seed):
-        model.train(training)
-        yield

@@ -52,3 +52,12 @@ def test_outputs_and_reasons() -> None:
     assert first_tensor([(torch.ones(3), 1)]).shape == (3,)
     assert reason(RuntimeError()) == "the model failed: RuntimeError: "
     assert len(reason(RuntimeError("x" * 500))) < 200
+
+
+def test_untouched_restores_statistics_of_batch_norm() -> None:
+    norm = nn.BatchNorm1d(3)
+    with untouched(norm, training=True):
+        norm(torch.randn(5, 3) + 7)
+        assert norm.running_mean.abs().max() > 0.1
+    assert norm.running_mean.abs().max() == 0
+    assert norm.num_batches_tracked == 0
