@@ -49,15 +49,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a process that is killed, finds the old content or the new one and never a part.
 
     Args:
-        path: in a folder that exists; an older file is replaced.
+        path: in a folder that exists; an older file is replaced, a device or pipe is written to.
         content: text is written as UTF-8, its line ends as they are.
 
     Raises:
         OSError: it cannot be written; the error names the file.
     """
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not (path.is_file() or path.is_dir()):  # such as /dev/stdout, which must not become a file
+        path.write_bytes(data)
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(data)
         os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -50,6 +50,15 @@ def test_what_fails_midway_leaves_the_old_file_and_nothing_beside_it(tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", "new")
+    assert os.read(reader, 9) == b"new"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize("name", ["folder", "no/file", "plain/file"])
 def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()

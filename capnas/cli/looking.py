@@ -9,6 +9,7 @@ import typer
 
 from capnas.cli.app import Device, Json, Run, app, quiet, whole
 from capnas.console import at_chance, duration, guess, out_json, say, show_best, show_table
+from capnas.documents import write_whole
 
 
 @app.command()
@@ -64,7 +65,7 @@ def best(
         script, document = found.script(), found.summary()
         if code is not None:
             code.parent.mkdir(parents=True, exist_ok=True)
-            code.write_text(script, encoding="utf-8")
+            write_whole(code, script)
         test = None
         if retrain:
             test = retrain_trial(

@@ -195,8 +195,9 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(run: Run, study: Path, t
     copy = shutil.copytree(study, tmp_path / "copy")
     words = ["search", FILE, "--out", copy, *QUICK, "--trials", "3"]
     size, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    journal, code = copy / "journal.log", ["best", copy, "--trial", "0", "--code", tmp_path / "x.py"]
-    for given, room, place in ((words, journal.stat().st_size + 1200, f"{journal}: "), (code, 64, "")):
+    journal, script = copy / "journal.log", tmp_path / "x.py"
+    code = ["best", copy, "--trial", "0", "--code", script]
+    for given, room, place in ((words, journal.stat().st_size + 1200, journal), (code, 64, script)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
         try:
             status, out, err = run(*given)
@@ -204,9 +205,10 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(run: Run, study: Path, t
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
         told = err.splitlines()[-1]
         assert (status, out) == (2, ""), err
-        assert told.startswith(f"error: {place}File too large; "), err
+        assert told.startswith(f"error: {place}: File too large; "), err
         assert "make room" in told
         assert "finished trials are kept" in told
+    assert not script.exists()
     assert run(*words)[0] == 0
     assert open_run(copy).n_finished == 3
 
