@@ -18,8 +18,7 @@ from capnas.narrowing.refusing import CannotNarrow, check_network, differ
 
 _SHARE, _SMALL_SHARE = 3, 16  # one unit of so many is doubled in a trial: of usual networks, of large ones
 _LARGE = 30_000_000  # parameters
-_timm_layers: Any = import_timm("timm.layers")
-_UNBIASED_NORMS = (_timm_layers.SimpleNorm, _timm_layers.SimpleNorm2d)
+_UNBIASED_NORMS = tuple(kind for name, kind in vars(import_timm("timm.layers")).items() if name.startswith("SimpleNorm"))
 _OTHER_ORDER = "its channels are read in another order, or together, than Torch-Pruning says: doubled channels change what is computed"
 Keep = Mapping[str, Sequence[int]]  # group name -> units that stay, ascending; a unit named twice is doubled
 

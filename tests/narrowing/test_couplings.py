@@ -34,7 +34,7 @@ def test_of_groups_that_fail_together_only_those_that_break_it_keep_their_width(
     assert model(x).shape == (2, 2)
 
 
-@pytest.mark.parametrize("kind", [timm.layers.SimpleNorm2d, timm.layers.GroupNorm1])
+@pytest.mark.parametrize("kind", [timm.layers.SimpleNorm2d, timm.layers.SimpleNorm2dFp32, timm.layers.GroupNorm1])
 def test_norms_of_unbiased_variance_are_tried_by_another_order(kind: type[nn.Module]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), kind(8), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)).eval()
     assert [g.name for g in narrowable(model, torch.randn(2, 3, 4, 4)).groups] == ["0", "2"]
