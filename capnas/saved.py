@@ -289,6 +289,8 @@ def _steps(name: str, module: nn.Sequential) -> list[dict[str, Any]]:
         elif type(part) is nn.Linear:
             args = {"in_features": part.in_features, "out_features": part.out_features, "bias": part.bias is not None}
         else:
-            raise UsageError(f"{name} holds a {type(part).__name__}, which a manifest cannot describe; it can describe Conv2d and Linear.")
+            kind = type(part).__name__ + (f" padded with {part.padding_mode!r}" if type(part) is nn.Conv2d else "")
+            known = "Linear and, padded with zeros, Conv2d"
+            raise UsageError(f"{name} holds a {kind}, which a manifest cannot describe; it can describe {known}.")
         steps.append({"kind": type(part).__name__, "args": args})
     return steps
