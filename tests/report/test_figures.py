@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -41,6 +42,13 @@ def test_line_of_the_best_at_each_cost_is_beaten_by_nobody(run: RunResult) -> No
     for macs, accuracy in zip(line.x, line.y):
         assert (macs, accuracy) in points
         assert not any((m <= macs and a > accuracy) or (m < macs and a >= accuracy) for m, a in points)
+
+
+def test_of_trials_at_one_cost_the_line_has_the_best_alone(run: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = sorted(run.evaluations(), key=lambda row: row[1].metrics.get("accuracy") or 0)  # each beats those before it
+    monkeypatch.setattr(RunResult, "evaluations", lambda _: [(t, replace(e, macs=1000)) for t, e in rows])
+    line = figures(run)["Accuracy against multiply-accumulates"].data[-1]
+    assert (list(line.x), list(line.y)) == ([1000], [rows[-1][1].metrics["accuracy"]])
 
 
 def test_profiles_are_those_of_the_best_the_median_and_the_worst(run: RunResult) -> None:
