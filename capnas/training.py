@@ -43,10 +43,10 @@ class TrainConfig:
         epochs: passes over the training split, at least 1.
         batch_size: images per update.
         optimizer: any name of ``timm.optim.create_optimizer_v2``.
-        lr: peak learning rate.
+        lr: learning rate at which the schedule starts and the warm-up ends.
         weight_decay: applied to weights of two or more axes only (timm's grouping).
         schedule: one of cosine, poly, step, constant, none; stepped per update.
-        warmup_epochs: length of the linear warm-up, fractions allowed; never more than half the training.
+        warmup_epochs: linear warm-up in place of the schedule's first epochs, as timm's is; at most half the training, may be a fraction.
         label_smoothing: in [0, 1).
         clip_grad: largest gradient norm, or None.
         seed: of shuffling, augmentation and dropout. The weights of the model are the caller's.
