@@ -169,7 +169,7 @@ class Objective:
         found: dict[str, Any] = {"metrics": {}, "seconds": {}, "seed": self.train.seed, "settings": self.settings}
         with claimed(trial), _TURN:
             try:
-                status, reason = self._stages(trial, found)
+                status, reason = self.stages(trial, found)
             except BaseException as error:
                 text = " ".join(str(error).split())[:500]
                 if not is_out_of_memory(error):
@@ -179,8 +179,16 @@ class Objective:
                 status, reason = "out_of_memory", text
             return self._settle(trial, found, status, reason)
 
-    def _stages(self, trial: Any, found: dict[str, Any]) -> tuple[str, str]:
-        """Fill in what is found, stage by stage; the status and the reason at the end."""
+    def stages(self, trial: Any, found: dict[str, Any]) -> tuple[str, str]:
+        """All that happens between a draw and its values; what a subclass replaces that looks results up instead of training.
+
+        Args:
+            trial: asked for the decisions.
+            found: fields of an `Evaluation`, filled in stage by stage: ``metrics``, ``seconds``, ``seed`` and ``settings`` are there.
+
+        Returns:
+            The status and the reason of the `Evaluation`.
+        """
         data, metrics = self.data, found["metrics"]
         with timed(found, "cost"):
             size = data.image_size if self.resolutions is None else trial.suggest_categorical("image_size", list(self.resolutions))

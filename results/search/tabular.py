@@ -136,7 +136,7 @@ class LookedUp(Objective):
         """Mean trainings."""
         return (self.training + self.scored * self.seconds) / self.table.unit
 
-    def _stages(self, trial, found):
+    def stages(self, trial, found):
         for key in KEYS:
             trial.suggest_categorical(key, OPERATIONS)
         unique, row = self.table.cell(trial.params)
