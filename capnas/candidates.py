@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from capnas.devices import is_out_of_memory
 from capnas.errors import CapnasError, SpaceError, StudyError
 from capnas.graph.canonical import architecture_hash
-from capnas.graph.tracing import Trace, trace
+from capnas.graph.tracing import Trace, needs_values, trace
 from capnas.measures.probing import unwrap_model
 from capnas.spaces import space_name
 
@@ -147,8 +147,8 @@ def build_candidate(
             with torch.device("meta"), _NoInitialization():
                 model = _model(space, trial, sizes)
             graph = trace(model, shape)
-        except (RuntimeError, ValueError, TypeError) as error:  # a value was asked of a tensor that has none
-            if "meta" not in str(error).lower():
+        except (RuntimeError, ValueError, TypeError) as error:
+            if not needs_values(error):
                 raise
             with torch.device("cpu"):
                 model = _model(space, trial, sizes)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from capnas.graph.dataflow import INPUT, Node, Trace, is_shape_only
 from capnas.measures.probing import eagerly, swapped, unwrap_model
 
-__all__ = ["INPUT", "Node", "Trace", "is_shape_only", "trace"]
+__all__ = ["INPUT", "Node", "Trace", "is_shape_only", "needs_values", "trace"]
 
 _NOT_STRUCTURE = frozenset({"device", "layout", "pin_memory", "generator", "non_blocking", "memory_format"})
 _ATEN = torch.ops.aten
@@ -259,6 +259,18 @@ def _quiet(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             hook.remove()
         for module, training in modes:
             module.training = training
+
+
+def needs_values(error: Exception) -> bool:
+    """Whether a model failed because it asks for values of tensors that have none, which torch tells by the text of its errors alone.
+
+    >>> try:
+    ...     torch.ones(2, device="meta").sum().item()
+    ... except RuntimeError as error:
+    ...     needs_values(error)
+    True
+    """
+    return "meta" in str(error).lower()
 
 
 @torch.inference_mode(False)  # inside that mode torch takes operations apart before the recorder sees them

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from capnas.candidates import Cost, count_cost
 from capnas.errors import CapnasError
+from capnas.graph.tracing import needs_values
 from capnas.layers import is_quantized
 from capnas.measures.probing import FAILURES, described, untouched, unwrap_model
 
@@ -75,8 +76,7 @@ def fixed_cost(model: nn.Module, example: Tensor) -> Cost:
     try:
         return count_cost(model, (1, *example.shape[1:]))
     except FAILURES as error:
-        # operations that need values have no rule for shapes
-        why = "its path depends on the data" if "meta" in str(error) or "item()" in str(error) else "its cost cannot be counted"
+        why = "its path depends on the data" if needs_values(error) else "its cost cannot be counted"
         raise _refused(model, f"{why} ({described(error)})") from error
 
 

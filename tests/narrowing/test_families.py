@@ -264,6 +264,17 @@ class Branching(nn.Module):
         return self.net(2 * x if x.mean() > 10 else x)
 
 
+class Selecting(nn.Module):
+    """Averages the positions that are above zero, however many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.head(y[y > 0].mean()[None]) for y in self.conv(x)])
+
+
 class Noisy(nn.Module):
     """Adds noise in eval mode too."""
 
@@ -358,6 +369,7 @@ def broken() -> nn.Module:
         *((Mirrored(width), "doubled channels change what is computed") for width in (4, 6, 7, 16)),  # the third ones of 3 n + 1 mirror
         (Mirrored(16, nn.GroupNorm(1, 16)), "doubled channels change what is computed"),
         (Branching(), r"this Branching: its path depends on the data \(RuntimeError: "),
+        (Selecting(), r"this Selecting: its path depends on the data \(NotImplementedError: "),
         (Noisy(), "this Noisy: its outputs are random in eval mode"),
         (masked(), "0.weight is computed from other tensors; make it a parameter: torch.nn.utils.prune.remove for a mask, remove_spectral"),
         (spectral(grad=True), "0.weight is computed from other tensors"),
