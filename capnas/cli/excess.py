@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,8 +36,10 @@ def excess(
     """Measure excess capacity: decades of the capacity bound to spare while the error holds. Trains seeds x settings networks."""
     with quiet():
         from capnas.excess import excess_capacity
+        from capnas.search.target import open_network
 
-        network, images, size, name = _network(model, data, image_size, pairs(data_option or [], "--data-option"))
+        options = pairs(data_option or [], "--data-option")
+        network, images, size, name = open_network(model, data=data, image_size=image_size, data_options=options)
         recipe = _recipe(epochs, pairs(train or [], "--train"))
         told = _Trainings(f"{name} on {images.name}", recipe.epochs, keep=out is not None)
         factors = [_factors(text, option) for text, option in ((lipschitz, "--lipschitz"), (distance, "--distance"))]
@@ -72,43 +72,6 @@ def excess(
         what = f"the unconstrained network's accuracy on validation, {accuracy:.4f}, is no"
         line = at_chance(what, study.chance, f"{why}; {LONGER}", accuracy=accuracy, images=images)
         say(line) if json else print(line)
-
-
-def _network(text: str, data: str | None, image_size: int | None, options: dict[str, Any]) -> tuple[Any, Any, int, str]:
-    """The network, its images, their size in pixels and its name."""
-    place, _, function = text.rpartition(":")
-    if place.endswith(".py"):
-        from capnas.data import load_data
-
-        build = _function(Path(place), function)
-        images = load_data(data or "fashion-mnist-12k", **({} if image_size is None else {"image_size": image_size}) | options)
-        size = image_size or images.image_size
-        return build(num_classes=images.num_classes, in_chans=images.in_chans, image_size=size), images, size, function
-    from capnas.search.target import open_target
-
-    target = open_target(text, data=data, image_size=image_size, data_options=options)
-    return target.build(trained=False), target.data, target.image_size, target.name
-
-
-def _function(path: Path, name: str) -> Callable[..., Any]:
-    import runpy
-
-    from capnas._timm import timm as timm  # a file may import timm, which needs the guard
-
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}; a network is given as path/to/file.py:function.")
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        found = runpy.run_path(str(path)).get(name)
-    except Exception as error:
-        raise UsageError(f"{path} fails when it is run: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
-    if not callable(found):
-        raise UsageError(
-            f"{path} defines no function {name!r}; write def {name}(num_classes, in_chans, image_size) that returns a network."
-        )
-    return found
 
 
 def _factors(text: str, option: str) -> list[float]:

@@ -1,13 +1,15 @@
-"""What a command works on: a timm model, a trial of a run, or a model that capnas saved, with the images that go with it."""
+"""What a command works on: a timm model, a trial of a run, a model that capnas saved or a function, with the images that go with it."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+import runpy
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -139,6 +141,51 @@ def open_target(
     if Path(text).is_dir():
         raise UsageError(f"the folder {text} holds no {MANIFEST}; a trial of a run is given as {text}:best or {text}:NUMBER.")
     return _timm(text, data, image_size, options)
+
+
+def open_network(
+    text: str, *, data: str | ImageData | None = None, image_size: int | None = None, data_options: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, ImageData, int, str]:
+    """A network with fresh weights, for what trains it anew.
+
+    Args:
+        text: ``file.py:function``, where ``function(num_classes, in_chans, image_size)`` returns a network, or see `open_target`.
+        data: see `open_target`.
+        image_size: see `open_target`.
+        data_options: see `open_target`.
+
+    Returns:
+        The network on the CPU, its images, their size in pixels and its name.
+
+    Raises:
+        UsageError: the file is missing, fails or has no such function; else as `open_target`.
+    """
+    place, _, function = text.rpartition(":")
+    if not place.endswith(".py"):
+        target = open_target(text, data=data, image_size=image_size, data_options=data_options)
+        return target.build(trained=False), target.data, target.image_size, target.name
+    build = _function(Path(place), function)
+    images = _images(data or EMBEDDED, ({} if image_size is None else {"image_size": image_size}) | dict(data_options or {}))
+    size = image_size or images.image_size
+    return build(num_classes=images.num_classes, in_chans=images.in_chans, image_size=size), images, size, function
+
+
+def _function(path: Path, name: str) -> Callable[..., nn.Module]:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}; a network is given as path/to/file.py:function.")
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        found = runpy.run_path(str(path)).get(name)
+    except Exception as error:
+        raise UsageError(f"{path} fails when it is run: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+    if not callable(found):
+        raise UsageError(
+            f"{path} defines no function {name!r}; write def {name}(num_classes, in_chans, image_size) that returns a network."
+        )
+    return cast(Callable[..., nn.Module], found)
 
 
 def open_largest(

@@ -20,7 +20,7 @@ from capnas.search.config import StudyConfig
 from capnas.search.inspection import inspect_target
 from capnas.search.opening import data_record
 from capnas.search.runs import open_run
-from capnas.search.target import open_largest, open_target
+from capnas.search.target import open_largest, open_network, open_target
 from capnas.search.trials import rebuild, retrain_trial
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -207,3 +207,17 @@ def test_a_record_of_data_keeps_that_nothing_is_augmented() -> None:
     assert split is not None
     assert split["options"] == {"image_size": 8, "validation": 0.3}
     assert "augment" not in (data_record(load_data("fashion-mnist-12k")) or {})["options"]
+
+
+def test_a_network_to_train_anew_is_fresh_or_of_a_function_beside_other_files(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "sizes.py").write_text("WIDTH = 5\n")
+    (tmp_path / "nets.py").write_text(
+        "from sizes import WIDTH\nfrom torch import nn\n\n"
+        "def wide(num_classes, in_chans, image_size):\n    return nn.Sequential(nn.Conv2d(in_chans, WIDTH, image_size), nn.Flatten())\n"
+    )
+    network, data, size, name = open_network(f"{tmp_path / 'nets.py'}:wide", data=str(folder.parent / "images"), data_options=OPTIONS)
+    assert (network[0].out_channels, network[0].kernel_size, data.image_size, size, name) == (5, (8, 8), 8, 8, "wide")  # type: ignore[index]
+    with pytest.raises(UsageError, match=r"defines no function 'narrow'; write def narrow\(num_classes, in_chans, image_size\)"):
+        open_network(f"{tmp_path / 'nets.py'}:narrow")
+    network, _, size, name = open_network(f"{folder}:0")
+    assert (network.training, size, name) == (True, 8, "trial 0 of tiny")
