@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -118,8 +118,9 @@ def worker(
     """Run trials of an existing study beside other workers, here or on another machine, until it has all of its trials."""
     with quiet():
         from capnas.search import worker as work
+        from capnas.search.opening import stored_config
 
-        config = _config_of(run, storage)
+        config = stored_config(run, storage)
         progress = Progress(total=config.trials, names=config.values, directions=config.directions, epochs=config.epochs)
         with progress:
             ran = work(config, device=device, on_trial=progress.on_trial, on_epoch=progress.on_epoch)
@@ -127,28 +128,6 @@ def worker(
         out_json({"study": config.name, "ran": ran})
     else:
         typer.echo(f"ran {counted(ran, 'trial')} of {config.name}")
-
-
-def _config_of(run: str, storage: str | None) -> Any:
-    """The settings of a study, from its folder or from its storage."""
-    from dataclasses import replace
-
-    import optuna
-
-    from capnas.errors import StudyError
-    from capnas.search import ATTRIBUTE, open_run
-    from capnas.search.config import StudyConfig
-    from capnas.search.storages import open_storage
-
-    if storage is None:
-        return open_run(run).config
-    try:
-        stored = optuna.load_study(study_name=run, storage=open_storage(storage, Path())).user_attrs.get(ATTRIBUTE)
-    except KeyError:
-        stored = None
-    if stored is None:
-        raise StudyError(f"the storage holds no study of capnas named {run}; start it with capnas search --storage.")
-    return replace(StudyConfig.from_dict(stored), storage=storage)
 
 
 def _command() -> str:

@@ -6,7 +6,7 @@ import contextlib
 import csv
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from capnas.objective.evaluation import stored_with
 from capnas.scoring import CAPACITY_WEIGHTS
 from capnas.search.config import StudyConfig
 from capnas.search.enqueuing import begun
-from capnas.search.runs import count_finished, is_settled
+from capnas.search.runs import count_finished, is_settled, open_run
 from capnas.search.samplers import make_pruner
 from capnas.search.storages import hide_password, open_storage
 
@@ -49,6 +49,27 @@ def check_folder(config: StudyConfig) -> None:
         where = hide_password(config.storage) or folder / "journal.log"
         advice = "A new study would replace the table: bring them back to where they were, or give another --out."
         raise StudyError(f"{folder / 'trials.csv'} lists {rows} finished trials, but {where} holds none. {advice}")
+
+
+def stored_config(run: str, storage: str | None = None) -> StudyConfig:
+    """The settings of a study that somebody started.
+
+    Args:
+        run: its folder; with a storage, its name.
+        storage: Optuna storage URL that holds it, where there is no folder here.
+
+    Raises:
+        StudyError: no such study is there, or the storage cannot be opened.
+    """
+    if storage is None:
+        return open_run(run).config
+    try:
+        stored = optuna.load_study(study_name=run, storage=open_storage(storage, Path())).user_attrs.get(ATTRIBUTE)
+    except KeyError:
+        stored = None
+    if stored is None:
+        raise StudyError(f"the storage holds no study of capnas named {run}; start it with capnas search --storage.")
+    return replace(StudyConfig.from_dict(stored), storage=storage)
 
 
 def discard(folder: Path, *, whole: bool) -> None:
