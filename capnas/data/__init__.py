@@ -26,6 +26,7 @@ from capnas.errors import DataError, UsageError, check_names, check_types, one_o
 
 __all__ = ["Augment", "DataSpec", "ImageData", "load_data"]
 
+LARGEST = 2**14  # pixels; beyond, one image can fill the memory of a machine
 SPLITS = ("train", "validation", "test", "train+validation")
 _TRAINING = ("train", "train+validation")
 _NOT_AUGMENTED = Augment(flip=False, shift=0)
@@ -66,6 +67,8 @@ class DataSpec:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UsageError(f"{name} must be at least {low}, got {value}.")
+        if self.image_size is not None and self.image_size > LARGEST:
+            raise UsageError(f"image_size must be at most {LARGEST} pixels, got {self.image_size}.")
 
     def load(self) -> ImageData:
         """The data."""

@@ -204,6 +204,7 @@ def test_bad_requests(embedded: ImageData) -> None:
         ({"test": 1.0}, "test must be the share"),
         ({"max_unreadable": 2}, r"max_unreadable must be a share in \[0, 1\], got 2"),
         ({"in_chans": 0}, "in_chans must be at least 1"),
+        ({"image_size": 1_000_000}, "image_size must be at most 16384 pixels, got 1000000"),
         ({"mean": (0.5, 0.5)}, "mean must have one number for each of 1 channels, got 2"),
     ):
         with pytest.raises(UsageError, match=text):
