@@ -268,6 +268,12 @@ def test_numbers(text: str, value: int) -> None:
     assert number(text) == value
 
 
+@pytest.mark.parametrize(("run", "redirection", "code"), [("", ">&-", 0), ("nope", "2>&-", 2)])
+def test_a_closed_stream_does_not_change_how_a_command_ends(run: str, redirection: str, code: int, study: Path) -> None:
+    words = shlex.join([sys.executable, "-m", "capnas", "report", run or str(study), "--json"])
+    assert subprocess.run(f"{words} {redirection}", shell=True, check=False, capture_output=True).returncode == code
+
+
 def test_module_entry_point() -> None:
     done = subprocess.run([sys.executable, "-m", "capnas", "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
     assert done.returncode == 0

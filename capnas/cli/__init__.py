@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that help is instant.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -28,6 +29,9 @@ from capnas.cli import prune as prune  # isort: skip
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0, 1 after an unexpected error, 2 after an error of use, 130 after Ctrl-C."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started it: the work does not depend on what is shown
+            setattr(sys, name, io.StringIO())
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
