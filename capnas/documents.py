@@ -59,7 +59,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     if path.exists() and not (path.is_file() or path.is_dir()):  # such as /dev/stdout, which must not become a file
         path.write_bytes(data)
         return
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.parent / f"{path.name}.{os.getpid()}.partial"  # "." has no name
     try:
         partial.write_bytes(data)
         os.replace(partial, path)

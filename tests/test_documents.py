@@ -66,3 +66,10 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path, name: str) -
     with pytest.raises(OSError, match=r"^\[Errno \d+\] .*: ") as caught:
         write_whole(tmp_path / name, "new")
     assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / name), None)
+
+
+def test_the_path_of_a_folder_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"'\.'"):
+        write_whole(Path("."), "page")
+    assert not list(tmp_path.iterdir())
