@@ -98,6 +98,9 @@ class StudyConfig:
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         check_types(self, "space", "data", "study", "storage", "out")
+        for name in ("space", "data", "study", "storage"):
+            if any("\ud800" <= letter <= "\udfff" for letter in getattr(self, name) or ""):  # bytes of a command line that are no text
+                raise UsageError(f"{name} must be text that UTF-8 can write, got {getattr(self, name)!r}: give it another name.")
         for name in ("trials", "workers", "max_params", "max_macs", "pool"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -200,7 +203,11 @@ class StudyConfig:
             StudyError: no TOML, another version or unknown fields.
         """
         try:
-            return cls.from_dict(tomllib.loads(text), out=out)
+            stored = tomllib.loads(text)
+            if "version" not in stored:
+                advice = "study.toml was cut or emptied: remove it and give the capnas search command again, which writes it anew"
+                raise StudyError(f"the study's settings cannot be read: they hold no version; {advice}.")
+            return cls.from_dict(stored, out=out)
         except (tomllib.TOMLDecodeError, TypeError) as error:
             raise StudyError(f"the study's settings cannot be read: {error}.") from error
 

@@ -170,11 +170,17 @@ def test_what_is_as_good_is_taken() -> None:
         ("version = 1\nspase = 'x'", "hold unknown fields: spase"),
         ("version = 1", "cannot be read: .*space"),
         ("version =", "cannot be read: "),
+        ("", "cannot be read: they hold no version; study.toml was cut or emptied: remove it and give the capnas search command again"),
     ],
 )
 def test_refuses_texts(text: str, message: str) -> None:
     with pytest.raises(StudyError, match=message):
         StudyConfig.from_toml(text)
+
+
+def test_a_name_of_bytes_that_are_no_text_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"study must be text that UTF-8 can write, got 'a\\udcff'"):
+        StudyConfig(space="resnet", study="a\udcff")
 
 
 def test_the_defaults_are_the_same_from_python_and_from_the_command() -> None:
