@@ -13,7 +13,7 @@ import functools
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,20 @@ def claimed(trial: Any) -> Iterator[None]:
     key = (trial.study.study_name, trial.number)
     _mine.add(key)
     try:
-        claim: dict[str, Any] = {"host": host(), "pid": os.getpid(), "started": started(os.getpid())}
-        trial.storage.set_trial_system_attr(trial._trial_id, CLAIM, claim)
+        trial.storage.set_trial_system_attr(trial._trial_id, CLAIM, own_claim())
         yield
     finally:
         _mine.discard(key)
+
+
+def own_claim() -> dict[str, Any]:
+    """The claim of this process, in JSON values."""
+    return {"host": host(), "pid": os.getpid(), "started": started(os.getpid())}
+
+
+def at_work(claim: Mapping[str, Any]) -> bool:
+    """Whether the process of a claim is on this host and runs still."""
+    return claim["host"] == host() and _exists(claim["pid"]) and started(claim["pid"]) == claim["started"]
 
 
 @functools.cache
@@ -79,7 +88,7 @@ def abandoned(trial: optuna.trial.FrozenTrial, study_name: str, *, stale_after: 
         return f"another host has not finished it in {stale_after:.0f} s" if age > stale_after else None
     if claim["pid"] == os.getpid() and claim["started"] == started(os.getpid()):
         return None if (study_name, trial.number) in _mine else "its process went on without it"
-    if not _exists(claim["pid"]) or started(claim["pid"]) != claim["started"]:
+    if not at_work(claim):
         return "its process ended before it did"
     return None
 

@@ -24,7 +24,7 @@ from capnas.objective.claims import sweep
 from capnas.search.config import StudyConfig
 from capnas.search.enqueuing import begun, check_parameters, enqueue_new
 from capnas.search.export import write_environment, write_trials
-from capnas.search.opening import ATTRIBUTE, SCORE, check_folder, discard, open_study
+from capnas.search.opening import ATTRIBUTE, SCORE, check_folder, discard, open_study, opened_here
 from capnas.search.runs import RunResult, count_finished, open_run
 from capnas.search.working import MAX_FAILURES, TrialCallback, ended, failures_in_a_row, make_objective, work
 from capnas.spaces import load_space
@@ -94,7 +94,8 @@ def run_study(
         study = open_study(config)
     except BaseException:
         if made:
-            discard(folder, whole=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only where it is empty: another process may have begun a study in it
         raise
     before = count_finished(study)
     write_whole(folder / "study.toml", config.to_toml())
@@ -116,7 +117,7 @@ def run_study(
     except KeyboardInterrupt:
         interrupted = True
     except Exception:
-        if fresh and not begun(study):
+        if fresh and opened_here(study) and not begun(study):
             discard(folder, whole=made)
         with contextlib.suppress(Exception):  # the first error is the one to tell
             if len(begun(study)) > known:  # a session that was refused leaves the files of the last one

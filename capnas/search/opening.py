@@ -16,6 +16,7 @@ from capnas.data import DataSpec, ImageData
 from capnas.data.digest import digest_changes
 from capnas.errors import StudyError
 from capnas.objective import Objective
+from capnas.objective.claims import at_work, own_claim
 from capnas.objective.evaluation import stored_with
 from capnas.scoring import CAPACITY_WEIGHTS
 from capnas.search.config import StudyConfig
@@ -27,6 +28,7 @@ from capnas.search.storages import hide_password, open_storage
 ATTRIBUTE = "capnas:config"  # keys of the study's user attributes
 SCORE = "capnas:capacity_score"  # the weights of its terms
 DATA = "capnas:data"  # see data_facts
+OPENER = "capnas:opener"  # claim of the process that opened it before its first trial
 
 
 def check_folder(config: StudyConfig) -> None:
@@ -73,7 +75,10 @@ def stored_config(run: str, storage: str | None = None) -> StudyConfig:
 
 
 def discard(folder: Path, *, whole: bool) -> None:
-    """Take back the files of a study that ended before its first trial, and the folder as well where it was made for them."""
+    """Take back the files of a study that ended before its first trial, and the folder as well where it was made for them.
+
+    To be asked only where no other process has opened the study.
+    """
     with contextlib.suppress(OSError):
         for name in ("study.toml", "journal.log"):
             (folder / name).unlink(missing_ok=True)
@@ -85,7 +90,7 @@ def open_study(config: StudyConfig) -> optuna.Study:
     """The study, created or resumed.
 
     Raises:
-        StudyError: it exists with other settings, or its storage does not answer.
+        StudyError: it exists with other settings, also as another process begins it, or its storage does not answer.
     """
     storage = open_storage(config.storage, config.folder)
     study = _create(config, storage)
@@ -95,6 +100,8 @@ def open_study(config: StudyConfig) -> optuna.Study:
     if stored is not None and (conflicts := config.conflicts(stored)):
         if not empty:
             raise StudyError(f"the study {config.name} exists with other settings: {'; '.join(conflicts)}. Choose another name or folder.")
+        if not opened_here(study) and at_work(study.user_attrs[OPENER]):
+            raise StudyError(_begun_by_another(config, conflicts))
         optuna.delete_study(study_name=config.name, storage=storage)  # it failed before its first trial: nothing is lost
         study, stored = _create(config, storage), None
     if empty:
@@ -104,11 +111,33 @@ def open_study(config: StudyConfig) -> optuna.Study:
         raise StudyError(f"the study {config.name} has another definition of capacity_score: new trials would not compare. {advice}")
     if stored != config.to_dict():
         study.set_user_attr(ATTRIBUTE, config.to_dict())
+    if empty and ((opener := study.user_attrs.get(OPENER)) is None or not at_work(opener)):
+        study.set_user_attr(OPENER, own_claim())
     if stored is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(list(config.values))
     return study
+
+
+def opened_here(study: optuna.Study) -> bool:
+    """Whether no other process opened a study without trials before this one did."""
+    return study.user_attrs.get(OPENER, own_claim()) == own_claim()
+
+
+def check_settings(study: optuna.Study, config: StudyConfig) -> None:
+    """Look at the settings again before the first trial of a session: of two processes that began a study at once, one wrote them last.
+
+    Raises:
+        StudyError: they are not those of this session.
+    """
+    if conflicts := config.conflicts(study.user_attrs[ATTRIBUTE]):
+        raise StudyError(_begun_by_another(config, conflicts))
+
+
+def _begun_by_another(config: StudyConfig, conflicts: list[str]) -> str:
+    what = f"another process is beginning the study {config.name} with other settings"
+    return f"{what}: {'; '.join(conflicts)}. Choose another name or folder."
 
 
 def data_facts(data: ImageData) -> dict[str, Any]:

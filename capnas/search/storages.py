@@ -37,7 +37,7 @@ def open_storage(url: str | None, folder: Path) -> Any:
             proxy = optuna.storages.GrpcStorageProxy(host=match[1], port=int(match[2]))
             proxy.wait_server_ready(timeout=PATIENCE)
             return proxy
-        return optuna.storages.get_storage(url)
+        return _database(url)
     except ImportError as error:
         known = str(url).startswith(("postgresql", "grpc"))
         advice = "pip install capnas[distributed]" if known else "install the one that SQLAlchemy names for this database"
@@ -50,6 +50,17 @@ def open_storage(url: str | None, folder: Path) -> Any:
         ) from error
     except Exception as error:
         raise StudyError(f"the storage {hide_password(url) or folder} cannot be opened: {' '.join(str(error).split())[:300]}") from error
+
+
+def _database(url: str) -> Any:
+    """A storage of Optuna; of two processes that make its tables at once one fails, and finds them when it tries again."""
+    for left in reversed(range(3)):
+        try:
+            return optuna.storages.get_storage(url)
+        except Exception as error:
+            if not left or not re.search("already exists|unique constraint", str(error), re.IGNORECASE):
+                raise
+            time.sleep(0.5)
 
 
 class Journal(journal.JournalFileBackend):

@@ -23,7 +23,7 @@ from capnas.objective.pool import superseded
 from capnas.objective.stopping import MedianRule
 from capnas.search.config import StudyConfig
 from capnas.search.enqueuing import unasked
-from capnas.search.opening import check_data
+from capnas.search.opening import check_data, check_settings
 from capnas.search.runs import is_finished, is_settled
 from capnas.search.samplers import first_judged, make_sampler
 from capnas.testing import draw
@@ -110,6 +110,7 @@ def work(
             time.sleep(_POLL)
             continue
         if ran == 0:
+            check_settings(study, config)
             check_data(study, objective)
             check_candidates(objective, seed=config.seed)
         settled = sum(map(is_settled, trials))
