@@ -747,7 +747,7 @@ def test_the_texts_tell_what_narrowed_networks_keep() -> None:
     share = [100 * (x["before"] - x["accuracy"]) for x in study.rows_of(lines, method="projection")]
     met = [sum(round(lost, 6) < 1 for lost in share), len(share)]
     check_says(row, "lose {} to {} points on Fashion-MNIST and {} to {} on CIFAR-10 (target 2, missed by MBConv), the best rival {} to "
-               "{} and {} to {}; without refitting {} to {} and {} to {}:", *itertools.chain(*spans))  # fmt: skip
+               "{} and {} to {}; without refitting {} to {} and {} to {};", *itertools.chain(*spans))  # fmt: skip
     assert [key for key in both if half[key][2] > 2] == [("cifar", "mbconv")]
     margins = {(d, m, r): at[d, r].best_rival(m)[1] - at[d, r].lost(m, "capnas loss")[0] for d, m in both for r in study.RATIOS}
     closest = min(margins, key=lambda key: margins[key])
@@ -788,6 +788,75 @@ def test_the_texts_tell_what_narrowed_networks_keep() -> None:
     last = [line.split("|")[8:10] for line in targets.splitlines() if line.startswith(("| fashion", "| cifar"))]
     assert len(last) == len(both)
     assert all(cell.strip().endswith(", met") for cells in last for cell in cells)
+
+
+def test_the_texts_tell_what_the_refit_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RESULTS / "pruning"
+    monkeypatch.setitem(sys.modules, "run", module_of(folder / "run.py"))  # which the study imports by this name
+    study = module_of(folder / "ablation.py")
+    lines = [line for path in sorted((folder / "raw_ablation").glob("*.jsonl")) for line in lines_of(path)]
+    gains, rivals, text = study.gains(lines), study.best_of_rivals(lines), section("pruning")
+    both = [(data, model) for data in PICTURES for model in NETWORKS]
+    assert list(gains) == both
+    assert all(len(points) == 3 for by in gains.values() for points in by.values())
+    mean = {factor: {key: statistics.mean(by[factor]) for key, by in gains.items()} for factor in study.FACTORS}
+    clear = {factor: {key for key, by in gains.items() if not study.within(by[factor])} for factor in study.FACTORS}
+
+    lost: dict[str, list[Cell]] = {}
+    best: dict[tuple[str, str], float] = {}
+    for data, model in both:
+        here = study.rows_of(lines, data=data, model=model)
+        whole = statistics.mean(study.by_seed(study.rows_of(here, method="unpruned")).values())
+        kept = [statistics.mean(study.by_seed(study.rows_of(here, scope=widths, method=choice), what).values())
+                for widths, choice, what in (("loss", "capnas", "accuracy"), ("loss", "capnas", "without_refit"),
+                                             ("uniform", "capnas", "accuracy"), *(("loss", c, "accuracy") for c in study.CHOICES[1:]),
+                                             ("uniform", "random", "accuracy"))]  # fmt: skip
+        own = [rows for (d, m, _), rows in rivals.items() if (d, m) == (data, model)]
+        assert len(own) == len(study.RIVALS) - (model == "convnext")  # BN scale finds no batch norm
+        best[data, model] = max(statistics.mean(study.by_seed(rows).values()) for rows in own)
+        assert kept[0] - best[data, model] == pytest.approx(mean["Torch-Pruning"][data, model])
+        best[data, model] = whole - best[data, model]
+        lost[f"{PICTURES[data]}, {NETWORKS[model]}"] = [*(whole - k for k in kept), best[data, model]]
+    check_table(text, "data, network | capnas | without the refit", lost)
+
+    def spans(*factors: str) -> list[float]:
+        return [end(mean[factor].values()) for factor in factors for end in (min, max)]
+
+    hard = [(data, "mbconv") for data in PICTURES]
+    residual = ("cifar", "resnet18-narrow")
+    check_says(text, "adds {} to {} points to capnas' networks, and {} to {} to random channels in uniform widths, over which channels and "
+               "widths together are then {} to {} points ahead (mean {})", *spans("refit", "refit of the simplest", "both"),
+               statistics.mean(mean["both"].values()))  # fmt: skip
+    assert clear["refit"] == clear["refit of the simplest"] == set(both)
+    group, chance, wide = (mean[f] for f in ("channels: group magnitude", "channels: random", "widths"))
+    check_says(text, "ahead of group magnitude for MBConv alone ({} and {} points) and within {} of it elsewhere; of random channels for "
+               "MBConv ({} and {}) and ResNet on CIFAR-10 ({}).", *(group[key] for key in hard),
+               max(abs(group[key]) for key in both if key not in hard), *(chance[key] for key in (*hard, residual)))  # fmt: skip
+    check_says(text, "ahead of uniform ones for MBConv ({} and {}) and ResNet on CIFAR-10 ({}).", *(wide[key] for key in (*hard, residual)))
+    assert clear["channels: group magnitude"] == set(hard)
+    assert clear["channels: random"] == clear["widths"] == {*hard, residual}
+    ahead = [("cifar", "resnet18-narrow"), ("cifar", "mbconv")]
+    assert clear["Torch-Pruning"] == set(ahead)
+    behind, level = [mean["Torch-Pruning"][key] for key in ahead], len(both) - len(ahead)
+    kept = [line["kept"] for rows in rivals.values() for line in rows]
+    says = "ahead for ResNet and MBConv on CIFAR-10 ({} and {} points) and within the spread in the other {} cases."
+    check_says(text, "lose {} points at most and keep {} to {} of the MACs.", max(best.values()), min(kept), max(kept))
+    check_says(text, says, *behind, level)
+    check_says(text, "level with capnas in {} of the {} cases (below)", level, len(both))
+    says = "the best rival is level with capnas in {} of the {} cases, and {} and {} points behind in two ([measured](results/pruning/"
+    check_says((ROOT / "README.md").read_text(), says, level, len(both), *behind)
+    check_says(table_row(STUDIES, "[pruning]"), "rivals refitted alike {} at most:", max(best.values()))
+
+    measured = [line for path in sorted((folder / "raw").glob("*.jsonl")) for line in lines_of(path)]
+    tables = {data: sys.modules["run"].Table(study.rows_of(measured, data=data), 0.5, 0) for data in PICTURES}
+    assert {tables[data].best_rival(model)[0] for data, model in both} == set(study.RIVALS)
+    for data, model in both:  # nothing is better than the default beyond the spread
+        here = study.rows_of(lines, data=data, model=model)
+        default = study.by_seed(study.rows_of(here, scope="loss", method="capnas"))
+        others = [study.rows_of(here, scope=widths, method=choice) for widths, choice in itertools.product(study.WIDTHS, study.CHOICES)]
+        for other in map(study.by_seed, others + [rows for key, rows in rivals.items() if key[:2] == (data, model)]):
+            points = [default[seed] - other[seed] for seed in default]
+            assert statistics.mean(points) > 0 or study.within(points), (data, model)
 
 
 def test_the_texts_tell_how_near_the_recommended_sizes_are() -> None:
@@ -982,15 +1051,20 @@ def test_versions_are_those_of_the_rows_where_nothing_is_measured_again(tmp_path
     assert "torch 0.1," in (copy / "table.md").read_text()
 
 
-DERIVED = {"pruning": "--derive-only", "excess": "--table-only", "profile_speed": "--table-only", "saturation_overhead": "--table-only"}
+DERIVED = {
+    "pruning/run.py": ("table.md", "--derive-only"),
+    "pruning/ablation.py": ("ablation.md", "--table-only"),
+    **{f"{study}/run.py": ("table.md", "--table-only") for study in ("excess", "profile_speed", "saturation_overhead")},
+}
 
 
-@pytest.mark.parametrize("study", list(DERIVED))
-def test_the_tables_are_those_of_the_rows(study: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", list(DERIVED))
+def test_the_tables_are_those_of_the_rows(script: str, tmp_path: Path) -> None:
+    (study, _, name), (table, option) = script.partition("/"), DERIVED[script]
     copy = shutil.copytree(RESULTS / study, tmp_path / study)
-    (copy / "table.md").unlink()
-    subprocess.run([sys.executable, str(copy / "run.py"), DERIVED[study]], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    assert (copy / "table.md").read_text() == (RESULTS / study / "table.md").read_text()
+    (copy / table).unlink()
+    subprocess.run([sys.executable, str(copy / name), option], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    assert (copy / table).read_text() == (RESULTS / study / table).read_text()
 
 
 def gates() -> dict[str, dict[str, Any]]:

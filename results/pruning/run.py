@@ -467,6 +467,16 @@ def derive():
     (HERE / "table.md").write_text(derived(lines), encoding="utf-8")
 
 
+def environment(path):
+    """Note the versions that lines were computed with."""
+    import timm
+    import torch_pruning
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    versions |= {"torch_pruning": torch_pruning.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
+    path.write_text(json.dumps(versions, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", choices=["fashion", "cifar"], default="fashion")
@@ -498,12 +508,7 @@ def main():
             for seed in args.seeds:
                 for name in args.models:
                     finetuned(Bench(args.data, data, name, seed, args.folder), 5)
-        import timm
-        import torch_pruning
-
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-        versions |= {"torch_pruning": torch_pruning.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
-        (HERE / "environment.json").write_text(json.dumps(versions, indent=1) + "\n")
+        environment(HERE / "environment.json")
     derive()
 
 
