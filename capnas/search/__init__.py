@@ -170,7 +170,7 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
         )
         for i in range(config.workers)
     ]
-    told = set(before)
+    told, lost = set(before), set[int]()
     heard: dict[tuple[str, str, str], None] = {}  # each once, whoever sent it
 
     def tell() -> None:
@@ -181,6 +181,10 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
                     warnings.warn(message[2], getattr(builtins, message[1]), stacklevel=2)
                 elif message[0] == "start" and on_start is not None:
                     on_start()
+        for i, child in enumerate(children):
+            if (child.exitcode or 0) < 0 and i not in lost and any(other.is_alive() for other in children):
+                lost.add(i)
+                warnings.warn(f"a worker was killed by signal {-(child.exitcode or 0)}; the others go on.", RuntimeWarning, stacklevel=2)
         for trial in study.get_trials(deepcopy=False):
             if trial.state.is_finished() and trial.number not in told:
                 told.add(trial.number)
@@ -206,13 +210,15 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
             if child.is_alive():
                 child.kill()
                 child.join()
+    errors = [(name, text) for kind, name, text in heard if kind == "error"]
     if count_finished(study) < config.trials or len(failures_in_a_row(study.get_trials(deepcopy=False), before)) >= MAX_FAILURES:
-        for kind, name, text in heard:
-            if kind == "error":
-                raise getattr(capnas.errors, name, StudyError)(text)
+        for name, text in errors:
+            raise getattr(capnas.errors, name, StudyError)(text)
         codes = [child.exitcode for child in children]
         if any(codes):
             raise StudyError(f"the workers ended early with exit codes {codes}; the finished trials are kept, the same command resumes.")
+    for _, text in errors:
+        warnings.warn(f"a worker ended early and the others finished the trials: {text}", RuntimeWarning, stacklevel=2)
 
 
 def _child(

@@ -403,6 +403,32 @@ def test_any_error_and_the_warnings_of_workers_reach_the_parent(tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("ending", "text"),
+    [
+        ("os.kill(os.getpid(), 9)", "a worker was killed by signal 9; the others go on."),
+        ("raise CapnasError('lost')", "a worker ended early and the others finished the trials: lost"),
+    ],
+)
+def test_a_worker_that_ends_alone_is_told(tmp_path: Path, home: Path, ending: str, text: str) -> None:
+    (tmp_path / "sp.py").write_text(
+        "import multiprocessing, os, pathlib\n"
+        "from tiny_space import space\n"
+        "from capnas.errors import CapnasError\n"
+        "if multiprocessing.parent_process() is not None:\n"
+        "    try:\n"
+        f"        pathlib.Path({str(tmp_path / 'first')!r}).touch(exist_ok=False)\n"
+        "    except FileExistsError:\n"
+        "        pass\n"
+        "    else:\n"
+        f"        {ending}\n"
+    )
+    settings = config(tmp_path / "run", space=str(tmp_path / "sp.py"), data=str(home / "images"), workers=2)
+    with pytest.warns(RuntimeWarning) as caught:
+        assert run_study(settings).n_finished >= settings.trials
+    assert [str(w.message).replace(f"{tmp_path / 'sp.py'} fails when it is imported: CapnasError: ", "") for w in caught] == [text]
+
+
 def test_errors_in_a_row_are_counted_over_all_workers(tmp_path: Path, home: Path) -> None:
     (tmp_path / "sp.py").write_text("def space(trial, *, num_classes, in_chans, image_size):\n    raise TypeError('always')\n")
     settings = config(tmp_path / "run", space=str(tmp_path / "sp.py"), data=str(home / "images"), workers=2, trials=3)
