@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from capnas.errors import MissingDependencyError
 from capnas.layers import CONVS, MEASURED
 from capnas.measures.probing import described, untouched
 from capnas.narrowing.attention import has_plain_heads, head_units, is_attention
+from capnas.narrowing.following import followed, torch_pruning
 from capnas.narrowing.refusing import CannotNarrow
 from capnas.projection import head_names
 from capnas.recording import hooked
@@ -28,6 +28,7 @@ Side = Literal["out", "in", "both", "param"]
 Atom = tuple[str, Side, int]
 Units = Sequence[Sequence[Atom]]
 _CLASSES = "it gives the classes"
+_ENDLESS = "its channels are sliced, joined or folded in more ways than can be followed"
 _RULES = (*CONVS, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -110,8 +111,8 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
     attentions = {n: m for n, m in modules.items() if is_attention(m)}
     tied = shared_parameters(model)
     found: list[Units] = []
-    for writer, units in _dependency_groups(model, example):
-        reason = _tied(units, tied) or _refusal(units, modules, heads, attentions)
+    for writer, units, whole in _dependency_groups(model, example):
+        reason = _tied(units, tied) or _refusal(units, modules, heads, attentions) or (None if whole else _ENDLESS)
         if reason:
             for name in {a[0] for u in units for a in u if a[1] == "out"} | {writer}:
                 fixed.setdefault(name, reason)
@@ -173,28 +174,16 @@ def cannot_narrow(model: nn.Module, fixed: Mapping[str, str]) -> CannotNarrow:
     return CannotNarrow(f"cannot narrow this {type(model).__name__}: {'; '.join(reasons)}.")
 
 
-def torch_pruning() -> Any:
-    """Torch-Pruning, or the advice to install it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import torch_pruning
-    except ImportError as error:
-        raise MissingDependencyError(f"narrowing needs Torch-Pruning ({error}): pip install 'capnas[prune]'.") from error
-    return torch_pruning
-
-
-def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str, list[list[Atom]]]]:
-    """Torch-Pruning's groups as units of atoms, named by their root layer."""
-    tp = torch_pruning()
+def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str, list[list[Atom]], bool]]:
+    """Torch-Pruning's groups as units of atoms, named by their root layer, and whether each is whole."""
+    tp, widest = torch_pruning(), max(max(p.shape, default=1) for p in model.parameters())
     was_training, wanted = model.training, [(p, p.requires_grad) for p in model.parameters()]
     try:
         with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             model.requires_grad_(True)
             try:
-                graph = tp.DependencyGraph().build_dependency(model, example, verbose=False)
-                groups = list(graph.get_all_groups())
+                groups = list(followed(tp.DependencyGraph().build_dependency(model, example, verbose=False), widest))
             except Exception as error:
                 why = f"Torch-Pruning cannot follow its channels ({described(error)})"
                 raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {why}.") from error
@@ -204,7 +193,7 @@ def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str,
             parameter.requires_grad_(state)
     parameters = {id(p): n for n, p in model.named_parameters()}
     modules = {id(m): n for n, m in model.named_modules()}
-    for group in groups:
+    for group, whole in groups:
         units: dict[int, list[Atom]] = defaultdict(list)
         for item in group:
             target = item.dep.target.module
@@ -216,7 +205,7 @@ def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str,
                 continue
             for position, root in zip(item.idxs, item.root_idxs):
                 units[root].append((name, side, position))  # type: ignore[arg-type]
-        yield modules[id(group[0].dep.target.module)], [units[r] for r in sorted(units)]
+        yield modules[id(group[0].dep.target.module)], [units[r] for r in sorted(units)], whole
 
 
 def _side(module: nn.Module, handler: str) -> Side:
