@@ -20,7 +20,7 @@ from capnas.layers import CONVS, MEASURED
 from capnas.measures.probing import described, untouched
 from capnas.narrowing.attention import has_plain_heads, head_units, is_attention
 from capnas.narrowing.following import followed, torch_pruning
-from capnas.narrowing.refusing import CannotNarrow
+from capnas.narrowing.refusing import CannotNarrow, why_uncalled
 from capnas.projection import head_names
 from capnas.recording import hooked
 
@@ -131,8 +131,9 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
                 fixed.setdefault(name, group)
     groups.sort(key=lambda g: order.get(g.name, len(order)))
     held = {name for g in groups for name in layers_of(g, modules)}
-    for name in (n for n, m in modules.items() if isinstance(m, MEASURED) and n not in held):
-        fixed.setdefault(name, "Torch-Pruning follows none of its channels" if name in order else "the network does not call it")
+    alone = [n for n, m in modules.items() if isinstance(m, MEASURED) and n not in held and n not in fixed]
+    fixed |= dict.fromkeys(alone, "Torch-Pruning follows none of its channels")
+    fixed |= why_uncalled(model, example, [n for n in alone if n not in order])
     if not groups:
         raise cannot_narrow(model, fixed)
     return Coupling(groups=tuple(groups), fixed=dict(sorted(fixed.items(), key=lambda item: order.get(item[0], len(order)))))
@@ -219,7 +220,7 @@ def _side(module: nn.Module, handler: str) -> Side:
 def _refusal(units: Units, modules: Mapping[str, nn.Module], heads: set[str], attentions: Mapping[str, nn.Module]) -> str | None:
     """Why a group keeps its width, or None."""
     places = {(name, side) for name, side, _ in units[0]}
-    if any((f"{n}.qkv", "in") in places for n in attentions):
+    if any((f"{n}.qkv", "in") in places or (f"{n}.proj", "out") in places for n in attentions):
         return "it writes the token stream, whose width positions, norms and heads of the whole network share"
     for name, side in places:
         module = modules.get(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +80,39 @@ def fixed_cost(model: nn.Module, example: Tensor) -> Cost:
     except FAILURES as error:
         why = "its path depends on the data" if needs_values(error) else "its cost cannot be counted"
         raise _refused(model, f"{why} ({described(error)})") from error
+
+
+def why_uncalled(model: nn.Module, example: Tensor, names: Sequence[str]) -> dict[str, str]:
+    """Of layers that a network does not call: whether it reads their weights itself, as some attentions do, or leaves them out.
+
+    Args:
+        model: not changed.
+        example: (B, C, H, W) an input.
+        names: of conv and linear layers that were not called.
+
+    >>> class Read(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.read, self.left = nn.Linear(2, 2), nn.Linear(2, 2)
+    ...     def forward(self, x):
+    ...         return x @ self.read.weight
+    >>> why_uncalled(Read(), torch.ones(1, 2), ["read", "left"])
+    {'read': 'the network reads its weights and does not call it', 'left': 'the network does not call it'}
+    """
+    weights = {n: w for n in names if isinstance(w := model.get_submodule(n).weight, nn.Parameter)}
+    wanted = [(w, w.requires_grad) for w in weights.values()]
+    gradients: Sequence[Tensor | None] = ()
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        with untouched(model, training=False), torch.enable_grad():
+            if weights and (output := model(example)).requires_grad:
+                gradients = torch.autograd.grad(output.sum(), list(weights.values()), allow_unused=True)
+    finally:
+        for weight, state in wanted:
+            weight.requires_grad_(state)
+    read = {n for n, gradient in zip(weights, gradients) if gradient is not None}
+    return {n: f"the network {'reads its weights and ' if n in read else ''}does not call it" for n in names}
 
 
 def _refused(model: nn.Module, reason: str) -> CannotNarrow:

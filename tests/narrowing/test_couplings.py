@@ -78,3 +78,46 @@ def test_rounding_is_no_other_order() -> None:
     for model in (Cancelling(reverse=True), Single()):
         with pytest.raises(CannotNarrow, match="doubled channels change what is computed"):
             narrowable(model.eval(), x)
+
+
+class Attention(nn.Module):
+    """Plain heads, with a parameter that all of them share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 3, 4
+        self.qkv, self.proj, self.share = nn.Linear(12, 36), nn.Linear(12, 12), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.proj(nn.functional.scaled_dot_product_attention(q + self.share, k, v).transpose(1, 2).flatten(2))
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return self.qkv(x)
+
+
+class ReadingAttention(Attention):
+    """Reads its weights itself."""
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+
+
+class Tokens(nn.Module):
+    """Two layers beside an attention."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.attn, self.head = nn.Conv2d(3, 12, 1), attention, nn.Linear(8, 2)
+        self.wide, self.narrow, self.last = nn.Linear(12, 16), nn.Linear(16, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.attn(x)
+        return self.head(self.last(x + self.narrow(self.wide(x).relu())).mean(1))
+
+
+def test_an_attention_whose_weights_are_read_without_a_call_is_said_to_be_so() -> None:
+    found = narrowable(Tokens(ReadingAttention()).eval(), torch.randn(2, 3, 2, 2))
+    assert found.fixed["attn.qkv"] == "the network reads its weights and does not call it"
+    assert found.fixed["stem"] == "it writes the token stream, whose width positions, norms and heads of the whole network share"
