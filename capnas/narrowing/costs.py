@@ -22,6 +22,7 @@ class NetworkCost:
         names: L modules that cost anything.
         macs, params: (L,) of each now, for one image.
         biases: (L,) which of these parameters are biases of layers that also read a group: they go with the outputs alone.
+        steady: (L,) which of them stay: an attention's own, as its positions, which all its heads share.
         added: (L,) biases that refitting gives to layers that have none and no batch norm straight behind.
         inputs, outputs: (L, G) share of a module's inputs (outputs) that one unit of each group is.
         units: (G,) units now.
@@ -31,6 +32,7 @@ class NetworkCost:
     macs: Tensor
     params: Tensor
     biases: Tensor
+    steady: Tensor
     added: Tensor
     inputs: Tensor
     outputs: Tensor
@@ -45,6 +47,7 @@ class NetworkCost:
         modules = dict(model.named_modules())
         place = {name: i for i, name in enumerate(layers)}
         inputs, outputs = (torch.zeros(len(layers), len(groups), dtype=torch.float64) for _ in range(2))
+        biases, gained, steady = (torch.zeros(len(layers), dtype=torch.float64) for _ in range(3))
         for j, group in enumerate(groups):
             for port in group.ports:
                 name = port.module if port.side != "param" else port.module.rpartition(".")[0]
@@ -63,7 +66,7 @@ class NetworkCost:
                     attention = name.rpartition(".")[0]
                     if attention in place:
                         outputs[place[attention], j] = 1 / group.units
-        biases, gained = (torch.zeros(len(layers), dtype=torch.float64) for _ in range(2))
+                        steady[place[attention]] = layers[attention].params
         for name, i in place.items():
             if isinstance(modules[name], MEASURED):
                 biases[i] = 0 if modules[name].bias is None else modules[name].bias.numel()
@@ -73,6 +76,7 @@ class NetworkCost:
             macs=torch.tensor([float(c.macs) for c in layers.values()], dtype=torch.float64),
             params=torch.tensor([float(c.params) for c in layers.values()], dtype=torch.float64),
             biases=biases,
+            steady=steady,
             added=gained,
             inputs=inputs,
             outputs=outputs,
@@ -87,7 +91,7 @@ class NetworkCost:
     def planned_params(self, units: Tensor) -> Tensor:
         """Parameters of each module, (N, L), for units per group (N, G)."""
         outputs = 1 + (units.to(self.units) - self.units) @ self.outputs.T
-        return self.shares(units) * (self.params - self.biases) + outputs * (self.biases + self.added)
+        return self.steady + self.shares(units) * (self.params - self.biases - self.steady) + outputs * (self.biases + self.added)
 
     def total_macs(self, units: Tensor) -> Tensor:
         """MACs of whole networks, (N,), for units per group (N, G)."""

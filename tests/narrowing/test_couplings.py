@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from capnas._timm import timm
+from capnas.narrowing import narrowed, plan_widths, survey
 from capnas.narrowing.applying import change_widths, narrowable
 from capnas.narrowing.refusing import CannotNarrow
 from capnas.saved import build_recipe
@@ -115,6 +116,15 @@ class Tokens(nn.Module):
         x = self.stem(x).flatten(2).transpose(1, 2)
         x = x + self.attn(x)
         return self.head(self.last(x + self.narrow(self.wide(x).relu())).mean(1))
+
+
+def test_what_all_heads_share_stays() -> None:
+    model, x = Tokens(Attention()).eval(), torch.randn(32, 3, 2, 2)
+    found = survey(model, x)
+    plan = plan_widths(found, widths={"attn.qkv": 24})
+    small = narrowed(model, found, plan)
+    assert small.attn.num_heads == 2
+    assert plan.planned_params == sum(p.numel() for p in small.parameters())
 
 
 def test_an_attention_whose_weights_are_read_without_a_call_is_said_to_be_so() -> None:
