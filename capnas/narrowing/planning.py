@@ -147,8 +147,8 @@ def _why_not(found: Survey, target: float, least: float) -> str:
     words = [f"with every group at its least width {least:.2f} of them remain"]
     fixed, helps = found.cost.fixed_macs(), _least(found, 1) <= target
     if (share := sum(fixed.values()) / float(found.cost.macs.sum())) >= 0.005:
-        costliest = ", ".join(name or "the network itself" for name in [n for n, m in fixed.items() if m >= sum(fixed.values()) / 10][:3])
-        words.append(f"layers of fixed width cost {share:.2f}" + ("" if helps else f", most of it {costliest}"))
+        large = [n or "the network itself" for n, m in fixed.items() if m >= sum(fixed.values()) / 10][:3]
+        words.append(f"layers of fixed width cost {share:.2f}" + ("" if helps or not large else f", most of it {', '.join(large)}"))
     if helps:
         words.append("a smaller --round-to allows narrower groups")
     return "; ".join(words)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from capnas._timm import timm
+from capnas.errors import UsageError
 from capnas.narrowing import narrowed, plan_widths, survey
 from capnas.narrowing.applying import change_widths, narrowable
 from capnas.narrowing.refusing import CannotNarrow
@@ -131,3 +132,10 @@ def test_an_attention_whose_weights_are_read_without_a_call_is_said_to_be_so() -
     found = narrowable(Tokens(ReadingAttention()).eval(), torch.randn(2, 3, 2, 2))
     assert found.fixed["attn.qkv"] == "the network reads its weights and does not call it"
     assert found.fixed["stem"] == "it writes the token stream, whose width positions, norms and heads of the whole network share"
+
+
+def test_many_small_layers_of_fixed_width_are_not_named() -> None:
+    circular = [nn.Conv2d(4, 4, 1, padding_mode="circular") for _ in range(12)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), *circular, nn.Flatten(), nn.Linear(16, 2)).eval()
+    with pytest.raises(UsageError, match=r"at its least width 0\.\d\d of them remain; layers of fixed width cost 0\.\d\d\.$"):
+        plan_widths(survey(model, torch.randn(32, 3, 2, 2)), target_macs=0.01, round_to=1)
