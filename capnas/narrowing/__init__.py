@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from capnas.errors import UsageError
 from capnas.measures.narrowing import mixture
 from capnas.measures.probing import untouched, unwrap_model
-from capnas.narrowing.applying import Keep, change_widths, kept_channels
+from capnas.narrowing.applying import Keep, around_classifier, change_widths, kept_channels
 from capnas.narrowing.calibration import refitted
 from capnas.narrowing.correcting import correct
 from capnas.narrowing.groups import CoupledGroup
@@ -96,6 +96,9 @@ def _name_features(model: nn.Module, small: nn.Module, example: Tensor) -> None:
         before, after = (tuple(m.forward_features(example).shape) for m in (model, small))  # type: ignore[operator]
     axes = [i for i, size in enumerate(before) if size == model.num_features]
     if len(axes) == 1 and len(after) == len(before):
+        for owner in around_classifier(small):
+            if getattr(owner, "in_features", None) == model.num_features:
+                owner.in_features = after[axes[0]]
         small.num_features = after[axes[0]]
 
 

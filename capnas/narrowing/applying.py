@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from capnas._timm import import_timm
-from capnas.layers import CONVS
+from capnas.layers import CONVS, MEASURED
 from capnas.measures.probing import FAILURES, described
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, find_groups, layers_of
 from capnas.narrowing.refusing import CannotNarrow, check_network, differ
+from capnas.projection import head_names
 
 _SHARE, _SMALL_SHARE = 3, 16  # one unit of so many is doubled in a trial: of usual networks, of large ones
 _LARGE = 30_000_000  # parameters
@@ -199,17 +200,28 @@ def change_widths(model: nn.Module, groups: Sequence[CoupledGroup], keep: Keep) 
             if hasattr(module, "attn_dim"):
                 module.attn_dim = module.num_heads * module.head_dim
     if head is not None:
-        layer, before = head
-        for attribute in ("num_features", "head_hidden_size"):
-            if getattr(model, attribute, None) == before:
-                setattr(model, attribute, layer.in_features)
+        name, before = head
+        for owner in around_classifier(model):
+            for attribute in ("num_features", "head_hidden_size"):
+                if getattr(owner, attribute, None) == before:
+                    setattr(owner, attribute, _inputs(modules[name]))
 
 
-def _classifier(model: nn.Module) -> tuple[nn.Linear, int] | None:
-    """The classifier and its width, which timm's models name in attributes of their own."""
-    getter = getattr(model, "get_classifier", None)
-    layer = getter() if callable(getter) else None
-    return (layer, layer.in_features) if isinstance(layer, nn.Linear) else None
+def around_classifier(model: nn.Module) -> list[nn.Module]:
+    """The network and the modules of it that hold its classifier, as timm's heads do."""
+    name = head[0] if (head := _classifier(model)) else ""
+    return [model.get_submodule(".".join(name.split(".")[:depth])) for depth in range(name.count(".") + 1)]
+
+
+def _classifier(model: nn.Module) -> tuple[str, int] | None:
+    """The first layer of the classifier and its width, which timm's models and their heads name in attributes of their own."""
+    names = head_names(model) if callable(getattr(model, "get_classifier", None)) else set()
+    layers = ((n, m) for n, m in model.named_modules() if n in names and isinstance(m, MEASURED))
+    return next(((name, _inputs(layer)) for name, layer in layers), None)
+
+
+def _inputs(layer: Any) -> int:
+    return int(layer.in_channels if isinstance(layer, CONVS) else layer.in_features)
 
 
 def _indices(width: int, count: Mapping[int, int], block: Mapping[int, tuple[str, int]]) -> tuple[Tensor, Tensor]:

@@ -139,3 +139,41 @@ def test_many_small_layers_of_fixed_width_are_not_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), *circular, nn.Flatten(), nn.Linear(16, 2)).eval()
     with pytest.raises(UsageError, match=r"at its least width 0\.\d\d of them remain; layers of fixed width cost 0\.\d\d\.$"):
         plan_widths(survey(model, torch.randn(32, 3, 2, 2)), target_macs=0.01, round_to=1)
+
+
+class Head(nn.Module):
+    """Knows its widths, around a classifier that is no linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.num_features = 8, 6
+        self.hidden, self.fc = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.hidden(x.mean((2, 3), keepdim=True)).relu()).flatten(1)
+
+
+class Headed(nn.Module):
+    """Names the widths of its features and of its classifier like timm's models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_features, self.head_hidden_size = 8, 6
+        self.conv, self.head = nn.Conv2d(3, 8, 1), Head()
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).relu()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.forward_features(x))
+
+
+def test_models_and_their_heads_know_their_new_widths() -> None:
+    model, x = Headed().eval(), torch.randn(32, 3, 4, 4)
+    found = survey(model, x)
+    small = narrowed(model, found, plan_widths(found, widths={"conv": 5, "head.hidden": 3}))
+    assert (small.num_features, small.head.in_features) == (5, 5) == (small.conv.out_channels, small.head.hidden.in_channels)
+    assert (small.head_hidden_size, small.head.num_features) == (3, 3) == (small.head.hidden.out_channels, small.head.fc.in_channels)
