@@ -1,14 +1,17 @@
-"""Torch-Pruning's dependency graph, followed to an end where it would find none itself."""
+"""Torch-Pruning's dependency graph, followed to an end where it would find none itself or would fail."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from capnas.errors import MissingDependencyError
 
 _DETOURS = 10  # times that a group may pass each dependency of the network; those of ordinary networks pass it once
+_FRAIL = ("update_concat_index_mapping", "update_reshape_index_mapping")
+_REPEATED = "update_expand_index_mapping"
 
 
 def torch_pruning() -> Any:
@@ -20,6 +23,33 @@ def torch_pruning() -> Any:
     except ImportError as error:
         raise MissingDependencyError(f"narrowing needs Torch-Pruning ({error}): pip install 'capnas[prune]'.") from error
     return torch_pruning
+
+
+@contextmanager
+def forgiving() -> Iterator[None]:
+    """While this lasts, Torch-Pruning passes channels as they are where it divides by or adds a width that it could not infer.
+
+    What it then follows wrongly is found where each group is tried. Its rule for repeated heads is left out: it forgets whose channels
+    it maps.
+    """
+    from torch_pruning.dependency import index_mapping
+
+    def forgive(rule: Callable[..., None]) -> Callable[..., None]:
+        def apply(graph: Any, node: Any) -> None:
+            with suppress(TypeError, ZeroDivisionError):
+                rule(graph, node)
+
+        return apply
+
+    rules = {name: getattr(index_mapping, name) for name in (*_FRAIL, _REPEATED)}
+    try:
+        for name in _FRAIL:
+            setattr(index_mapping, name, forgive(rules[name]))
+        setattr(index_mapping, _REPEATED, lambda graph, node: None)
+        yield
+    finally:
+        for name, rule in rules.items():
+            setattr(index_mapping, name, rule)
 
 
 def followed(graph: Any, widest: int) -> Iterator[tuple[Any, bool]]:

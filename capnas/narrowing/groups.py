@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from capnas.layers import CONVS, MEASURED
 from capnas.measures.probing import described, untouched
 from capnas.narrowing.attention import has_plain_heads, head_units, is_attention
-from capnas.narrowing.following import followed, torch_pruning
+from capnas.narrowing.following import followed, forgiving, torch_pruning
 from capnas.narrowing.refusing import CannotNarrow, why_uncalled
 from capnas.projection import head_names
 from capnas.recording import hooked
@@ -180,7 +180,7 @@ def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str,
     tp, widest = torch_pruning(), max(max(p.shape, default=1) for p in model.parameters())
     was_training, wanted = model.training, [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), forgiving():
             warnings.simplefilter("ignore")
             model.requires_grad_(True)
             try:

@@ -1,12 +1,14 @@
-"""Groups that Torch-Pruning alone would follow for minutes, or for ever."""
+"""Groups that Torch-Pruning alone would follow for minutes, or not at all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_pruning.dependency import index_mapping
 
 from capnas.narrowing.applying import narrowable
 from capnas.narrowing.following import followed
@@ -31,6 +33,42 @@ def test_streams_that_are_sliced_and_joined_over_and_over_keep_their_width_and_t
     found = narrowable(model, torch.randn(2, 3, 4, 4))
     assert [g.name for g in found.groups] == [f"{i + 1}.wide" for i in range(len(blocks))]
     assert "its channels are sliced, joined or folded in more ways than can be followed" in found.fixed.values()
+
+
+class Mixed(nn.Module):
+    """Two convs behind a mixing of channels whose widths Torch-Pruning cannot infer."""
+
+    def __init__(self, mix: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 5, 1), nn.Linear(5, 2)
+        self.mix = mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.mix(x, self.first(x).relu())).relu()).mean((2, 3)))
+
+
+def joined(x: Tensor, y: Tensor) -> Tensor:
+    left, right = y.split(4, dim=1)
+    return torch.cat([left, torch.cat([x[:, :1], right[:, 1:]], dim=1)], dim=1)
+
+
+def reshaped(x: Tensor, y: Tensor) -> Tensor:
+    y = y.flatten(2).reshape(-1, 8, 4, 4)
+    return torch.cat([y.mean(1, keepdim=True), y[:, 1:]], dim=1)
+
+
+def repeated(x: Tensor, y: Tensor) -> Tensor:
+    return y[:, :, None].expand(-1, -1, 2, -1, -1).mean(2)
+
+
+@pytest.mark.parametrize(
+    ("mix", "names"), [(joined, {"second", "third"}), (reshaped, {"second", "third"}), (repeated, {"first", "second", "third"})]
+)
+def test_widths_that_cannot_be_inferred_leave_the_rest_of_the_network(mix: Callable[[Tensor, Tensor], Tensor], names: set[str]) -> None:
+    rules = dict(vars(index_mapping))
+    found = narrowable(Mixed(mix).eval(), torch.randn(2, 3, 4, 4))
+    assert {g.name for g in found.groups} == names
+    assert dict(vars(index_mapping)) == rules
 
 
 class Dependency:
