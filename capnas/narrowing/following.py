@@ -41,11 +41,10 @@ def forgiving() -> Iterator[None]:
 
         return apply
 
-    rules = {name: getattr(index_mapping, name) for name in (*_FRAIL, _REPEATED)}
+    rules = {name: getattr(index_mapping, name) for name in (*_FRAIL, _REPEATED) if hasattr(index_mapping, name)}  # not in every version
     try:
-        for name in _FRAIL:
-            setattr(index_mapping, name, forgive(rules[name]))
-        setattr(index_mapping, _REPEATED, lambda graph, node: None)
+        for name, rule in rules.items():
+            setattr(index_mapping, name, forgive(rule) if name in _FRAIL else lambda graph, node: None)
         yield
     finally:
         for name, rule in rules.items():
