@@ -51,15 +51,26 @@ def readable(module: nn.Module) -> bool:
     >>> readable(_timm_layers.Linear(2, 2)), readable(_timm_layers.Conv2dSame(2, 2, 3)), readable(_timm_layers.StdConv2d(2, 2, 3))
     (True, True, False)
     """
+    return why_unreadable(module) is None
+
+
+def why_unreadable(module: nn.Module) -> str | None:
+    """Why a layer is not `readable`, or None.
+
+    >>> print(why_unreadable(nn.Conv2d(2, 2, 3)), "|", why_unreadable(nn.Conv2d(2, 2, 3, groups=2)))
+    None | it is a convolution in 2 groups
+    """
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return f"it is a {type(module).__name__}, neither a linear layer nor a 2-d convolution"
+    if type(module).forward not in (_LINEAR if isinstance(module, nn.Linear) else _CONV):
+        return f"it is a {type(module).__name__}, which computes its outputs in a way of its own"
     if isinstance(module, nn.Linear):
-        return type(module).forward in _LINEAR and module.in_features <= REFITTED
-    return (
-        isinstance(module, nn.Conv2d)
-        and type(module).forward in _CONV
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-    )
+        return f"it reads {module.in_features} inputs, more than {REFITTED}" if module.in_features > REFITTED else None
+    if module.groups > 1:
+        return f"it is a convolution in {module.groups} groups"
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return f"it pads by the rule {module.padding if module.padding_mode == 'zeros' else module.padding_mode!r}"
+    return None
 
 
 def pads_by_size(module: nn.Module) -> bool:

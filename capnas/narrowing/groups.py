@@ -27,7 +27,7 @@ from capnas.recording import hooked
 Side = Literal["out", "in", "both", "param"]
 Atom = tuple[str, Side, int]
 Units = Sequence[Sequence[Atom]]
-_CLASSES = "it gives the classes"
+CLASSES = "it gives the classes"
 _ENDLESS = "its channels are sliced, joined or folded in more ways than can be followed"
 _RULES = (*CONVS, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -105,9 +105,9 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
     ('0', 6, [('0', 'out', 1), ('1', 'both', 1), ('4', 'in', 4)])
     """
     modules = dict(model.named_modules())
-    order = _order(model, example)
+    order = run_order(model, example)
     heads = head_names(model)
-    fixed: dict[str, str] = {h: _CLASSES for h in heads if isinstance(modules[h], MEASURED)}
+    fixed: dict[str, str] = {h: CLASSES for h in heads if isinstance(modules[h], MEASURED)}
     attentions = {n: m for n, m in modules.items() if is_attention(m)}
     tied = shared_parameters(model)
     found: list[Units] = []
@@ -171,7 +171,7 @@ def _tied(units: Units, tied: Mapping[str, str]) -> str | None:
 
 def cannot_narrow(model: nn.Module, fixed: Mapping[str, str]) -> CannotNarrow:
     """The error of a network of which every layer is fixed, with at most three of the reasons."""
-    reasons = sorted(set(fixed.values()) - {_CLASSES})[:3] or [f"its only layer has a fixed width, {_CLASSES}"]
+    reasons = sorted(set(fixed.values()) - {CLASSES})[:3] or [f"its only layer has a fixed width, {CLASSES}"]
     return CannotNarrow(f"cannot narrow this {type(model).__name__}: {'; '.join(reasons)}.")
 
 
@@ -225,7 +225,7 @@ def _refusal(units: Units, modules: Mapping[str, nn.Module], heads: set[str], at
     for name, side in places:
         module = modules.get(name)
         if name in heads and side == "out":
-            return _CLASSES
+            return CLASSES
         if any(name in (f"{n}.qkv", f"{n}.proj") for n in attentions):
             return "an attention is narrowed by whole heads"
         if isinstance(module, MEASURED) and {n for n, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
@@ -311,8 +311,8 @@ def _group(units: Units, order: Mapping[str, int]) -> CoupledGroup | str:
     return CoupledGroup(name=first[0], units=len(units), channels=len(units) * len(places[first][0]), ports=ports)
 
 
-def _order(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Position of each module in a run of the network."""
+def run_order(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Position of each module in a run of the network, by its name."""
     order: dict[str, int] = {}
     names = {m: n for n, m in model.named_modules()}
 

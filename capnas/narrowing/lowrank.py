@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from capnas.errors import UsageError
+from capnas.layers import MEASURED
 from capnas.measures.moments import Moments, covariance
 from capnas.measures.probing import FAILURES, described, unwrap_model
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
-from capnas.narrowing.calibration import output_moments, pads_by_size, readable
+from capnas.narrowing.calibration import output_moments, pads_by_size, why_unreadable
+from capnas.narrowing.groups import CLASSES, run_order
 from capnas.narrowing.planning import check_target
-from capnas.narrowing.refusing import CannotNarrow, check_modules, differ, fixed_cost
+from capnas.narrowing.refusing import CannotNarrow, check_modules, differ, fixed_cost, why_uncalled
 from capnas.projection import head_names
+from capnas.recording import LayerRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +89,9 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
     model = check_modules(model)
     modules, heads = dict(model.named_modules()), head_names(model)
     cost = fixed_cost(model, images)
-    names = [n for n, m in modules.items() if n in cost.layers and readable(m) and not pads_by_size(m) and n not in heads]
     records = output_moments(model, images)
-    names = [n for n in names if n in records]
+    fixed = _unfit(model, heads, records, images[:2])
+    names = [n for n, m in modules.items() if isinstance(m, MEASURED) and n in cost.layers and n not in fixed]
     whole = _irreplaceable(model, names, images[:2])
     names = [n for n in names if n not in whole]
     if whole and not names:
@@ -138,13 +141,25 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
     return RankPlan(
         goal=goal,
         groups=tuple(rows),
-        fixed=dict.fromkeys(heads, "it gives the classes") | whole,
+        fixed={n: reason for n in modules if (reason := (fixed | whole).get(n)) is not None},
         macs=cost.macs,
         planned_macs=total,
         params=cost.params,
         planned_params=params,
         moments={n: records[n].moments for n in names},
     )
+
+
+def _unfit(model: nn.Module, heads: set[str], records: Mapping[str, LayerRecord], example: Tensor) -> dict[str, str]:
+    """The conv and linear layers that cannot be split whatever their outputs, each with the reason."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, MEASURED)}
+    found = {n: "its outputs on the images are not finite" for n in layers if n not in records}
+    for name, layer in layers.items():
+        reason = "it pads each image by its size" if pads_by_size(layer) else why_unreadable(layer)
+        if name in heads or reason:
+            found[name] = CLASSES if name in heads else str(reason)
+    order = run_order(model, example)
+    return found | why_uncalled(model, example, [n for n in layers if n not in order and n not in heads])
 
 
 def _irreplaceable(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[str, str]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 
+from capnas._timm import timm
 from capnas.candidates import count_cost
 from capnas.errors import UsageError
 from capnas.measures.moments import covariance, moments_of
@@ -107,6 +108,42 @@ def test_layers_whose_weights_the_network_reads_stay_whole() -> None:
     model.a = nn.Identity()
     with pytest.raises(CannotNarrow, match="cannot split this ReadsWeights: with b in two parts"):
         plan_ranks(model, x)
+
+
+class Kinds(nn.Module):
+    """Layers that are not split, one of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.grouped = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.same, self.named = timm.layers.Conv2dSame(8, 8, 3), nn.Conv2d(8, 8, 3, padding="same")
+        self.mirrored, self.standardized = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), timm.layers.StdConv2d(8, 8, 1)
+        self.line, self.wide, self.broken = nn.Conv1d(8, 8, 1), nn.Linear(4609, 4), nn.Linear(8, 8)
+        self.left, self.read, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.standardized(self.mirrored(self.named(self.same(self.grouped(self.dense(x))))))
+        x = self.line(x.flatten(2)).mean(2) @ self.read.weight
+        self.broken(x / 0)
+        return self.head(x) + self.wide(x.new_ones(len(x), 4609))[:, :2]
+
+
+def test_layers_that_are_left_out_have_a_reason_each() -> None:
+    plan = plan_ranks(Kinds().eval(), torch.randn(16, 1, 6, 6))
+    assert [g.name for g in plan.groups] == ["dense"]
+    assert plan.fixed == {
+        "grouped": "it is a convolution in 4 groups",
+        "same": "it pads each image by its size",
+        "named": "it pads by the rule 'same'",
+        "mirrored": "it pads by the rule 'reflect'",
+        "standardized": "it is a StdConv2d, which computes its outputs in a way of its own",
+        "line": "it is a Conv1d, neither a linear layer nor a 2-d convolution",
+        "wide": "it reads 4609 inputs, more than 4608",
+        "broken": "its outputs on the images are not finite",
+        "left": "the network does not call it",
+        "read": "the network reads its weights and does not call it",
+        "head": "it gives the classes",
+    }
 
 
 def test_errors() -> None:
