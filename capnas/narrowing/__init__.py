@@ -93,7 +93,10 @@ def _name_features(model: nn.Module, small: nn.Module, example: Tensor) -> None:
         if not hasattr(model, attribute):
             return
     with torch.no_grad(), untouched(model):
-        before, after = (tuple(m.forward_features(example).shape) for m in (model, small))  # type: ignore[operator]
+        features = [m.forward_features(example) for m in (model, small)]  # type: ignore[operator]
+    if not all(isinstance(f, Tensor) for f in features):
+        return  # several, each of a width of its own
+    before, after = (tuple(f.shape) for f in features)
     axes = [i for i, size in enumerate(before) if size == model.num_features]
     if len(axes) == 1 and len(after) == len(before):
         for owner in around_classifier(small):

@@ -177,3 +177,12 @@ def test_models_and_their_heads_know_their_new_widths() -> None:
     small = narrowed(model, found, plan_widths(found, widths={"conv": 5, "head.hidden": 3}))
     assert (small.num_features, small.head.in_features) == (5, 5) == (small.conv.out_channels, small.head.hidden.in_channels)
     assert (small.head_hidden_size, small.head.num_features) == (3, 3) == (small.head.hidden.out_channels, small.head.fc.in_channels)
+
+
+def test_features_of_several_branches_name_no_one_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Headed, "forward", lambda self, x: self.head(self.conv(x).relu()))
+    monkeypatch.setattr(Headed, "forward_features", lambda self, x: [self.conv(x), x])
+    model, x = Headed().eval(), torch.randn(32, 3, 4, 4)
+    found = survey(model, x)
+    small = narrowed(model, found, plan_widths(found, widths={"conv": 5}))
+    assert (small.num_features, small.conv.out_channels) == (8, 5)
