@@ -1,8 +1,8 @@
 """A model as a folder without pickle: safetensors for the numbers, a JSON manifest that builds the modules again.
 
 The manifest names a *recipe* (a timm model, or a search space and its parameters) and what the model's modules have other than the
-recipe builds: widths, numbers of heads, added biases, layers split in two, number types. Loading builds the recipe, changes those modules,
-and reads the weights. Nothing is executed but timm's constructors or the space's own code.
+recipe builds: widths, numbers of heads, added biases, layers split in two, plain convolutions for standardized ones, number types. Loading
+builds the recipe, changes those modules, and reads the weights. Nothing is executed but timm's constructors or the space's own code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from capnas._timm import timm
+from capnas._timm import import_timm, timm
 from capnas.candidates import build_model
 from capnas.documents import write_whole
 from capnas.errors import CapnasError, UsageError
@@ -25,7 +25,8 @@ from capnas.spaces import load_space
 
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 _FORMAT, _VERSION = "capnas-model", 1
-_FACTORS: dict[str, type[nn.Module]] = {"Conv2d": nn.Conv2d, "Linear": nn.Linear}
+_CONV2D_SAME: type[nn.Conv2d] = import_timm("timm.layers").Conv2dSame
+_FACTORS: dict[str, type[nn.Module]] = {"Conv2d": nn.Conv2d, "Conv2dSame": _CONV2D_SAME, "Linear": nn.Linear}
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 
 
@@ -200,8 +201,8 @@ def _assemble(manifest: Mapping[str, Any], seed: int = 0) -> nn.Module:
     model = build_recipe(manifest["recipe"], seed=seed)
     for name, steps in manifest["replaced"].items():
         parent, _, child = name.rpartition(".")
-        built = nn.Sequential(*(_FACTORS[step["kind"]](**step["args"]) for step in steps))
-        setattr(model.get_submodule(parent), child, built)
+        built = [_FACTORS[step["kind"]](**step["args"]) for step in (steps if isinstance(steps, list) else [steps])]
+        setattr(model.get_submodule(parent), child, nn.Sequential(*built) if isinstance(steps, list) else built[0])
     for name, attributes in manifest["attributes"].items():
         module = model.get_submodule(name)
         for attribute, value in attributes.items():
@@ -231,7 +232,13 @@ def _retype(model: nn.Module, dtypes: Mapping[str, str]) -> None:
 def _differences(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
     """What must be changed on the recipe's model to get this model's modules."""
     before, now = dict(plain.named_modules()), dict(model.named_modules())
-    replaced = {n: _steps(n, m) for n, m in now.items() if n in before and isinstance(m, nn.Sequential) and type(before[n]) is not type(m)}
+    replaced: dict[str, Any] = {}
+    for name, module in now.items():
+        if name in before and type(before[name]) is not type(module):
+            if isinstance(module, nn.Sequential):
+                replaced[name] = [_step(name, part) for part in module]
+            elif type(module) in (nn.Conv2d, _CONV2D_SAME) and isinstance(before[name], nn.Conv2d):  # of a standardized one
+                replaced[name] = _step(name, module)
     inside = tuple(f"{n}." for n in replaced)
     attributes: dict[str, dict[str, Any]] = {}
     for name, module in now.items():
@@ -280,17 +287,14 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _steps(name: str, module: nn.Sequential) -> list[dict[str, Any]]:
-    """A Sequential of convs and linear layers as JSON."""
-    steps: list[dict[str, Any]] = []
-    for part in module:
-        if type(part) is nn.Conv2d and part.padding_mode == "zeros":
-            args = {key: getattr(part, key) for key in _CONV} | {"bias": part.bias is not None}
-        elif type(part) is nn.Linear:
-            args = {"in_features": part.in_features, "out_features": part.out_features, "bias": part.bias is not None}
-        else:
-            kind = type(part).__name__ + (f" padded with {part.padding_mode!r}" if type(part) is nn.Conv2d else "")
-            known = "Linear and, padded with zeros, Conv2d"
-            raise UsageError(f"{name} holds a {kind}, which a manifest cannot describe; it can describe {known}.")
-        steps.append({"kind": type(part).__name__, "args": args})
-    return steps
+def _step(name: str, part: Any) -> dict[str, Any]:
+    """A conv or linear layer as JSON."""
+    if type(part) in (nn.Conv2d, _CONV2D_SAME) and part.padding_mode == "zeros":
+        args = {key: getattr(part, key) for key in _CONV} | {"bias": part.bias is not None}
+    elif type(part) is nn.Linear:
+        args = {"in_features": part.in_features, "out_features": part.out_features, "bias": part.bias is not None}
+    else:
+        kind = type(part).__name__ + (f" padded with {part.padding_mode!r}" if type(part) is nn.Conv2d else "")
+        known = "Linear and, padded with zeros, Conv2d"
+        raise UsageError(f"{name} holds a {kind}, which a manifest cannot describe; it can describe {known}.")
+    return {"kind": type(part).__name__, "args": args}

@@ -21,6 +21,7 @@ from capnas.narrowing.correcting import correct
 from capnas.narrowing.groups import CoupledGroup
 from capnas.narrowing.planning import Plan, plan_widths, read_widths
 from capnas.narrowing.refusing import CannotNarrow
+from capnas.narrowing.standardized import plain_convs
 from capnas.narrowing.survey import Survey, survey
 
 __all__ = ["CannotNarrow", "CoupledGroup", "Plan", "Survey", "chosen_units", "narrowed", "plan_widths", "read_widths", "survey"]
@@ -57,9 +58,10 @@ def narrowed(model: nn.Module, found: Survey, plan: Plan, *, refit: bool = True,
         seed: of the small noise that tells doubled channels apart where a group grows.
 
     Returns:
-        In eval mode, on the model's device.
+        In eval mode, on the model's device; of convolutions that standardize their weights the plain equals, see
+        `capnas.narrowing.standardized`.
     """
-    model, keep = unwrap_model(model), chosen_units(found, plan)
+    model, keep = plain_convs(unwrap_model(model)), chosen_units(found, plan)
     small = copy.deepcopy(model).eval()
     fitted = {n: r for n, r in found.readings.items() if refitted(model.get_submodule(n))}
     if refit:

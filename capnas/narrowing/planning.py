@@ -298,6 +298,6 @@ def _plan(found: Survey, units: Sequence[int], goal: str) -> Plan:
         fixed=dict(found.coupling.fixed),
         macs=round(float(found.cost.macs.sum())),
         planned_macs=round(float(found.cost.total_macs(wide))),
-        params=round(float(found.cost.params.sum())),
+        params=round(float(found.cost.params.sum())) + found.gains,
         planned_params=round(float(found.cost.total_params(wide))),
     )

@@ -27,6 +27,7 @@ from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.lowrank import RankPlan, factorized, plan_ranks
 from capnas.narrowing.planning import Allocation, Plan, check_division, check_growth, check_target, check_widths, plan_widths
 from capnas.narrowing.refusing import check_modules
+from capnas.narrowing.standardized import plain_convs
 from capnas.narrowing.survey import saturations, survey
 from capnas.projection import head_names
 from capnas.training import TrainConfig, TrainingResult, evaluate, train
@@ -181,8 +182,9 @@ def pretrain(
         )
     if config.widths is not None:  # before minutes of training
         example = data.probe(2, seed=config.seed, device=next(model.parameters()).device, image_size=image_size)[0]
-        groups = narrowable(model, example).groups
-        check_growth(NetworkCost.of(model, groups, (1, *example.shape[1:])), check_widths(groups, config.widths))
+        plain = plain_convs(model)
+        groups = narrowable(plain, example).groups
+        check_growth(NetworkCost.of(plain, groups, (1, *example.shape[1:])), check_widths(groups, config.widths))
     settings = TrainConfig(epochs=config.train_epochs, seed=config.seed, device=config.device, record=False)
     _train(model, data, settings, image_size, "training", say)
     return model

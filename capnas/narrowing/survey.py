@@ -18,6 +18,7 @@ from capnas.narrowing.calibration import NormInputs, Reading, norm_inputs, norms
 from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, layers_of, shared_parameters
 from capnas.narrowing.refusing import check_modules
+from capnas.narrowing.standardized import plain_convs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +38,7 @@ class Survey:
         over_wide: groups of which a writer is flagged by (50).
         threshold: see ``needed``.
         images: the calibration images (N, C, H, W).
+        gains: parameters of the network that plain convolutions in place of standardized ones do without.
     """
 
     coupling: Coupling
@@ -51,6 +53,7 @@ class Survey:
     over_wide: tuple[bool, ...]
     threshold: float
     images: Tensor
+    gains: int
 
     @property
     def groups(self) -> tuple[CoupledGroup, ...]:
@@ -60,6 +63,8 @@ class Survey:
 
 def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, seed: int = 0) -> Survey:
     """Measure a trained network on calibration images; the network is left as it is.
+
+    Convolutions that standardize their weights count and are measured as the plain ones that they become (`plain_convs`).
 
     Args:
         model: a classifier on the images' device.
@@ -71,7 +76,8 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
         CannotNarrow: no layer's width can be changed, or the network cannot be read, see `capnas.narrowing.refusing`; the text says why.
         MissingDependencyError: Torch-Pruning is not installed.
     """
-    model = check_modules(model)
+    given = check_modules(model)
+    model = plain_convs(given)
     coupling = narrowable(model, images[:2])
     modules = dict(model.named_modules())
     tied = shared_parameters(model)  # refitting one layer would change the other
@@ -113,6 +119,7 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
         over_wide=tuple(any(w in wide for w in names) for names in writers),
         threshold=threshold,
         images=images,
+        gains=sum(p.numel() for p in given.parameters()) - sum(p.numel() for p in model.parameters()),
     )
 
 
