@@ -202,7 +202,7 @@ def change_widths(model: nn.Module, groups: Sequence[CoupledGroup], keep: Keep) 
     if head is not None:
         name, before = head
         for owner in around_classifier(model):
-            for attribute in ("num_features", "head_hidden_size"):
+            for attribute in ("num_features", "head_hidden_size", "embed_dim"):
                 if getattr(owner, attribute, None) == before:
                     setattr(owner, attribute, _inputs(modules[name]))
 

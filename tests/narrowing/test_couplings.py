@@ -179,6 +179,18 @@ def test_models_and_their_heads_know_their_new_widths() -> None:
     assert (small.head_hidden_size, small.head.num_features) == (3, 3) == (small.head.hidden.out_channels, small.head.fc.in_channels)
 
 
+def test_the_classifier_of_a_narrowed_mixer_can_be_replaced() -> None:
+    sizes = {"num_classes": 3, "img_size": 8, "patch_size": 4, "num_blocks": 1, "embed_dim": 16, "mlp_ratio": 4}
+    gated = timm.models.mlp_mixer
+    model = gated.MlpMixer(**sizes, block_layer=gated.SpatialGatingBlock, mlp_layer=timm.layers.GatedMlp).eval()
+    x = torch.randn(16, 3, 8, 8)
+    found = survey(model, x)
+    small = narrowed(model, found, plan_widths(found, widths={"stem.proj": 12}))
+    assert (small.embed_dim, small.num_features, small.head.in_features) == (12, 12, 12)
+    small.reset_classifier(5)
+    assert small(x).shape == (16, 5)
+
+
 def test_features_of_several_branches_name_no_one_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Headed, "forward", lambda self, x: self.head(self.conv(x).relu()))
     monkeypatch.setattr(Headed, "forward_features", lambda self, x: [self.conv(x), x])
