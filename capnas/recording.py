@@ -80,7 +80,7 @@ class Recorder:
 
     Args:
         model: any module; it is not changed, and its hooks are removed on exit, also after an error. A compiled one runs uncompiled inside,
-            and its layers have the names that they have without ``torch.compile``.
+            and its layers have the names that they have without ``torch.compile``. Copies of it, made or saved meanwhile, are not recorded.
         reading: "modules" (conv and linear outputs, the papers' convention), "blocks" (the repeated units of the network) or "both".
         blocks: a regular expression that full-matches the names of the units to read as blocks; found by `find_blocks` when absent.
         values_per_call: bound on the numbers copied from one layer in one forward call: `max(values_per_call, 3 * width**2)`, that is
@@ -137,11 +137,11 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self._eagerly.enter_context(eagerly(self._given))
-        self._handles.append(self.model.register_forward_pre_hook(self._count))
+        self._handles.append(self.model.register_forward_pre_hook(_Hook(self._count)))
         for name in self.layers:
-            self._handles.append(self._modules[name].register_forward_hook(self._hook(name, "modules")))
+            self._handles.append(self._modules[name].register_forward_hook(_Hook(self._hook(name, "modules"))))
         for name in self.blocks:
-            self._handles.append(self._modules[name].register_forward_hook(self._hook(name, "blocks")))
+            self._handles.append(self._modules[name].register_forward_hook(_Hook(self._hook(name, "blocks"))))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -225,6 +225,17 @@ class Recorder:
                 sums.add(lattice.of(tensor, self._random), rows)
 
         return hook
+
+
+def _nothing(*_: Any) -> None:
+    """What a hook is in a copy."""
+
+
+class _Hook(functools.partial[Any]):
+    """A hook of one model: in a copy of the model, or in one from a file, it does nothing."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -171,6 +172,18 @@ def test_hooks_come_off_and_nothing_stays_on_the_modules() -> None:
         assert hooks(model) > 0
     assert hooks(model) == 0
     assert {n: set(vars(m)) for n, m in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["copied", "saved"])
+def test_a_copy_made_while_a_model_is_recorded_is_another_model(saved: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    with Recorder(model, blocks="1") as recorder:
+        if saved:  # the reference tool's hooks cannot be saved, and those of a copy write into the original's sums
+            torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False) if saved else copy.deepcopy(model)
+        model(noise(5, 3))
+        assert torch.equal(other(noise(7, 3)), model(noise(7, 3)))
+    assert {name: row.rows for name, row in recorder.pop("train").items()} == {"0": 12, "1": 12, "block:1": 12}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
