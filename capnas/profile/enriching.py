@@ -101,8 +101,9 @@ def with_structure(profile: Profile, report: StructureReport, image_size: tuple[
     With the size of the images also what the receptive fields say of it.
     """
     rows = []
+    whole = next((layer for layer in report.layers.values() if layer.kind in ("conv", "linear")), None)
     for row in profile.layers:
-        found = report.layers.get(row.name)
+        found = report.layers.get(row.name) if row.name else whole  # a layer that is the whole model has no name
         if found is not None:
             row = replace(
                 row, complexity=found.complexity_bits, log2_fan_in=found.log2_fan_in, log2_paths=found.log2_paths,

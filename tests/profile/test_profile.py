@@ -239,6 +239,20 @@ def test_batch_norms_count_in_the_lipschitz_constant_and_other_norms_are_named()
     assert "log10_lipschitz" not in measured().flags
 
 
+@pytest.mark.parametrize("computed", [False, True], ids=["plain", "parametrized"])
+def test_a_layer_that_is_the_whole_model_has_its_structure(computed: bool) -> None:
+    model = nn.Conv2d(3, 8, 5, stride=2)
+    inside = nn.Sequential(nn.Conv2d(3, 8, 5, stride=2))
+    if computed:
+        for layer in (model, inside[0]):
+            nn.utils.parametrizations.weight_norm(layer)
+    found, expected = (profile_model(m, noise(4, 3, 16, 16), measures=("saturation", "structure")) for m in (model, inside))
+    (row,), (beside,) = found.layers, expected.layers
+    assert (row.complexity, row.log2_paths, row.log2_compression) == (beside.complexity, beside.log2_paths, beside.log2_compression)
+    assert row.receptive_field == beside.receptive_field == ((5, 5), (5, 5))
+    assert found.skipped == {}
+
+
 def test_unmeasured_columns_stay_empty() -> None:
     profile = profile_model(small_resnet(), noise(2, 3, 32, 32), measures=("saturation",))
     assert profile.layers[0].norm is None
