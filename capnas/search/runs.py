@@ -53,9 +53,11 @@ class RunResult:
 
     @property
     def front(self) -> list[FrozenTrial]:
-        """The trials that no other is better than in every value; with one value, the best."""
-        trials = self.study.get_trials(deepcopy=False)
-        return self.study.best_trials if any(t.state == TrialState.COMPLETE for t in trials) else []
+        """The trials that no other is better than in every value; with one value, the best. Duplicates of a trial are left out."""
+        if not any(t.state == TrialState.COMPLETE for t in self.study.get_trials(deepcopy=False)):
+            return []
+        found = [(t, Evaluation.of(t)) for t in self.study.best_trials]
+        return [t for t, e in found if e is None or e.status != "duplicate"]
 
     @property
     def best(self) -> FrozenTrial | None:

@@ -62,6 +62,7 @@ def test_with_several_values_the_best_trials_are_the_pareto_set(tmp_path: Path) 
     run = told(tmp_path, ("accuracy", "macs"))
     assert listed(run) == [0, 2, 4, 5]
     assert {*listed(run), len(POINTS)} == {t.number for t in run.study.best_trials}  # Optuna's has the duplicate too
+    assert {t.number for t in run.front} == {*listed(run)}
     rows = Report.of(run).to_dict()["best"]
     assert [(row["accuracy"], row["macs"]) for row in rows] == [POINTS[n] for n in listed(run)]
     assert listed(told(tmp_path, ("macs", "accuracy"))) == [5, 4, 2, 0]  # the first value's best comes first
@@ -77,6 +78,7 @@ def test_a_pareto_set_is_listed_whole(tmp_path: Path) -> None:
 def test_with_one_value_the_best_trials_are_the_ten_best(tmp_path: Path, n: int) -> None:
     best = sorted(range(n), key=lambda i: (-POINTS[i][0], i))[:10]
     run = told(tmp_path, ("accuracy",), points=POINTS[:n])
+    assert [t.number for t in run.front] == [i for i in best if POINTS[i][0] == 0.9]  # those that are equally good
     assert len(best) == min(10, n)
     assert listed(run) == best
     table = Report.of(run).to_markdown().split("## Best trials")[1].split("##")[0]
