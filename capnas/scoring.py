@@ -196,12 +196,12 @@ def measures_for(names: Iterable[str]) -> tuple[str, ...]:
     return ("saturation", *(measure for measure, scores in needs.items() if wanted & set(scores)))
 
 
-def score(profile: Profile, names: Sequence[str] | None = None) -> dict[str, float]:
+def score(profile: Profile, names: str | Sequence[str] | None = None) -> dict[str, float]:
     """Scores of a profile by name.
 
     Args:
         profile: from `profile_model`, from training or read back from a trial.
-        names: which scores; all when absent.
+        names: which scores, or one; all when absent.
 
     Returns:
         Name to value, NaN where the profile lacks what a score needs.
@@ -215,7 +215,7 @@ def score(profile: Profile, names: Sequence[str] | None = None) -> dict[str, flo
     >>> 0 < score(profile_model(model, torch.randn(64, 4)), ["saturation_evenness"])["saturation_evenness"] <= 1
     True
     """
-    chosen = list(SCORES) if names is None else list(names)
+    chosen = list(SCORES) if names is None else [names] if isinstance(names, str) else list(names)
     for name in chosen:
         if name not in SCORES:
             raise UsageError(one_of("score", name, SCORES))

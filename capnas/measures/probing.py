@@ -24,12 +24,15 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     Its names are those without ``_orig_mod.``. Run it within `eagerly`, since what it holds may be compiled too.
 
     Raises:
-        UsageError: a model that TorchScript compiled, which takes no hooks.
+        UsageError: a model that TorchScript compiled, which takes no hooks, or what is no module.
 
     >>> net = nn.Linear(3, 2)
     >>> unwrap_model(torch.compile(net)) is net, unwrap_model(net) is net
     (True, True)
     """
+    if not isinstance(model, nn.Module):
+        built = f": build it first, as by timm.create_model({model!r})" if isinstance(model, str) else ""
+        raise UsageError(f"the model must be a torch.nn.Module, got {type(model).__name__}{built}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError(
             "the model must be a torch.nn.Module in Python, got a torch.jit.ScriptModule, which takes no hooks. "

@@ -31,7 +31,7 @@ def profile_model(
     inputs: Tensor | Iterable[Tensor | Sequence[Tensor]],
     targets: Tensor | None = None,
     *,
-    measures: Sequence[str] | None = None,
+    measures: str | Sequence[str] | None = None,
     threshold: float = THRESHOLD,
     reading: Reading = "both",
     blocks: str | None = None,
@@ -50,8 +50,8 @@ def profile_model(
         inputs: one batch (B, C, H, W) on the model's device, a pair of a batch and its classes (B,), or an iterable of either, such as a
             ``DataLoader``, which is kept in memory. Saturation pools them all; every other measure sees the first batch only.
         targets: (B,) classes, for measures that need a loss: of the first batch, or of all batches in order; those of the pairs if absent.
-        measures: any of `MEASURES`; "saturation" and, where the model can be traced, "structure" when absent. "saturation" is always
-            read; "structure" adds the layer algebra and receptive fields from the traced graph, "norms" operator norms, "capacity"
+        measures: any of `MEASURES`, or "all"; "saturation" and, where the model can be traced, "structure" when absent. "saturation" is
+            always read; "structure" adds the layer algebra and receptive fields from the traced graph, "norms" operator norms, "capacity"
             capacity allocation (one to four backward passes), "proxies" the published baselines synflow, naswot, zico, snip, grad_norm,
             params and macs.
         threshold: share of the variance that the intrinsic dimension explains.
@@ -72,8 +72,8 @@ def profile_model(
     Raises:
         UsageError: unknown measure, reading or block pattern, a threshold out of its range, inputs that are no tensors or no images,
             targets that are not one an image, one image for batch norms in train mode, a model that takes other inputs, has
-            uninitialized parameters or is a ``torch.jit.ScriptModule``, or one that was made in inference mode, where a measure needs
-            gradients or the call is outside of that mode.
+            uninitialized parameters, is a ``torch.jit.ScriptModule`` or no module at all, or one that was made in inference mode, where a
+            measure needs gradients or the call is outside of that mode.
 
     >>> _ = torch.manual_seed(1)
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
@@ -81,6 +81,8 @@ def profile_model(
     >>> [(row.name, row.k, row.width) for row in profile.layers]
     [('0', 4, 4), ('3', 2, 2)]
     """
+    if isinstance(measures, str):
+        measures = MEASURES if measures == "all" else (measures,)
     for measure in measures or ():
         if measure not in MEASURES:
             raise UsageError(one_of("measures", measure, MEASURES))

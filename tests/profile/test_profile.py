@@ -195,6 +195,21 @@ def test_equal_profiles_for_equal_seeds_with_dropout() -> None:
 def test_unknown_measure_is_refused() -> None:
     with pytest.raises(UsageError, match="measures must be one of"):
         profile_model(small_resnet(), noise(1, 3, 32, 32), measures=("saturatoin",))
+    with pytest.raises(UsageError, match=r"got 'norm'\. Did you mean 'norms'"):
+        profile_model(small_resnet(), noise(1, 3, 32, 32), measures="norm")
+
+
+def test_one_name_is_one_measure_and_all_are_all() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)), noise(8, 3, 8, 8)
+    assert profile_model(model, x, measures="norms").measures == profile_model(model, x, measures=("norms",)).measures
+    found = profile_model(model, x, measures="all")
+    assert found.measures == MEASURES
+    assert score(found, "naswot") == {"naswot": score(found)["naswot"]}
+
+
+def test_a_name_is_no_model() -> None:
+    with pytest.raises(UsageError, match=r"must be a torch\.nn\.Module, got str: build it first, as by timm\.create_model\('resnet18'\)\."):
+        profile_model("resnet18", noise(1, 3, 32, 32))  # type: ignore[arg-type]
 
 
 def test_structure_norms_and_proxies_in_one_call() -> None:
