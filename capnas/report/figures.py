@@ -190,10 +190,15 @@ def _optuna(run: RunResult) -> dict[str, Any]:
         return {}
     name = run.config.values[0]
     target = None if len(run.config.values) == 1 else _first_value
+    sign = -1 if run.config.directions[0] == "maximize" else 1
+
+    def best_is_least(trial: FrozenTrial) -> float:  # as PED-ANOVA takes any target of several values
+        return sign * _first_value(trial)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            shares = optuna.importance.get_param_importances(run.study, target=target)
+            shares = optuna.importance.get_param_importances(run.study, target=best_is_least if target else None)
         except (ValueError, RuntimeError):  # parameters that all complete trials share, or none in common
             return {}
         top = list(shares)[:4]

@@ -8,7 +8,9 @@ import pytest
 from tiny_space import FILE, images
 
 from capnas.data import load_data
-from capnas.report.figures import figures
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.profile import LayerProfile, Profile
+from capnas.report.figures import BLUE, GREY, RED, figures
 from capnas.search import open_run, run_study
 from capnas.search.config import StudyConfig
 from capnas.search.runs import RunResult
@@ -24,6 +26,55 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
                          pruner="off", out=str(folder), train={"batch_size": 32})  # fmt: skip
     run_study(config, data=load_data(images(), validation=0.2, test=0.2))
     return open_run(folder)
+
+
+def saturated(saturation: float) -> Profile:
+    rows = [
+        LayerProfile(name=name, kind="Conv2d", reading="modules", width=8, params=1, rows=1, rows_seen=1, saturation=saturation)
+        for name in ("a", "b")
+    ]
+    return Profile(layers=tuple(rows), blocks=(replace(rows[0], reading="blocks"),), skipped={}, mode="train")
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> RunResult:
+    """A run of given results: accuracies 0.5, 0.9, 0.7 and, stopped, 0.6; the best is no last trial and 30 times as costly as the first."""
+    config = StudyConfig(space="tiny", data="noise", study="told", trials=4, out=str(tmp_path))
+    study = optuna.create_study(study_name=config.name, directions=config.directions)
+    for accuracy, macs, evenness in ((0.5, 100, None), (0.9, 3000, 0.5), (0.7, 200, 0.5), (0.6, 10, 0.5)):
+        metrics = {"accuracy": accuracy, "macs": float(macs), "saturation_evenness": evenness}
+        curve, stopped = ({"epoch": 1, "accuracy": 0.1}, {"epoch": 2, "accuracy": accuracy}), macs == 10
+        found = Evaluation(status="stopped" if stopped else "complete", metrics=metrics, macs=macs, n_params=5, curve=curve,
+                           profile=saturated(accuracy))  # fmt: skip
+        given = {"state": optuna.trial.TrialState.PRUNED} if stopped else {"values": [accuracy]}
+        study.add_trial(optuna.trial.create_trial(user_attrs={ATTRIBUTE: found.to_dict()}, **given))
+    return RunResult(folder=tmp_path, config=config, study=study)
+
+
+def test_each_trial_is_drawn_as_what_became_of_it(told: RunResult) -> None:
+    found = figures(told)
+    history = {trace.name: (list(trace.x), list(trace.y)) for trace in found["Accuracy over the search"].data}
+    assert history == {
+        "best so far": ([0, 1, 2, 3], [0.5, 0.9, 0.9, 0.9]),  # to the last trial, though that was stopped
+        "stopped early": ([3], [0.6]),
+        "complete": ([0, 1, 2], [0.5, 0.9, 0.7]),
+    }
+    curves = [(trace.name, trace.line.color) for trace in found["Learning curves"].data]
+    assert curves[0] == ("trial 3", GREY)
+    assert curves[-1] == ("trial 1", RED)  # on top of the others
+    assert {color for _, color in curves[1:-1]} == {BLUE}
+    scatter = found["Accuracy against evenness of saturation"].data[0]
+    assert (list(scatter.x), list(scatter.y)) == ([0.5, 0.5], [0.9, 0.7])
+    assert found["Accuracy against multiply-accumulates"].layout.xaxis.type == "log"
+    blocks = [trace for trace in found["Saturation through the network"].data if trace.showlegend]
+    assert [trace.name for trace in blocks] == ["best: trial 1, 0.900", "median: trial 2, 0.700", "worst: trial 0, 0.500"]
+    assert list(found["Saturation through the network"].data[1].x) == [0.25, 0.75]
+
+
+def test_costs_alike_are_on_a_plain_axis(told: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = told.evaluations()
+    monkeypatch.setattr(RunResult, "evaluations", lambda _: [(t, replace(e, macs=100 + t.number)) for t, e in rows])
+    assert figures(told)["Accuracy against multiply-accumulates"].layout.xaxis.type == "linear"
 
 
 def test_history_never_falls_and_ends_at_the_best(run: RunResult) -> None:
@@ -70,9 +121,31 @@ def test_importances_are_shares(run: RunResult) -> None:
     assert set(bars.y) <= {"width", "depth", "kind"}
 
 
+def test_importances_are_of_reaching_the_best_of_the_first_value(tmp_path: Path) -> None:
+    found = {}
+    for values in (("accuracy",), ("accuracy", "macs"), ("macs", "accuracy")):
+        config = StudyConfig(space="tiny", data="noise", study="told", trials=60, values=values, out=str(tmp_path))
+        study = optuna.create_study(study_name=config.name, directions=config.directions)
+        scale = {name: optuna.distributions.FloatDistribution(0, 1) for name in ("good", "bad")}
+        for n in range(60):
+            params = {"good": n % 10 / 10, "bad": n // 10 / 6}
+            accuracy = params["good"] if params["good"] > 0.7 else -params["bad"]  # "good" makes the best, "bad" the worst
+            told = {"accuracy": accuracy, "macs": 1 - accuracy}
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=scale, values=[told[v] for v in values]))
+        bars = figures(RunResult(folder=tmp_path, config=config, study=study))["Which decisions mattered"].data[0]
+        found[values] = dict(zip(bars.y, bars.x))
+    assert found["accuracy",]["good"] > 0.9
+    assert found["accuracy", "macs"] == pytest.approx(found["accuracy",])
+    assert found["macs", "accuracy"] == pytest.approx(found["accuracy",])
+
+
 def test_bars_are_the_given_correlations(run: RunResult) -> None:
     rows = [{"score": "a", "spearman": 0.5, "partial": None, "chance": 0.3, "trials": 9}]
     assert "What went with accuracy" not in figures(run)
     bars = {trace.name: trace for trace in figures(run, rows)["What went with accuracy"].data}
     assert list(bars["alone"].x) == [0.5]
     assert list(bars["at equal parameters and MACs"].x) == [None]
+    many = [{"score": f"s{n}", "spearman": 0.9 - n / 20, "partial": 0.0, "chance": 0.3, "trials": 9} for n in range(16)]
+    figure = figures(run, many)["What went with accuracy"]
+    assert list(figure.data[0].y) == [f"s{n}" for n in range(13, -1, -1)]  # the strongest, from the top
+    assert [line.x0 for line in figure.layout.shapes] == [-0.3, 0.3]
