@@ -296,7 +296,7 @@ def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _cell(value: Any) -> str:
     if value is None or value != value:
         return "-"
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float):
         return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
     return str(value)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
-from capnas.report.panels import line_panels
+from capnas.report.panels import COLOURS, line_panels
 
 
 def test_points_keep_their_order_and_distances_on_a_logarithmic_axis() -> None:
@@ -34,3 +35,15 @@ def test_ticks_reach_over_the_greatest_value_and_panels_stand_in_rows() -> None:
     heights = {float(y) for y in re.findall(r"y=\"([\d.]+)\" font-weight", text)}
     assert len(heights) == 2
     assert ElementTree.fromstring(line_panels({"empty": {"x": []}}, axis="px")) is not None
+
+
+def test_more_names_than_colours_and_ticks_than_room() -> None:
+    lines = {f"net {n}": [(float(x), n / 10) for x in range(64, 96)] for n in range(len(COLOURS) + 1)}
+    root = ElementTree.fromstring(line_panels({"accuracy": lines}, axis="pixels"))
+    drawn = [e.attrib["stroke"] for e in root.iter() if e.tag.endswith("polyline")]
+    assert drawn == [*COLOURS, COLOURS[0]]
+    ticks = [float(e.attrib["x"]) for e in root.iter() if "middle" in e.attrib.get("text-anchor", "")]
+    *ticks, _ = ticks  # the last is the name of the axis
+    assert 2 < len(ticks) < 32
+    assert all(b - a > 22 for a, b in pairwise(ticks))
+    assert float(root.attrib["width"]) < 400  # one panel wide

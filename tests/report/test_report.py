@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import json
+import random
 import re
 import statistics
 from collections import Counter
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import plotly.offline
 import pytest
 from scipy import stats
 from tiny_space import images
 
 from capnas.data import load_data
 from capnas.errors import MissingDependencyError
+from capnas.measures.ranking import partial_spearman
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
 from capnas.report import Report
 from capnas.search import open_run, run_study
@@ -131,6 +134,58 @@ def test_trials_over_the_budget_are_one_outcome_whichever_budget_it_was(tmp_path
     assert rows == [{"outcome": "over_budget", "trials": 2, "reason (of the first)": "5 MACs too many"}]
 
 
+def test_outcomes_are_listed_with_the_commonest_first(tmp_path: Path) -> None:
+    run = told(tmp_path, ("accuracy",), points=POINTS[:1])
+    for reason in ("3 | 4 MACs too many", "9 MACs too many"):
+        over = Evaluation(status="over_budget", reason=reason).to_dict()
+        run.study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, user_attrs={ATTRIBUTE: over}))
+    rows = Report.of(run).to_dict()["outcomes"]
+    assert [(row["outcome"], row["trials"]) for row in rows] == [("over_budget", 3), ("complete", 1), ("duplicate", 1)]
+
+
+def test_a_bar_in_a_reason_makes_no_column(tmp_path: Path) -> None:
+    run = told(tmp_path, ("accuracy",), points=POINTS[:1])
+    gated = Evaluation(status="gated", reason="below | the gate").to_dict()
+    run.study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, user_attrs={ATTRIBUTE: gated}))
+    assert "| gated | 1 | below / the gate |" in Report.of(run).to_markdown()
+
+
+def test_times_are_in_the_units_that_are_said_and_what_is_unknown_is_left_out(tmp_path: Path) -> None:
+    run = told(tmp_path, ("accuracy",), points=POINTS[:1])
+    long = Evaluation(status="failed", reason="x", seconds={"cost": 1800.0, "training": 3600.0}).to_dict()
+    run.study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs={ATTRIBUTE: long}))
+    (tmp_path / "environment.json").write_text(json.dumps({"cpu": "a processor", "gpu": None, "packages": {"torch": "2.6"}}))
+    text = Report.of(run).to_markdown()
+    assert "in 90.0 minutes of trials" in text
+    assert "1.50 hours of trials on a processor" in text
+    assert text.split("## Environment")[1].split("\n")[2:6] == [
+        "| what | value |",
+        "| --- | --- |",
+        "| cpu | a processor |",
+        "| torch | 2.6 |",
+    ]
+
+
+def test_correlations_are_listed_by_strength_and_partial_ones_hold_both_costs(tmp_path: Path) -> None:
+    run = told(tmp_path, ("accuracy",), points=POINTS[:1])
+    study, chance, found = optuna.create_study(direction="maximize"), random.Random(0), []
+    for n in range(12):
+        metrics = {"accuracy": n / 20, "saturation_mean": -float(n // 2), "saturation_evenness": chance.random()}
+        costs = {"n_params": chance.randrange(100), "macs": chance.randrange(100)}
+        found.append(Evaluation(status="complete", metrics=metrics | {"macs": float(costs["macs"])}, **costs))
+        study.add_trial(optuna.trial.create_trial(values=[n / 20], user_attrs={ATTRIBUTE: found[-1].to_dict()}))
+    rows = Report.of(dataclasses.replace(run, study=study)).to_dict()["correlations"]
+    assert rows[0]["score"] == "saturation_mean"
+    assert rows[0]["spearman"] < -0.9 < 0 < max(row["spearman"] for row in rows)
+    assert [abs(row["spearman"]) for row in rows] == sorted((abs(row["spearman"]) for row in rows), reverse=True)
+    controls = [[float(e.n_params) for e in found], [float(e.macs) for e in found]]
+    accuracy = [e.metrics["accuracy"] for e in found]
+    for row in rows:
+        values = [e.metrics[row["score"]] for e in found]
+        expected = None if row["score"] == "macs" else round(partial_spearman(values, accuracy, controls), 3)
+        assert row["partial"] == expected
+
+
 def test_correlations_are_scipys_over_trained_architectures(run: RunResult) -> None:
     complete = [e for _, e in run.evaluations() if e.status == "complete"]
     rows = {row["score"]: row for row in Report.of(run).to_dict()["correlations"]}
@@ -157,6 +212,7 @@ def test_retrained_networks_are_listed_and_on_the_checklist(run: RunResult, tmp_
     finally:
         path.unlink()
     assert "<b>0.625</b><span>test accuracy, 4 epochs, mean of 2</span>" in page
+    assert page.count(plotly.offline.get_plotlyjs()[:200]) == 1
     assert "| 0 | 2 | 7 | complete | 0.625 |" in text
     assert "yes: 4, seeds 7" in text
 
@@ -166,7 +222,7 @@ def test_one_epoch_is_one(run: RunResult, tmp_path: Path) -> None:
     run = dataclasses.replace(run, folder=tmp_path, config=dataclasses.replace(run.config, epochs=1))
     record = {"trial": best, "epochs": 1, "seed": 7, "status": "complete", "reason": "", "test_accuracy": 0.625, "test_loss": 1.0,
               "test_images": 48, "n_params": 10, "macs": 20, "seconds": 1.0, "device": "cpu"}  # fmt: skip
-    (tmp_path / "retrained.json").write_text(json.dumps([record]))
+    (tmp_path / "retrained.json").write_text(json.dumps([record, record | {"trial": best + 1, "epochs": 3}]))  # of another
     page = Report.of(run).write_html(tmp_path / "page.html").read_text(encoding="utf-8")
     for says in ("; 1 epoch each", "yes: 1 epoch, the settings", "test accuracy, 1 epoch, mean of 1"):
         assert says in page
