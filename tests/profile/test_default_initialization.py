@@ -99,9 +99,25 @@ def test_what_kept_its_values_is_flagged_by_name() -> None:
     assert flags["initialization"] == "no reset sets 0.codes, 2.weight_g, 2.weight_v, which kept the values the model came with"
     assert "initialization" not in profile_model(model, x, measures=("saturation",)).flags
     assert "initialization" not in profile_model(model[1:2], x, initialize=True, measures=("saturation",)).flags
+    four = profile_model(nn.Sequential(*[Scaled() for _ in range(4)]), x, initialize=True, measures=("saturation",))
+    assert "0.codes, 1.codes, 2.codes, 3.codes, which" in four.flags["initialization"]
     model = nn.Sequential(*[Scaled() for _ in range(7)])
     assert "6.codes" not in (said := profile_model(model, x, initialize=True, measures=("saturation",)).flags["initialization"])
     assert "0.codes, 1.codes, 2.codes, 3.codes and 3 more, which" in said
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.1, 0.2, 0.3, 0.4]], ids=["one number", "numbers that differ"])
+def test_only_small_alike_values_are_a_layer_scale(values: list[float]) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.tensor(values))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gamma
+
+    fresh = at_default_initialization(nn.Sequential(nn.Linear(4, 4), Named()))
+    assert fresh[1].gamma.tolist() == torch.tensor(values).tolist()
 
 
 @pytest.mark.parametrize("fails", ["a method that fails", "a parametrization without inverse"])

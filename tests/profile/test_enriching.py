@@ -15,6 +15,7 @@ from capnas._timm import timm
 from capnas.capacity import capacity_map
 from capnas.capacity.exact import affordable
 from capnas.errors import UsageError
+from capnas.graph.tracing import trace
 from capnas.profile import MEASURES, enrich, profile_model
 from capnas.scoring import score
 from capnas.weights import InitialWeights
@@ -70,6 +71,53 @@ def test_a_remark_on_the_norms_goes_with_what_it_was_about() -> None:
     assert enrich(stale, model, x, measures=("norms",)).flags == {"other": "stays"}
 
 
+def test_a_remark_goes_with_the_measure_that_made_it() -> None:
+    model, x = Residual(), noise(16, 8)
+    stale = dataclasses.replace(profile_model(model, x), flags=dict.fromkeys(("scaling", "coverage", "propagation", "params"), "of before"))
+    again = enrich(stale, model, x, measures=("structure", "capacity"))
+    assert "of before" not in again.flags.values()
+
+
+def test_a_trace_of_several_images_gives_the_costs_of_one() -> None:
+    model, x = small_cnn(), noise(4, 3, 32, 32)
+    for measures in (("structure",), ("structure", "proxies"), ("proxies",)):
+        one, two = (
+            profile_model(model, x, CLASSES[:4], measures=measures, graph=trace(model, (images, 3, 32, 32)), blocks=r"\d")
+            for images in (1, 2)
+        )
+        assert two.network["macs"] == one.network["macs"] > 0
+        for reading in ("layers", "blocks"):
+            assert [row.macs for row in getattr(two, reading)] == [row.macs for row in getattr(one, reading)]
+
+
+def test_scores_by_blocks_take_the_layers_of_each_block_alone() -> None:
+    model, x = dense(*[6] * 12, 2), noise(24, 6)  # 11 blocks: the name of the second begins that of the last
+    profile = profile_model(model, x, measures=("capacity",), mode="eval", exact_capacity=False)
+    found = capacity_map(model, x, mode="eval", exact=False)
+    assert len(profile.blocks) == 11
+    own = [[name for name in found.capacity if name.split(".")[0] == block.name] for block in profile.blocks]
+    scores = found.scores(own)
+    assert {name: profile.network[name] for name in scores} == pytest.approx(scores, nan_ok=True)
+
+
+def test_a_layer_that_is_no_product_says_so_once() -> None:
+    class Scaling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight.sum() + self.bias
+
+    skipped = profile_model(nn.Sequential(Scaling(4, 4), nn.Linear(4, 2)), noise(8, 4), measures=("norms",)).skipped
+    assert skipped == {"0": "norm: Scaling computes something else than a product with one weight"}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_weights_that_move_where_they_are_read_stay(known: bool) -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 2)).train()
+    profile, start = profile_model(model, noise(16, 6)), InitialWeights.of(model) if known else None
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    enrich(profile, model, noise(16, 6), measures=() if known else ("norms",), start=start)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_coherent_share_within_the_noise_bounds_propagation_and_is_said() -> None:
     found = []
     for seed in range(3):
@@ -96,6 +144,8 @@ def test_flags_say_why_a_score_is_not_a_number() -> None:
     trained = enrich(profile_model(model, noise(16, 8)), model, noise(16, 8), measures=("capacity",), start=InitialWeights.of(model))
     assert trained.network["capacity_slack"] == 1  # nothing moved
     assert "capacity_slack" not in trained.flags
+    assert "capacity_slack" not in enrich(trained, model, noise(16, 8), measures=("capacity",)).flags  # known from before
+    assert [row.receptive_field for row in trained.layers] == [None, None]  # vectors have none
 
 
 def test_coverage_of_a_near_linear_network_is_said_to_assume_full_decoupling() -> None:

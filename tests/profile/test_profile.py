@@ -111,6 +111,7 @@ def test_a_loader_gives_what_its_tensors_give() -> None:
         ([{"image": torch.zeros(4, 1, 8, 8)}], "got dict"),
         (torch.zeros(0, 1, 8, 8), r"at least one image, got one of shape \(0, 1, 8, 8\)"),
         (torch.zeros(1, 1, 3, 3), "two images or more, or mode='eval'"),
+        ([torch.zeros(2, 1, 3, 3), torch.zeros(1, 1, 3, 3)], "two images or more, or mode='eval'"),
     ],
 )
 def test_inputs_that_cannot_be_read_are_refused(inputs: Any, says: str) -> None:
@@ -290,6 +291,18 @@ def test_border_and_critical_layers_and_feasible_sizes_are_named() -> None:
     assert small.receptive.border == {"strict": ("8",), "toolbox": ("7", "8")}
     stored = json.loads(json.dumps(small.to_dict(), allow_nan=False))
     assert Profile.from_dict(stored) == small
+
+
+def test_feasible_sizes_are_pairs_of_an_axis() -> None:
+    profile = profile_model(nn.Sequential(nn.Conv2d(1, 1, (1, 3)), nn.Conv2d(1, 1, (1, 3))), noise(2, 1, 8, 8), measures=("structure",))
+    assert profile.receptive is not None
+    assert profile.receptive.feasible == ((1.0, 1.0), (5.0, 5.0))
+    assert profile.receptive.functional == ((1.0, 1.0), (3.0, 5.0))
+
+
+def test_ten_rows_a_feature_are_enough() -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    assert [profile_model(model, noise(n, 4)).layers[0].few_rows for n in (19, 20)] == [True, False]
 
 
 def test_infinite_fields_come_back_from_json() -> None:
