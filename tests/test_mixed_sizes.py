@@ -88,6 +88,9 @@ def test_sizes_take_turns(data: ImageData) -> None:
         assert len(sizes) == mixed.steps("train", 16) == data.sizes["train"] // 16
         seen.update(sizes)
     assert max(seen.values()) - min(seen.values()) <= 1  # round and round across the passes
+    for sizes, size in (((8, 12, 16), 16), ((8, 12), 32), ((8, 12, 16, 20), 16)):
+        order = [s for epoch in range(3) for s in MixedSizes.of(data, sizes).order("train", size, epoch)]
+        assert order == [sizes[n % len(sizes)] for n in range(len(order))]
 
 
 def test_no_image_comes_twice_in_a_pass() -> None:
@@ -97,6 +100,8 @@ def test_no_image_comes_twice_in_a_pass() -> None:
     greys, other = (torch.cat([x[:, 0, 0, 0] for x, _ in mixed.batches("train", 16, epoch=epoch)]) for epoch in (0, 1))
     assert len(greys.unique()) == len(greys) == 16 * mixed.steps("train", 16)
     assert not torch.equal(greys, other)
+    small = [{float(v) for x, _ in mixed.batches("train", 16, epoch=e) if x.shape[-1] == 8 for v in x[:, 0, 0, 0]} for e in (0, 1)]
+    assert small[0] != small[1]  # no image stays at one size
 
 
 def test_validation_is_that_of_the_data(data: ImageData) -> None:

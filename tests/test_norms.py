@@ -33,6 +33,16 @@ def test_each_norm_has_the_mean_moments_of_the_batches() -> None:
     assert not any(m._forward_pre_hooks for m in net)
 
 
+def test_norms_without_running_moments_are_left_out_and_others_are_summed_in_single_precision() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.BatchNorm2d(1))
+    measure_norms(net, [torch.randn(8, 1, 4, 4)])
+    assert net[0].running_mean is None
+    x = (torch.randn(8, 1, 4, 4) + 3).bfloat16()
+    measure_norms(net[1:], [x])
+    torch.testing.assert_close(net[1].running_mean, x.float().mean().reshape(1))
+    torch.testing.assert_close(net[1].running_var, x.float().var(unbiased=False).reshape(1))
+
+
 @pytest.mark.parametrize("again", [train, retrain])
 def test_after_an_epoch_of_few_updates_the_norms_are_those_of_the_weights(again: Any) -> None:
     data, net = load_data(images(), validation=0.2, test=0.2), network()

@@ -9,6 +9,7 @@ import torch
 from capnas.errors import UsageError
 from capnas.measures.allocation import (
     constraint_basis,
+    constraint_matrix,
     parameter_leverage,
     spatial_allocation,
     subspace_capacity,
@@ -100,6 +101,23 @@ def test_invariant_to_reparametrisation_but_leverage_is_not() -> None:
     assert (parameter_leverage(jacobian @ mixing) - parameter_leverage(jacobian)).abs().max() > 0.05
 
 
+def test_the_cholesky_factor_attributes_to_innovations() -> None:
+    jacobian, sigma = jacobian_of("window"), covariance("ar")
+    factor = np.linalg.cholesky(sigma.numpy())
+    np.testing.assert_allclose(constraint_matrix(jacobian, sigma, convention="C").numpy(), factor.T @ jacobian.numpy(), atol=1e-12)
+
+
+def test_soft_capacities_of_subspaces_add_up_to_the_soft_total() -> None:
+    jacobian, sigma = jacobian_of("dilated-1"), covariance("ar")
+    parts = [subspace_capacity(jacobian, band, sigma, mu=0.3) for band in fourier().split(7, dim=1)]
+    assert sum(parts) == pytest.approx(total_capacity(jacobian, sigma, mu=0.3), abs=1e-9)
+
+
+def test_the_rank_does_not_depend_on_the_unit_and_rounding_below_zero_is_zero() -> None:
+    assert total_capacity(1e-12 * torch.eye(3, dtype=torch.float64)) == 3
+    assert total_capacity(torch.eye(2), torch.diag(torch.tensor([1.0, -1e-10]))) == 1
+
+
 def test_soft_total_tends_to_the_rank() -> None:
     jacobian = jacobian_of("dilated-1")
     totals = [total_capacity(jacobian, mu=mu) for mu in (1e-1, 1e-3, 1e-9)]
@@ -138,6 +156,7 @@ def test_degenerate_inputs() -> None:
         (lambda: total_capacity(torch.full((2, 2), float("nan"))), "finite"),
         (lambda: total_capacity(torch.eye(2), torch.eye(3)), r"covariance must have shape \(2, 2\)"),
         (lambda: total_capacity(torch.eye(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]])), "symmetric"),
+        (lambda: total_capacity(torch.eye(2), 1e-4 * torch.tensor([[1.0, 0.5], [0.0, 1.0]])), "symmetric"),
         (lambda: total_capacity(torch.eye(2), -torch.eye(2)), "positive semi-definite"),
         (lambda: total_capacity(torch.eye(2), mu=-1.0), "mu must be 0 or positive"),
         (lambda: spatial_allocation(torch.eye(2), torch.diag(torch.tensor([1.0, 0.0])), convention="C"), "positive definite"),

@@ -22,6 +22,7 @@ from capnas.measures.axes import (
     reshape,
     resize,
     slide,
+    spacing,
     unknown,
 )
 from capnas.measures.receptive import Field, window
@@ -86,6 +87,23 @@ def test_reach_over_part_and_whole() -> None:
     windowed = reshape(input_layout((1, 3, 8, 8)), (1, 3, 2, 4, 2, 4))
     assert [f.high for f in reach(FIELDS, windowed, (*windowed[3], *windowed[5]))] == [7.0, 7.0]
     assert [f.high for f in reach(FIELDS, windowed, (*windowed[2], *windowed[4]))] == [9.0, 9.0]  # a grid: two units four apart
+
+
+def test_factors_with_a_gap_between_them_stay_apart() -> None:
+    cut = (Atom(axes=(0,), size=2, step=4.0), Atom(axes=(0,), size=3))  # three of every four
+    assert reshape((cut[:1], cut[1:]), (6,)) == (cut,)
+
+
+def test_factors_of_one_entry_say_nothing() -> None:
+    axis = (Atom(axes=(0,), size=1), Atom(axes=(1,), size=8, step=2.0))
+    assert resize(axis, 4) == (Atom(axes=(1,), size=4, step=2.0),)
+    assert spacing((Atom(axes=(0,), size=2, step=4.0), Atom(axes=(0,), size=1)), 0) == 4.0
+
+
+def test_of_two_operands_the_clearer_one_counts() -> None:
+    clear = input_layout((2, 3, 4, 4))
+    for pair in ([clear, unknown([clear], (2, 3, 4, 4))], [unknown([clear], (2, 3, 4, 4)), clear]):
+        assert broadcast(pair, (2, 3, 4, 4)) == clear
 
 
 def test_class_tokens_and_uneven_views_blur_the_axes() -> None:

@@ -253,6 +253,12 @@ def test_infinite_fields_stay_out_of_borders_and_ranges() -> None:
     assert border_layers([], 32, "notebook") == ()
 
 
+def test_a_strided_layer_needs_its_kernel_at_the_jump_that_it_reads() -> None:
+    assert feasible_range([layer("stem", Field(), 7, 2)], lower="functional") == ((7, 7), (7, 7))
+    assert feasible_range([layer("deep", Field(jump=4.0), 7, 2)], lower="functional") == ((28, 28), (25, 25))
+    assert merge([Field(jump=2.0), Field(jump=4.0)]).jump == 2.0
+
+
 def test_axes_are_kept_apart() -> None:
     wide = LayerField(name="wide", extent=(1, 5), before=(Field(), Field()), after=(Field(), window(Field(), 5)))
     assert wide.expands
@@ -279,3 +285,5 @@ def test_errors() -> None:
         merge([])
     with pytest.raises(UsageError, match="image_size must be one positive number or 2 of them, got \\(1, 2, 3\\)"):
         border_layers([layer("a", Field(), 3)], (1, 2, 3))
+    with pytest.raises(UsageError, match="image_size must be one positive number or 2 of them, got 0"):
+        critical_layers([layer("a", Field(), 3)], 0)

@@ -25,6 +25,8 @@ def test_changes_are_those_of_fitted_accuracies_for_what_they_cost() -> None:
         "from 24 to 32 px the fitted accuracy changes by +0.0 points for 2.0 doublings of MACs (MACs are not priced): "
         "it has stopped paying",
     ]
+    (level,) = said({16: 0.4, 32: 0.39999}, chosen=16)
+    assert "changes by +0.0 points" in level
 
 
 def test_where_nothing_can_be_said_that_is_said() -> None:

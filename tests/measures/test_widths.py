@@ -59,6 +59,7 @@ def test_least_loss_finds_the_best_widths_of_a_small_network() -> None:
 
 def test_a_width_that_is_just_enough_is_taken() -> None:
     assert needed_widths([Widths(now=8, needed=4.0, choices=(2, 4, 8)), Widths(now=8, needed=4.1, choices=(2, 4, 8))]) == [4, 8]
+    assert needed_widths([Widths(now=8, needed=4 + 1e-12, choices=(2, 4, 8))]) == [4]  # a rounded share of the width
 
 
 def test_least_loss_pays_for_no_more_than_the_target_asks() -> None:
@@ -74,6 +75,18 @@ def test_least_loss_jumps_over_a_bad_width_and_gives_back_what_is_left() -> None
     assert least_loss([cliff, flat], lambda u: u.sum(1), 5.0) == [1, 4]
     assert least_loss([cliff, flat], lambda u: u.sum(1), 8.0) == [4, 4]
     assert least_loss([cliff, flat], lambda u: u.sum(1), 1.0) == [1, 1]
+
+
+def test_each_step_costs_what_it_adds_to_the_loss() -> None:
+    first = Widths(now=3, needed=3, choices=(1, 2, 3), losses=torch.tensor([0.0, 1.0, 3.0]))
+    second = Widths(now=2, needed=2, choices=(1, 2), losses=torch.tensor([0.0, 2.5]))
+    assert least_loss([first, second], lambda u: u.sum(1), 3.0) == [1, 2]  # 1 and then 2 more, not 3
+
+
+def test_what_is_left_of_the_target_is_given_back_to_the_last() -> None:
+    jump = Widths(now=4, needed=4, choices=(1, 4), losses=torch.tensor([0.0, 9.0, 9.0, 1.0]))
+    cheap = Widths(now=4, needed=4, choices=(3, 4), losses=torch.tensor([0.0, 0.1, 9.0, 9.0]))
+    assert least_loss([jump, cheap], lambda u: u.sum(1), 5.0) == [1, 4]  # exactly the target
 
 
 def test_losses_are_needed_for_the_way_by_loss() -> None:
