@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from capnas._timm import timm
 from capnas.capacity import capacity_map
 from capnas.capacity.capture import LayerTaps, mean_square
+from capnas.capacity.patches import input_rows
 from capnas.errors import UsageError
 from capnas.measures.capacity_push import inject, push
 from capnas.measures.decoupling import analytic_decoupling
@@ -235,6 +236,21 @@ def test_input_rows_of_a_convolution_are_its_patches(groups: int) -> None:
     assert found.capacity["0"] == pytest.approx(kfac_capacity({"0": spectrum})["0"], rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_input_rows_of_a_padding_by_name_give_the_outputs(padding: str) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(3, 2, 4), torch.randn(2, 2, 7)
+    out = F.conv1d(x, weight, padding=padding)
+    rows = input_rows(F.conv1d, {"input": x, "weight": weight, "padding": padding}, out.shape, torch.arange(out[:, 0].numel()))[0]
+    torch.testing.assert_close(rows @ weight.movedim(1, -1).flatten(1).T, out.transpose(1, 2).flatten(0, 1))
+
+
+def test_one_unit_has_no_decoupling() -> None:
+    model = nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert set(capacity_map(model, torch.randn(20, 3), mode="eval").decoupling) == {"3"}
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (4, 3, 4)),
@@ -290,6 +306,61 @@ def test_capacity_is_conserved_down_to_the_pixels(build, mode: str) -> None:
     scores = found.scores()
     assert all(math.isnan(value) or 0 <= value <= 1 for value in scores.values())
     assert 0 < scores["coverage"] <= 1
+
+
+@pytest.mark.parametrize("build", [Branches, Tokens])
+def test_capacity_is_conserved_where_norms_have_biases(build) -> None:
+    torch.manual_seed(0)
+    model = build()
+    for parameter in model.norm.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    found = capacity_map(model, images())
+    assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
+    assert found.bias > 0.01 * found.total
+
+
+def test_a_norm_that_starts_at_zero_passes_capacity_on_as_one_of_scale_one() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 2, bias=False)), torch.randn(20, 6)
+    nn.init.zeros_(model[1].weight)
+    nn.init.constant_(model[1].bias, 0.5)
+    found = capacity_map(model, x)
+    assert found.bias == pytest.approx(0.2 * found.capacity["2"], rel=1e-3)  # 0.5^2 / (1 + 0.5^2)
+
+
+class Products(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.left(x), self.right(x)
+        return self.head(torch.where(a > 0, a * b, b))
+
+
+def test_two_equal_factors_share_what_their_product_carries() -> None:
+    torch.manual_seed(0)
+    found = capacity_map(Products(), torch.randn(20, 6))
+    assert found.approximated == {}
+    assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.scale, self.head = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4)), nn.Linear(4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.addcmul(self.start, x, self.scale, value=2))
+
+
+def test_what_addcmul_adds_takes_its_part() -> None:
+    torch.manual_seed(0)
+    model, x = Shifted(), torch.randn(30, 4)
+    found = capacity_map(model, x)
+    start, scaled = model.start.detach().square(), (2 * model.scale.detach()).square() * x.square().mean(0)
+    torch.testing.assert_close(found.pixels.float(), found.total / 4 * scaled / (start + scaled), rtol=1e-4, atol=0)
+    assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
 
 
 class Resize(nn.Module):

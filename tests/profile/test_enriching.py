@@ -109,15 +109,6 @@ def test_a_layer_that_is_no_product_says_so_once() -> None:
     assert skipped == {"0": "norm: Scaling computes something else than a product with one weight"}
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_weights_that_move_where_they_are_read_stay(known: bool) -> None:
-    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 2)).train()
-    profile, start = profile_model(model, noise(16, 6)), InitialWeights.of(model) if known else None
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    enrich(profile, model, noise(16, 6), measures=() if known else ("norms",), start=start)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
 def test_a_coherent_share_within_the_noise_bounds_propagation_and_is_said() -> None:
     found = []
     for seed in range(3):
