@@ -242,7 +242,7 @@ def check_widths(groups: Sequence[CoupledGroup], widths: Mapping[str, int]) -> l
             raise UsageError(one_of("a group of the plan", name, known))
         if not _is_width(width):
             raise UsageError(f"the width of {name} must be a whole number of channels above 0, got {width!r}.")
-        if width % known[name].unit_channels or width < known[name].unit_channels:
+        if width % known[name].unit_channels:
             raise UsageError(f"the width of {name} must be a multiple of {known[name].unit_channels} channels, got {width}.")
     return [widths.get(g.name, g.channels) // g.unit_channels for g in groups]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ from capnas._timm import timm
 from capnas.errors import UsageError
 from capnas.measures.narrowing import moved_norm
 from capnas.narrowing import chosen_units, narrowed
-from capnas.narrowing.calibration import input_rows, norm_inputs, norms_behind, output_rows, read_layers, readable
+from capnas.narrowing.calibration import input_rows, norm_inputs, norms_behind, output_rows, read_layers, readable, sampled
 from capnas.narrowing.planning import plan_widths, read_widths
 from capnas.narrowing.survey import Survey, saturations, survey
 from capnas.norms import measure_norms
@@ -64,6 +65,21 @@ def test_what_can_be_read() -> None:
     head = build_recipe({"timm": "mobilenetv3_small_050", "args": {"num_classes": 3}, "image_size": 32}).get_classifier()
     assert type(head) is not nn.Linear
     assert readable(head)
+
+
+def test_wide_layers_are_read_in_more_rows_as_memory_allows() -> None:
+    assert len(sampled("a", 10**6, 16)) == 8192
+    assert len(sampled("a", 10**6, 4096)) == 4 * 4096
+    assert len(sampled("a", 10**6, 2**16)) == 2048
+    assert sampled("a", 10, 16).tolist() == list(range(10))
+    assert not readable(nn.Linear(4609, 2, device="meta"))
+
+
+def test_layers_with_broken_outputs_have_no_saturation() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    with torch.no_grad():
+        net[1].bias.fill_(float("nan"))
+    assert list(saturations(net, torch.randn(16, 2))) == ["0"]
 
 
 def test_reading_leaves_the_model_alone_and_gives_the_curvature_of_the_loss() -> None:
@@ -136,6 +152,7 @@ def test_units_of_several_channels_are_not_broken() -> None:
     assert [(g.name, g.unit_channels) for g in found.groups] == [("0", 4)]
     with pytest.raises(UsageError, match="must be a multiple of 4 channels, got 6"):
         plan_widths(found, widths={"0": 6})
+    assert plan_widths(found, widths={"0": 4}).groups[0].needed == round(4 * found.needed[0])  # in channels
 
 
 def test_layers_too_wide_to_be_refitted_read_mixtures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +233,17 @@ def test_goals_and_their_errors(measured: tuple[nn.Module, Survey], tmp_path) ->
         plan_widths(found, widths={"0": 10_000_000})
     with pytest.raises(UsageError, match="allocation must be one of loss, saturation"):
         plan_widths(found, target_macs=0.5, allocation="best")  # type: ignore[arg-type]
+
+
+def test_the_row_of_a_group_tells_its_loss_its_parameters_and_whether_it_would_grow(measured: tuple[nn.Module, Survey]) -> None:
+    net, found = measured
+    plan = plan_widths(found, widths={"0": 4})
+    row, small = plan.groups[0], narrowed(net, found, plan)
+    assert row.loss == float(found.paths[0].losses[2]) > 0
+    assert row.planned_params == sum(p.numel() for n in (0, 1) for p in small[n].parameters())
+    full = dataclasses.replace(found, saturation=(0.9, 0.89))
+    assert [g.grow for g in plan_widths(full, lossless=True).groups] == [True, False]
+    assert plan_widths(found, widths={}).groups[0].loss == 0
 
 
 @pytest.mark.parametrize("round_to", [1, 4])

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 
+from capnas._timm import timm
 from capnas.candidates import count_cost
 from capnas.errors import UsageError
 from capnas.layers import MEASURED
 from capnas.narrowing import narrowed, plan_widths, survey
 from capnas.narrowing.applying import change_widths, narrowable
+from capnas.narrowing.attention import has_plain_heads
 from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.groups import Coupling, layers_of
 from capnas.narrowing.refusing import CannotNarrow
@@ -122,6 +124,26 @@ def unlisted(model: nn.Module, coupling: Coupling) -> set[str]:
     modules = dict(model.named_modules())
     held = {name for g in coupling.groups for name in layers_of(g, modules)}
     return {n for n, m in modules.items() if isinstance(m, MEASURED)} - held - coupling.fixed.keys()
+
+
+def test_heads_are_taken_out_of_plain_attentions_only() -> None:
+    attention = timm.layers.Attention(16, num_heads=2)
+    assert has_plain_heads(attention)
+    assert not has_plain_heads(timm.layers.Attention(16, num_heads=1))
+    attention.qkv = nn.Linear(16, 3 * 16 + 4)  # something more than q, k and v
+    assert not has_plain_heads(attention)
+    attention = timm.layers.Attention(16, num_heads=2)
+    attention.gate = nn.Linear(16, 16)
+    assert not has_plain_heads(attention)
+
+
+def test_costs_of_layers_that_no_group_reaches() -> None:
+    nothing, macs = torch.zeros(4, 1, dtype=torch.float64), torch.tensor([1.0, 5.0, 0.0, 9.0], dtype=torch.float64)
+    outputs = nothing.clone()
+    outputs[3] = 0.5
+    cost = NetworkCost(names=("small", "large", "free", "narrowed"), macs=macs, params=macs, biases=macs, added=macs, inputs=nothing,
+                       outputs=outputs, units=torch.ones(1, dtype=torch.float64))  # fmt: skip
+    assert list(cost.fixed_macs().items()) == [("large", 5.0), ("small", 1.0)]
 
 
 @pytest.mark.parametrize("name", ["skresnet18", "ghostnet_050", "vit_tiny_patch16_224"])
