@@ -335,7 +335,7 @@ class Products(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.left(x), self.right(x)
-        return self.head(torch.where(a > 0, a * b, b))
+        return self.head(torch.where(a > 0, a, a * b))
 
 
 def test_two_equal_factors_share_what_their_product_carries() -> None:
