@@ -291,6 +291,20 @@ def test_advice_predicts_fields_and_cost_of_the_changed_network() -> None:
     assert advise_resolution(wide, needed, in_chans=1) == ()
 
 
+@pytest.mark.parametrize(("size", "layers", "left"), [(10, ("0", "1"), 1), (20, ("1",), 0)])
+def test_the_strides_to_undo_are_the_cheapest_of_those_that_leave_least_idle(size: int, layers: tuple[str, ...], left: int) -> None:
+    strided = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), *(nn.Conv2d(2, 2, 3, 2 if n == 0 else 1, 1) for n in range(5)))
+    graph = trace(strided, (1, 1, size, size))
+    found = {a.kind: a for a in advise(strided, graph, size, idle=("5",))}
+    assert (found["stride"].layers, found["stride"].unproductive) == (layers, left)
+
+
+def test_a_measured_tail_inside_the_border_asks_for_no_larger_image_and_leaves_the_first_layer() -> None:
+    chain = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), *(nn.Conv2d(2, 2, 3, 1, 1) for _ in range(4)))
+    (cut,) = advise(chain, trace(chain, (1, 1, 15, 15)), 15, idle=("0", "1"))
+    assert (cut.kind, cut.layers) == ("cut", ("1", "2", "3", "4"))
+
+
 def staged(size: int, width: int = 4, blocks: int = 3, early: bool = False) -> nn.Module:
     """Blocks that double the width, a dense convolution as a head; with `early` a larger image gets another stride."""
     parts, inputs = [], 1
