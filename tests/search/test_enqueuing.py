@@ -16,7 +16,7 @@ from torch import nn
 from capnas.data import ImageData
 from capnas.errors import StudyError, UsageError
 from capnas.search import RunResult, open_run, run_study
-from capnas.search.enqueuing import ENQUEUED, enqueue_new, read_parameters
+from capnas.search.enqueuing import ENQUEUED, check_parameters, enqueue_new, read_parameters
 
 KNOWN = [{"width": 6, "depth": 3, "kind": "plain"}, {"width": 2, "depth": 1, "kind": "bad"}]
 
@@ -115,6 +115,10 @@ def test_a_file_of_something_else_is_one_line(run: Any, tmp_path: Path, text: st
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert says in err
     assert not (tmp_path / "run").exists()
+
+
+def test_none_is_a_value() -> None:
+    assert check_parameters([{"norm": None}]) == [{"norm": None}]
 
 
 def test_a_file_that_is_not_there_is_one_line(run: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_space import FILE, images, write_images
+from torch import nn
 
 from capnas.data import load_data
 from capnas.errors import StudyError, UsageError
@@ -99,6 +101,17 @@ def test_images_are_loaded_at_the_largest_size() -> None:
     assert (target.data.image_size, refused) == (24, {})
 
 
+def test_images_of_a_given_size_that_do_not_fit_fit_at_no_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("capnas.search.target.load_data", full)
+    with pytest.raises(MemoryError):
+        open_largest("resnet10t", (16, 24), data_options={"image_size": 8})
+    with pytest.raises(UsageError, match="do not fit into memory at 24 px; the images do not fit into memory at 16 px"):
+        open_largest("resnet10t", (16, 24))
+
+
 def test_a_retrained_trial_knows_the_validation_images_of_its_run(folder: Path) -> None:
     record = retrain_trial(rebuild(open_run(folder), 0), epochs=1, device="cpu")
     place = str(folder / record["model"])
@@ -141,6 +154,14 @@ def test_a_narrowed_model_is_built_anew_as_narrow_as_it_is(tmp_path: Path) -> No
             assert tensor.unique().tolist() == plain[name].unique().tolist()
     assert any(state[n].ndim > 1 for n in changed)
     assert torch.equal(target.build()(torch.zeros(1, 1, 28, 28)), small.eval()(torch.zeros(1, 1, 28, 28)))
+
+
+def test_a_bias_that_the_recipe_does_not_build_starts_at_zero(tmp_path: Path) -> None:
+    recipe = {"timm": "resnet10t", "args": {"num_classes": 10, "in_chans": 1, "channels": (8, 16, 32, 64)}, "image_size": 28}
+    model = build_recipe(recipe)
+    model.layer1[0].conv1.bias = nn.Parameter(torch.ones(model.layer1[0].conv1.out_channels))
+    save_model(model, tmp_path / "m", recipe)
+    assert not open_target(str(tmp_path / "m")).build(trained=False).layer1[0].conv1.bias.any()
 
 
 def test_a_factorized_model_is_built_anew_in_its_parts(tmp_path: Path) -> None:
@@ -215,9 +236,11 @@ def test_a_network_to_train_anew_is_fresh_or_of_a_function_beside_other_files(fo
         "from sizes import WIDTH\nfrom torch import nn\n\n"
         "def wide(num_classes, in_chans, image_size):\n    return nn.Sequential(nn.Conv2d(in_chans, WIDTH, image_size), nn.Flatten())\n"
     )
+    before = list(sys.path)
     network, data, size, name = open_network(f"{tmp_path / 'nets.py'}:wide", data=str(folder.parent / "images"), data_options=OPTIONS)
     assert (network[0].out_channels, network[0].kernel_size, data.image_size, size, name) == (5, (8, 8), 8, 8, "wide")  # type: ignore[index]
     with pytest.raises(UsageError, match=r"defines no function 'narrow'; write def narrow\(num_classes, in_chans, image_size\)"):
         open_network(f"{tmp_path / 'nets.py'}:narrow")
+    assert sys.path == before
     network, _, size, name = open_network(f"{folder}:0")
     assert (network.training, size, name) == (True, 8, "trial 0 of tiny")
