@@ -137,6 +137,14 @@ def test_heads_are_taken_out_of_plain_attentions_only() -> None:
     assert not has_plain_heads(attention)
 
 
+def test_a_grouped_convolution_costs_by_its_outputs_alone() -> None:
+    convs = [nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=4), nn.ReLU(), nn.Conv2d(16, 4, 1)]
+    net = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    small, expected = halve(net, torch.randn(1, 3, 8, 8))
+    assert small[2].groups == 2
+    assert count_cost(small, (1, 3, 8, 8)).macs == expected
+
+
 def test_costs_of_layers_that_no_group_reaches() -> None:
     nothing, macs = torch.zeros(4, 1, dtype=torch.float64), torch.tensor([1.0, 5.0, 0.0, 9.0], dtype=torch.float64)
     outputs = nothing.clone()
