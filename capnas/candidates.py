@@ -222,6 +222,9 @@ def _reasons(space: Callable[..., Any]) -> Iterator[None]:
         yield
     except optuna.TrialPruned as error:
         raise Infeasible(_line(error) or "pruned by the space without a reason") from error
+    except SystemExit as error:
+        advice = "raise optuna.TrialPruned(reason) for what cannot be built"
+        raise SpaceError(f"the space {space_name(space)!r} ends the process (sys.exit): {advice}.") from error
     except (AssertionError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise

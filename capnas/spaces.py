@@ -99,7 +99,7 @@ def load_space(spec: str | Callable[..., Any]) -> SearchSpace:
     if spec in (points := _entry_points()):
         try:
             function = points[spec].load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SpaceError(f"the entry point {spec} = {points[spec].value!r} cannot be loaded: {_line(error)}") from error
         return SpaceRef(name=spec, spec=spec, function=_checked(function, spec))
     raise SpaceError(
@@ -117,7 +117,7 @@ def list_spaces() -> dict[str, str]:
     for name, point in _entry_points().items():
         try:
             lines.setdefault(name, (inspect.getdoc(point.load()) or "").partition("\n")[0])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             lines[name] = f"(cannot be loaded: {_line(error)})"
     return dict(sorted(lines.items()))
 
@@ -190,7 +190,7 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself
         del sys.modules[name]
         raise SpaceError(f"{path} fails when it is imported: {_line(error)}") from error
     return module
@@ -205,7 +205,7 @@ def _import(name: str, spec: str) -> ModuleType:
                 f"the module {name!r} of the space {spec!r} is not installed; a file is given as path/to/file.py:function."
             ) from error
         raise SpaceError(f"the module {name!r} fails when it is imported: {_line(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SpaceError(f"the module {name!r} fails when it is imported: {_line(error)}") from error
 
 

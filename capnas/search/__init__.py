@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -233,6 +234,7 @@ def _child(
         send("warning", next(c.__name__ for c in category.__mro__ if c.__module__ == "builtins"), message)
 
     warnings.showwarning = warn
+    sys.stdout = sys.stderr  # what a space prints is no part of the document that the parent writes
     torch.set_num_threads(threads)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     parent = multiprocessing.parent_process()
