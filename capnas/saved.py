@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,15 +132,29 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
+def check_folder(place: Path) -> None:
+    """Refuse a folder for results that cannot be made or written into, before the work that they come from.
+
+    Raises:
+        UsageError: it is a file, lies below one, or nobody here may write into what there is of it.
+
+    >>> check_folder(Path("runs/of/tomorrow"))
+    """
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError(f"{place} must be a folder or a new one, and {there} is a file; give another one.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"the folder {there} cannot be written to; make it writable, or give another one than {place}.")
+
+
 def check_free(folder: str | Path, *, force: bool = False) -> None:
     """Refuse a folder that holds something already, unless it is a saved model that may be overwritten.
 
     Raises:
-        UsageError: it is a file, a saved model (and not ``force``) or a folder of other things.
+        UsageError: it is a file or below one, a saved model (and not ``force``), a folder of other things or not to be written to.
     """
     place = Path(folder)
-    if place.exists() and not place.is_dir():
-        raise UsageError(f"{place} is a file; give a folder for the model.")
+    check_folder(place)
     if not place.is_dir() or not any(place.iterdir()):
         return
     if not (place / MANIFEST).is_file():

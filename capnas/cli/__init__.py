@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = f"{place}{error.strerror}; make room and give the same command again (a search resumes: its finished trials are kept)"
             code = _failed(text, debug, status=2)
         else:
-            text = f"{place}{error.strerror}; expected a path that can be read or written, give another one"
+            text = f"{place}{error.strerror}; expected {_expected(error)}, give another one"
             code = _failed(text, debug, status=2) if place else _unexpected(error, debug)
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # its help is on the screen
@@ -62,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             code = _unexpected(error, debug)
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _expected(error: OSError) -> str:
+    if isinstance(error, FileExistsError | NotADirectoryError):  # a file is where a folder was to be made, or above it
+        return "a folder"
+    return "a file" if isinstance(error, IsADirectoryError) else "a path that can be read or written"
 
 
 def _unexpected(error: Exception, debug: bool) -> int:

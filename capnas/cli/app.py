@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +38,29 @@ def _whole(given: object) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def decimal(about: str, metavar: str | None = None) -> Any:
+    """An option that is a number, written like 0.5."""
+    return typer.Option(help=about, metavar=metavar or "<float>", parser=_decimal)
+
+
+def _decimal(given: object) -> float:
+    try:
+        return float(str(given))
+    except ValueError:
+        raise typer.BadParameter(f"a number is written like 0.5 or 1e-3, got {str(given)!r}.") from None
+
+
+def seeding(about: str) -> Any:
+    """An option that is a seed, of the range that NumPy and torch share."""
+    return typer.Option(help=about, metavar="N", parser=_seed)
+
+
+def _seed(given: object) -> int:
+    if not 0 <= (seed := _whole(given)) < 2**32:
+        raise typer.BadParameter(f"a seed must be at least 0 and below 2**32, got {seed}.")
+    return seed
+
+
 Blocks = Annotated[
     str | None, typer.Option(metavar="PATTERN", help="Names of the units to read as blocks, as a regular expression; found without.")
 ]
@@ -59,7 +83,7 @@ def options(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna's log lines off (progress tells the same), warnings as one line each."""
+    """Optuna's log lines off (progress tells the same), warnings as one line each, and what a user's space prints on stderr."""
     import optuna
 
     def one_line(
@@ -68,7 +92,7 @@ def quiet() -> Iterator[None]:
         say(f"warning: {' '.join(str(message).split())}")
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message=r".*is experimental.*")
         warnings.showwarning = one_line

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, app, quiet, whole
+from capnas.cli.app import Device, Json, app, decimal, quiet, whole
 from capnas.console import LONGER, at_chance, duration, out_json, pairs, say, short, show_table, time_left
 from capnas.errors import UsageError, check_names, counted
 
@@ -23,7 +23,7 @@ def excess(
     full_grid: Annotated[bool, typer.Option("--full-grid", help="Train also what is tighter than a setting that failed.")] = False,
     seeds: Annotated[int, whole("Trainings of each setting.")] = 3,
     epochs: Annotated[int, whole("Of each training.")] = 20,
-    tolerance: Annotated[float, typer.Option(help="Rise of the error that counts as holding it, a share of images.")] = 0.01,
+    tolerance: Annotated[float, decimal("Rise of the error that counts as holding it, a share of images.")] = 0.01,
     hold: Annotated[str, typer.Option(help="Whose error has to hold: validation, train or both.")] = "validation",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every run there; the same command again resumes.")] = None,
     train: Annotated[
@@ -38,6 +38,8 @@ def excess(
         from capnas.excess import excess_capacity
         from capnas.search.target import open_network
 
+        if seeds < 1:
+            raise UsageError(f"seeds must be different numbers, at least one, so --seeds is at least 1, got {seeds}.")
         options = pairs(data_option or [], "--data-option")
         network, images, size, name = open_network(model, data=data, image_size=image_size, data_options=options)
         recipe = _recipe(epochs, pairs(train or [], "--train"))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from capnas.cli.app import Device, Json, Run, app, quiet, whole
+from capnas.cli.app import Device, Json, Run, app, quiet, seeding, whole
 from capnas.console import at_chance, duration, guess, out_json, say, show_best, show_table
 from capnas.documents import write_whole
 
@@ -52,7 +52,7 @@ def best(
     code: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the Python code to a file instead of showing it.")] = None,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train it longer on train + validation, test it once, keep it.")] = False,
     epochs: Annotated[int, whole("Of --retrain.")] = 20,
-    seed: Annotated[int, whole("Of --retrain.")] = 0,
+    seed: Annotated[int, seeding("Of --retrain.")] = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capnas.cli.app import Blocks, Device, Json, app, quiet, whole
+from capnas.cli.app import Blocks, Device, Json, app, decimal, quiet, seeding, whole
 from capnas.console import duration, out_json, say, short, show_table
 
 Cell = Callable[[Any], str]
@@ -25,15 +25,15 @@ def profile(
         str, typer.Option(metavar="NAME,...", help="Of saturation, structure, norms, capacity, proxies; or all.")
     ] = "saturation,structure",
     mode: Annotated[str | None, typer.Option(help="train or eval; without, eval for trained weights, else train.")] = None,
-    threshold: Annotated[float, typer.Option(help="Share of the variance that k explains.")] = 0.99,
+    threshold: Annotated[float, decimal("Share of the variance that k explains.")] = 0.99,
     reading: Annotated[str, typer.Option(help="modules, blocks or both.")] = "both",
     blocks: Blocks = None,
     initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network before training instead.")] = False,
     weights: Annotated[str | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, in safetensors.")] = None,
     project: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Accuracy lost by every layer but the head on the eigenspace of this share.")
+        float | None, decimal("Accuracy lost by every layer but the head on the eigenspace of this share.", "SHARE")
     ] = None,
-    seed: Annotated[int, whole("Of weights and choice of images.")] = 0,
+    seed: Annotated[int, seeding("Of weights and choice of images.")] = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

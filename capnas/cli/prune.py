@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, app, quiet, whole
+from capnas.cli.app import Device, Json, app, decimal, quiet, seeding, whole
 from capnas.console import LONGER, SAW_VALIDATION, at_chance, out_json, say, short, show_table
 from capnas.errors import UsageError, counted
 
@@ -24,8 +24,8 @@ def prune(
     data: Annotated[str | None, typer.Option(help="Images; the run's or the saved model's without, else fashion-mnist-12k.")] = None,
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, in safetensors.")] = None,
     image_size: Annotated[int | None, whole("Pixels; the target's without.")] = None,
-    target_macs: Annotated[float | None, typer.Option(metavar="SHARE", help="Keep this share of the multiply-accumulates.")] = None,
-    lossless: Annotated[float | None, typer.Option(metavar="SHARE", help="As wide as this share of each layer's variance needs.")] = None,
+    target_macs: Annotated[float | None, decimal("Keep this share of the multiply-accumulates.", "SHARE")] = None,
+    lossless: Annotated[float | None, decimal("As wide as this share of each layer's variance needs.", "SHARE")] = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Widths: the JSON of --dry-run --json, with planned or widths edited; wider too.")
     ] = None,
@@ -38,7 +38,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the narrowed model and its report.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a model saved there before.")] = False,
-    seed: Annotated[int, whole("Of weights, sampling and training.")] = 0,
+    seed: Annotated[int, seeding("Of weights, sampling and training.")] = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

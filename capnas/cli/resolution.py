@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, app, quiet, whole
+from capnas.cli.app import Device, Json, app, decimal, quiet, seeding, whole
 from capnas.console import SAW_VALIDATION, duration, number, out_json, pairs, say, short, show_table
 from capnas.documents import json_text, write_whole
 from capnas.errors import counted
@@ -25,15 +25,15 @@ def resolution(
     candidates: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Sizes; half to twice the data's without.")] = None,
     budget: Annotated[int | None, whole("Most multiply-accumulates of one image: 20M.", "MACS")] = None,
     epochs: Annotated[int, whole("Of a full training of one size, of which the cost is a share.")] = 10,
-    share: Annotated[float, typer.Option(help="Most that all short runs cost, of training every size in full.")] = 0.3,
+    share: Annotated[float, decimal("Most that all short runs cost, of training every size in full.")] = 0.3,
     pay: Annotated[
-        float | None, typer.Option(help="Points of accuracy that a doubling of MACs has to bring; without, 0.25, and 0 within a --budget.")
+        float | None, decimal("Points of accuracy that a doubling of MACs has to bring; without, 0.25, and 0 within a --budget.")
     ] = None,
     trained: Annotated[bool, typer.Option("--trained", help="Start every size from the trained weights of a saved model.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Borders, cost and advice only; nothing is trained.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help=f"Write {DOCUMENT} and {FIGURE}.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite these files.")] = False,
-    seed: Annotated[int, whole("Of weights, shuffling and augmentation, the same for every size.")] = 0,
+    seed: Annotated[int, seeding("Of weights, shuffling and augmentation, the same for every size.")] = 0,
     device: Device = "auto",
     train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More training settings: batch_size=64.")] = None,
     data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More data settings: validation=0.2.")] = None,
@@ -45,6 +45,10 @@ def resolution(
     from capnas.errors import UsageError, check_names
 
     sizes = None if candidates is None else _sizes(candidates)
+    if out is not None:
+        from capnas.saved import check_folder
+
+        check_folder(out)
     if out is not None and not force and (there := [n for n in (DOCUMENT, FIGURE) if (out / n).exists()]):
         raise UsageError(f"{out} holds {' and '.join(there)} already; --force overwrites them, or give another folder.")
     with quiet():

@@ -65,8 +65,10 @@ def find(source: Any, *, root: str | None = None, download: bool = False) -> Fou
         return folders.read_folder(path)
     if path.is_file():
         raise DataError(f"{path}: expected a folder of images, found a file; unpack it.")
+    if path.is_absolute():
+        raise UsageError(f"there is no folder {path}: bring the images back, or give another folder or a name such as {named.EMBEDDED}.")
     known = (named.EMBEDDED, "fashion-mnist", *(f"{prefix}/NAME" for prefix in named.TIMM_PREFIXES))
-    raise UsageError(f"{one_of('data', name, known)} A folder of images can be given too, this one does not exist.")
+    raise UsageError(f"there is no folder {name!r} here, and as a name {one_of('data', name, known)}")
 
 
 def load_pool(

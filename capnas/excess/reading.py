@@ -160,7 +160,8 @@ def read(
         raise StudyError("the study has no unconstrained run yet.")
     for run in free.values():
         if run.status != "complete" or run.margin is None:
-            raise StudyError(f"the unconstrained training of seed {run.seed} ended as {run.status}: try a lower lr or more epochs.")
+            how = f"ended as {run.status}" if run.status != "complete" else "classified no image of train right"
+            raise StudyError(f"the unconstrained training of seed {run.seed} {how}: try a lower lr or more epochs.")
     margin = {seed: run.margin or 1.0 for seed, run in free.items()}
     base = {seed: class_bounds(run, stages, sample, margin=margin[seed]) for seed, run in free.items()}
     settings, alone = [], {seed: dict.fromkeys(BOUNDS, 0.0) for seed in free}

@@ -52,7 +52,8 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not (0 < self.lr < math.inf and 0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
-            raise UsageError(f"lr must be positive, momentum in [0, 1), weight_decay not negative; got {self}.")
+            got = f"{self.lr}, {self.momentum} and {self.weight_decay}"
+            raise UsageError(f"lr must be positive, momentum in [0, 1), weight_decay not negative; got {got}.")
 
 
 @dataclass(frozen=True, kw_only=True)

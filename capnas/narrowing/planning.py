@@ -189,7 +189,7 @@ def read_widths(path: str | Path) -> dict[str, int]:
         document = json.loads(place.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"the plan {place} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"the plan {place} is not JSON: {error}.") from error
     if isinstance(document, dict) and isinstance(document.get("plan"), dict):
         document = document["plan"]

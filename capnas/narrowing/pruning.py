@@ -90,8 +90,9 @@ class PruneConfig:
             raise UsageError(f"lossless is the share of the variance to keep, in (0, 1), got {self.lossless}.")
         if self.images < 16:
             raise UsageError(f"calibration needs at least 16 images, got {self.images}.")
-        if min(self.finetune_epochs, self.train_epochs) < 0:
-            raise UsageError("epochs must not be negative.")
+        for name in ("finetune_epochs", "train_epochs"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must not be negative, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -184,6 +184,9 @@ class StudyConfig:
             raise StudyError(f"the study has format version {version}, expected {VERSION}; open it with the capnas that wrote it.")
         if unknown := given.keys() - {f.name for f in fields(cls)}:
             raise StudyError(f"the study's settings hold unknown fields: {', '.join(sorted(unknown))}.")
+        if "space" not in given:
+            advice = "study.toml was cut or emptied: remove it and give the capnas search command again, which writes it anew"
+            raise StudyError(f"the study's settings cannot be read: they hold no space; {advice}.")
         return cls(**given | {"out": out})
 
     def to_toml(self) -> str:

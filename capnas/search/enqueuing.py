@@ -31,7 +31,7 @@ def read_parameters(path: str | Path) -> list[dict[str, Any]]:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"parameters to enqueue cannot be read from {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON ({error}); parameters to enqueue are {_FORM}.") from error
     rows = document if isinstance(document, list) else [document] if _printed(document) else []
     found = [row["params"] if _printed(row) else row for row in rows]

@@ -153,6 +153,8 @@ def inspect_target(
     for measure in measures:
         if measure not in MEASURES:
             raise UsageError(one_of("measures", measure, MEASURES))
+    if batch < 2 and "capacity" in measures:
+        raise UsageError(f"batch must be at least 2 for capacity, got {batch}.")
     if project is not None and not 0 < project <= 1:
         raise UsageError(f"project must be a share of the variance in (0, 1], got {project}.")
     chosen = tuple(name for name in MEASURES if name in {"saturation", *measures})

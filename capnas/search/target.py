@@ -167,7 +167,14 @@ def open_network(
     build = _function(Path(place), function)
     images = _images(data or EMBEDDED, ({} if image_size is None else {"image_size": image_size}) | dict(data_options or {}))
     size = image_size or images.image_size
-    return build(num_classes=images.num_classes, in_chans=images.in_chans, image_size=size), images, size, function
+    try:
+        network = build(num_classes=images.num_classes, in_chans=images.in_chans, image_size=size)
+    except (Exception, SystemExit) as error:
+        how = f"fails when it is called with num_classes, in_chans and image_size: {type(error).__name__}: {error}"
+        raise UsageError(f"{text} {how}") from error
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"{text} must return a torch.nn.Module, got {type(network).__name__}.")
+    return network, images, size, function
 
 
 def _function(path: Path, name: str) -> Callable[..., nn.Module]:
@@ -177,7 +184,7 @@ def _function(path: Path, name: str) -> Callable[..., nn.Module]:
     sys.path.insert(0, folder)
     try:
         found = runpy.run_path(str(path)).get(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{path} fails when it is run: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(folder)

@@ -144,17 +144,17 @@ def test_numbers_without_end_are_refused(run: Run, tmp_path: Path) -> None:
 def test_paths_that_cannot_be_written_are_named(run: Run, study: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    advice = "; expected a path that can be read or written, give another one"
-    for where, words in (
-        (file, ("search", FILE, *QUICK, "--out", file)),
-        (file / "x", ("search", FILE, *QUICK, "--out", file / "x")),
-        ("/proc/x", ("search", FILE, *QUICK, "--out", "/proc/x")),
-        (tmp_path, ("report", study, "--html", tmp_path)),
-        ("/proc/x", ("best", study, "--trial", 0, "--code", "/proc/x/y.py")),
+    for where, expected, words in (
+        (file, "a folder", ("search", FILE, *QUICK, "--out", file)),
+        (file / "x", "a folder", ("search", FILE, *QUICK, "--out", file / "x")),
+        (file, "a folder", ("best", study, "--trial", 0, "--code", file / "y.py")),
+        ("/proc/x", "a path that can be read or written", ("search", FILE, *QUICK, "--out", "/proc/x")),
+        (tmp_path, "a file", ("report", study, "--html", tmp_path)),
+        ("/proc/x", "a path that can be read or written", ("best", study, "--trial", 0, "--code", "/proc/x/y.py")),
     ):
         told = refused(run, *words)
         assert told.startswith(f"error: {where}: ")
-        assert told.endswith(advice)
+        assert told.endswith(f"; expected {expected}, give another one")
 
 
 def test_a_share_of_the_variance_is_checked_before_measuring(run: Run) -> None:
