@@ -30,9 +30,7 @@ def profile(
     blocks: Blocks = None,
     initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network before training instead.")] = False,
     weights: Annotated[str | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, in safetensors.")] = None,
-    project: Annotated[
-        float | None, decimal("Accuracy lost by every layer but the head on the eigenspace of this share.", "SHARE")
-    ] = None,
+    project: Annotated[float | None, decimal("Accuracy lost by every layer but the head on the eigenspace of this share.", "SHARE")] = None,
     seed: Annotated[int, seeding("Of weights and choice of images.")] = 0,
     device: Device = "auto",
     json: Json = False,

@@ -176,17 +176,17 @@ class StudyConfig:
         """Read back what `to_dict` gave.
 
         Raises:
-            StudyError: another version, or fields that this one does not know.
+            StudyError: another version or none, no space, or fields that this one does not know.
         """
         given = dict(stored)
-        version = given.pop("version", None)
+        if (version := given.pop("version", None)) is None:
+            raise _cut("version")
         if version != VERSION:
             raise StudyError(f"the study has format version {version}, expected {VERSION}; open it with the capnas that wrote it.")
         if unknown := given.keys() - {f.name for f in fields(cls)}:
             raise StudyError(f"the study's settings hold unknown fields: {', '.join(sorted(unknown))}.")
         if "space" not in given:
-            advice = "study.toml was cut or emptied: remove it and give the capnas search command again, which writes it anew"
-            raise StudyError(f"the study's settings cannot be read: they hold no space; {advice}.")
+            raise _cut("space")
         return cls(**given | {"out": out})
 
     def to_toml(self) -> str:
@@ -206,11 +206,7 @@ class StudyConfig:
             StudyError: no TOML, another version or unknown fields.
         """
         try:
-            stored = tomllib.loads(text)
-            if "version" not in stored:
-                advice = "study.toml was cut or emptied: remove it and give the capnas search command again, which writes it anew"
-                raise StudyError(f"the study's settings cannot be read: they hold no version; {advice}.")
-            return cls.from_dict(stored, out=out)
+            return cls.from_dict(tomllib.loads(text), out=out)
         except (tomllib.TOMLDecodeError, TypeError) as error:
             raise StudyError(f"the study's settings cannot be read: {error}.") from error
 
@@ -283,3 +279,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     raise UsageError(f"study.toml holds texts, numbers, truth values and lists of them, got {value!r}.")
+
+
+def _cut(name: str) -> StudyError:
+    advice = "study.toml was cut or emptied: remove it and give the capnas search command again, which writes it anew"
+    return StudyError(f"the study's settings cannot be read: they hold no {name}; {advice}.")

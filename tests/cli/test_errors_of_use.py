@@ -163,7 +163,7 @@ def test_a_share_of_the_variance_is_checked_before_measuring(run: Run) -> None:
 
 
 def test_an_image_size_beyond_memory_is_one_line(run: Run) -> None:
-    assert refused(run, "profile", "resnet10t", "--image-size", "1000000") == (
+    assert refused(run, "profile", "resnet10t", "--image-size", "16384") == (
         "error: not enough memory for this; take a smaller image size, batch or network (--debug shows where it ran out)"
     )
 
