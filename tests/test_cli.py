@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import typer
 from PIL import Image
 from tiny_space import FILE, images
 
@@ -20,6 +21,7 @@ from capnas.cli import main
 from capnas.cli.app import app
 from capnas.console import number
 from capnas.errors import CapnasError
+from capnas.scoring import SCORES
 from capnas.search import StudyConfig
 
 Run = Callable[..., tuple[int, str, str]]
@@ -231,6 +233,22 @@ def test_spaces_and_version(run: Run) -> None:
     assert run("--version")[1].strip().endswith("0.1.0")
 
 
+def test_every_score_is_listed(run: Run) -> None:
+    code, out, _ = run("scores", "--json")
+    found = {row["score"]: row for row in json.loads(out)}
+    assert (code, list(found)) == (0, list(SCORES))
+    assert found["tail_fraction"]["direction"] == "minimize"
+    assert [found[name]["measure"] for name in ("rank_mean", "complexity", "coverage", "naswot", "capacity_slack")] == [
+        "saturation", "structure", "capacity", "proxies", "training"]  # fmt: skip
+    code, out, err = run("scores")
+    assert code == 0
+    shown = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines() if line.split()}
+    assert shown["saturation_evenness"].startswith("higher 0 to 1 saturation 1 - Gini")
+    assert shown["macs"].startswith("lower from 0 structure multiply-accumulates")
+    assert shown["synflow"].startswith("higher any proxies baseline")
+    assert "--values accuracy,NAME" in err
+
+
 def test_every_whole_number_of_a_command_is_written_alike() -> None:
     seen = set()
     for command in app.registered_commands:
@@ -239,7 +257,12 @@ def test_every_whole_number_of_a_command_is_written_alike() -> None:
             plain, *options = get_args(kind) if hasattr(kind, "__metadata__") else (kind,)
             if int in (plain, *get_args(plain)):
                 parse = options[0].parser
-                assert (parse("1e1"), parse("10"), parse("-1"), parse("2k")) == (10, 10, -1, 2000)
+                assert (parse("1e1"), parse("10"), parse("2k")) == (10, 10, 2000)
+                if name == "seed" and command.callback.__name__ != "search":  # StudyConfig tells it for a search
+                    with pytest.raises(typer.BadParameter, match=r"a seed must be at least 0 and below 2\*\*32, got -1"):
+                        parse("-1")
+                else:
+                    assert parse("-1") == -1
                 seen.add(f"{command.callback.__name__} {name}")
     assert {"search trials", "search epochs", "search max_macs", "best trial", "prune calibration", "resolution budget"} <= seen
 

@@ -1,7 +1,8 @@
-"""`capnas spaces`, `report` and `best`: what there is and what came out."""
+"""`capnas spaces`, `scores`, `report` and `best`: what there is and what came out."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,36 @@ def spaces(json: Json = False) -> None:
     else:
         show_table(["space", "what is searched"], found.items(), left=2)
         say("Search one with: capnas search NAME. A file of your own: capnas search path/to/file.py:function")
+
+
+@app.command()
+def scores(json: Json = False) -> None:
+    """List the scores: which way is better, their range, and what they mean."""
+    with quiet():
+        from capnas.scoring import SCORES, measures_for
+
+        found = [
+            {
+                "score": score.name,
+                "direction": score.direction,
+                "low": score.low if math.isfinite(score.low) else None,
+                "high": score.high if math.isfinite(score.high) else None,
+                "measure": "training" if score.name == "capacity_slack" else measures_for([score.name])[-1],  # of its weights' ways
+                "meaning": score.meaning,
+            }
+            for score in SCORES.values()
+        ]
+    if json:
+        out_json(found)
+        return
+    for row in found:
+        low, high = row["low"], row["high"]
+        row["range"] = "any" if low is None else f"from {low}" if high is None else f"{low} to {high}"
+        row["better"] = "higher" if row["direction"] == "maximize" else "lower"
+    columns = ("score", "better", "range", "measure", "meaning")
+    show_table(columns, ([str(row[name]) for name in columns] for row in found), left=len(columns))
+    say("Search by them: capnas search SPACE --values accuracy,NAME (init_NAME for the untrained network); val_loss and the sums combined")
+    say("and principled are values too. Show them: capnas profile MODEL --measures all")
 
 
 @app.command()
