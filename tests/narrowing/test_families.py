@@ -149,8 +149,8 @@ def test_costs_of_layers_that_no_group_reaches() -> None:
     nothing, macs = torch.zeros(4, 1, dtype=torch.float64), torch.tensor([1.0, 5.0, 0.0, 9.0], dtype=torch.float64)
     outputs = nothing.clone()
     outputs[3] = 0.5
-    cost = NetworkCost(names=("small", "large", "free", "narrowed"), macs=macs, params=macs, biases=macs, added=macs, inputs=nothing,
-                       outputs=outputs, units=torch.ones(1, dtype=torch.float64))  # fmt: skip
+    cost = NetworkCost(names=("small", "large", "free", "narrowed"), macs=macs, params=macs, biases=macs, steady=macs, added=macs,
+                       inputs=nothing, outputs=outputs, units=torch.ones(1, dtype=torch.float64))  # fmt: skip
     assert list(cost.fixed_macs().items()) == [("large", 5.0), ("small", 1.0)]
 
 

@@ -142,10 +142,10 @@ def test_a_trial_is_shown_without_its_images(moved: Path) -> None:
     assert found.shape == {"num_classes": 3, "in_chans": 1, "image_size": 8}
     assert found.summary()["values"]["combined"] > 0
     assert "nn.Sequential" in found.script() or "Conv2d" in found.script()
-    with pytest.raises(CapnasError, match=r"data must be one of .*pictures"):
+    with pytest.raises(CapnasError, match=r"^there is no folder .*pictures: bring the images back"):
         retrain_trial(found, epochs=1)
     found.run.study.set_user_attr(DATA, None)  # an older run: only its images tell the shape
-    with pytest.raises(CapnasError, match=r"data must be one of .*pictures"):
+    with pytest.raises(CapnasError, match=r"^there is no folder .*pictures: bring the images back"):
         rebuild(open_run("../run"))
 
 
