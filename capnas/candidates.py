@@ -206,7 +206,12 @@ class _NoInitialization(TorchDispatchMode):
 
 
 def _model(space: Callable[..., Any], trial: optuna.trial.BaseTrial, sizes: dict[str, int]) -> nn.Module:
-    model = space(trial, **sizes)
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        model = space(trial, **sizes)
+    finally:  # what a space sets for itself must not reach the training
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
     if not isinstance(model, nn.Module):
         raise SpaceError(f"the space {space_name(space)!r} must return a torch.nn.Module, got {type(model).__name__}.")
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -183,6 +184,26 @@ def test_what_timm_does_not_know_is_a_mistake_of_the_space(name: str, pretrained
 
     with pytest.raises(Infeasible, match="Unknown model"):
         build_candidate(own, fixed(), **SIZES)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_defaults_that_a_space_sets_stay_its_own(fails: bool) -> None:
+    def space(trial: optuna.Trial, **sizes: int) -> nn.Module:
+        net = cnn_space(trial, **sizes)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        if fails:
+            raise ValueError("no such network")
+        return net
+
+    try:
+        for build in (lambda: build_candidate(space, fixed(**PARAMS), **SIZES), lambda: build_model(space, PARAMS, **SIZES, seed=0)):
+            with pytest.raises(Infeasible) if fails else contextlib.nullcontext():
+                build()
+            assert (torch.get_default_dtype(), torch.is_grad_enabled()) == (torch.float32, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
 
 
 def test_lazy_layers_need_a_size() -> None:
