@@ -101,6 +101,22 @@ def test_one_channel_has_tied_optima_on_two_blocks() -> None:
     assert fit.degenerate
 
 
+def test_the_tied_optima_of_one_channel_hold_the_allocation_of_the_table() -> None:
+    """Any weight r behind the last two steps gives the loss 0.5, by Cauchy and Schwarz: c (1, r, r, r^2) against (1, 0, 0, 1)."""
+    task, found = linear_task("T3"), {}
+    for r in (0.0, 0.1, 0.19, 0.4, 1.0, 3.0):
+        weights = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0], [1, r], [1, r]], dtype=torch.float64)
+        weights[0] /= 1 + r**2  # the best amplitude
+        error = BUILD["single"]().response(weights.flatten()) - task.target
+        slope = BUILD["single"]().jacobian(weights.flatten()).T @ error
+        assert float(error.square().sum() / task.target.square().sum()) == pytest.approx(0.5, abs=1e-12)
+        assert float(slope.abs().max()) < 1e-12
+        found[r] = regions(dilated_allocation(weights))
+    assert found[0.0] == pytest.approx((4, 2, 1))
+    assert found[0.19] == pytest.approx((3.8, 2.0, 1.2), abs=0.05)
+    assert all(sum(kappa) == pytest.approx(7) for kappa in found.values())
+
+
 def test_repeated_cycle_forgets_far_lags_and_wide_stack_reaches_them() -> None:
     cycle, _ = fitted("cycle", "T1", starts=2)
     single, _ = fitted("single", "T1", starts=2)
