@@ -77,11 +77,12 @@ def table(rows):
     reasons = Counter(reason for row in rows for reason in row["skipped"].values())
     environment = json.loads((HERE / "environment.json").read_text())
     load = ", ".join(f"{low:.0f} to {high:.0f}" for low, high in [(min(r["load"] for r in rows), max(r["load"] for r in rows))])
+    longer = sum(sum(r["seconds"].values()) for r in rows) / sum(sum(r["cpu_seconds"].values()) for r in rows)
     note = (
         f"{BATCH} images of {SIZE} px of noise, train mode, untrained weights, one thread, torch {environment['torch']}, timm "
         f"{environment['timm']}. The columns C to decoupling count the layers that have a value. Seconds are CPU seconds "
         "of the process, each measure beyond those before it (structure, norms and capacity trace the model each time here); the machine "
-        f"had two cores and a load of {load} from other work, so wall-clock seconds (in raw/families.jsonl) are several times larger."
+        f"had two cores and a load of {load}; wall-clock seconds (in raw/families.jsonl) are {longer:.2f} times as many in all."
     )
     skipped = "\n".join(f"- {count} x {reason}" for reason, count in reasons.most_common())
     parts = [f"# Profile of {len(rows)} families", note, "\n".join(lines), "Skipped modules over all models, by reason:", skipped]
