@@ -24,8 +24,8 @@ def propagate_gated(constraints: Tensor, weight: Tensor, gate_cosines: Tensor) -
     Args:
         constraints: V (J, K), functions of the layer's output that training pins down; full column rank.
         weight: W (J, I), the matrix of the linear map: of a convolution (stride, padding, dilation, groups)
-            ``torch.block_diag(*convolution(...).matrix())`` of `capnas.measures.convolution`, of a pooling its Jacobian. J x J numbers are
-            held, so that this is for small maps.
+            ``torch.block_diag(*convolution(...).matrix())`` of `capnas.measures.convolution`, of a pooling, norm, sum or joint of such maps
+            its Jacobian. J x J numbers are held, so that this is for small maps.
         gate_cosines: rho (J, J), gate Gram matrix with unit diagonal; all ones for a linear layer, the identity under total decoupling.
 
     Raises:
