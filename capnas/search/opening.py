@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 
+from capnas.candidates import Infeasible, build_candidate
 from capnas.data import DataSpec, ImageData
 from capnas.data.digest import digest_changes
-from capnas.errors import StudyError
+from capnas.errors import SpaceError, StudyError
 from capnas.objective import Objective
 from capnas.objective.claims import at_work, own_claim
 from capnas.objective.evaluation import stored_with
@@ -24,6 +26,7 @@ from capnas.search.enqueuing import begun
 from capnas.search.runs import count_finished, is_settled, open_run
 from capnas.search.samplers import make_pruner
 from capnas.search.storages import hide_password, open_storage
+from capnas.spaces import space_name
 
 ATTRIBUTE = "capnas:config"  # keys of the study's user attributes
 SCORE = "capnas:capacity_score"  # the weights of its terms
@@ -169,6 +172,30 @@ def check_data(study: optuna.Study, objective: Objective) -> None:
             study.set_user_attr(DATA, data_facts(objective.data))
     elif not trials or any(stored_with(t).get("settings") == objective.settings for t in trials):
         study.set_user_attr(DATA, data_facts(objective.data))  # else of a study from before this was kept: nobody knows its images
+
+
+def check_architectures(study: optuna.Study, objective: Objective) -> None:
+    """Compare what the space builds for the last complete trial with what it was, before a session adds trials.
+
+    Raises:
+        StudyError: the space has changed.
+    """
+    complete = (t for t in reversed(study.get_trials(deepcopy=False)) if t.state == TrialState.COMPLETE)
+    trial, known = next(((t, s) for t in complete if (s := stored_with(t)).get("hash")), (None, {}))
+    if trial is None:
+        return
+    data = objective.data
+    shape = {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": known.get("image_size") or data.image_size}
+    try:
+        built = build_candidate(objective.space, optuna.trial.FixedTrial(dict(known["params"])), **shape).hash
+    except (Infeasible, SpaceError):
+        built = None
+    if built != known["hash"]:
+        what = "no network" if built is None else "another architecture"
+        raise StudyError(
+            f"the space {space_name(objective.space)} has changed since the study {study.study_name} began: it builds {what} for trial "
+            f"{trial.number}. New trials would not compare: bring the space back, or give another --study."
+        )
 
 
 def _create(config: StudyConfig, storage: Any) -> optuna.Study:

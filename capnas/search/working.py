@@ -23,7 +23,7 @@ from capnas.objective.pool import superseded
 from capnas.objective.stopping import MedianRule
 from capnas.search.config import StudyConfig
 from capnas.search.enqueuing import unasked
-from capnas.search.opening import check_data, check_settings
+from capnas.search.opening import check_architectures, check_data, check_settings
 from capnas.search.runs import is_finished, is_settled
 from capnas.search.samplers import first_judged, make_sampler
 from capnas.testing import draw
@@ -82,7 +82,7 @@ def work(
         How many trials it ran.
 
     Raises:
-        StudyError: the images have changed, or `MAX_FAILURES` trials in a row, of whichever worker, ended in an error.
+        StudyError: the images or the space have changed, or `MAX_FAILURES` trials in a row, of whichever worker, ended in an error.
         SpaceError, UsageError: see `check_candidates`.
     """
 
@@ -112,6 +112,7 @@ def work(
         if ran == 0:
             check_settings(study, config)
             check_data(study, objective)
+            check_architectures(study, objective)
             check_candidates(objective, seed=config.seed)
         settled = sum(map(is_settled, trials))
         study.sampler = sampler(settled, own, ran) if parallel else sampler(settled)

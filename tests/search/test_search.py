@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -401,6 +401,25 @@ def test_any_error_and_the_warnings_of_workers_reach_the_parent(tmp_path: Path, 
     assert len(caught) == 1
     assert capfd.readouterr().err == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_space_that_changed_between_two_sessions_is_told(tmp_path: Path, data: ImageData) -> None:
+    def changed(layer: str, name: str = "width") -> Callable[..., nn.Module]:
+        def space(trial: optuna.Trial, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+            width = trial.suggest_int(name, 2, 4)
+            return nn.Sequential(nn.Conv2d(in_chans, width, 3), getattr(nn, layer)(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                 nn.Linear(width, num_classes))  # fmt: skip
+
+        return space
+
+    first = config(tmp_path, space="mine", trials=2)
+    run_study(first, space=changed("ReLU"), data=data)
+    more = replace(first, trials=3)
+    for other, what in ((changed("SiLU"), "another architecture"), (changed("ReLU", "w"), "no network")):
+        with pytest.raises(StudyError, match=f"^the space .* has changed since the study .* began: it builds {what} for trial 1. New"):
+            run_study(more, space=other, data=data)
+    assert open_run(first.folder).n_finished == 2
+    assert run_study(more, space=changed("ReLU"), data=data).n_finished == 3
 
 
 @pytest.mark.parametrize(
