@@ -196,6 +196,15 @@ def measures_for(names: Iterable[str]) -> tuple[str, ...]:
     return ("saturation", *(measure for measure, scores in needs.items() if wanted & set(scores)))
 
 
+def measure_of(name: str) -> str:
+    """Where a score comes from: the measure of a profile that it needs, or "training" where only a training tells it.
+
+    >>> measure_of("coverage"), measure_of("rank_mean"), measure_of("capacity_slack")
+    ('capacity', 'saturation', 'training')
+    """
+    return "training" if name == "capacity_slack" else measures_for([name])[-1]
+
+
 def score(profile: Profile, names: str | Sequence[str] | None = None) -> dict[str, float]:
     """Scores of a profile by name.
 

@@ -97,10 +97,9 @@ class CapacityMap:
     def near_linear(self) -> bool:
         """S > 0.5: most of the response is linear in the input, where the Markov sweep is not to be trusted for ``pixels``.
 
-        Partial decoupling, (20) and (21), is there for one layer of any kind in `capnas.measures.propagation`; the exact map
-        of a small network is `capnas.measures.pixel_map`. The mixture (41) with the leverage of the mean Jacobian is left out: it was
-        further from that map than the sweep in four of six small networks with S of 0.7 to 1, of three convolutions on centred and on
-        even images.
+        Partial decoupling, (20) and (21), is there for one layer of any kind, `capnas.measures.propagation`; the exact map of a small
+        network is `capnas.measures.pixel_map`. The mixture (41) with the leverage of the mean Jacobian is left out: it was further from
+        that map than the sweep in four of six small networks with S of 0.7 to 1, of three convolutions on centred and on even images.
         """
         return self.coherent > _NEAR_LINEAR
 

@@ -30,7 +30,7 @@ def spaces(json: Json = False) -> None:
 def scores(json: Json = False) -> None:
     """List the scores: which way is better, their range, and what they mean."""
     with quiet():
-        from capnas.scoring import SCORES, measures_for
+        from capnas.scoring import SCORES, measure_of
 
         found = [
             {
@@ -38,7 +38,7 @@ def scores(json: Json = False) -> None:
                 "direction": score.direction,
                 "low": score.low if math.isfinite(score.low) else None,
                 "high": score.high if math.isfinite(score.high) else None,
-                "measure": "training" if score.name == "capacity_slack" else measures_for([score.name])[-1],  # of its weights' ways
+                "measure": measure_of(score.name),
                 "meaning": score.meaning,
             }
             for score in SCORES.values()

@@ -11,15 +11,12 @@ is one network as in run.py, `method` the choice and `scope` the widths; `accura
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import warnings
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from run import EPOCHS, HERE, MODELS, Bench, cell, environment, images_of, read, rival, rows_of
+from run import EPOCHS, HERE, MODELS, arguments, benches, cell, environment, read, rival, rows_of
 
 from capnas.measures.narrowing import RemovalPath
 from capnas.narrowing import narrowed, plan_widths, survey
@@ -209,25 +206,15 @@ def derived(lines):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", choices=["fashion", "cifar"], default="fashion")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser = arguments(__doc__)
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), help="importances of Torch-Pruning")
-    parser.add_argument("--cifar", type=Path)
-    parser.add_argument("--folder", type=Path, default=Path("runs/pruning-models"), help="where trained models are kept")
     parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
     if not args.table_only:
-        warnings.filterwarnings("ignore")
-        torch.set_num_threads(1)
         ROWS.mkdir(exist_ok=True)
-        data = images_of(args.data, args.cifar)
-        for seed in args.seeds:
-            for name in args.models:
-                bench = Bench(args.data, data, name, seed, args.folder)
-                bench.raw = ROWS / bench.raw.name
-                measure(bench, args.rivals)
+        for bench in benches(args):
+            bench.raw = ROWS / bench.raw.name
+            measure(bench, args.rivals)
         environment(ROWS / "environment.json")
     lines = [line for path in sorted(ROWS.glob("*.jsonl")) for line in read(path)]
     (HERE / "ablation.md").write_text(derived(lines), encoding="utf-8")

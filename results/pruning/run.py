@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fcntl
+import functools
 import io
 import json
 import os
@@ -85,6 +86,7 @@ In this table the rows of capnas on {} are of networks whose batch norms were me
 version did; now their moments move with their inputs."""
 
 
+@functools.cache
 def images_of(name, archive):
     if name == "fashion":
         return load_data("fashion-mnist-12k")
@@ -477,37 +479,47 @@ def environment(path):
     path.write_text(json.dumps(versions, indent=1) + "\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(text):
+    """A parser with what chooses trained models, see `benches`."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", choices=["fashion", "cifar"], default="fashion")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--cifar", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("runs/pruning-models"), help="where trained models are kept")
+    return parser
+
+
+def benches(args):
+    """The trained models of these arguments, one by one, in one thread."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    data = images_of(args.data, args.cifar)
+    for seed in args.seeds:
+        for name in args.models:
+            yield Bench(args.data, data, name, seed, args.folder)
+
+
+def main():
+    parser = arguments(__doc__)
     parser.add_argument("--scopes", nargs="+", choices=["layer", "global"], default=["layer", "global"])
     steps = ["ours", "rivals", "one", "five"]
     parser.add_argument("--steps", nargs="+", choices=steps, default=steps[:2], help="one, five: epochs of fine-tuning at 50 %%")
     parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, default=RATIOS)
-    parser.add_argument("--cifar", type=Path)
-    parser.add_argument("--folder", type=Path, default=Path("runs/pruning-models"), help="where trained models are kept")
     parser.add_argument("--derive-only", action="store_true")
     args = parser.parse_args()
     if not args.derive_only:
-        warnings.filterwarnings("ignore")
-        torch.set_num_threads(1)
-        data = images_of(args.data, args.cifar)
-        for seed in args.seeds:
-            for name in args.models:
-                bench = Bench(args.data, data, name, seed, args.folder)
-                if "ours" in args.steps:
-                    lossless(bench)
-                    ours(bench, args.ratios)
-                if "rivals" in args.steps:
-                    rivals(bench, args.scopes, args.ratios)
-                if "one" in args.steps:
-                    finetuned(bench, 1)
+        for bench in benches(args):
+            if "ours" in args.steps:
+                lossless(bench)
+                ours(bench, args.ratios)
+            if "rivals" in args.steps:
+                rivals(bench, args.scopes, args.ratios)
+            if "one" in args.steps:
+                finetuned(bench, 1)
         if "five" in args.steps:  # the rivals are chosen over all seeds
-            for seed in args.seeds:
-                for name in args.models:
-                    finetuned(Bench(args.data, data, name, seed, args.folder), 5)
+            for bench in benches(args):
+                finetuned(bench, 5)
         environment(HERE / "environment.json")
     derive()
 
