@@ -6,13 +6,10 @@ import builtins
 import contextlib
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import optuna
@@ -27,6 +24,7 @@ from capnas.search.enqueuing import begun, check_parameters, enqueue_new
 from capnas.search.export import write_environment, write_trials
 from capnas.search.opening import ATTRIBUTE, SCORE, check_folder, discard, open_study, opened_here
 from capnas.search.runs import RunResult, count_finished, open_run
+from capnas.search.signals import no_sigint, sigterm_interrupts
 from capnas.search.working import MAX_FAILURES, TrialCallback, ended, failures_in_a_row, make_objective, work
 from capnas.spaces import load_space
 
@@ -106,7 +104,7 @@ def run_study(
     known = len(begun(study))
     interrupted = False
     try:
-        with _sigterm_interrupts() as go_on:
+        with sigterm_interrupts() as go_on:
             if before >= config.trials:
                 pass
             elif config.workers == 1:
@@ -153,7 +151,7 @@ def worker(
         StudyError: see `run_study`.
     """
     config = replace(config, device=device or config.device)
-    with _sigterm_interrupts() as go_on:
+    with sigterm_interrupts() as go_on:
         study, objective = open_study(config), make_objective(config)
         objective.on_epoch = on_epoch
         return work(study, config, objective, parallel=True, on_trial=on_trial, go_on=go_on)
@@ -193,7 +191,7 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
                     on_trial(study, trial)
 
     try:
-        with _environment(OMP_NUM_THREADS=str(threads)), _sigint_waits():
+        with _environment(OMP_NUM_THREADS=str(threads)), no_sigint():
             for child in children:
                 child.start()
         while any(child.is_alive() for child in children):
@@ -240,7 +238,7 @@ def _child(
     parent = multiprocessing.parent_process()
     settings = replace(StudyConfig.from_dict(config, out=out), storage=storage, device=device)
     try:
-        with _sigterm_interrupts() as go_on:
+        with sigterm_interrupts() as go_on:
             study, objective = open_study(settings), make_objective(settings)
             work(
                 study, settings, objective, parallel=True, on_start=lambda: send("start", "", ""), on_trial=None, before=before,
@@ -259,46 +257,6 @@ def _device(device: str, index: int) -> str:
     if device in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{index % torch.cuda.device_count()}"
     return device
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[Callable[[], bool]]:
-    """Treat SIGTERM as Ctrl-C while the block runs; only the main thread may ask for that.
-
-    What is yielded is to be asked between trials: it raises what code with a bare ``except`` (an import, a space) may have swallowed.
-    """
-    asked: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        raise KeyboardInterrupt
-
-    def go_on() -> bool:
-        if asked:
-            raise KeyboardInterrupt
-        return True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield go_on
-        return
-    old = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield go_on
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
-@contextlib.contextmanager
-def _sigint_waits() -> Iterator[None]:
-    """Hold Ctrl-C back while the block runs; what starts in it never gets one, so that only its parent ends it, also while it imports."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
@@ -17,7 +18,7 @@ from capnas.candidates import Infeasible, build_candidate
 from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
 from capnas.layers import has_block
 from capnas.objective import Objective
-from capnas.objective.claims import local, sweep
+from capnas.objective.claims import claimed, local, sweep
 from capnas.objective.evaluation import Evaluation, stored_with
 from capnas.objective.pool import superseded
 from capnas.objective.stopping import MedianRule
@@ -26,6 +27,7 @@ from capnas.search.enqueuing import unasked
 from capnas.search.opening import check_architectures, check_data, check_settings
 from capnas.search.runs import is_finished, is_settled
 from capnas.search.samplers import first_judged, make_sampler
+from capnas.search.signals import whole
 from capnas.testing import draw
 
 MAX_FAILURES = 3  # errors in a row, not merely bad candidates, after which a study gives up
@@ -181,7 +183,17 @@ def _one(
     study: optuna.Study, objective: Objective, limit: int, sampler: Callable[[int], BaseSampler] | None
 ) -> tuple[int, Exception | None]:
     """Run one trial; its number and the error that ended it, if one did. Optuna's own loop would log each with a traceback."""
-    trial = study.ask()
+    with contextlib.ExitStack() as claim:
+        with whole():  # a trial that no process claims is left running when its own is gone
+            trial = study.ask()
+            claim.enter_context(claimed(trial))
+        return trial.number, _ended(study, trial, objective, limit, sampler)
+
+
+def _ended(
+    study: optuna.Study, trial: optuna.Trial, objective: Objective, limit: int, sampler: Callable[[int], BaseSampler] | None
+) -> Exception | None:
+    """Bring a trial to its end, and tell the study of it; the error that ended it, if one did."""
     try:
         if sampler is not None:  # what is drawn without regard to other trials then depends on seed and number, not on who draws it
             study.sampler = sampler(trial.number)
@@ -190,16 +202,16 @@ def _one(
             lost = Evaluation(status="interrupted", reason="another worker drew this or the last trial first", params=trial.params)
             lost.write(trial.set_user_attr)
             study.tell(trial, state=TrialState.FAIL)
-            return trial.number, None
+            return None
         values = objective(trial)
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except Exception as error:
         study.tell(trial, state=TrialState.FAIL)
-        return trial.number, error
+        return error
     except BaseException:
         study.tell(trial, state=TrialState.FAIL)
         raise
     else:
         study.tell(trial, values)  # interrupted in here, the trial gets its stored values from the next sweep
-    return trial.number, None
+    return None

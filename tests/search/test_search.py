@@ -593,6 +593,26 @@ def test_a_signal_that_a_space_swallows_ends_the_study_all_the_same(tmp_path: Pa
     assert result.n_finished == 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_trial_is_being_drawn_leaves_none_running(
+    tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    ask = optuna.Study.ask
+
+    def interrupted(self: optuna.Study, *args: Any, **kwargs: Any) -> optuna.Trial:
+        trial = ask(self, *args, **kwargs)
+        if trial.number == 2:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)  # for the handler, which runs between two steps of the interpreter
+        return trial
+
+    monkeypatch.setattr(optuna.Study, "ask", interrupted)
+    result = run_study(config(tmp_path / "run", trials=6, workers=1), space=space, data=data)
+    assert result.interrupted
+    assert [t.state for t in result.study.trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
+    assert result.n_finished == 2
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="sees the workers start in /proc")
 def test_ctrl_c_while_the_workers_import_ends_cleanly(home: Path) -> None:
     folder = home / "importing"
