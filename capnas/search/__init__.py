@@ -181,9 +181,11 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
                 elif message[0] == "start" and on_start is not None:
                     on_start()
         for i, child in enumerate(children):
-            if (child.exitcode or 0) < 0 and i not in lost and any(other.is_alive() for other in children):
+            killed = (child.exitcode or 0) < 0 and i not in lost
+            if killed and (any(other.is_alive() for other in children) or count_finished(study) >= config.trials):
                 lost.add(i)
-                warnings.warn(f"a worker was killed by signal {-(child.exitcode or 0)}; the others go on.", RuntimeWarning, stacklevel=2)
+                text = f"a worker was killed by signal {-(child.exitcode or 0)}; the others do its work."
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
         for trial in study.get_trials(deepcopy=False):
             if trial.state.is_finished() and trial.number not in told:
                 told.add(trial.number)

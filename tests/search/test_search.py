@@ -425,7 +425,7 @@ def test_a_space_that_changed_between_two_sessions_is_told(tmp_path: Path, data:
 @pytest.mark.parametrize(
     ("ending", "text"),
     [
-        ("os.kill(os.getpid(), 9)", "a worker was killed by signal 9; the others go on."),
+        ("os.kill(os.getpid(), 9)", "a worker was killed by signal 9; the others do its work."),
         ("raise CapnasError('lost')", "a worker ended early and the others finished the trials: lost"),
     ],
 )

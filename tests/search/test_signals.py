@@ -13,11 +13,16 @@ BOTH = [signal.SIGINT, signal.SIGTERM]
 @pytest.mark.parametrize("number", BOTH)
 def test_a_signal_waits_for_the_end_of_the_block(number: signal.Signals) -> None:
     done = []
-    with sigterm_interrupts() as go_on:
-        before = [signal.getsignal(n) for n in BOTH]
-        with pytest.raises(KeyboardInterrupt), whole():
+
+    def block() -> None:
+        with whole():
             signal.raise_signal(number)
             done.append(True)
+
+    with sigterm_interrupts() as go_on:
+        before = [signal.getsignal(n) for n in BOTH]
+        with pytest.raises(KeyboardInterrupt):
+            block()
         assert [signal.getsignal(n) for n in BOTH] == before
         if number == signal.SIGTERM:
             with pytest.raises(KeyboardInterrupt):
@@ -27,13 +32,17 @@ def test_a_signal_waits_for_the_end_of_the_block(number: signal.Signals) -> None
 
 @pytest.mark.parametrize("number", BOTH)
 def test_the_second_signal_ends_a_block_that_hangs(number: signal.Signals) -> None:
-    done = []
-    with sigterm_interrupts(), pytest.raises(KeyboardInterrupt), whole():
-        signal.raise_signal(number)
-        done.append(1)
-        signal.raise_signal(number)
-        done.append(2)
-    assert done == [1]
+    sent = []
+
+    def block() -> None:
+        with whole():
+            for place in range(3):
+                sent.append(place)
+                signal.raise_signal(number)
+
+    with sigterm_interrupts(), pytest.raises(KeyboardInterrupt):
+        block()
+    assert sent == [0, 1]
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
