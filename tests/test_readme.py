@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,16 @@ def test_values_named_in_the_readme_exist() -> None:
 
     for values in re.findall(r"--values ([\w,-]+)", README):
         assert check_values(values)
+
+
+def test_the_profile_is_what_the_command_shows(tmp_path: Path) -> None:
+    run = shutil.copytree(ROOT / "results" / "demo", tmp_path / "demo")
+    environment = os.environ | {"COLUMNS": "120"}
+    shown = subprocess.run(
+        [sys.executable, "-m", "capnas", "profile", f"{run}:best"], capture_output=True, text=True, cwd=ROOT, env=environment, check=True
+    ).stdout
+    rows = [line.strip() for line in shown.splitlines()]
+    told = README.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert len(told) == 5
+    assert [line.strip() for line in told if line.strip() not in rows] == []
+    assert "The last convolution uses 19 of its 80 directions" in " ".join(README.split())

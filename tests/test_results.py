@@ -161,6 +161,11 @@ def table_row(document: Path, start: str) -> str:
     return rows[0]
 
 
+def headline(question: str) -> str:
+    """The one row of the table on the first page that begins so."""
+    return table_row(ROOT / "README.md", question)
+
+
 def section(heading: str) -> str:
     """What stands in the studies' text under a heading of the second level, with its subsections."""
     parts = [p for p in re.split(r"^## ", STUDIES.read_text(), flags=re.MULTILINE) if p.partition("\n")[0] == heading]
@@ -243,7 +248,7 @@ def test_every_study_has_a_row_with_a_short_answer() -> None:
         if f"[more](#{study})" in answer:
             assert section(study)
     headings = re.findall(r"^## (.+)$", STUDIES.read_text(), re.MULTILINE)
-    assert headings == [study for study, _, answer, _ in rows if answer.endswith(f": [more](#{study})")]
+    assert headings == ["figures"] + [study for study, _, answer, _ in rows if answer.endswith(f": [more](#{study})")]
 
 
 def test_links_of_the_studies_lead_somewhere() -> None:
@@ -256,7 +261,7 @@ def test_the_readme_tells_how_the_score_ranks(summary: dict[str, Any], unseen: d
     spaces = summary["spaces"]
     signals = {name: spaces[name]["signals"] for name in ALL}
     rho = {name: {signal: row["spearman"] for signal, row in found.items()} for name, found in signals.items()}
-    cells, readme = rho["nasbench201"], ROOT / "README.md"
+    cells, readme = rho["nasbench201"], STUDIES
     check_says(table_row(readme, "rank untrained networks"),
                "NAS-Bench-201 | {} (better half {}) | synflow {}, naswot {}, parameters {} | {} cells",
                cells["capacity_score"], signals["nasbench201"]["capacity_score"]["top_half"], cells["published logsynflow"],
@@ -323,10 +328,12 @@ def test_the_results_tell_how_the_score_ranks(summary: dict[str, Any], unseen: d
     check_says(text, "trained for {} epochs on 5,761 images", *epochs)
     found = [{name: signal["spearman"] for name, signal in summary["spaces"][space]["signals"].items()} for space in MEASURED]
     means = [statistics.mean(signals[name] for signals in found) for name in ("capacity_score", *BASELINES, "macs")]
-    check_says(table_row(ROOT / "README.md", "the five published proxies"),
+    check_says(table_row(STUDIES, "the five published proxies"),
                "| {} | naswot {}, synflow {}, zico {}, snip {}, grad_norm {}; MACs {}", *means)  # fmt: skip
     check_says(text, "(NAS-Bench-201 {}, NAS-Bench-101 {}, Macro {}, `mbconv` {} rows; timm not) the score has {} on average, naswot {}, "
                "synflow {}, zico {}, snip {}, grad_norm {},", *(networks[space] for space in MEASURED), *means[:-1])  # fmt: skip
+    check_says(headline("rank untrained networks"), "mean of five spaces, on which the weights were fitted | {} | MACs {}, "
+               "parameters {}; where they were measured naswot {}, synflow {} |", *mean.values(), *means[1:3])  # fmt: skip
     before = []  # with the term that was shipped first
     for name in ("macro", "timm", "mbconv"):
         rows = lines_of(RANKING / "raw" / f"{name}.jsonl")
@@ -341,8 +348,9 @@ def test_the_results_tell_how_the_score_ranks(summary: dict[str, Any], unseen: d
     for name, row in others.items():
         assert row["architectures"] == len({r["arch"] for r in lines_of(RANKING / "raw" / f"{name}-others.jsonl")}
                                            - {r["arch"] for r in lines_of(RANKING / "raw" / f"{name}.jsonl")})  # fmt: skip
-    check_says(table_row(ROOT / "README.md", "the same on other rows"), "| {}, {}, {} | MACs {}, {}, {} | {} cells, {} and {} networks",
-               *(row["signals"][signal]["spearman"] for signal in ("capacity_score", "macs") for row in others.values()),
+    ranked = [row["signals"][signal]["spearman"] for signal in ("capacity_score", "macs") for row in others.values()]
+    check_says(headline("rows of NAS-Bench-201, 101 and Macro that no weight"), "| {}, {}, {} | MACs {}, {}, {} |", *ranked)
+    check_says(table_row(STUDIES, "the same on other rows"), "| {}, {}, {} | MACs {}, {}, {} | {} cells, {} and {} networks", *ranked,
                *(row["architectures"] for row in others.values()))  # fmt: skip
     check_says(text, "0.94 on NAS-Bench-201 by {} (on the other 1,000 cells by {}) and 0.80 on NAS-Bench-101 by {}",
                0.94 - rho["nasbench201"]["capacity_score"], 0.94 - others["nasbench201"]["signals"]["capacity_score"]["spearman"],
@@ -353,7 +361,7 @@ def test_the_results_tell_how_the_score_ranks(summary: dict[str, Any], unseen: d
 def test_the_texts_tell_how_the_score_ranks_a_space_that_it_was_not_fitted_on(summary: dict[str, Any]) -> None:
     space = summary["spaces"]["mobilenetv2"]
     rho = {name: signal["spearman"] for name, signal in space["signals"].items()}
-    row = table_row(ROOT / "README.md", "the same on a space that no weight was fitted on")
+    row = table_row(STUDIES, "the same on a space that no weight was fitted on")
     check_says(row, "| {} | MACs {}, naswot {}, synflow {} | {} published rows |",
                *(rho[name] for name in ("capacity_score", "macs", "naswot", "synflow")), space["architectures"])  # fmt: skip
     text = section("ranking")
@@ -379,6 +387,7 @@ def test_the_results_tell_what_recording_costs() -> None:
     check_says(row, "{} to {} of the bare step's CPU time for three networks (target 1.05) and {} for inverted residuals (target 1.10)",
                min(own[:3]), max(own[:3]), own[3])  # fmt: skip
     check_says(row, "delve, which reads modules only, {} to {}", min(delve), max(delve))
+    check_says(headline("time of a training step"), "| {} to {} | delve {} to {} |", min(own), max(own), min(delve), max(delve))
     assert all(max(mine, default) <= target for mine, target, _, default, _ in found)
     check_says(row, "with memory as the allocator does it {} to {};", *(f(default for *_, default, _ in found) for f in (min, max)))
     usual = [100 * (row[3] - 1) for row in found]
@@ -412,10 +421,10 @@ UNTRAINED = ("untrained part of shipped alone", "capacity_score alone")  # choic
 def test_the_texts_tell_how_the_sum_ranks(summary: dict[str, Any], combined: dict[str, Any]) -> None:
     names = ("nasbench201", "nasbench101", "mbconv", "nasbench201-1-epoch")
     shipped, alone = ([combined[choice]["reached"][name][0] for name in names] for choice in ("shipped", "accuracy alone"))
-    check_says(table_row(ROOT / "README.md", "`combined` after"), "| {}, {}, {}; {} | accuracy alone {}, {}, {}; {}; without the "
+    check_says(table_row(STUDIES, "`combined` after"), "| {}, {}, {}; {} | accuracy alone {}, {}, {}; {}; without the "
                "training: the rest of the sum {}, {}, {}; {}, `capacity_score` {}, {}, {}; {} |", *shipped, *alone,
                *(combined[choice]["reached"][name][0] for choice in UNTRAINED for name in names))  # fmt: skip
-    text = (ROOT / "README.md").read_text()
+    text = section("figures")
     both = [combined[choice]["mean"] for choice in ("fitted on all", "capacity_score and MACs, fitted")]
     behind = [combined[choice]["mean_behind"] for choice in ("fitted on all", "capacity_score and MACs, fitted")]
     check_says(text, "four weights rank at {} and two of `capacity_score` and MACs at {}, and what they name is {} and {} points behind",
@@ -508,18 +517,21 @@ def test_the_texts_tell_what_a_looked_up_search_saves(searches: dict[str, list[d
     twenty = {name: regret(searches[name], 20) for name in names}
     counts = [len(searches[name]) for name in names]
     seeds = sorted({min(counts), max(counts)})
-    row = table_row(ROOT / "README.md", "regret of a search at the cost of 20 trainings")
+    row = table_row(STUDIES, "regret of a search at the cost of 20 trainings")
     rivals = "TPE on accuracy {} (at the cost of 100: {}), as capnas sets it {}, started by synflow {}"
     check_says(row, f"| {{}} (gate), {{}} (gate and combined) | {rivals} | looked up, {' to '.join(['{}'] * len(seeds))} seeds a "
                "method; pools of 400 draws, with 400 different classes {}, {} and synflow {} |",
                twenty["capnas: gate"], twenty["capnas: gate + combined"], twenty["TPE"], regret(searches["TPE"], 100),
                twenty["TPE as capnas sets it"], twenty["TPE started by synflow"], *seeds,
                *(regret(searches[name + CLASSES], 20) for name in (*names[1::-1], names[-1])))  # fmt: skip
+    row = headline("looked-up searches of NAS-Bench-201 at the cost of 20 trainings")
+    check_says(row, "| {} points behind the best | TPE on accuracy {}, started by synflow {} |",
+               *(twenty[name] for name in ("capnas: gate", "TPE", "TPE started by synflow")))  # fmt: skip
     assert {len(searches[name + CLASSES]) for name in (*names[:2], names[-1])} == set(seeds)
     assert seeds[0] >= 20
     pools = {(r["pool"], r["trainings"], r["gate"], r["named_by"]): r["regret"] for r in json.loads((SEARCHES / "pools.json").read_text())}
     gates = [pools[400, trained, gate, "accuracy"] for trained in (5, 20) for gate in ("unseen", "capacity_score", "synflow")]
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = section("figures")
     space = json.loads((SEARCHES / "tabular_space.json").read_text())
     share, trained_all = 100 * 400 / space["classes"], pools[None, 400, None, "accuracy"]
     check_says(text, "of 400 random classes of cells, {} % of this table, it ends {} points behind after 5 trainings, with the "
@@ -582,7 +594,7 @@ def test_the_texts_tell_how_real_searches_ended() -> None:
         found.setdefault((row["case"], row["method"]), []).append(100 * row["test_accuracy"])
     methods = ("capnas", "TPE on accuracy", "random")
     means = [statistics.mean(found[case, method]) for method in methods for case in ("fashion", "cifar10")]
-    row = table_row(ROOT / "README.md", "real searches at equal processor time")
+    row = table_row(STUDIES, "real searches at equal processor time")
     check_says(row, "| {}, {} | TPE on accuracy {}, {}; random {}, {} |", *means)
     assert "three seeds each" in row
     assert {len(found[case, method]) for method in methods for case in ("fashion", "cifar10")} == {3}
@@ -648,7 +660,11 @@ def test_the_texts_tell_how_longer_real_searches_ended(case: str) -> None:
     widest = max(max(values) - min(values) for values in each.values())
     check_says(text, "differ by a standard deviation of {} points on average, winners of one method from seed to seed by up to {}",
                statistics.mean(statistics.stdev(group) for group in groups.values()), widest)  # fmt: skip
-    row = table_row(ROOT / "README.md", f"the same at 15 minutes, {data}")
+    place = list(LONGER)[::-1].index(case)  # in the headline Fashion-MNIST comes first
+    found = re.findall(r"[\d.]+ ± [\d.]+, [\d.]+ ± [\d.]+", headline("real searches of 15 minutes"))
+    told = " ".join(pair.split(", ")[place] for pair in found)
+    check_says(told, "{} ± {} {} ± {} {} ± {}", *itertools.chain.from_iterable((mean[m], standard_error(each[m])) for m in names))
+    row = table_row(STUDIES, f"the same at 15 minutes, {data}")
     check_says(row, "| {} ± {} | TPE on accuracy {} ± {}; random {} ± {} |",
                *itertools.chain.from_iterable((mean[method], standard_error(each[method])) for method in names))  # fmt: skip
     check_says(row, "spread up to {} points", widest)
@@ -735,9 +751,9 @@ def test_the_texts_tell_what_narrowed_networks_keep() -> None:
         four = [half[data, model] for model in NETWORKS]
         figures = [values[what] for what in (2, 3, 4, 5) for values in four]
         says = "| {}, {}, {}, {} points; without the refit {}, {}, {}, {} |"
-        check_says(table_row(ROOT / "README.md", name), says, *figures[:8])
+        check_says(table_row(STUDIES, name), says, *figures[:8])
         found = re.search(r"\| [^|]*?(\d+), (\d+), (\d+), ([\d.]+); with batch norms measured again (\d+), (\d+), (\d+), ([\d.]+) \|",
-                          table_row(ROOT / "README.md", name))  # fmt: skip
+                          table_row(STUDIES, name))  # fmt: skip
         assert found is not None
         assert [float(v) for v in found.groups()] == [round(v, i % 4 // 3) for i, v in enumerate(figures[8:])]
     spans = [(min(values), max(values)) for what in (2, 4, 3) for d in PICTURES for values in [[half[d, m][what] for m in NETWORKS]]]
@@ -748,6 +764,8 @@ def test_the_texts_tell_what_narrowed_networks_keep() -> None:
     met = [sum(round(lost, 6) < 1 for lost in share), len(share)]
     check_says(row, "lose {} to {} points on Fashion-MNIST and {} to {} on CIFAR-10 (target 2, missed by MBConv), the best rival {} to "
                "{} and {} to {}; without refitting {} to {} and {} to {};", *itertools.chain(*spans))  # fmt: skip
+    row = headline("points lost at half the MACs")
+    check_says(row, "| {} to {}, {} to {} | best of Torch-Pruning {} to {}, {} to {};", *itertools.chain(*spans[:4]))
     assert [key for key in both if half[key][2] > 2] == [("cifar", "mbconv")]
     margins = {(d, m, r): at[d, r].best_rival(m)[1] - at[d, r].lost(m, "capnas loss")[0] for d, m in both for r in study.RATIOS}
     closest = min(margins, key=lambda key: margins[key])
@@ -843,9 +861,10 @@ def test_the_texts_tell_what_the_refit_does(monkeypatch: pytest.MonkeyPatch) -> 
     check_says(text, "lose {} points at most and keep {} to {} of the MACs.", max(best.values()), min(kept), max(kept))
     check_says(text, says, *behind, level)
     check_says(text, "level with capnas in {} of the {} cases (below)", level, len(both))
-    says = "the best rival is level with capnas in {} of the {} cases, and {} and {} points behind in two ([measured](results/pruning/"
-    check_says((ROOT / "README.md").read_text(), says, level, len(both), *behind)
+    says = "the best rival is level with capnas in {} of the {} cases, and {} and {} points behind in two ([measured](pruning/"
+    check_says(section("figures"), says, level, len(both), *behind)
     check_says(table_row(STUDIES, "[pruning]"), "rivals refitted alike {} at most:", max(best.values()))
+    check_says(headline("points lost at half the MACs"), "; refitted as here {} at most |", max(best.values()))
 
     measured = [line for path in sorted((folder / "raw").glob("*.jsonl")) for line in lines_of(path)]
     tables = {data: sys.modules["run"].Table(study.rows_of(measured, data=data), 0.5, 0) for data in PICTURES}
@@ -895,6 +914,9 @@ def test_the_texts_tell_how_near_the_recommended_sizes_are() -> None:
         "mean regret of a random size": [statistics.mean(f["random"] for f in group) for group in groups],
     })  # fmt: skip
     assert all(abs(mean) < 2 * error for mean, error in map(study.beside_the_sweep, groups))  # "within the spread of the cases"
+    row_of_all = headline("image sizes within 0.5 points of the best")
+    counts = [what(group)[1] for what in (near, largest) for group in groups]
+    check_says(row_of_all, "| {} and {} of {} | the largest affordable {} and {} |", *counts[:2], len(groups[0]), *counts[2:])
     most = [max(f[key] for f in found) for key in ("macs", "cpu")]
     check_says(text, "at most {} % of the sweep's MACs and {} % of its CPU time", *most)
     check_says(row, "within 0.5 points of the best in {} of {} cases with a budget at the middle size (the largest size affordable: {}), "
@@ -1093,8 +1115,11 @@ def test_the_texts_tell_what_a_gate_saves_on_new_networks() -> None:
     assert [found[space]["pool"] for space in heads] == [100, 100, 100, 50]
     check_says(text, "A pool of 100 has a best network that is {}, {} and {} points behind, and training all of it names one {}, {} and {} "
                "behind", *(found[s]["pool_best"] for s in new), *(found[s]["all_of_pool"] for s in new))  # fmt: skip
+    row = headline("train the best 5 of 100 untrained draws")
+    check_says(row, "| as good as {}, {} and {} random trainings | best 5 by MACs: {}, {}, {} |",
+               *(of(s, gate)[1] for gate in ("capacity_score", "macs") for s in new))  # fmt: skip
     scored, costs, alone = ([of(s, gate) for s in new] for gate in ("capacity_score", "macs", None))
-    row = table_row(ROOT / "README.md", "the best 5 of 100 untrained draws are trained")
+    row = table_row(STUDIES, "the best 5 of 100 untrained draws are trained")
     check_says(row, "| {}, {}, {}; as good as {}, {} and {} random trainings | MACs {}, {}, {}; five random trainings {}, {}, {} | {}, {} "
                "and {} networks, 2,000 pools; by weights fitted without the space {}, {}, {} |",
                *(r for r, _ in scored), *(n for _, n in scored), *(r for r, _ in costs), *(r for r, _ in alone),
@@ -1142,12 +1167,9 @@ def test_the_texts_tell_what_chooses_among_draws() -> None:
                "{} others `combined` has {}, the short training {}, MACs {}, `capacity_score` {}.",
                every - new["draws"], every, new["draws"],
                *(new["spearman"][n] for n in ("combined", *names[:1], *names[2:])))  # fmt: skip
-    order = ("combined", names[0], "macs", "capacity_score", early)
-    limits = "\n".join(line.strip() for line in text.partition("## Limits")[2].splitlines())
-    check_table(limits, "space", {
-        "`resnet`": [found["fashion"]["draws"], *(rho["fashion"][n] for n in order)],
-        "`mbconv`": [every, *(rho["cifar10"][n] for n in order)],
-        "`mbconv`, those that no weight was fitted on": [new["draws"], *(new["spearman"][n] for n in order)]})  # fmt: skip
+    says = "({} on {} draws of `resnet`, {} on {} of `mbconv`), by what `combined` knows before a training at {} and {}: gate there"
+    check_says(text, says, rho["fashion"]["capacity_score"], found["fashion"]["draws"], rho["cifar10"]["capacity_score"], every,
+               rho["fashion"][early], rho["cifar10"][early])  # fmt: skip
 
 
 def test_the_studies_run_in_the_environment_of_the_tests() -> None:
