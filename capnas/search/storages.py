@@ -16,6 +16,7 @@ import optuna
 from optuna.storages import JournalStorage, journal
 
 from capnas.errors import CapnasError, MissingDependencyError, StudyError, is_disk_full
+from capnas.search.signals import whole
 
 HIDDEN = "***"
 GRACE = 10  # seconds after which the lock of a process that was killed is freed
@@ -32,7 +33,7 @@ def open_storage(url: str | None, folder: Path) -> Any:
     """
     try:
         if url is None or url.endswith(".log"):
-            return JournalStorage(_journal(folder / "journal.log" if url is None else Path(url)))
+            return Records(_journal(folder / "journal.log" if url is None else Path(url)))
         if match := re.fullmatch(r"grpc://([^:/]+):(\d+)", url):
             proxy = optuna.storages.GrpcStorageProxy(host=match[1], port=int(match[2]))
             proxy.wait_server_ready(timeout=PATIENCE)
@@ -136,6 +137,14 @@ class Journal(journal.JournalFileBackend):
         return damaged
 
 
+class Records(JournalStorage):
+    """Optuna's storage of a journal, which misses no record that a signal falls into."""
+
+    def _sync_with_backend(self) -> None:
+        with whole():  # Optuna counts a record as read before it has taken it in
+            super()._sync_with_backend()
+
+
 def _half_record(line: bytes) -> int:
     """The bytes of a half record, or of several, before the whole one that ends a line; 0 where the line is anything else.
 
@@ -178,11 +187,12 @@ def _lock(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _held(lock: Any) -> Iterator[None]:
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    with whole():  # a signal at the wrong moment would leave the lock, and everybody waiting until it is freed
+        lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def _free_dangling(path: Path) -> None:

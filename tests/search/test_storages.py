@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pkgutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -159,3 +162,37 @@ def test_passwords_are_hidden() -> None:
     assert hide_password(None) is None
     assert hide_password("sqlite:///x.db") == "sqlite:///x.db"
     assert hide_password("mysql://u:p@h:3306/d") == "mysql://u:***@h:3306/d"
+
+
+@contextlib.contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, place: str) -> Iterator[None]:
+    """Ctrl-C before the first call of what is at this place."""
+    real, waiting = pkgutil.resolve_name(place), [signal.SIGINT]
+
+    def called(*given: Any, **more: Any) -> Any:
+        if waiting:
+            signal.raise_signal(waiting.pop())
+        return real(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, called)
+        yield
+
+
+@pytest.mark.parametrize("place", ["optuna.storages.journal._file.uuid.uuid4", "os.fsync"])
+def test_a_signal_while_a_record_is_written_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
+    with interrupted(monkeypatch, place), pytest.raises(KeyboardInterrupt):  # the lock is released under a fresh name
+        study.set_user_attr("x", 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["journal.log"]
+    assert optuna.load_study(storage=open_storage(None, tmp_path), study_name="s").user_attrs == {"x": 1}
+
+
+def test_a_signal_while_records_are_read_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
+    other = optuna.load_study(storage=open_storage(None, tmp_path), study_name="s")
+    other.add_trials([optuna.trial.create_trial(value=value) for value in (0.0, 1.0)])
+    place = "optuna.storages.journal._storage.JournalStorageReplayResult._apply_create_trial"
+    with interrupted(monkeypatch, place), pytest.raises(KeyboardInterrupt):
+        study.get_trials()
+    assert [t.value for t in study.get_trials()] == [0.0, 1.0]
