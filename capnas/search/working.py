@@ -123,7 +123,12 @@ def work(
             objective.selection.queue_next(study)
         if ran == 0 and on_start is not None:
             on_start()
-        number, error = _one(study, objective, config.trials, sampler if parallel else None)
+        try:
+            number, error = _one(study, objective, config.trials, sampler if parallel else None)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                sweep(study, stale_after=config.stale_after)  # its trial ends with what it has stored, wherever a signal fell
+            raise
         trial = study.get_trials(deepcopy=False)[number]
         if names := unasked(trial):
             warnings.warn(f"trial {number} was enqueued with {', '.join(names)}, which the space does not ask for.", stacklevel=2)
@@ -209,9 +214,6 @@ def _ended(
     except Exception as error:
         study.tell(trial, state=TrialState.FAIL)
         return error
-    except BaseException:
-        study.tell(trial, state=TrialState.FAIL)
-        raise
     else:
-        study.tell(trial, values)  # interrupted in here, the trial gets its stored values from the next sweep
+        study.tell(trial, values)
     return None

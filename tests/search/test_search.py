@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import pkgutil
 import signal
 import socket
 import subprocess
@@ -611,6 +612,46 @@ def test_a_signal_while_a_trial_is_being_drawn_leaves_none_running(
     assert result.interrupted
     assert [t.state for t in result.study.trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
     assert result.n_finished == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "before", "state", "status", "n_finished"),
+    [
+        ("optuna.Trial.set_constraint", True, TrialState.FAIL, "interrupted", 1),
+        ("capnas.objective.Objective._store", True, TrialState.FAIL, "interrupted", 1),
+        ("capnas.objective.Objective._store", False, TrialState.COMPLETE, "complete", 2),
+        ("optuna.Study.tell", True, TrialState.COMPLETE, "complete", 2),
+        ("optuna.Study.tell", False, TrialState.COMPLETE, "complete", 2),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_signal_while_a_trial_ends_leaves_it_what_it_has_stored(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, place: str, before: bool, state: TrialState, status: str, n_finished: int,
+    alone: bool,
+) -> None:  # fmt: skip
+    real, waiting = pkgutil.resolve_name(place), [signal.SIGTERM]
+
+    def interrupted(*given: Any, **more: Any) -> Any:
+        now = waiting and any(getattr(g, "number", g) == 1 for g in given if isinstance(g, int | optuna.Trial))
+        if now and before:
+            signal.raise_signal(waiting.pop())
+        result = real(*given, **more)
+        if now and not before:
+            signal.raise_signal(waiting.pop())
+        return result
+
+    monkeypatch.setattr(place, interrupted)
+    settings = config(tmp_path, space=FILE, data=str(home / "images"), sampler="random", data_options={"image_size": 8, "in_chans": 1})
+    if alone:
+        assert run_study(settings).interrupted
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            worker(settings)
+        (settings.folder / "study.toml").write_text(settings.to_toml())
+    result = open_run(tmp_path)
+    trial = result.study.trials[1]
+    assert (trial.state, trial.user_attrs["capnas:status"], result.n_finished) == (state, status, n_finished)
+    assert Evaluation.of(trial).status == status  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="sees the workers start in /proc")
