@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ hypothesis.settings.load_profile("capnas")
 # tiny networks gain nothing from threads, which wait for each other at every step: ten times the time where other work shares the cores
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and tests that raise it would fail
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -655,8 +655,9 @@ def test_a_signal_while_a_trial_ends_leaves_it_what_it_has_stored(
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="sees the workers start in /proc")
-def test_ctrl_c_while_the_workers_import_ends_cleanly(home: Path) -> None:
+def test_ctrl_c_while_the_workers_import_ends_cleanly(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = home / "importing"
+    monkeypatch.setenv("IMPORTING", "300")  # seconds: until they are ended
 
     def imports(pid: str) -> bool:
         with contextlib.suppress(OSError):
