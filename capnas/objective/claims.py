@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def claimed(trial: Any) -> Iterator[None]:
     key = (trial.study.study_name, trial.number)
     _mine.add(key)
     try:
-        trial.storage.set_trial_system_attr(trial._trial_id, CLAIM, own_claim())
+        trial.storage.set_trial_system_attr(trial._trial_id, CLAIM, own_claim() | {"at": time.time()})
         yield
     finally:
         _mine.discard(key)
@@ -80,8 +81,8 @@ def abandoned(trial: optuna.trial.FrozenTrial, study_name: str, *, stale_after: 
         study_name: of its study.
         stale_after: seconds since its start after which a trial of another host is given up.
     """
-    age = _age(trial)
     claim = trial.system_attrs.get(CLAIM)
+    age = _age(trial) if claim is None or "at" not in claim else time.time() - claim["at"]  # databases keep times without their zone
     if claim is None:
         return f"no process claimed it within {GRACE:.0f} s" if age > GRACE else None
     if claim["host"] != host():

@@ -6,6 +6,7 @@ import datetime
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import optuna
@@ -65,6 +66,18 @@ def test_who_is_abandoned(claim: str | None, age: float, reason: str | None) -> 
         assert found is not None
         assert (trial.state, found.status, found.reason) == (TrialState.FAIL, "interrupted", reason)
         assert trial.user_attrs["capnas:status"] == "interrupted"
+
+
+@pytest.mark.parametrize(("ago", "hours", "given_up"), [(50, 9, False), (50, -9, False), (200, -9, True), (200, 9, True)])
+def test_a_host_in_another_time_zone_is_given_the_same_time(ago: float, hours: float, given_up: bool) -> None:
+    study = study_with(mine(host="other", at=time.time() - ago), ago + 3600 * hours)
+    assert sweep(study, stale_after=100) == ([0] if given_up else [])
+
+
+def test_a_claim_says_when_it_was_made() -> None:
+    trial = optuna.create_study().ask()
+    with claimed(trial):
+        assert abs(trial.storage.get_trial_system_attrs(trial._trial_id)[CLAIM]["at"] - time.time()) < 60
 
 
 def test_a_running_trial_of_this_process_is_left_alone() -> None:
