@@ -165,7 +165,7 @@ def _half_record(line: bytes) -> int:
 def _journal(path: Path) -> Journal:
     """The journal, first cut back to its last whole line: a process killed while writing leaves half of one, which nobody can read."""
     lock = _lock(path := path.absolute())  # the lock is a link to this path, read from beside the file
-    if not _whole(path):
+    if not _whole(path) and os.access(path.parent, os.W_OK):  # who may only read it passes over the half line
         with _held(lock):
             _cut(path)
     return Journal(str(path), lock_obj=lock)
@@ -181,7 +181,8 @@ def locked(path: Path) -> Iterator[None]:
 def _lock(path: Path) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     _free_dangling(path)
-    path.touch()  # before any lock: Optuna waits for ever for one whose link leads nowhere, which a killed process leaves
+    if not path.exists():  # that of another user may be read and not touched
+        path.touch()  # before any lock: Optuna waits for ever for one whose link leads nowhere, which a killed process leaves
     return journal.JournalFileOpenLock(str(path)) if os.name == "nt" else journal.JournalFileSymlinkLock(str(path), grace_period=GRACE)
 
 

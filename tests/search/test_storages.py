@@ -158,6 +158,31 @@ def test_a_storage_that_does_not_answer() -> None:
         open_storage("nonsense", Path("."))
 
 
+def test_what_is_no_url_is_told_the_forms_of_a_storage() -> None:
+    for given, named in (("study.db", "study.db"), ("", "''")):
+        with pytest.raises(StudyError, match=rf"^the storage {named} cannot be opened: expected a URL such as sqlite:.*\*.log"):
+            open_storage(given, Path("."))
+
+
+def test_a_journal_of_another_user_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    path = tmp_path / "journal.log"
+    path.write_bytes(path.read_bytes() + b'{"op_code":4,"trial')  # its owner is writing
+    before = path.read_bytes()
+
+    def refuse(*given: object, **more: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    for call in ("symlink", "truncate"):
+        monkeypatch.setattr(os, call, refuse)
+    monkeypatch.setattr(os, "access", lambda place, mode: mode == os.R_OK)
+    again = optuna.load_study(storage=open_storage(None, tmp_path), study_name="s")
+    assert [t.state.name for t in again.trials] == ["COMPLETE"] * 2
+    assert path.read_bytes() == before
+
+
 def test_passwords_are_hidden() -> None:
     assert hide_password(None) is None
     assert hide_password("sqlite:///x.db") == "sqlite:///x.db"
