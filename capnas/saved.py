@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,13 @@ def check_folder(place: Path) -> None:
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UsageError(f"{place} must be a folder or a new one, and {there} is a file; give another one.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"the folder {there} cannot be written to; make it writable, or give another one than {place}.")
+    try:
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError
+        with tempfile.TemporaryDirectory(dir=there):  # tells what the rights do not: /proc takes no folders
+            pass
+    except OSError as error:
+        raise UsageError(f"the folder {there} cannot be written to; make it writable, or give another one than {place}.") from error
 
 
 def check_free(folder: str | Path, *, force: bool = False) -> None:

@@ -188,6 +188,14 @@ def test_a_trial_and_its_retraining_are_those_asked_for(run: Run, study: Path, m
     assert [asked[0][1][name] for name in ("epochs", "seed", "device")] == [7, 5, "cpu"]
 
 
+def test_a_run_that_cannot_be_written_to_is_not_retrained(run: Run, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capnas.search.trials.retrain", lambda *given, **more: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    code, out, err = run("best", study, "--retrain", "--epochs", 9, "--device", "cpu")
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert f"the folder {study} cannot be written to" in err
+
+
 def test_retrain_evaluates_once_on_test(run: Run, study: Path) -> None:
     code, out, err = run("best", study, "--retrain", "--epochs", "2", "--device", "cpu", "--json")
     assert code == 0, err

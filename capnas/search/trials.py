@@ -23,7 +23,7 @@ from capnas.documents import json_text, write_whole
 from capnas.errors import StudyError, UsageError
 from capnas.objective.evaluation import Evaluation
 from capnas.profile import Profile
-from capnas.saved import MANIFEST, save_model
+from capnas.saved import MANIFEST, check_folder, save_model
 from capnas.search.opening import DATA, data_changes, data_facts, data_record
 from capnas.search.runs import RunResult
 from capnas.search.standalone import standalone_script
@@ -202,6 +202,7 @@ def retrain_trial(
     Raises:
         StudyError: the images are not those of the search, or the file of earlier results is damaged.
     """
+        UsageError: the run's folder cannot be written to.
     path = found.run.folder / RETRAINED
     stored = found.run.study.user_attrs.get(DATA)
     if stored is not None and (changes := data_changes(stored, found.data)):
@@ -213,6 +214,7 @@ def retrain_trial(
     if (record := _find(read_retrained(found.run), same)) is not None:
         return _with_network(record, found.run.folder)
 
+    check_folder(found.run.folder)
     def tell(epoch: int, row: dict[str, Any], profile: Profile | None) -> None:
         if on_epoch is not None:
             on_epoch(epoch, row)

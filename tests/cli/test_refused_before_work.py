@@ -68,6 +68,13 @@ def test_folders_that_cannot_be_are_told_before_the_work(run: Run, tmp_path: Pat
             assert "cannot be written to" in refused(run, *command, "--device", "cpu", "--out", tmp_path / "x")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_folder_that_takes_no_folders_is_told_before_the_work(run: Run) -> None:
+    for command in (("prune", "resnet10t", "--target-macs", 0.5, "--train-epochs", 1), ("resolution", "resnet10t", "--candidates", "8,12")):
+        told = refused(run, *command, "--device", "cpu", "--out", "/proc/narrow")
+        assert told.startswith("the folder /proc cannot be written to; make it writable, or give another one")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [(("prune", "--target-macs", "50%"), "Invalid value for '--target-macs': a number is written like 0.5 or 1e-3, got '50%'."),
