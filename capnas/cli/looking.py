@@ -92,11 +92,12 @@ def best(
         from capnas.search import open_run
         from capnas.search.trials import rebuild, retrain_trial
 
-        found = rebuild(open_run(run), "best" if trial is None else trial)
+        place, opened = None if code is None else code.absolute(), open_run(run)
+        found = rebuild(opened, "best" if trial is None else trial)  # a space may change the working directory
         script, document = found.script(), found.summary()
-        if code is not None:
-            code.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(code, script)
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(place, script)
         test = None
         if retrain:
             test = retrain_trial(
@@ -107,7 +108,7 @@ def best(
                 on_epoch=lambda epoch, row: say(f"epoch {epoch}/{epochs}  loss {row['train_loss']:.4f}  ({duration(row['seconds'])})"),
             )
             if test.get("model") is not None:
-                test = test | {"model": str(found.run.folder / test["model"])}
+                test = test | {"model": str(opened.folder / test["model"])}
         tested = None if test is None else test["test_accuracy"]
         accuracy, split = (document["metrics"].get("accuracy"), "validation") if tested is None else (tested, "test")
         poor = guess(found.run, [accuracy], split)

@@ -70,6 +70,7 @@ def prune(
         )
         if out is None and not dry_run:
             raise UsageError("give --out DIR for the narrowed model, or --dry-run to see the plan only.")
+        place = None if out is None else out.absolute()  # a space may change the working directory
         if out is not None and not dry_run:
             check_free(out, force=force)
         found = open_target(target, data=data, image_size=image_size)
@@ -84,7 +85,7 @@ def prune(
             extra = {"target": found.name, "data": data_record(found.data), "trained": True, "report": report}
             if found.saw_validation:
                 extra["retrained"] = True
-            save_model(result.model.cpu(), out, found.recipe, extra=extra, force=force)  # type: ignore[arg-type]
+            save_model(result.model.cpu(), place, found.recipe, extra=extra, force=force)  # type: ignore[arg-type]
     if json:
         out_json(document)
     else:

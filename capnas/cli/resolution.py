@@ -51,6 +51,7 @@ def resolution(
         check_folder(out)
     if out is not None and not force and (there := [n for n in (DOCUMENT, FIGURE) if (out / n).exists()]):
         raise UsageError(f"{out} holds {' and '.join(there)} already; --force overwrites them, or give another folder.")
+    place = None if out is None else out.absolute()  # a space may change the working directory
     with quiet():
         from capnas.resolution import advise_resolution, ladder, survey_resolutions, tune_resolution
         from capnas.search.target import open_largest, open_target
@@ -88,8 +89,8 @@ def resolution(
             settings: dict[str, Any] = {"epochs": epochs, "config": config, **limits}
             tuning = tune_resolution(build, found.data, sizes, **settings, on_start=lambda: say(start), on_run=_tell, on_pass=_tell_pass)
             document = {"name": found.name, "data": found.data.name, **tuning.to_dict()}
-    if out is not None:
-        _write(out, document, _survey_panels(surveys) if dry_run else _panels(tuning))
+    if out is not None and place is not None:
+        _write(place, document, _survey_panels(surveys) if dry_run else _panels(tuning))
         say(f"written: {out / DOCUMENT}, {out / FIGURE}")
     if json:
         out_json(document)

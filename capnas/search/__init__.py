@@ -80,6 +80,7 @@ def run_study(
     if config.workers > 1 and not (space is None and data is None):
         raise StudyError("several workers load space and data by name: give names in the config, or use workers=1.")
     check_folder(config)
+    shown, config = config.folder, config.absolute()  # a space may change the working directory
     first = check_parameters(enqueue)
     if space is None:
         load_space(config.space)  # its errors belong before anything is created
@@ -123,7 +124,7 @@ def run_study(
                 _leave(study, config)
         raise
     _leave(study, config)
-    return RunResult(folder=folder, config=config, study=study, finished_before=before, interrupted=interrupted)
+    return RunResult(folder=shown, config=config, study=study, finished_before=before, interrupted=interrupted)
 
 
 def _leave(study: optuna.Study, config: StudyConfig) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,12 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values without those that are None or belong to one session (``out``).
+    def absolute(self) -> StudyConfig:
+        """The same study with absolute paths, which hold also after a space has changed the working directory."""
+        stored = self.to_dict()
+        where = {"space": stored["space"], "data": stored["data"], "data_options": stored.get("data_options", {})}
+        return replace(self, study=self.name, out=str(self.folder.absolute()), **where)
+
 
         A password in the storage URL is hidden; paths of images and of a space's file are absolute, so that they hold in every directory.
         """

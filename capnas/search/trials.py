@@ -117,6 +117,7 @@ def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: Imag
             raise StudyError(f"the study {run.config.name} has no trial with a value yet; see why with capnas report {run.folder}.")
         which = best.number
     evaluation = run.evaluation(which)
+    run = dataclasses.replace(run, folder=run.folder.absolute())  # a space may change the working directory
     space = load_space(run.config.space)
     known: Any = run.study.user_attrs.get(DATA)
     if data is not None:
@@ -201,8 +202,8 @@ def retrain_trial(
 
     Raises:
         StudyError: the images are not those of the search, or the file of earlier results is damaged.
-    """
         UsageError: the run's folder cannot be written to.
+    """
     path = found.run.folder / RETRAINED
     stored = found.run.study.user_attrs.get(DATA)
     if stored is not None and (changes := data_changes(stored, found.data)):
@@ -213,8 +214,8 @@ def retrain_trial(
     same = key | sizes | {"labels": found.data.digest.get("labels")}
     if (record := _find(read_retrained(found.run), same)) is not None:
         return _with_network(record, found.run.folder)
-
     check_folder(found.run.folder)
+
     def tell(epoch: int, row: dict[str, Any], profile: Profile | None) -> None:
         if on_epoch is not None:
             on_epoch(epoch, row)
