@@ -19,7 +19,7 @@ from capnas.documents import json_text
 from capnas.errors import UsageError, counted
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
-WIDE = 160  # columns of a table that goes into a file or a pipe
+WIDE, _NARROW = 160, 60  # columns of a table that goes into a file or a pipe; of a terminal below which a column would hold single letters
 _REFUSED = ("over_budget", "infeasible", "gated")  # ended before training
 LONGER = "train for more epochs, with a smaller batch_size or on more images"
 SAW_VALIDATION = "the network was trained on the validation images too: accuracies on them are of images that it knows"
@@ -128,8 +128,7 @@ def out_json(document: Any) -> None:
 
 def say(text: str) -> None:
     """A line of progress or advice on stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    print(text, file=sys.stderr, flush=True)
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", left: int = 1) -> None:
@@ -144,7 +143,9 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: 
         table.add_column(name, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
+    console = Console(highlight=False)
+    console.width = console.width if sys.stdout.isatty() and console.width >= _NARROW else WIDE
+    console.print(table)
 
 
 def run_document(result: Any) -> dict[str, Any]:
@@ -187,9 +188,8 @@ def guess(run: Any, accuracies: Iterable[float | None], split: str = "validation
         return None
     accuracy, images = max(known), facts["sizes"][split]
     chance = facts.get("guess") or 1 / facts["num_classes"]  # which studies did not keep before
-    if not no_better_than_a_guess(accuracy, chance=chance, images=images):
-        return None
-    return {"chance": chance, "accuracy": accuracy, "images": images, "split": split}
+    poor = no_better_than_a_guess(accuracy, chance=chance, images=images)
+    return {"chance": chance, "accuracy": accuracy, "images": images, "split": split} if poor else None
 
 
 def at_chance(
@@ -240,6 +240,9 @@ def closing(result: Any) -> list[str]:
         limits = {"--max-macs": config.max_macs and "over_budget", "--max-params": config.max_params and "over_budget", "--gate": "gated"}
         ease = " or ".join(option for option, status in limits.items() if status in found)
         lines.append(f"{refused} of {total} were refused before training: raise --trials" + (f", or ease {ease}" if ease else ""))
+    different = len({e.hash for _, e in result.evaluations()} - {None})
+    if result.n_known >= max(5, 2 * different):  # one more, as likely as these, would be missed in 1 of 6 cases at most
+        lines.append(f"the last {result.n_known} draws repeat {different} known architectures: the space seems to hold no more to find")
     if (poor := guess(result, _accuracies(result))) is not None:
         lines.append(at_chance("no trial is", **poor))
     return lines
@@ -252,8 +255,8 @@ def show_run(result: Any) -> None:
         print(no_value(result))
         return
     rows = [[str(t.number), *map(short, t.values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t in result.front[:20]]
-    title = "best trial" if len(names) == 1 else f"Pareto set, {counted(len(result.front), 'trial')}"
-    show_table(["trial", *names, "parameters"], rows, title=title)
+    several = f"Pareto set, {counted(len(result.front), 'trial')}"
+    show_table(["trial", *names, "parameters"], rows, title="best trial" if len(names) == 1 else several)
     print(f"best architecture: capnas best {where}\nreport: capnas report {where} --html report.html")
 
 
@@ -331,16 +334,15 @@ class Progress:
         left = time_left(time.monotonic() - self.start, self.ran, self.total - finished)
         state = "  ".join(filter(None, (self._best(trials), left)))
         if self._live is None:
-            say(f"[{finished}/{self.total}] {line}" + (f"  {state}" if state else ""))
+            say(f"[{finished}/{max(finished, self.total)}] {line}" + (f"  {state}" if state else ""))
         else:
             self._live.console.print(line, highlight=False, markup=False)
             self._live.update(self._task, completed=finished, state=state)
 
     def _counts(self, trial: Any) -> bool:
         """Whether a trial was told, or never will be: it ended before the start, or in another process beside the only one here."""
-        if self.workers == 1 or trial.number in self._told:
-            return True
-        return trial.datetime_complete is not None and trial.datetime_complete < self.began
+        end = trial.datetime_complete
+        return self.workers == 1 or trial.number in self._told or (end is not None and end < self.began)
 
     def _best(self, trials: Sequence[Any]) -> str:
         usable = [t for t in trials if t.state.name == "COMPLETE" and all(v <= 0 for v in t.constraints.values())]

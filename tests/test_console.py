@@ -84,6 +84,19 @@ def test_tables_keep_brackets_of_texts(capsys: pytest.CaptureFixture[str]) -> No
     assert "[bold]x[/bold]" in capsys.readouterr().out
 
 
+def test_a_narrow_terminal_does_not_fold_columns_into_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for columns in ("40", "100"):
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setenv("COLUMNS", columns)
+        show_table([f"a column{i}" for i in range(8)], [["convolution"] * 8])
+        assert ("convolution" in screen.getvalue()) == (columns == "40")
+
+
 def _study(progress: Progress, directions: list[str]) -> optuna.Study:
     study = optuna.create_study(directions=directions)
 
@@ -135,11 +148,11 @@ def test_progress_is_live_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     assert "trial 3: epoch 7/30" in text
 
 
-def _ended(study: optuna.Study, status: str, accuracy: float | None = None) -> optuna.trial.FrozenTrial:
+def _ended(study: optuna.Study, status: str, accuracy: float | None = None, hash: str | None = None) -> optuna.trial.FrozenTrial:
     """A trial that has just ended."""
     values = [] if accuracy is None else [accuracy, 1e6][: len(study.directions)]
     found = Evaluation(
-        status=status, values=dict(zip(("accuracy", "macs"), values)), metrics={} if accuracy is None else {"accuracy": accuracy}
+        status=status, values=dict(zip(("accuracy", "macs"), values)), hash=hash, metrics={} if accuracy is None else {"accuracy": accuracy}
     )
     state = optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.PRUNED
     study.add_trial(optuna.trial.create_trial(state=state, values=values or None, user_attrs={ATTRIBUTE: found.to_dict()}))
@@ -166,6 +179,14 @@ def _result(statuses: list[tuple[str, float | None]], values: tuple[str, ...] = 
     for status, accuracy in statuses:
         _ended(study, status, accuracy)
     return RunResult(folder=Path("runs/told"), config=config, study=study)
+
+
+def test_a_session_beside_one_that_asks_for_more_counts_on(capsys: pytest.CaptureFixture[str]) -> None:
+    study = optuna.create_study(directions=["maximize"])
+    progress = Progress(total=1, names=["accuracy"], directions=["maximize"], workers=2)
+    for _ in range(2):
+        progress.on_trial(study, _ended(study, "complete", 0.4))
+    assert [line.partition(" ")[0] for line in capsys.readouterr().err.splitlines()] == ["[1/1]", "[2/2]"]
 
 
 def test_the_best_so_far_is_feasible_and_the_first_of_equals(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +235,15 @@ def test_a_search_ends_with_what_came_of_its_trials(
     document = run_document(result)
     assert sum(document["outcomes"].values()) == len(statuses)
     assert document["at_chance"] == any("guess" in line for line in lines)
+
+
+@pytest.mark.parametrize(("different", "repeated", "told"), [(1, 4, False), (1, 5, True), (4, 7, False), (4, 8, True)])
+def test_a_space_that_holds_no_more_is_told(different: int, repeated: int, told: bool) -> None:
+    result = _result([("duplicate", 0.5)])  # before the last new one
+    for place in range(different + repeated):
+        _ended(result.study, "complete" if place < different else "duplicate", 0.5, f"{place % different}")
+    line = f"the last {repeated} draws repeat {different} known architectures: the space seems to hold no more to find"
+    assert (line in closing(result)) == told
 
 
 def test_images_of_old_studies_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:

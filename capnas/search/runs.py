@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,12 @@ class RunResult:
         """Every trial that has an evaluation, with it, in order."""
         trials = self.study.get_trials(deepcopy=False)
         return [(t, e) for t in trials if t.state.is_finished() and (e := Evaluation.of(t)) is not None]
+
+    @property
+    def n_known(self) -> int:
+        """How many draws in a row, up to the last, were of architectures that the study had trained already."""
+        last = reversed(self.evaluations())
+        return len(list(itertools.takewhile(lambda found: found[1].status == "duplicate", last)))
 
     def evaluation(self, number: int) -> Evaluation:
         """The evaluation of one trial.
