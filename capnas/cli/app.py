@@ -38,6 +38,17 @@ def _whole(given: object) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def sizes(text: str, option: str) -> tuple[int, ...]:
+    """Image sizes as they are written: 24,32,48."""
+    try:
+        found = tuple(number(part) for part in text.split(","))
+    except UsageError:
+        found = ()
+    if not found or min(found) < 1 or len(set(found)) < len(found):
+        raise UsageError(f"{option} takes different sizes in pixels, whole numbers such as 24,32,48, got {text!r}.")
+    return found
+
+
 def decimal(about: str, metavar: str | None = None) -> Any:
     """An option that is a number, written like 0.5."""
     return typer.Option(help=about, metavar=metavar or "<float>", parser=_decimal)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, app, decimal, quiet, seeding, whole
-from capnas.console import SAW_VALIDATION, duration, number, out_json, pairs, say, short, show_table
+from capnas.cli.app import Device, Json, app, decimal, quiet, seeding, sizes, whole
+from capnas.console import SAW_VALIDATION, duration, out_json, pairs, say, short, show_table
 from capnas.documents import json_text, write_whole
 from capnas.errors import counted
 
@@ -44,7 +44,7 @@ def resolution(
 
     from capnas.errors import UsageError, check_names
 
-    sizes = None if candidates is None else _sizes(candidates)
+    chosen = None if candidates is None else sizes(candidates, "--candidates")
     if out is not None:
         from capnas.saved import check_folder
 
@@ -58,8 +58,8 @@ def resolution(
         from capnas.training import TrainConfig
 
         options = pairs(data_option or [], "--data-option")
-        sizes = sizes or ladder(open_target(target, data=data, data_options=options).data.image_size)
-        found, refused = open_largest(target, sizes, data=data, data_options=options)
+        chosen = chosen or ladder(open_target(target, data=data, data_options=options).data.image_size)
+        found, refused = open_largest(target, chosen, data=data, data_options=options)
         if trained and not found.trained:
             raise UsageError(
                 f"--trained starts from the trained weights of a saved model, and {found.name} has none: "
@@ -73,7 +73,7 @@ def resolution(
             return found.build(seed, image_size=size, trained=trained)
 
         if dry_run:
-            surveys = survey_resolutions(build, sizes, in_chans=found.data.in_chans, budget=budget, refused=refused)
+            surveys = survey_resolutions(build, chosen, in_chans=found.data.in_chans, budget=budget, refused=refused)
             advice = {
                 s.size: advise_resolution(build, s.size, in_chans=found.data.in_chans) for s in surveys if s.unproductive and not s.refusal
             }
@@ -83,11 +83,11 @@ def resolution(
             known = {f.name for f in fields(TrainConfig)} - {"epochs", "record", "seed", "device"}
             check_names("train", given, known)
             config = TrainConfig(seed=seed, device=device, **given)
-            start = f"tuning the resolution of {found.name} on {found.data.name}: {', '.join(map(str, sizes))} px"
+            start = f"tuning the resolution of {found.name} on {found.data.name}: {', '.join(map(str, chosen))} px"
             asked = None if pay is None else pay / 100
             limits = {"share": share, "budget": budget, "pay": asked, "refused": refused}
             settings: dict[str, Any] = {"epochs": epochs, "config": config, **limits}
-            tuning = tune_resolution(build, found.data, sizes, **settings, on_start=lambda: say(start), on_run=_tell, on_pass=_tell_pass)
+            tuning = tune_resolution(build, found.data, chosen, **settings, on_start=lambda: say(start), on_run=_tell, on_pass=_tell_pass)
             document = {"name": found.name, "data": found.data.name, **tuning.to_dict()}
     if out is not None and place is not None:
         _write(place, document, _survey_panels(surveys) if dry_run else _panels(tuning))
@@ -100,19 +100,6 @@ def resolution(
             typer.echo("\n".join([f"at {size} px:", *(f"  {a.text}" for a in changes)]))
     else:
         _show_tuning(tuning)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    """Candidates as they are written: 24,32,48."""
-    from capnas.errors import UsageError
-
-    try:
-        found = tuple(number(part) for part in text.split(","))
-    except UsageError:
-        found = ()
-    if not found or min(found) < 1 or len(set(found)) < len(found):
-        raise UsageError(f"--candidates takes different sizes in pixels, whole numbers such as 24,32,48, got {text!r}.")
-    return found
 
 
 def _tell_pass(number: int, of: int) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from capnas.cli.app import Blocks, Count, Device, Json, app, quiet, whole
-from capnas.console import Progress, closing, no_value, number, out_json, pairs, run_document, say, show_run
+from capnas.cli.app import Blocks, Count, Device, Json, app, quiet, sizes, whole
+from capnas.console import Progress, closing, no_value, out_json, pairs, run_document, say, show_run
 from capnas.errors import UsageError, counted
 
 
@@ -75,7 +75,7 @@ def search(
             max_macs=max_macs,
             gate=gate,
             pool=pool,
-            resolutions=None if resolutions is None else tuple(number(r, "--resolutions") for r in resolutions.split(",")),
+            resolutions=None if resolutions is None else sizes(resolutions, "--resolutions"),
             blocks=blocks,
             sampler=sampler,
             pruner=pruner,

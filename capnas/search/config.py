@@ -105,6 +105,8 @@ class StudyConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}.")
+        if self.out == "":
+            raise UsageError("out is the run's folder, got an empty name; name one ('.' is where you are), or leave it out.")
         if in_memory(self.storage):
             advice = "leave storage out, or name a file as in sqlite:///study.db"
             raise UsageError(f"the storage {self.storage} keeps nothing after the process ends; {advice}.")
@@ -156,14 +158,14 @@ class StudyConfig:
         check_names("train", self.train, known)
         return TrainConfig(epochs=self.epochs, blocks=self.blocks, seed=self.seed, device=self.device, **self.train)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values without those that are None or belong to one session (``out``).
     def absolute(self) -> StudyConfig:
         """The same study with absolute paths, which hold also after a space has changed the working directory."""
         stored = self.to_dict()
         where = {"space": stored["space"], "data": stored["data"], "data_options": stored.get("data_options", {})}
         return replace(self, study=self.name, out=str(self.folder.absolute()), **where)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values without those that are None or belong to one session (``out``).
 
         A password in the storage URL is hidden; paths of images and of a space's file are absolute, so that they hold in every directory.
         """

@@ -116,6 +116,18 @@ def test_a_run_does_not_lie_in_its_images(run: Run, tmp_path: Path, monkeypatch:
     assert run("search", FILE, "--data", folder, "--out", tmp_path, *QUICK)[0] == 0  # beside them is fine
 
 
+def test_an_empty_name_is_no_folder_of_a_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "out is the run's folder, got an empty name" in refused(run, "search", FILE, "--out", "", *QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", ["abc", "", "28,", "28,28", "-8", "28.5"])
+def test_resolutions_are_told_as_they_are_written(run: Run, given: str, tmp_path: Path) -> None:
+    told = refused(run, "search", FILE, "--out", tmp_path / "run", f"--resolutions={given}", *QUICK)
+    assert told == f"error: --resolutions takes different sizes in pixels, whole numbers such as 24,32,48, got {given!r}."
+
+
 def test_a_storage_that_keeps_nothing(run: Run, tmp_path: Path) -> None:
     for url in ("sqlite://", "sqlite:///:memory:"):
         told = refused(run, "search", FILE, "--storage", url, "--out", tmp_path / "run", *QUICK)
