@@ -242,7 +242,7 @@ def test_a_space_that_holds_no_more_is_told(different: int, repeated: int, told:
     result = _result([("duplicate", 0.5)])  # before the last new one
     for place in range(different + repeated):
         _ended(result.study, "complete" if place < different else "duplicate", 0.5, f"{place % different}")
-    line = f"the last {repeated} draws repeat {different} known architectures: the space seems to hold no more to find"
+    line = f"the last {repeated} draws repeat {different} known architectures: the space, or the sampler, has little new to offer"
     assert (line in closing(result)) == told
 
 
