@@ -274,7 +274,8 @@ def worth(readings: Sequence[SizeReading], pay: float = PAY) -> dict[int, float]
     pay = price(pay, None)
     macs = {r.size: r.macs for r in readings}
     least = min(macs.values(), default=1)
-    return {size: value - pay * math.log2(macs[size] / least) for size, value in fitted_accuracy(readings).items()}
+    paid = {size: value - pay * math.log2(macs[size] / least) for size, value in fitted_accuracy(readings).items()}
+    return {size: round(value, 9) for size, value in paid.items()}  # equal accuracies come out of the fit equal but for its rounding
 
 
 def survivors(readings: Sequence[SizeReading], keep: int, pay: float = PAY) -> tuple[int, ...]:

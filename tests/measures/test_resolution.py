@@ -49,6 +49,7 @@ def test_smallest_productive_size_is_the_first_of_all_sizes_that_will_do() -> No
     for share in (0.0, 0.2, 0.5, 1.0):
         slow = next(i for i in range(1, 500) if len(border_layers(layers, i)) <= share * 6)
         assert smallest_productive(layers, share) == slow
+    assert looking_layers([replace(layers[0], learned=False), *layers[1:]]) == ("1", "3", "4", "5", "6")  # a pooling looks for nobody
     assert smallest_productive([]) == 1
     assert unproductive_share([], 1) == 0
 
@@ -178,6 +179,30 @@ def test_a_tail_moves_the_choice_to_a_larger_size_that_costs_little_worth() -> N
     assert nowhere.size == 32
 
 
+def test_a_tail_of_one_layer_in_eight_is_none() -> None:
+    assert reading(32, 0.6, saturations=(0.5,) * 7 + (0.01,)).even
+    assert not reading(32, 0.6, saturations=(0.5,) * 6 + (0.01,)).even
+
+
+def test_a_tail_never_moves_the_choice_to_a_smaller_size() -> None:
+    assert recommend([reading(16, 0.6), reading(32, 0.604, saturations=TAILED)], pay=0.001).size == 32
+
+
+def test_evenness_may_cost_one_standard_error_of_the_accuracy() -> None:
+    rows = [reading(32, 0.6, saturations=TAILED), reading(64, 0.6)]
+    assert recommend(rows, pay=0.015, images=500).size == 32  # 3 points; sqrt(0.6 * 0.4 / 500) is 2.2
+    rows = [reading(16, 0.6), reading(32, 0.95, saturations=TAILED), reading(64, 0.965)]
+    assert recommend(rows, pay=0.02, images=100).size == 32  # 2.5 points; 2.2 at an accuracy of 95 %, 2.9 at a worth of 91 %
+    assert recommend(rows, pay=0.02, images=50).size == 64  # 3.1 points
+
+
+def test_the_order_of_the_readings_says_nothing() -> None:
+    even = [reading(s, 0.6) for s in (64, 16, 32)]
+    assert recommend(even, pay=0.0).size == 16
+    tailed = [reading(16, 0.6, saturations=TAILED), reading(64, 0.6), reading(32, 0.6)]
+    assert recommend(tailed, pay=0.0).size == 32
+
+
 def test_the_choice_is_among_the_longest_trainings_within_the_budget() -> None:
     rows = [reading(16, 0.6, 1), reading(32, 0.7, 1), reading(64, 0.7, 1), reading(32, 0.7, 3), reading(64, 0.8, 3)]
     assert recommend(rows).size == 64
@@ -252,6 +277,8 @@ def test_a_network_that_mixes_all_positions_has_no_border() -> None:
     assert not borderless([*chain((3, 1), (3, 1)), everywhere])  # two convolutions and a classifier
     assert not borderless([*chain((3, 1), (3, 1), (3, 1)), *[everywhere] * 9])
     assert not borderless([])
+    rows = LayerField(name="rows", extent=(1.0, 1.0), before=(whole(Field()), Field()), after=(whole(Field()), Field()))
+    assert not borderless([*chain((16, 16)), *[rows] * 3])  # the columns are still apart
 
 
 def test_halving_keeps_the_sizes_of_most_worth_of_the_last_rung() -> None:
