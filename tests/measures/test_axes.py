@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from capnas.measures.axes import (
+    CHANNEL,
     Atom,
     Layout,
     broadcast,
@@ -178,3 +179,58 @@ def test_steps_of_the_other_axes_are_counted_in_the_new_jump() -> None:
     layout, fields, _ = slide(unshuffled, (Field(), Field()), (2, 2), lambda f, i: (window(f, 1, 2), 1.0))
     assert [f.jump for f in fields] == [4.0, 4.0]
     assert [f.high for f in reach(fields, layout, layout[1])] == [2.0, 2.0]  # the two pixels of a channel's offset
+
+
+def test_a_strided_axis_keeps_its_steps_in_windows() -> None:
+    (outer,), (inner,) = reshape(((Atom(axes=(0,), size=8, step=2.0),),), (2, 4))
+    assert (outer.size, outer.step, inner.size, inner.step) == (2, 8.0, 4, 2.0)
+
+
+def test_a_part_of_what_may_lie_along_either_axis_reaches_everywhere() -> None:
+    blurred = unknown([((Atom(axes=(0,), size=4), Atom(axes=(1,), size=4)),)], (4, 4))
+    assert [f.high for f in reach(FIELDS, blurred, blurred[0])] == [math.inf, math.inf]
+
+
+def three(field: Field, number: int) -> tuple[Field, float]:
+    return window(field, 3), 3.0
+
+
+def test_a_window_over_what_holds_both_image_axes_widens_both() -> None:
+    tokens = reshape(input_layout((1, 2, 4, 4)), (1, 2, 16))
+    layout, fields, extent = slide(tokens, (Field(), Field()), (14,), three)
+    assert [f.high for f in fields] == [3.0, 3.0]
+    assert (extent, layout[2]) == ((3.0, 3.0), (Atom(axes=(0, 1), size=14),))
+
+
+def test_a_window_over_an_axis_that_may_hold_channels_leaves_the_other_image_axis() -> None:
+    mixed = ((Atom(axes=(CHANNEL, 0), size=12),), (Atom(axes=(1,), size=4),))
+    layout, fields, extent = slide(mixed[::-1], (Field(), Field()), (10,), three)
+    assert [f.high for f in fields] == [3.0, 1.0]
+    assert (extent, layout[1]) == ((3.0, 1.0), (Atom(axes=(0,), size=10),))
+
+
+def test_a_window_over_channels_leaves_channels() -> None:
+    layout, fields, _ = slide(rearranged := input_layout((2, 8))[::-1], (), (2,), three)
+    assert (layout, fields) == (rearranged, ())
+    pooled, _, _ = slide(input_layout((2, 8)), (), (4,), three)
+    assert channels(pooled) == 4
+    folded = ((*input_layout((2, 3))[0], *input_layout((2, 3))[1]),)
+    assert channels(slide(folded, (), (6,), three)[0]) == 3
+
+
+def test_a_transposed_matrix_changes_its_axes() -> None:
+    layout = input_layout((2, 3))
+    assert rearrange("t", {}, layout, (3, 2)) == layout[::-1]
+
+
+def test_repeated_maps_lie_one_behind_the_other() -> None:
+    rows = torch.arange(4.0)[:, None].expand(1, 2, 4, 4)
+    layout = rearrange("repeat", {}, input_layout((1, 2, 4, 4)), (1, 2, 8, 4))
+    assert layout is not None
+    assert positions(layout, 0).tolist() == rows.repeat(1, 1, 2, 1).flatten().tolist()
+
+
+def test_a_strided_view_of_another_shape_is_not_followed() -> None:
+    layout = input_layout((1, 3, 8, 8))
+    assert rearrange("as_strided", {}, layout, (1, 3, 8, 8)) == layout
+    assert rearrange("as_strided", {}, layout, (1, 3, 4, 8)) is None

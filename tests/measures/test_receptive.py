@@ -204,6 +204,8 @@ def test_fields_equal_the_pixels_that_gradients_reach() -> None:
     )
     field = transposed_window(window(window(Field(), 3, 2, 2), 2, 2), 5, 2)
     assert seen_pixels(net, 61) == field.high == 15
+    alike = nn.Sequential(nn.ConvTranspose1d(1, 1, 4, stride=2, dilation=2, bias=False))  # every tap falls on the same phase
+    assert seen_pixels(alike, 21) == transposed_window(Field(), 4, 2, 2).high == 4
 
 
 def test_linear_interpolation_against_gradients() -> None:
@@ -257,6 +259,12 @@ def test_a_strided_layer_needs_its_kernel_at_the_jump_that_it_reads() -> None:
     assert feasible_range([layer("stem", Field(), 7, 2)], lower="functional") == ((7, 7), (7, 7))
     assert feasible_range([layer("deep", Field(jump=4.0), 7, 2)], lower="functional") == ((28, 28), (25, 25))
     assert merge([Field(jump=2.0), Field(jump=4.0)]).jump == 2.0
+    assert merge([Field(low=27.0, high=27.0), Field(low=11.0, high=31.0)]) == Field(low=11.0, high=31.0)
+    first = layer("first", Field(), 3)
+    second = layer("second", first.after[0], 3)
+    point = layer("point", second.after[0], 1)
+    assert feasible_range([first, second, point], lower="functional") == ((3, 3), (5, 5))  # a 1x1 layer asks for nothing
+    assert feasible_range([point], lower="functional") == ((1, 1), (5, 5))
 
 
 def test_axes_are_kept_apart() -> None:
@@ -265,6 +273,17 @@ def test_axes_are_kept_apart() -> None:
     assert critical_layers([wide], 4) == ()
     assert critical_layers([wide], (0 + 1, 4)) == ()
     assert feasible_range([wide]) == ((1, 5), (1, 5))
+    seen = Field(low=5.0, high=5.0)
+    deep = LayerField(name="deep", extent=(1, 3), before=(seen, seen), after=(seen, window(seen, 3)))
+    assert border_layers([deep], 5, "toolbox") == ()  # its own field has to be larger on every axis
+    assert border_layers([deep], 4, "toolbox") == ("deep",)
+
+
+def test_a_layer_that_reads_all_of_one_axis_is_not_followed_along_the_other() -> None:
+    rows = LayerField(name="rows", extent=(math.inf, 3), before=(Field(), Field()), after=(whole(Field()), window(Field(), 3)))
+    assert not rows.finite
+    assert not rows.expands
+    assert feasible_range([rows]) is None
 
 
 def test_errors() -> None:
