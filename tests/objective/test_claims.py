@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from capnas.objective.claims import CLAIM, GRACE, claimed, host, started, sweep
+from capnas.objective.claims import CLAIM, GRACE, at_work, claimed, host, local, own_claim, started, sweep
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
 
 
@@ -88,12 +89,57 @@ def test_a_running_trial_of_this_process_is_left_alone() -> None:
     assert sweep(study) == [0]
 
 
+def test_trials_of_one_process_are_told_apart() -> None:
+    study = optuna.create_study(study_name="s")
+    first, second = study.ask(), study.ask()
+    with claimed(first):
+        with claimed(second):
+            assert sweep(study) == []
+        assert sweep(study) == [1]
+
+
+def test_whose_end_is_worth_waiting_for() -> None:
+    trials = [study_with(claim, 1).trials[0] for claim in (None, mine(pid=dead_pid()), mine(host="other"))]
+    assert [local(t) for t in trials] == [True, True, False]
+
+
+def test_a_process_at_work_is_of_this_host_and_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert at_work(own_claim())
+    assert not at_work(own_claim() | {"host": "other"})
+    monkeypatch.setattr("capnas.objective.claims.started", lambda pid: None)  # a system without /proc
+    assert at_work(mine(started=None))
+    assert not at_work(mine(pid=dead_pid(), started=None))
+
+    def forbidden(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("os.kill", forbidden)  # a process of another user
+    assert at_work(mine(started=None))
+
+
+@pytest.mark.skipif(not Path("/proc/self/comm").is_file(), reason="reads /proc")
+def test_the_start_of_a_process_is_its_own_whatever_its_name() -> None:
+    before = time.clock_gettime(time.CLOCK_BOOTTIME)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        ticks = int(started(process.pid) or 0) / os.sysconf("SC_CLK_TCK")
+        assert before - 1 <= ticks <= time.clock_gettime(time.CLOCK_BOOTTIME) + 1
+        process.communicate(b"\n")
+    comm = Path("/proc/self/comm")
+    name, own = comm.read_text(), started(os.getpid())
+    try:
+        comm.write_text("of) 1 2 3 4")
+        assert started(os.getpid()) == own
+    finally:
+        comm.write_text(name)
+
+
 @pytest.mark.parametrize(
     ("evaluation", "state"),
     [
         (Evaluation(status="complete", values={"accuracy": 0.5}), TrialState.COMPLETE),
         (Evaluation(status="diverged"), TrialState.PRUNED),
         (Evaluation(status="failed"), TrialState.FAIL),
+        (Evaluation(status="interrupted"), TrialState.FAIL),
     ],
 )
 def test_a_result_that_was_stored_is_kept(evaluation: Evaluation, state: TrialState) -> None:

@@ -13,7 +13,9 @@ from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
-from capnas.objective.pool import QUEUED, superseded
+from capnas.objective.gates import BestShare
+from capnas.objective.pool import GATE as CONSTRAINT
+from capnas.objective.pool import QUEUED, Selection, is_untrained, superseded
 from capnas.objective.targets import WEIGHTS
 from capnas.training import TrainConfig
 
@@ -65,6 +67,88 @@ def test_a_candidate_is_trained_if_it_is_among_the_best_so_far(data: ImageData) 
     assert found.curve == ()
     assert found.values == {}
     assert study.trials[2].constraints == {"valid": -1.0, "gate": -0.2}
+
+
+def measured(
+    study: optuna.Study, score: float | None, *, name: str, size: int = 8, cost: int = 1, settings: str = "now", **more: Any
+) -> None:
+    """A candidate that was measured in the study, or trained."""
+    found = Evaluation(
+        **{"status": "measured", "hash": name, "image_size": size, "settings": settings, "params": {}} | more,
+        metrics={"init_naswot": score, "macs": cost},
+    )
+    study.add_trial(optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs={ATTRIBUTE: found.to_dict()}))
+
+
+def selection_of(pool: int = 1, share: float = 0.1, costs: tuple[str, ...] = ()) -> Selection:
+    return Selection(gate=BestShare(name="naswot", share=share), pool=pool, costs=costs, settings="now", weights={"init_naswot": 1.0})
+
+
+def queued(study: optuna.Study) -> list[int]:
+    return [t.user_attrs[QUEUED] for t in study.trials if QUEUED in t.user_attrs]
+
+
+def test_one_candidate_waits_at_a_time() -> None:
+    study, selection = optuna.create_study(), selection_of(share=1.0)
+    for number in range(3):
+        measured(study, float(number), name=str(number))
+    selection.queue_next(study)
+    selection.queue_next(study)
+    assert queued(study) == [2]
+
+
+def test_what_has_no_score_and_what_other_settings_measured_is_not_queued() -> None:
+    study, selection = optuna.create_study(), selection_of()
+    measured(study, 3.0, name="best")
+    measured(study, 9.0, name="old", settings="before")
+    measured(study, None, name="broken")
+    selection.queue_next(study)
+    assert queued(study) == [0]
+
+
+def test_an_architecture_at_two_sizes_is_two_candidates() -> None:
+    study, selection = optuna.create_study(), selection_of(share=1.0)
+    for size, score in ((8, 1.0), (16, 2.0)):
+        measured(study, score, name="one", size=size)
+    for _ in range(2):
+        selection.queue_next(study)
+        study.tell(study.ask(), 0.0)
+    assert queued(study) == [1, 0]
+
+
+def test_with_costs_a_small_network_is_queued_behind_a_better_one_that_stands_outside() -> None:
+    study, selection = optuna.create_study(), selection_of(costs=("macs",))
+    measured(study, 10.0, name="trained", cost=5, status="complete")
+    measured(study, 9.0, name="large", cost=10)
+    measured(study, 3.0, name="small", cost=1)
+    selection.queue_next(study)
+    assert queued(study) == [2]
+
+
+def test_what_is_remembered_of_one_study_says_nothing_of_another() -> None:
+    first, second, selection = optuna.create_study(), optuna.create_study(), selection_of()
+    for study, scores in ((first, (1.0, 2.0)), (second, (4.0, 3.0))):
+        for number, score in enumerate(scores):
+            measured(study, score, name=str(number))
+        selection.queue_next(study)
+    assert (queued(first), queued(second)) == ([1], [0])
+
+
+def test_a_queued_candidate_whose_training_was_lost_stands_in_nobodys_way() -> None:
+    study = optuna.create_study()
+    for _ in range(2):
+        study.enqueue_trial({}, user_attrs={QUEUED: 0})
+    study.tell(study.ask(), state=TrialState.FAIL)
+    assert not superseded(study.ask())
+
+
+def test_only_a_search_with_a_share_draws_for_a_look() -> None:
+    attributes = {ATTRIBUTE: Evaluation(status="over_budget").to_dict()}
+    trials = [
+        optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=attributes, constraints=constraints)
+        for constraints in ({CONSTRAINT: 0.0, "valid": 1.0}, {"valid": 1.0})
+    ]
+    assert [is_untrained(t) for t in trials] == [True, False]
 
 
 def test_of_the_pool_the_best_are_trained_best_first(data: ImageData) -> None:

@@ -26,6 +26,23 @@ def test_draws_follow_from_seed_and_number(name: str) -> None:
     assert len(set(first)) == 4
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_is_drawn_alone_is_another_number_at_each_draw(name: str) -> None:
+    alone = [draws(name, 0, [number])[0] for number in (0, 1, 0)]
+    assert alone[0] == alone[2] != alone[1]
+
+
+def test_every_number_of_a_draw_counts() -> None:
+    def draw(*numbers: int) -> float:
+        return optuna.create_study(sampler=make_sampler("random", seed=0, draws=numbers)).ask().suggest_float("x", 0, 1)
+
+    assert len({draw(), draw(3), draw(1, 2), draw(2, 1), draw(0, 3)}) == 5  # of two workers, say
+
+
+def test_the_seed_scrambles_the_sequence_of_qmc() -> None:
+    assert not set(draws("qmc", 0, [0, 1, 2, 3])) & set(draws("qmc", 1, [0, 1, 2, 3]))
+
+
 def test_qmc_goes_on_in_one_sequence() -> None:
     study = optuna.create_study(sampler=make_sampler("qmc", seed=3))
     for _ in range(4):
