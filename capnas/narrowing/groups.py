@@ -178,20 +178,14 @@ def cannot_narrow(model: nn.Module, fixed: Mapping[str, str]) -> CannotNarrow:
 def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str, list[list[Atom]], bool]]:
     """Torch-Pruning's groups as units of atoms, named by their root layer, and whether each is whole."""
     tp, widest = torch_pruning(), max(max(p.shape, default=1) for p in model.parameters())
-    was_training, wanted = model.training, [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), forgiving():
-            warnings.simplefilter("ignore")
-            model.requires_grad_(True)
-            try:
-                groups = list(followed(tp.DependencyGraph().build_dependency(model, example, verbose=False), widest))
-            except Exception as error:
-                why = f"Torch-Pruning cannot follow its channels ({described(error)})"
-                raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {why}.") from error
-    finally:
-        model.train(was_training)
-        for parameter, state in wanted:
-            parameter.requires_grad_(state)
+    with warnings.catch_warnings(), untouched(model), torch.enable_grad(), forgiving():
+        warnings.simplefilter("ignore")
+        model.requires_grad_(True)
+        try:
+            groups = list(followed(tp.DependencyGraph().build_dependency(model, example, verbose=False), widest))
+        except Exception as error:
+            why = f"Torch-Pruning cannot follow its channels ({described(error)})"
+            raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {why}.") from error
     parameters = {id(p): n for n, p in model.named_parameters()}
     modules = {id(m): n for n, m in model.named_modules()}
     for group, whole in groups:
