@@ -95,7 +95,7 @@ class Walk:
         base = operations.base_name(node.op)
         for name, argument, shape in zip(node.input_params, node.input_names, node.input_shapes):
             if name is not None and argument not in operations.BUFFERS:
-                self.sizes[name] = max(self.sizes.get(name, 0), math.prod(shape))
+                self.sizes.setdefault(name, math.prod(shape))  # as it is, before a slice or an expansion
                 if not node.shape_only:
                     self.weights[name] = self.sizes[name]
         given = [None if i is None else self.states.get((i, p)) for i, p in zip(node.inputs, node.input_ports)]
