@@ -244,7 +244,7 @@ def fitted_accuracy(readings: Sequence[SizeReading]) -> dict[int, float]:
         targets.append(weight * accuracy)
     found, _ = nnls(np.array(rows), np.array(targets))
     level, shape = found[len(lengths) - 1], found[len(lengths) :]
-    return {s: float(level + np.dot(shape, curve[s])) for s in sizes}
+    return {s: round(float(level + np.dot(shape, curve[s])), 9) for s in sizes}  # what is equal stays so
 
 
 def price(pay: float | None, budget: int | None) -> float:
@@ -274,8 +274,7 @@ def worth(readings: Sequence[SizeReading], pay: float = PAY) -> dict[int, float]
     pay = price(pay, None)
     macs = {r.size: r.macs for r in readings}
     least = min(macs.values(), default=1)
-    paid = {size: value - pay * math.log2(macs[size] / least) for size, value in fitted_accuracy(readings).items()}
-    return {size: round(value, 9) for size, value in paid.items()}  # equal accuracies come out of the fit equal but for its rounding
+    return {size: value - pay * math.log2(macs[size] / least) for size, value in fitted_accuracy(readings).items()}
 
 
 def survivors(readings: Sequence[SizeReading], keep: int, pay: float = PAY) -> tuple[int, ...]:
