@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from torch import nn
 from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
 from capnas.mixed_sizes import MixedSizes, SharedSizes, difference, train_together
-from capnas.training import TrainConfig, evaluate
+from capnas.training import TrainConfig, TrainingResult, evaluate, train
 
 CONFIG = TrainConfig(batch_size=16, lr=1e-2, device="cpu")
 
@@ -69,6 +71,14 @@ def test_a_parameter_that_a_network_uses_twice_stays_one() -> None:
     assert networks[16][1].weight is networks[8][0].weight
 
 
+def test_what_one_network_uses_twice_another_may_keep_apart() -> None:
+    tied, apart = (nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)) for _ in range(2))
+    tied[1].weight = tied[0].weight
+    assert difference({8: tied, 16: apart}) == ""
+    SharedSizes({8: tied, 16: apart})
+    assert apart[1].weight is apart[0].weight is tied[0].weight
+
+
 def test_networks_that_cannot_share_say_which_parameter() -> None:
     assert difference({8: net(), 16: net()}) == ""
     more = nn.Sequential(*net(), nn.Linear(3, 3))
@@ -102,6 +112,9 @@ def test_no_image_comes_twice_in_a_pass() -> None:
     assert not torch.equal(greys, other)
     small = [{float(v) for x, _ in mixed.batches("train", 16, epoch=e) if x.shape[-1] == 8 for v in x[:, 0, 0, 0]} for e in (0, 1)]
     assert small[0] != small[1]  # no image stays at one size
+    seeded = [{float(v) for x, _ in mixed.batches("train", 16, seed=s) if x.shape[-1] == 8 for v in x[:, 0, 0, 0]} for s in (0, 1, 0)]
+    assert seeded[0] == seeded[2] != seeded[1]
+    assert next(iter(mixed.batches("train", 16, seed=1 << 50)))[0].shape[-1] == 8  # however large
 
 
 def test_validation_is_that_of_the_data(data: ImageData) -> None:
@@ -129,6 +142,19 @@ def test_what_cannot_be_is_refused_before_the_first_batch(data: ImageData) -> No
     for split, batch_size, text in (("nonsense", 16, "split must be one of"), ("train", 0, "batch_size must be at least 1, got 0")):
         with pytest.raises(UsageError, match=text):
             mixed.batches(split, batch_size)
+
+
+def test_shared_weights_are_trained_at_a_rate_that_does_not_fall(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TrainConfig] = []
+
+    def spy(model: nn.Module, images: ImageData, config: TrainConfig, **options: Any) -> TrainingResult:
+        asked.append(config)
+        return train(model, images, config, **options)
+
+    monkeypatch.setattr("capnas.mixed_sizes.train", spy)
+    train_together({size: net() for size in (8, 16)}, data, replace(CONFIG, epochs=9, schedule="cosine", record=True), passes=1)
+    (config,) = asked
+    assert (config.schedule, config.epochs, config.record, config.lr) == ("constant", 1, False, CONFIG.lr)
 
 
 def test_training_together_teaches_all_sizes_and_tells_what_it_took(data: ImageData) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,65 @@ def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
     with pytest.raises(SavedModelError, match="does not fit its manifest"):
         load_model(folder)
+
+
+def test_a_recipe_is_built_for_the_size_asked_for(tmp_path: Path) -> None:
+    vit = {"timm": "vit_tiny_patch16_224", "args": {"num_classes": 2, "img_size": 32, "depth": 1}, "image_size": 32}
+    assert [build_recipe(vit, image_size=size).patch_embed.grid_size for size in (None, 64)] == [(2, 2), (4, 4)]
+    (tmp_path / "sized.py").write_text("from torch import nn\n\n\ndef space(trial, *, image_size, **_):\n    return nn.Linear(image_size, 2)\n")
+    sized = {**SPACE, "space": f"{tmp_path / 'sized.py'}:space", "params": {}}
+    assert [build_recipe(sized, image_size=size).in_features for size in (None, 16)] == [8, 16]
+
+
+def test_a_model_with_fewer_weights_than_its_recipe_is_refused(tmp_path: Path) -> None:
+    model = build_recipe(TIMM)
+    model.layer1[0].conv1.weight = None
+    with pytest.raises(UsageError, match=r"does not build this model again: layer1\.0\.conv1\.weight would differ"):
+        save_model(model, tmp_path / "m", TIMM)
+
+
+def test_weights_that_are_no_numbers_come_back(tmp_path: Path) -> None:
+    model = build_recipe(SPACE)
+    with torch.no_grad():
+        model[0].weight[0] = float("nan")
+    again = load_model(save_model(model, tmp_path / "m", SPACE))
+    assert torch.equal(again[0].weight.isnan(), model[0].weight.isnan())
+
+
+def test_tuples_and_new_numbers_of_a_module_come_back(tmp_path: Path) -> None:
+    model = build_recipe(TIMM)
+    model.layer1[0].conv1.padding, model.layer1[0].conv1.dilation = (2, 2), (2, 2)
+    model.added = 3
+    model.unbounded = float("inf")  # no number of JSON
+    again, x = load_model(save_model(model, tmp_path / "m", TIMM)), torch.randn(1, 1, 32, 32)
+    assert again.layer1[0].conv1.dilation == (2, 2)
+    assert again.added == 3
+    assert not hasattr(again, "unbounded")
+    assert torch.equal(again(x), model.eval()(x))
+
+
+def test_a_linear_layer_split_in_two_comes_back_beside_one_of_like_name(tmp_path: Path) -> None:
+    (tmp_path / "pair.py").write_text(
+        "from torch import nn\n\n\ndef space(trial, *, num_classes, **_):\n"
+        "    return nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64) for _ in range(10)), nn.Linear(64, num_classes))\n"
+    )
+    recipe = {**SPACE, "space": f"{tmp_path / 'pair.py'}:space", "params": {}}
+    model, x = build_recipe(recipe).eval(), torch.randn(2, 1, 8, 8)
+    model[1] = nn.Sequential(nn.Linear(64, 3, bias=False), nn.Linear(3, 48))
+    model[2] = nn.Linear(48, 64)
+    model[10], model[11] = nn.Linear(64, 40), nn.Linear(40, 3)  # "1" begins the names of both
+    again = load_model(save_model(model, tmp_path / "m", recipe))
+    assert torch.equal(again(x), model(x))
+    assert (again[1][0].bias, again[10].out_features) == (None, 40)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(UsageError, match="cannot be written to; make it writable"):
+        save_model(build_recipe(SPACE), tmp_path / "m", SPACE)
+
+
+def test_a_document_of_another_program_is_no_manifest(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"version": 1}')
+    with pytest.raises(SavedModelError, match="not the manifest of a model saved by capnas"):
+        load_model(tmp_path)

@@ -10,7 +10,7 @@ from capnas.search_spaces import nasbench201
 
 from capnas.errors import UsageError
 from capnas.profile import LayerProfile, Profile, profile_model
-from capnas.scoring import COSTS, SCORES, measures_for, score
+from capnas.scoring import COSTS, SCORES, measure_of, measures_for, score
 
 
 def profile(*saturations: float | None, blocks: tuple[float, ...] = ()) -> Profile:
@@ -136,3 +136,18 @@ def test_size_counts_in_doublings() -> None:
     assert {SCORES[name].direction for name in COSTS} == {"minimize"}
     assert measures_for(COSTS) == ("saturation", "structure")
     assert measures_for(["log10_lipschitz"]) == ("saturation", "norms")
+
+
+def test_every_score_asks_for_the_measure_that_gives_it() -> None:
+    """Of an empty profile everything is unknown; ``capacity_slack`` is known after a training alone."""
+    assert COSTS == ("params", "macs")
+    assert {name: measure_of(name) for name in ("log2_macs", "log2_params", "grad_norm", "usage", "capacity_slack")} == {
+        "log2_macs": "structure", "log2_params": "structure", "grad_norm": "proxies", "usage": "capacity", "capacity_slack": "training"
+    }  # fmt: skip
+    assert measures_for(["capacity_slack"]) == ("saturation",)
+    assert {name for name in SCORES if measure_of(name) == "proxies"} == {"synflow", "naswot", "zico", "snip", "grad_norm"}
+
+
+def test_the_size_of_a_network_without_weights_is_no_number() -> None:
+    free = replace(profile(0.5), network={"params": 0.0, "macs": 0.0})
+    assert all(math.isnan(value) for value in score(free, ["log2_params", "log2_macs"]).values())

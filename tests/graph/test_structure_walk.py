@@ -138,9 +138,16 @@ def test_the_paths_of_a_layer_are_the_most_over_its_calls() -> None:
     assert found.layers["conv"].calls == 3
 
 
+class Pooled(nn.Module):
+    """Two operations without weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(torch.relu(x), 2)
+
+
 def test_two_kinds_of_operations_of_one_module_are_two_rows() -> None:
-    found = report(lambda m, x: F.max_pool2d(torch.relu(x), 2))
-    assert [row.kind for row in found.layers.values()] == ["activation", "pool"]
+    found = structure(trace(nn.Sequential(Pooled()), MAPS))
+    assert [(name, row.kind) for name, row in found.layers.items()] == [("0", "activation"), ("0 (pool)", "pool")]
 
 
 def test_the_span_of_a_layer_over_windows_is_counted_in_units_of_its_input() -> None:

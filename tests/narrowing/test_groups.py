@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas._timm import timm
-from capnas.narrowing.groups import CLASSES, _merged, cannot_narrow, find_groups, layers_of, run_order, shared_parameters
+from capnas.narrowing.groups import CLASSES, CoupledGroup, _group, _merged, cannot_narrow, find_groups, layers_of, run_order, shared_parameters
 
 IMAGES = torch.zeros(2, 3, 4, 4)
 
@@ -124,6 +124,13 @@ def test_lists_of_units_that_overlap_become_one_group() -> None:
     second = [[("b", "in", 0)], [("b", "in", 1), ("c", "out", 0)]]
     (units,) = _merged([first, second], {})  # type: ignore[list-item]
     assert sorted(map(sorted, units)) == [[("a", "out", 0)], [("a", "out", 1), ("b", "in", 0)], [("b", "in", 1), ("c", "out", 0)]]
+
+
+def test_units_come_in_the_order_of_their_first_writer() -> None:
+    units = [[("b", "in", 3), ("a", "out", 1), ("b", "in", 2)], [("b", "in", 1), ("a", "out", 0), ("b", "in", 0)]]
+    found = _group(units, {"a": 0, "b": 1})  # type: ignore[arg-type]
+    assert isinstance(found, CoupledGroup)
+    assert [(p.module, p.positions.tolist()) for p in found.ports] == [("a", [[0], [1]]), ("b", [[0, 1], [2, 3]])]
 
 
 class Attentions(nn.Module):

@@ -81,3 +81,18 @@ def test_a_layer_under_two_names_stays_one() -> None:
     assert plain[0] is plain[2]
     assert torch.equal(plain(x), model(x))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_modes_flags_and_dilations_are_kept_and_the_weights_are_copies() -> None:
+    model = nn.Sequential(timm.layers.ScaledStdConv2d(3, 4, 3, dilation=2, padding=1), timm.layers.StdConv2d(4, 4, 1)).train()
+    model[0].weight.requires_grad_(False)
+    model[1].eval()
+    plain, x = plain_convs(model), torch.randn(1, 3, 9, 9)
+    assert torch.equal(plain(x), model(x))
+    assert [layer.training for layer in plain] == [True, False]
+    assert [layer.weight.requires_grad for layer in plain] == [False, True]
+    with torch.no_grad():
+        expected = plain(x)
+        for parameter in model.parameters():
+            parameter.add_(1)
+        assert torch.equal(plain(x), expected)
