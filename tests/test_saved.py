@@ -117,6 +117,7 @@ def test_what_the_recipe_would_build_otherwise_is_refused(tmp_path: Path) -> Non
     for change, reason in (
         (lambda m: setattr(m.c, "padding_mode", "circular"), "c padding_mode is 'circular', the recipe's is 'zeros'"),
         (lambda m: setattr(m, "act", nn.GELU()), "act is a GELU, the recipe's is a ReLU"),
+        (lambda m: setattr(m, "act", nn.Conv2d(4, 4, 1)), "act is a Conv2d, the recipe's is a ReLU"),
     ):
         other = build_recipe(recipe)
         change(other)
@@ -175,7 +176,9 @@ def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
 def test_a_recipe_is_built_for_the_size_asked_for(tmp_path: Path) -> None:
     vit = {"timm": "vit_tiny_patch16_224", "args": {"num_classes": 2, "img_size": 32, "depth": 1}, "image_size": 32}
     assert [build_recipe(vit, image_size=size).patch_embed.grid_size for size in (None, 64)] == [(2, 2), (4, 4)]
-    (tmp_path / "sized.py").write_text("from torch import nn\n\n\ndef space(trial, *, image_size, **_):\n    return nn.Linear(image_size, 2)\n")
+    (tmp_path / "sized.py").write_text(
+        "from torch import nn\n\n\ndef space(trial, *, image_size, **_):\n    return nn.Linear(image_size, 2)\n"
+    )
     sized = {**SPACE, "space": f"{tmp_path / 'sized.py'}:space", "params": {}}
     assert [build_recipe(sized, image_size=size).in_features for size in (None, 16)] == [8, 16]
 

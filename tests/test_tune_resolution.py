@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from capnas.graph.tracing import trace
 from capnas.mixed_sizes import train_together
 from capnas.repair import advise
 from capnas.resolution import SizeRun, advise_resolution, ladder, survey_resolutions, tune_resolution
-from capnas.size_survey import unread_pixels
+from capnas.size_survey import are_sizes, unread_pixels
 from capnas.training import TrainConfig, train
 
 CONFIG = TrainConfig(batch_size=32, lr=1e-2, device="cpu")
@@ -167,6 +168,56 @@ def test_a_budget_may_be_spent_whole() -> None:
     macs = survey_resolutions(net, (12,), in_chans=1)[0].macs
     assert macs is not None
     assert [s.refusal != "" for s in survey_resolutions(net, (8, 12, 16), in_chans=1, budget=macs)] == [False, False, True]
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError])
+def test_a_size_that_a_network_refuses_in_code_is_set_aside(error: type[Exception]) -> None:
+    def build(size: int) -> nn.Module:
+        if size == 8:
+            raise error
+        return net(size)
+
+    small, large = survey_resolutions(build, (8, 16), in_chans=1)
+    assert (small.refusal, large.refusal) == (f"it cannot run at 8 px: {error.__name__}", "")
+
+
+def test_the_limit_of_idle_layers_is_that_of_the_caller() -> None:
+    deep = lambda size: net(size, depth=6)  # noqa: E731
+    share = next(s for s in survey_resolutions(deep, (8, 64), in_chans=1, limit=1.0) if s.size == 8)
+    idle = len(share.unproductive) / len(share.looking)
+    assert 0 < idle < 0.5
+    assert [bool(s.refusal) for s in survey_resolutions(deep, (8, 64), in_chans=1, limit=idle)] == [False, False]
+    assert [bool(s.refusal) for s in survey_resolutions(deep, (8, 64), in_chans=1, limit=idle - 0.01)] == [True, False]
+
+
+def test_a_size_is_a_positive_number() -> None:
+    assert not are_sizes((0, 8))
+    assert not are_sizes((-8,))
+
+
+class Cutting(nn.Module):
+    """Cuts images into patches in its own way."""
+
+    def __init__(self, cut: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.cut, self.five, self.seven, self.up = cut, nn.Conv2d(1, 2, 5, 5), nn.Conv2d(1, 2, 7, 7), nn.ConvTranspose2d(1, 2, 5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cut(self, x)
+
+
+@pytest.mark.parametrize(
+    ("cut", "left"),
+    [
+        (lambda m, x: m.five(x), 3),
+        (lambda m, x: m.five(x.reshape(1, 1, 18, 18)), 3),  # still the image
+        (lambda m, x: m.five(x[:, :, :16, :16]), 0),  # what is cut off on purpose is no oversight
+        (lambda m, x: m.up(x), 0),
+        (lambda m, x: m.seven(x).mean() + m.five(x).mean(), 4),
+    ],
+)
+def test_unread_pixels_are_those_of_the_patches_of_the_image(cut: Any, left: int) -> None:
+    assert unread_pixels(trace(Cutting(cut), (1, 1, 18, 18))) == left
 
 
 def test_patches_with_padding_read_to_the_end() -> None:

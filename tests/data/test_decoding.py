@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from capnas._timm import import_timm
 from capnas.data.batching import NOT_STREAMED, InMemory, Items, Request, Streamed, as_pil, private_randomness
 from capnas.data.decoding import cores, decode, fit, grey_or_rgb, join, shape_of, survey
 from capnas.data.images import Augment
-from capnas.data.sources import DatasetReader, FileReader, Pair, StreamReader, from_python
+from capnas.data.sources import DatasetReader, FileReader, Pair, StreamReader, class_names, from_python, some
 from capnas.errors import DataError
 
 
@@ -188,9 +189,7 @@ def test_a_loader_draws_from_generators_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(("augment", "scale", "hflip"), [(Augment(flip=True), (5 / 6) ** 2, 0.5), (Augment(flip=False), (5 / 6) ** 2, 0.0)])
-def test_timms_loader_crops_as_much_as_a_shift_does(
-    augment: Augment, scale: float, hflip: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_timms_loader_crops_as_much_as_a_shift_does(augment: Augment, scale: float, hflip: float, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(import_timm("timm.data"), "create_loader", lambda *_, **given: asked.update(given) or [])
     monkeypatch.setattr(Augment, "pixels", lambda self, size: size // 6)
@@ -210,3 +209,70 @@ def test_a_split_is_given_once() -> None:
         from_python({"train": pair, "val": pair, "valid": pair})
     with pytest.raises(DataError, match="a pair"):
         from_python((*pair, [0, 1]))
+
+
+def test_positions_go_on_from_part_to_part() -> None:
+    parts = tuple(DatasetReader(Listed(*(square(8 + i) for i in sides))) for sides in ((0, 1), (2,)))
+    pool = Streamed(readers=parts, labels=torch.zeros(3), in_chans=3, workers=0)
+    assert [pool.open(i).size for i in range(3)] == [(8, 8), (9, 9), (10, 10)]
+
+
+def test_items_may_hold_more_than_an_image_and_its_class() -> None:
+    rows = [{"img": square(4), "image": square(8), "label": 3}, (square(9), 5, "from a camera")]
+    reader = DatasetReader(Listed())
+    for row, (side, label) in zip(rows, ((8, 3), (9, 5)), strict=True):
+        reader.dataset = [row]
+        image, found = reader.read(0)
+        assert (image.size, found) == ((side, side), label)
+
+
+def test_names_of_classes_are_in_the_order_of_their_numbers() -> None:
+    def named(mapping: dict[str, int]) -> tuple[str, ...] | None:
+        return class_names(SimpleNamespace(reader=SimpleNamespace(class_to_idx=mapping)))
+
+    assert named({"b": 0, "a": 1}) == ("b", "a")
+    assert named({"a": 0, "b": 2}) is None
+    assert class_names(SimpleNamespace(classes=("x", 1))) == ("x", "1")
+    assert class_names(SimpleNamespace(classes="ab")) is None
+
+
+@pytest.mark.parametrize("attribute", ["targets", "labels", "_labels"])
+def test_labels_that_a_dataset_carries(attribute: str) -> None:
+    dataset = Listed(square(8), square(8), square(8))
+    setattr(dataset, attribute, [2, 0, 1])
+    found = DatasetReader(dataset).labels()
+    assert found is not None
+    assert found.tolist() == [2, 0, 1]
+    setattr(dataset, attribute, [2, 0])  # of something else
+    assert DatasetReader(dataset).labels() is None
+
+
+def test_labels_and_images_of_timms_readers_are_read_below_it(tmp_path: Path) -> None:
+    part = files(tmp_path, 2)
+    samples = [(path, 7 - i) for i, path in enumerate(part.paths)]
+
+    class Reader(list):  # type: ignore[type-arg]
+        def filename(self, index: int) -> str:
+            return self[index][0].name
+
+    dataset = Listed(None, None)
+    dataset.reader = Reader(samples)  # type: ignore[attr-defined]
+    reader = DatasetReader(dataset)
+    image, label = reader.read(1)
+    with image:
+        assert (image.size, label, reader.name(1), reader.labels()) == ((32, 32), 6, "1.png", None)
+    dataset.reader.samples = samples  # type: ignore[attr-defined]
+    assert DatasetReader(dataset).labels().tolist() == [7, 6]  # type: ignore[union-attr]
+    del dataset.reader.samples  # type: ignore[attr-defined]
+    dataset.reader.iter_targets = lambda: iter([3, 4])  # type: ignore[attr-defined]
+    assert DatasetReader(dataset).labels().tolist() == [3, 4]  # type: ignore[union-attr]
+
+
+def test_a_few_names_are_told_whole() -> None:
+    assert (some("abc", 3), some("abcd", 3), some([])) == ("a, b, c", "a, b, c and 1 more", "")
+
+
+def test_lists_and_tuples_are_arrays() -> None:
+    pair = (np.zeros((2, 4, 4)), [0, 1])
+    assert from_python(pair).name == from_python(list(pair)).name == "arrays"
+    assert from_python(Listed(square(4))).name == "Listed"

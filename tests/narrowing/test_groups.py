@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from capnas._timm import timm
-from capnas.narrowing.groups import CLASSES, CoupledGroup, _group, _merged, cannot_narrow, find_groups, layers_of, run_order, shared_parameters
+from capnas.narrowing.groups import (
+    CLASSES,
+    CoupledGroup,
+    _group,
+    _merged,
+    cannot_narrow,
+    find_groups,
+    layers_of,
+    run_order,
+    shared_parameters,
+)
 
 IMAGES = torch.zeros(2, 3, 4, 4)
 

@@ -45,6 +45,7 @@ def test_a_timm_model_with_the_cost_of_each_row() -> None:
     found = inspect_target("resnet10t", batch=4, image_size=32)
     layers = {row.name: row for row in found.profile.layers}
     conv = layers["layer1.0.conv1"]
+    assert (found.profile.mode, found.state.partition(",")[0]) == ("train", "before training at torch's default initialization")
     assert found.macs["layer1.0.conv1"] == 8 * 8 * 9 * 64 * conv.width
     assert found.macs["fc"] == layers["fc"].params - 10  # a weight is used once
     assert sum(found.macs[name] for name in layers) == found.total_macs
@@ -192,13 +193,14 @@ def test_weights_of_a_timm_model_from_a_file(tmp_path: Path) -> None:
     ("options", "says"),
     [
         ({"project": 0.99}, "what a trained network loses.*--weights FILE"),
+        ({"batch": 1, "measures": ("capacity",)}, "batch must be at least 2 for capacity, got 1"),
         ({"project": 1.5}, r"share of the variance in \(0, 1\], got 1.5"),
         ({"measures": ("capasity",)}, "measures must be one of.*Did you mean 'capacity'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options: dict, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        inspect_target("resnet10t", batch=4, **options)
+        inspect_target("resnet10t", **{"batch": 4} | options)
 
 
 def test_a_trial_takes_neither_data_nor_weights_and_is_not_projected_untrained(folder: Path) -> None:
@@ -217,3 +219,5 @@ def test_a_saved_model_is_profiled_with_its_weights(tmp_path: Path) -> None:
     found = inspect_target(str(save_model(model, tmp_path / "model", recipe)), batch=4, measures=("norms",))
     assert found.profile.layers[-1].norm == pytest.approx(0.5 * (10 * 512) ** 0.5, rel=1e-4)
     assert found.state.startswith("trained weights")
+    with pytest.raises(UsageError, match="a saved model has its own"):
+        inspect_target(str(tmp_path / "model"), batch=4, weights=tmp_path / "model" / "model.safetensors")

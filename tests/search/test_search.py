@@ -27,12 +27,13 @@ from torch import nn
 
 from capnas.data import ImageData, load_data
 from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
-from capnas.objective.evaluation import Evaluation
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.stopping import MedianRule
 from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, worker
 from capnas.search.export import trial_rows
 from capnas.search.opening import DATA, open_study
 from capnas.search.runs import is_finished
-from capnas.search.working import make_objective, work
+from capnas.search.working import failures_in_a_row, make_objective, work
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 
@@ -220,6 +221,32 @@ def test_a_start_is_told_when_a_trial_begins_and_not_where_none_can(tmp_path: Pa
     assert not (tmp_path / "other").exists()
 
 
+def test_a_session_of_several_trials_starts_once(tmp_path: Path, data: ImageData) -> None:
+    told: list[int] = []
+    run_study(config(tmp_path, trials=2), space=space, data=data, on_start=lambda: told.append(1))
+    assert told == [1]
+
+
+def test_trainings_are_stopped_after_a_third_of_their_epochs_if_at_all(tmp_path: Path, data: ImageData) -> None:
+    rules = [make_objective(config(tmp_path, epochs=12, pruner=pruner), space, data).stopping for pruner in ("median", "off")]
+    assert rules == [MedianRule(warmup_epochs=4), None]  # the fifth is judged
+
+
+def test_failures_in_a_row_are_those_of_the_session_and_of_no_signal() -> None:
+    def ended(number: int, state: TrialState, status: str = "failed") -> optuna.trial.FrozenTrial:
+        value = 1.0 if state == TrialState.COMPLETE else None
+        attributes = {ATTRIBUTE: Evaluation(status=status).to_dict()}
+        trial = optuna.trial.create_trial(state=state, value=value, user_attrs=attributes)
+        trial.number = number
+        return trial
+
+    fail, done = TrialState.FAIL, TrialState.COMPLETE
+    trials = [ended(0, fail), ended(1, done), ended(2, fail), ended(3, fail, "interrupted"), ended(4, fail), ended(5, TrialState.RUNNING)]
+    assert [t.number for t in failures_in_a_row(trials, ())] == [2, 4]
+    assert [t.number for t in failures_in_a_row(trials, (2,))] == [4]
+    assert failures_in_a_row([*trials, ended(6, TrialState.PRUNED)], ()) == []
+
+
 def test_each_epoch_is_told_while_a_trial_runs(tmp_path: Path, data: ImageData) -> None:
     told: list[tuple[int, int]] = []
     result = run_study(config(tmp_path, trials=2, epochs=2), space=space, data=data, on_epoch=lambda n, epoch, row: told.append((n, epoch)))
@@ -230,7 +257,7 @@ def test_each_epoch_is_told_while_a_trial_runs(tmp_path: Path, data: ImageData) 
 def test_errors_in_a_row_end_the_study_and_single_ones_do_not(tmp_path: Path, data: ImageData) -> None:
     def sometimes(trial: Any, **shape: Any) -> nn.Module:
         if trial.number in (1, 3, 4, 5):
-            raise LookupError("no\nluck")
+            raise LookupError(f"no\nluck with {trial.number}")
         return space(trial, **shape)
 
     seen: list[str] = []
@@ -238,7 +265,7 @@ def test_errors_in_a_row_end_the_study_and_single_ones_do_not(tmp_path: Path, da
     def told(study: optuna.Study, trial: Any) -> None:
         seen.append(Evaluation.of(trial).status)  # type: ignore[union-attr]
 
-    with pytest.raises(StudyError, match="3 trials in a row ended in an error, the last: LookupError: no luck"):
+    with pytest.raises(StudyError, match="3 trials in a row ended in an error, the last: LookupError: no luck with 5"):
         run_study(config(tmp_path, trials=20, sampler="random"), space=sometimes, data=data, on_trial=told)
     assert [s == "failed" for s in seen] == [False, True, False, True, True, True]
     assert [row["status"] for row in read_csv(tmp_path / "trials.csv")] == seen  # also a session that ends in an error leaves its files
