@@ -8,10 +8,11 @@ from typing import Any
 import optuna
 import pytest
 from tiny_space import FILE, write_images
+from torch import nn
 
 from capnas._timm import timm
 from capnas.errors import StudyError, UsageError
-from capnas.profile import MEASURES
+from capnas.profile import MEASURES, at_default_initialization
 from capnas.search import open_run, run_study
 from capnas.search.config import StudyConfig
 from capnas.search.inspection import inspect_target
@@ -52,6 +53,18 @@ def test_a_timm_model_with_the_cost_of_each_row() -> None:
     assert found.macs["layer1.0"] == found.macs["layer1.0.conv1"] + found.macs["layer1.0.conv2"]
     document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert document["profile"]["layers"][0]["macs"] == found.macs[found.profile.layers[0].name]
+
+
+def test_an_untrained_model_is_read_at_the_default_initialization(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def spy(model: nn.Module, *, seed: int) -> nn.Module:
+        seeds.append(seed)
+        return at_default_initialization(model, seed=seed)
+
+    monkeypatch.setattr("capnas.search.inspection.at_default_initialization", spy)
+    inspect_target("resnet10t", batch=4, image_size=32, seed=3)
+    assert seeds == [3]
 
 
 def test_models_of_a_fixed_size_take_the_size_of_the_images() -> None:
