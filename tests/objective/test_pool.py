@@ -70,13 +70,11 @@ def test_a_candidate_is_trained_if_it_is_among_the_best_so_far(data: ImageData) 
 
 
 def measured(
-    study: optuna.Study, score: float | None, *, name: str, size: int = 8, cost: int = 1, settings: str = "now", **more: Any
+    study: optuna.Study, score: float | None, *, name: str, size: int = 8, cost: int = 1, settings: str = "now", status: str = "measured"
 ) -> None:
     """A candidate that was measured in the study, or trained."""
-    found = Evaluation(
-        **{"status": "measured", "hash": name, "image_size": size, "settings": settings, "params": {}} | more,
-        metrics={"init_naswot": score, "macs": cost},
-    )
+    metrics = {"init_naswot": score, "macs": cost}
+    found = Evaluation(status=status, hash=name, image_size=size, settings=settings, metrics=metrics)
     study.add_trial(optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs={ATTRIBUTE: found.to_dict()}))
 
 
