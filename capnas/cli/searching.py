@@ -59,7 +59,7 @@ def search(
         from capnas.search.enqueuing import read_parameters
 
         first = [] if enqueue is None else read_parameters(enqueue)
-        if study is not None and (study in ("", "..") or Path(study).name != study):
+        if study is not None and (study in ("", "..") or (out is None and Path(study).name != study)):
             raise UsageError(
                 f"--study is the name of a folder under runs/, got {study!r}; give a name without slashes, or a folder as --out."
             )

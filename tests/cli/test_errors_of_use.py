@@ -254,6 +254,11 @@ def test_a_study_is_a_name(run: Run, name: str, tmp_path: Path, monkeypatch: pyt
     assert not any(tmp_path.iterdir())
 
 
+def test_the_name_of_a_study_with_a_folder_of_its_own_may_have_slashes(run: Run, tmp_path: Path) -> None:
+    told = refused(run, "search", FILE, "--study", "team/x", "--out", tmp_path / "run", "--epochs", "0")
+    assert told.startswith("error: epochs must be at least 1, got 0")
+
+
 def test_an_interrupt_is_told_once_wherever_it_comes(run: Run, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*words: object, **options: object) -> None:
         raise KeyboardInterrupt
