@@ -10,7 +10,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import optuna
@@ -119,9 +119,10 @@ class Objective:
         probe_images: int = 64,
         reuse: bool = True,
     ) -> None:
-        for name, limit in (("max_params", max_params), ("max_macs", max_macs), ("probe_images", probe_images)):
-            if limit is not None and not (isinstance(limit, Real) and limit > 0):
-                raise UsageError(f"{name} must be above 0, got {limit!r}.")
+        numbers = (("max_params", max_params, Real), ("max_macs", max_macs, Real), ("probe_images", probe_images, Integral))
+        for name, given, kind in numbers:
+            if given is not None and not (isinstance(given, kind) and given > 0):
+                raise UsageError(f"{name} must be {'a whole number ' * (kind is Integral)}above 0, got {given!r}.")
         if resolutions is not None and not are_sizes(resolutions):
             raise UsageError(f"resolutions must be different sizes in pixels, got {resolutions!r}.")
         self.names = check_values(values)
@@ -137,7 +138,7 @@ class Objective:
         self.measures = {"before": measures_for(early), "after": measures_for(needed)}
         self._slack = "capacity_slack" in needed
         self.limits = {name: limit for name, limit in (("params", max_params), ("macs", max_macs)) if limit is not None}
-        self.resolutions = None if resolutions is None else tuple(resolutions)
+        self.resolutions = None if resolutions is None else tuple(map(int, resolutions))
         self.stopping = stopping
         self.probe_images = probe_images
         self.reuse = reuse

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from operator import methodcaller
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -141,7 +142,8 @@ def fingerprint(train: TrainConfig, data: ImageData) -> str:
     how = {k: v for k, v in dataclasses.asdict(train).items() if k not in ("device", "amp", "channels_last")}
     images = {"name": data.name, "sizes": dict(data.sizes), "mean": list(data.mean), "std": list(data.std)}
     images |= {key: value for key, value in data.digest.items() if key != "pixels"}  # which may differ a little on another machine
-    return hashlib.sha256(json.dumps([how, images], sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps([how, images], sort_keys=True, default=methodcaller("item"))  # a number of NumPy
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED, TIMM_PREFIXES
 from capnas.errors import StudyError, UsageError, check_names, check_types, one_of
@@ -170,14 +172,12 @@ class StudyConfig:
         A password in the storage URL is hidden; paths of images and of a space's file are absolute, so that they hold in every directory.
         """
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
-        given |= {"study": self.name, "values": list(self.values), "storage": hide_password(self.storage)}
+        given |= {"study": self.name, "storage": hide_password(self.storage)}
         given["reuse"] = None if self.reuse else False  # older studies know no such setting
         given |= {"space": _file(self.space), "data": _folder(self.data), "data_options": dict(self.data_options)}
         if isinstance(root := self.data_options.get("root"), str) and os.path.exists(os.path.expanduser(root)):
             given["data_options"]["root"] = _absolute(root)
-        if self.resolutions is not None:
-            given["resolutions"] = list(self.resolutions)
-        return {"version": VERSION} | {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items() if v is not None and v != {}}
+        return {"version": VERSION} | {k: _plain(v) for k, v in given.items() if v is not None and v != {}}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], *, out: str | None = None) -> StudyConfig:
@@ -275,6 +275,15 @@ def _anywhere(key: str, value: Any) -> Any:
     if key == "data_options" and isinstance(value, Mapping) and isinstance(value.get("root"), str):
         return {**value, "root": _absolute(value["root"])}
     return value
+
+
+def _plain(value: Any) -> Any:
+    """The value with lists for tuples and Python's numbers for those of NumPy, which neither JSON nor TOML can write."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _toml(value: Any) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -505,6 +506,7 @@ def test_wrong_directions_name_the_right_ones(data: ImageData) -> None:
         ({"gate": "saturation_mean>high"}, "the gate on saturation_mean needs a number, got 'high'"),
         ({"max_macs": 0}, "max_macs must be above 0, got 0"),
         ({"max_macs": "8M"}, "max_macs must be above 0, got '8M'"),
+        ({"probe_images": 32.5}, r"probe_images must be a whole number above 0, got 32\.5"),
         ({"resolutions": (8, 8)}, r"resolutions must be different sizes in pixels, got \(8, 8\)"),
         ({"resolutions": 28}, "resolutions must be different sizes in pixels, got 28"),
         ({"resolutions": (8, 12.5)}, r"resolutions must be different sizes in pixels, got \(8, 12.5\)"),
@@ -515,6 +517,13 @@ def test_wrong_directions_name_the_right_ones(data: ImageData) -> None:
 def test_refuses(data: ImageData, change: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         objective(data, **change)
+
+
+def test_numbers_of_numpy_are_as_good_in_any_storage(data: ImageData, tmp_path: Path) -> None:
+    train = TrainConfig(batch_size=np.int64(32), lr=np.float64(0.01))
+    made = objective(data, resolutions=np.array([12, 16]), seed=np.int64(0), epochs=np.int64(1), max_macs=np.int64(1), train=train)
+    assert made.settings == objective(data, epochs=1).settings
+    optuna.create_study(directions=made.directions, storage=f"sqlite:///{tmp_path / 'study.db'}").optimize(made, n_trials=1)
 
 
 def test_space_and_data_by_name() -> None:

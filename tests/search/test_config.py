@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from capnas.data import load_data
@@ -161,6 +163,13 @@ def test_what_is_as_good_is_taken() -> None:
     config = StudyConfig(space="resnet", max_macs=8e6, resolutions=[32, 28], study="team/x", out=Path("o"))  # type: ignore[arg-type]
     assert (repr(config.max_macs), config.resolutions, config.folder.parts) == ("8000000", (32, 28), ("o",))
     assert StudyConfig.from_toml(config.to_toml(), out="o") == config
+
+
+def test_numbers_of_numpy_are_stored_as_those_of_python() -> None:
+    given = {"seed": np.int64(3), "max_macs": np.int64(9), "weights": {"macs": np.float64(1e-9)}, "train": {"batch_size": np.int64(16)}}
+    same = {"seed": 3, "max_macs": 9, "weights": {"macs": 1e-9}, "train": {"batch_size": 16}}
+    stored, plain = (StudyConfig(space="resnet", **settings) for settings in (given, same))
+    assert (json.dumps(stored.to_dict()), stored.to_toml()) == (json.dumps(plain.to_dict()), plain.to_toml())
 
 
 @pytest.mark.parametrize(
