@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -62,12 +63,13 @@ class SpaceRef:
         return load_space, (self.spec,)
 
 
-def load_space(spec: str | Callable[..., Any]) -> SearchSpace:
+def load_space(spec: str | os.PathLike[str] | Callable[..., Any]) -> SearchSpace:
     """Find a search space.
 
     Args:
-        spec: an installed name (``"resnet"``), a file (``"mine.py"`` or ``"mine.py:function"``), a module (``"package.module:function"``),
-            the name of an entry point in the group ``capnas.search_spaces``, or the function itself. An unnamed function is ``space``.
+        spec: an installed name (``"resnet"``), a file (``"mine.py"``, also as a path, or ``"mine.py:function"``), a module
+            (``"package.module:function"``), the name of an entry point in the group ``capnas.search_spaces``, or the function itself. An
+            unnamed function is ``space``.
 
     Returns:
         The function itself if one was given, else a `SpaceRef`, which is called like it.
@@ -79,6 +81,8 @@ def load_space(spec: str | Callable[..., Any]) -> SearchSpace:
     SpaceRef(name='resnet', spec='resnet')
     """
     importlib.import_module("capnas._timm")  # spaces import timm, which needs the guard
+    if isinstance(spec, os.PathLike):
+        spec = os.fspath(spec)
     if not isinstance(spec, str):
         return _checked(spec, getattr(spec, "__qualname__", repr(spec)))
     place, _, attribute = spec.rpartition(":") if not spec.endswith(".py") and ":" in spec else (spec, "", "")

@@ -56,6 +56,7 @@ def test_by_function() -> None:
 def test_by_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parent)
     plain, named = load_space("mine.py"), load_space("mine.py:other")
+    assert load_space(Path("mine.py")) == plain
     assert (space_name(plain), space_spec(plain)) == ("mine", f"{file.resolve()}:space")
     assert (space_name(named), space_spec(named)) == ("other", f"{file.resolve()}:other")
     assert isinstance(plain(optuna.trial.FixedTrial({}), **SIZES)[1], nn.Linear)

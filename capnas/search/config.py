@@ -96,7 +96,7 @@ class StudyConfig:
         for name in ("max_params", "max_macs"):  # 8e6 is a whole number as well
             if isinstance(value := getattr(self, name), float) and value.is_integer():
                 object.__setattr__(self, name, int(value))
-        for name in ("data", "out"):
+        for name in ("space", "data", "out"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         check_types(self, "space", "data", "study", "storage", "out")

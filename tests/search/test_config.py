@@ -163,6 +163,7 @@ def test_what_is_as_good_is_taken() -> None:
     config = StudyConfig(space="resnet", max_macs=8e6, resolutions=[32, 28], study="team/x", out=Path("o"))  # type: ignore[arg-type]
     assert (repr(config.max_macs), config.resolutions, config.folder.parts) == ("8000000", (32, 28), ("o",))
     assert StudyConfig.from_toml(config.to_toml(), out="o") == config
+    assert StudyConfig(space=Path("a") / "b.py").name == "b-fashion-mnist-12k"  # type: ignore[arg-type]
 
 
 def test_numbers_of_numpy_are_stored_as_those_of_python() -> None:
