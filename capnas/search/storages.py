@@ -70,15 +70,19 @@ def _database(url: str) -> Any:
 class Journal(journal.JournalFileBackend):
     """Optuna's journal in a file whose half records do no harm: a kill or a full disk in the middle of a write leaves them."""
 
+    def __init__(self, path: Path, lock: Any) -> None:
+        super().__init__(str(path), lock_obj=lock)
+        self.path, self.lock = path, lock
+
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write records: each is there whole afterwards or not at all.
 
         Raises:
             StudyError: the disk is full.
         """
-        text, path = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode(), Path(self._file_path)
+        text, path = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode(), self.path
         try:
-            with _held(self._lock):
+            with _held(self.lock):
                 _cut(path)  # what another process left: a record written straight after it would be lost with it
                 try:
                     with path.open("ab", buffering=0) as file:  # a buffer would be written once more when the file is closed
@@ -112,16 +116,16 @@ class Journal(journal.JournalFileBackend):
             except ValueError as error:
                 if found := self._mend():
                     advice = "restore the file from a copy, or start anew"
-                    raise StudyError(f"{self._file_path} is damaged in line {found[0]} ({found[1]}): {advice}.") from error
+                    raise StudyError(f"{self.path} is damaged in line {found[0]} ({found[1]}): {advice}.") from error
 
     def _mend(self) -> tuple[int, ValueError] | None:
         """Blank the half records before whole ones; the first line, from 1, that is damaged otherwise, and what is wrong with it.
 
         Blanks are as long as what they replace, so that nothing moves under another process that reads the file.
         """
-        path, place, mended = Path(self._file_path), 0, list[str]()
+        path, place, mended = self.path, 0, list[str]()
         damaged: tuple[int, ValueError] | None = None
-        with _held(self._lock):
+        with _held(self.lock):
             for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
                 try:
                     json.loads(line)
@@ -171,7 +175,7 @@ def _journal(path: Path) -> Journal:
     if not _whole(path) and os.access(path.parent, os.W_OK):  # who may only read it passes over the half line
         with _held(lock):
             _cut(path)
-    return Journal(str(path), lock_obj=lock)
+    return Journal(path, lock)
 
 
 @contextlib.contextmanager

@@ -100,9 +100,9 @@ def test_the_lock_of_a_killed_process_is_freed_in_a_folder_named_relatively(tmp_
     storage = open_storage(None, Path("run"))
     assert not lock.is_symlink()
     for backend in (storage, open_storage("run/other.log", Path("run"))):
-        assert backend._backend._lock.acquire()  # and is killed here: those who wait see how old it is
+        assert backend._backend.lock.acquire()  # and is killed here: those who wait see how old it is
         assert all(link.exists() for link in Path("run").glob("*.lock"))
-        backend._backend._lock.release()
+        backend._backend.lock.release()
 
 
 class Clock:
