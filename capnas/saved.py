@@ -20,6 +20,7 @@ from torch import nn
 
 from capnas._timm import import_timm, timm
 from capnas.candidates import build_model
+from capnas.devices import resolve_device
 from capnas.documents import write_whole
 from capnas.errors import CapnasError, UsageError
 from capnas.measures.probing import unwrap_model
@@ -196,13 +197,14 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.
 
     Args:
         folder: written by `save_model` or ``capnas prune``.
-        device: where the weights go.
+        device: where the weights go; "auto" is CUDA where there is one.
 
     Returns:
         The model in eval mode.
 
     Raises:
         SavedModelError: there is no saved model, or its weights do not fit its manifest.
+        UsageError: the device is not here.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -214,12 +216,12 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.
         model.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise SavedModelError(f"{path} does not fit its manifest: {' '.join(str(error).split())[:300]}") from error
-    return model.to(device).eval()
+    return model.to(resolve_device(str(device))).eval()
 
 
-def _assemble(manifest: Mapping[str, Any], seed: int = 0) -> nn.Module:
+def _assemble(manifest: Mapping[str, Any]) -> nn.Module:
     """The modules of a manifest, with fresh weights where the recipe's own shapes stay."""
-    model = build_recipe(manifest["recipe"], seed=seed)
+    model = build_recipe(manifest["recipe"])
     for name, steps in manifest["replaced"].items():
         parent, _, child = name.rpartition(".")
         built = [_FACTORS[step["kind"]](**step["args"]) for step in (steps if isinstance(steps, list) else [steps])]

@@ -10,6 +10,7 @@ from tiny_space import FILE
 from torch import nn
 
 import capnas
+from capnas.devices import resolve_device
 from capnas.errors import UsageError
 from capnas.saved import MANIFEST, WEIGHTS, SavedModelError, build_recipe, load_model, save_model
 
@@ -25,6 +26,13 @@ def narrowed() -> nn.Module:
     model[2] = nn.Sequential(nn.Conv2d(4, 2, 3, padding=1, bias=False), nn.Conv2d(2, 6, 1))
     assert (first.out_channels, second.in_channels) == (6, 6)
     return model.eval()
+
+
+def test_a_model_is_loaded_to_the_device_that_the_other_calls_take(tmp_path: Path) -> None:
+    save_model(build_recipe(SPACE), tmp_path / "m", SPACE)
+    assert next(load_model(tmp_path / "m", device="auto").parameters()).device.type == resolve_device("auto").type
+    with pytest.raises(UsageError, match="device 'cuda:99' is not here"):
+        load_model(tmp_path / "m", device="cuda:99")
 
 
 def test_a_compiled_model_is_saved_as_it_was_before(tmp_path: Path) -> None:
