@@ -35,7 +35,7 @@ class Bound:
 
     def refusal(self, scores: Mapping[str, float | None]) -> str | None:
         """Why the gate stays shut, or None; a score that is not finite does not pass."""
-        value = _number(scores.get(self.name))
+        value = or_nan(scores.get(self.name))
         if _COMPARE[self.compare](value, self.limit):
             return None
         return f"{self.name} before training is {value:.4g}, the gate asks for {self.compare} {self.limit:g}"
@@ -166,5 +166,6 @@ def _float(text: str, message: str) -> float:
         raise UsageError(message) from None
 
 
-def _number(value: float | None) -> float:
+def or_nan(value: float | None) -> float:
+    """A stored number, NaN where it is missing."""
     return math.nan if value is None else float(value)

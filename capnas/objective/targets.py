@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from capnas.errors import UsageError, one_of
-from capnas.objective.gates import SUMS, UNTRAINED, BestShare
+from capnas.objective.gates import SUMS, UNTRAINED, BestShare, or_nan
 from capnas.scoring import COSTS, PROFILED, SCORES, Direction
 
 INIT = "init_"
@@ -147,8 +147,8 @@ def value_of(name: str, metrics: Mapping[str, float | None], weights: Mapping[st
     >>> value_of("combined", {"accuracy": 0.75, "macs": 2_000_000}, {"macs": 0.125e-6})
     0.5
     """
-    accuracy = _number(metrics.get("accuracy"))
-    return accuracy + weighted(metrics, weights) if name in SUMS else _number(metrics.get(name))
+    accuracy = or_nan(metrics.get("accuracy"))
+    return accuracy + weighted(metrics, weights) if name in SUMS else or_nan(metrics.get(name))
 
 
 def weighted(metrics: Mapping[str, float | None], weights: Mapping[str, float]) -> float:
@@ -157,7 +157,7 @@ def weighted(metrics: Mapping[str, float | None], weights: Mapping[str, float]) 
     >>> weighted({"rank_mean": 0.5, "tail_fraction": 0.25}, {"rank_mean": 1.0, "tail_fraction": 2.0})
     0.0
     """
-    return sum((w if direction_of(s) == "maximize" else -w) * _number(metrics.get(s)) for s, w in weights.items())
+    return sum((w if direction_of(s) == "maximize" else -w) * or_nan(metrics.get(s)) for s, w in weights.items())
 
 
 def worst_value(name: str, seen: Sequence[float], *, limit: float | None = None) -> float:
@@ -177,7 +177,3 @@ def worst_value(name: str, seen: Sequence[float], *, limit: float | None = None)
         return _WORST[name]
     score = SCORES[name.removeprefix(INIT)]
     return max(score.low, -_FAR) if score.direction == "maximize" else min(score.high, _FAR)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -26,9 +26,8 @@ from capnas.search.trials import Rebuilt, parse_trial, rebuild
 from capnas.training import evaluate, train
 from capnas.weights import InitialWeights
 
-DEFAULT = ("saturation", "structure")  # what a forward pass and the graph tell
+DEFAULT = ("saturation", "structure")  # what a forward pass and the graph tell, and a stored profile without training again
 _CALIBRATION = 2048  # training images that give the eigenspaces of a projection
-_WITHOUT_WEIGHTS = ("saturation", "structure")  # what a stored profile can show without training again
 
 Tell = Callable[[int, dict[str, Any]], None]
 
@@ -212,7 +211,7 @@ def _trained(trial: Rebuilt, asked: _Asked, image_size: int | None, weights: boo
     size, stored = trial.candidate.image_size, trial.evaluation.profile
     if image_size not in (None, size):
         raise UsageError(f"{_named(trial)} was trained at {size} px and is read so; --initial profiles its network at {image_size}.")
-    weights = weights or asked.blocks is not None or bool(set(asked.measures) - set(_WITHOUT_WEIGHTS))
+    weights = weights or asked.blocks is not None or bool(set(asked.measures) - set(DEFAULT))
     enough = not weights and (stored is None or asked.is_held_by(stored))
     return _stored(trial) if enough else _train_again(trial, asked, device, tell)
 
