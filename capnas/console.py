@@ -241,7 +241,7 @@ def closing(result: Any) -> list[str]:
         ease = " or ".join(option for option, status in limits.items() if status in found)
         lines.append(f"{refused} of {total} were refused before training: raise --trials" + (f", or ease {ease}" if ease else ""))
     different = len({e.hash for _, e in result.evaluations()} - {None})
-    if (known := result.n_known) >= max(5, 2 * different):  # one more, as likely as these, would be missed in 1 of 6 cases at most
+    if (known := result.n_known) >= max(5, 2 * different):  # one more, as likely as these, would be missed in 1 of 5 cases at most
         lines.append(f"the last {known} draws repeat {different} known architectures: the space, or the sampler, has little new to offer")
     if (poor := guess(result, _accuracies(result))) is not None:
         lines.append(at_chance("no trial is", **poor))

@@ -21,7 +21,7 @@ def search(
     trials: Annotated[int, whole("Finished trials in all (with a gate best: trained ones); a larger number continues a study.")] = 30,
     epochs: Annotated[int, whole("Of the short training.")] = 3,
     values: Annotated[str, typer.Option(help="What to optimize: combined, or names like accuracy,saturation_evenness,macs.")] = "combined",
-    weights: Annotated[str | None, typer.Option(metavar="NAME=W,...", help="Weights of the scores in combined.")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="NAME=W,...", help="Weights of the scores in combined or principled.")] = None,
     max_macs: Count = None,
     max_params: Count = None,
     gate: Annotated[

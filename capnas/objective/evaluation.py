@@ -45,7 +45,7 @@ class Evaluation:
             structure before training.
         curve: one dict per trained epoch (see `capnas.training.TrainingResult`).
         profile: layer profile after training, or before it where the trial got no further.
-        seconds: wall-clock seconds by stage: cost, structure, training.
+        seconds: wall-clock seconds by stage: cost, structure, training, capacity (of the trained network, where a value needs it).
         hash: canonical hash of the architecture.
         settings: fingerprint of data and training settings; equal hash, image_size and settings make a duplicate.
         n_params, macs: parameters and multiply-accumulates of one image.

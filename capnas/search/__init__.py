@@ -61,7 +61,7 @@ def run_study(
         on_epoch: called after each epoch of a trial, with its number, the epoch and its row of the curve; with one worker only.
 
     Returns:
-        The run, also after a signal (``interrupted``) and when nothing was left to do (``finished_before == config.trials``).
+        The run, also after a signal (``interrupted``) and when nothing was left to do (``finished_before >= config.trials``).
 
     Raises:
         StudyError: the study exists with other settings or images (the text says which), its folder holds another study, its storage
