@@ -55,7 +55,8 @@ class Objective:
         max_macs: most multiply-accumulates of one image, or None.
         gate: who is trained after a look at the untrained network, none by default: ``"best:10%"`` trains a candidate if its score is
             among the best tenth of the candidates seen so far, ``"combined:best:10%"`` goes by what is known of that sum before training,
-            ``"saturation_evenness>=0.5"`` is a bound; see `capnas.objective.gates`.
+            ``"saturation_evenness>=0.5"`` is a bound; see `capnas.objective.gates`. With a share ``study.optimize`` counts each candidate,
+            trained or not, `capnas.run_study` the trained ones.
         pool: candidates that are measured before the first training; then the best of them are trained first. Needs a gate ``best``.
         resolutions: image sizes to search jointly, as the parameter ``image_size``. A size that leaves more than half of an architecture's
             layers past the receptive-field border, where a larger one does not, is skipped for it: the trial ends as "infeasible".
@@ -165,6 +166,7 @@ class Objective:
         Raises:
             optuna.TrialPruned: the candidate gives no value; the reason is the text and is stored.
             StudyError: the study's directions are not the objective's, or its sampler cannot be used.
+            SpaceError: the space breaks its protocol.
         """
         self._check_directions(trial)
         found: dict[str, Any] = {"metrics": {}, "seconds": {}, "seed": self.train.seed, "settings": self.settings}
@@ -209,10 +211,11 @@ class Objective:
             twin = find_twin(trial, found, names=self.names, weights=self.weights, epochs=self.train.epochs) if self.reuse else None
             if twin is not None:
                 return take_over(found, *twin)
+        device = resolve_device(self.train.device)
         try:
             with timed(found, "structure"):
-                model = build_model(self.space, candidate.params, **shape, seed=self.train.seed).to(resolve_device(self.train.device))
-                x, y = data.probe(self.probe_images, seed=self.train.seed, device=resolve_device(self.train.device), image_size=size)
+                model = build_model(self.space, candidate.params, **shape, seed=self.train.seed).to(device)
+                x, y = data.probe(self.probe_images, seed=self.train.seed, device=device, image_size=size)
                 found["profile"] = profile_model(
                     model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, blocks=self.train.blocks,
                     initialize=True, graph=candidate.trace, pixels=self._pixels["before"], exact_capacity=False, seed=self.train.seed,
@@ -330,6 +333,6 @@ class Objective:
 def _ignores_pruned(trial: Any) -> bool:
     """Whether the study's sampler learns from complete trials only."""
     sampler = trial.study.sampler if isinstance(trial, optuna.Trial) else None
-    if isinstance(sampler, optuna.samplers.PartialFixedSampler):
-        sampler = sampler._base_sampler
+    while isinstance(sampler, optuna.samplers.PartialFixedSampler):
+        sampler = getattr(sampler, "_base_sampler", None)  # no public name tells it
     return isinstance(sampler, optuna.samplers.BaseGASampler | optuna.samplers.GPSampler)

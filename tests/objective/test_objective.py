@@ -202,14 +202,16 @@ def test_infeasible_keeps_the_spaces_reason(data: ImageData) -> None:
 
 
 def samplers() -> dict[str, Any]:
+    fixed = optuna.samplers.PartialFixedSampler
     return {
         "nsga2": optuna.samplers.NSGAIISampler(seed=0, population_size=4),
         "nsga3": optuna.samplers.NSGAIIISampler(seed=0, population_size=4),
         "gp": optuna.samplers.GPSampler(seed=0, n_startup_trials=3),
+        "fixed": fixed({}, fixed({}, optuna.samplers.NSGAIISampler(seed=0, population_size=4))),
     }
 
 
-@pytest.mark.parametrize("name", ["nsga2", "nsga3", "gp"])
+@pytest.mark.parametrize("name", ["nsga2", "nsga3", "gp", "fixed"])
 def test_samplers_that_ignore_pruned_trials_get_the_worst_values_and_a_violation(data: ImageData, name: str) -> None:
     o = objective(data, values=("accuracy", "macs"), max_macs=30_000, epochs=1)
     study = run(o, SMALL, LARGE, LARGE | {"kind": "bad"}, sampler=samplers()[name])
