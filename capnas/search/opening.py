@@ -25,7 +25,7 @@ from capnas.search.config import StudyConfig
 from capnas.search.enqueuing import begun
 from capnas.search.runs import count_finished, is_settled, open_run
 from capnas.search.samplers import make_pruner
-from capnas.search.storages import hide_password, open_storage
+from capnas.search.storages import find_study, hide_password, open_storage
 from capnas.spaces import space_name
 
 ATTRIBUTE = "capnas:config"  # keys of the study's user attributes
@@ -68,10 +68,8 @@ def stored_config(run: str, storage: str | None = None) -> StudyConfig:
     """
     if storage is None:
         return open_run(run).config
-    try:
-        stored = optuna.load_study(study_name=run, storage=open_storage(storage, Path())).user_attrs.get(ATTRIBUTE)
-    except KeyError:
-        stored = None
+    study = find_study(run, storage, Path())
+    stored = None if study is None else study.user_attrs.get(ATTRIBUTE)
     if stored is None:
         raise StudyError(f"the storage holds no study of capnas named {run}; start it with capnas search --storage.")
     return replace(StudyConfig.from_dict(stored), storage=storage)
@@ -218,13 +216,8 @@ def _finished_rows(path: Path) -> int:
 
 
 def _n_stored(config: StudyConfig) -> int:
-    if config.storage is None and not (config.folder / "journal.log").is_file():
-        return 0  # opening it would begin a new one
-    try:
-        study = optuna.load_study(study_name=config.name, storage=open_storage(config.storage, config.folder))
-    except KeyError:
-        return 0
-    return len(study.get_trials(deepcopy=False))
+    study = find_study(config.name, config.storage, config.folder)
+    return 0 if study is None else len(study.get_trials(deepcopy=False))
 
 
 def data_record(data: ImageData) -> dict[str, Any] | None:

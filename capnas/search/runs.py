@@ -16,7 +16,7 @@ from capnas.errors import StudyError
 from capnas.objective.evaluation import Evaluation, stored_with
 from capnas.objective.pool import is_untrained
 from capnas.search.config import StudyConfig
-from capnas.search.storages import HIDDEN, open_storage
+from capnas.search.storages import HIDDEN, find_study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +133,6 @@ def open_run(path: str | Path, *, storage: str | None = None) -> RunResult:
         raise StudyError(f"the study is in {config.storage}: give the URL with its password as storage or in CAPNAS_STORAGE.")
     if url is None and not (folder / "journal.log").is_file():
         raise StudyError(f"{folder} holds no journal.log: its trials are missing.")
-    try:
-        study = optuna.load_study(study_name=config.name, storage=open_storage(url, folder))
-    except KeyError:
-        raise StudyError(f"the storage of {folder} holds no study named {config.name}.") from None
+    if (study := find_study(config.name, url, folder)) is None:
+        raise StudyError(f"the storage of {folder} holds no study named {config.name}.")
     return RunResult(folder=folder, config=config, study=study, finished_before=count_finished(study))

@@ -33,7 +33,7 @@ def open_storage(url: str | None, folder: Path) -> Any:
     """
     try:
         if url is None or url.endswith(".log"):
-            return Records(_journal(folder / "journal.log" if url is None else Path(url)))
+            return Records(_journal(_journal_path(url, folder)))
         if match := re.fullmatch(r"grpc://([^:/]+):(\d+)", url):
             proxy = optuna.storages.GrpcStorageProxy(host=match[1], port=int(match[2]))
             proxy.wait_server_ready(timeout=PATIENCE)
@@ -54,6 +54,24 @@ def open_storage(url: str | None, folder: Path) -> Any:
         ) from error
     except Exception as error:
         raise StudyError(f"the storage {hide_password(url) or folder} cannot be opened: {' '.join(str(error).split())[:300]}") from error
+
+
+def find_study(name: str, url: str | None, folder: Path) -> optuna.Study | None:
+    """A study to read; None where its storage holds none of this name. A journal that is not there is not begun.
+
+    Raises:
+        StudyError, MissingDependencyError: see `open_storage`.
+    """
+    if (url is None or url.endswith(".log")) and not _journal_path(url, folder).is_file():
+        return None
+    try:
+        return optuna.load_study(study_name=name, storage=open_storage(url, folder))
+    except KeyError:
+        return None
+
+
+def _journal_path(url: str | None, folder: Path) -> Path:
+    return folder / "journal.log" if url is None else Path(url)
 
 
 def _database(url: str) -> Any:

@@ -16,6 +16,9 @@ import pytest
 
 from capnas.errors import StudyError
 from capnas.search import storages
+from capnas.search.config import StudyConfig
+from capnas.search.opening import stored_config
+from capnas.search.runs import open_run
 from capnas.search.storages import hide_password, open_storage
 
 
@@ -221,3 +224,13 @@ def test_a_signal_while_records_are_read_loses_none(tmp_path: Path, monkeypatch:
     with interrupted(monkeypatch, place), pytest.raises(KeyboardInterrupt):
         study.get_trials()
     assert [t.value for t in study.get_trials()] == [0.0, 1.0]
+
+
+def test_a_journal_that_is_gone_is_not_begun_by_who_only_reads(tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone" / "study.log")
+    with pytest.raises(StudyError, match="the storage holds no study of capnas named x"):
+        stored_config("x", gone)
+    (tmp_path / "study.toml").write_text(StudyConfig(space="resnet", storage=gone).to_toml())
+    with pytest.raises(StudyError, match="holds no study named resnet-fashion-mnist-12k"):
+        open_run(tmp_path)
+    assert not (tmp_path / "gone").exists()
