@@ -24,7 +24,7 @@ from capnas.search.enqueuing import begun, check_parameters, enqueue_new
 from capnas.search.export import write_environment, write_trials
 from capnas.search.opening import ATTRIBUTE, SCORE, check_folder, discard, open_study, opened_here
 from capnas.search.runs import RunResult, count_finished, open_run
-from capnas.search.signals import no_sigint, sigterm_interrupts
+from capnas.search.signals import no_sigint, sigterm_interrupts, whole
 from capnas.search.working import MAX_FAILURES, TrialCallback, ended, failures_in_a_row, make_objective, work
 from capnas.spaces import load_space
 
@@ -194,7 +194,7 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
                     on_trial(study, trial)
 
     try:
-        with _environment(OMP_NUM_THREADS=str(threads)), no_sigint():
+        with whole(), _environment(OMP_NUM_THREADS=str(threads)), no_sigint():  # a worker half started is known to nobody
             for child in children:
                 child.start()
         while any(child.is_alive() for child in children):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import multiprocessing.util
 import os
 import pkgutil
 import signal
@@ -706,6 +707,29 @@ def test_ctrl_c_while_the_workers_import_ends_cleanly(home: Path, monkeypatch: p
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert out.splitlines()[-1] == "interrupted 0"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="workers start in another way")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_worker_starts_ends_that_one_too(home: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    spawn, workers = multiprocessing.util.spawnv_passfds, list[int]()
+
+    def interrupted(program: Any, words: Any, descriptors: Any) -> int:
+        pid = spawn(program, words, descriptors)
+        if "--multiprocessing-fork" in words:  # the tracker of resources is another one
+            workers.append(pid)
+            if len(workers) == 2:
+                signal.raise_signal(number)  # before it is told what to do
+        return pid
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", interrupted)
+    settings = config(home / f"starting-{number}", space=FILE, data=str(home / "images"), workers=2, data_options={"image_size": 8})
+    result = run_study(settings)
+    assert result.interrupted
+    assert len(workers) == 2
+    for pid in workers:
+        with pytest.raises(ChildProcessError):  # it was ended, and waited for
+            os.waitpid(pid, os.WNOHANG)
 
 
 def test_workers_end_when_their_parent_is_killed(home: Path) -> None:
