@@ -110,14 +110,14 @@ def open_study(config: StudyConfig) -> optuna.Study:
     elif config.rates_capacity and study.user_attrs.get(SCORE) != dict(CAPACITY_WEIGHTS) and count_finished(study) < config.trials:
         advice = "Choose another name or folder, or go on with the version of capnas that began it (environment.json)."
         raise StudyError(f"the study {config.name} has another definition of capacity_score: new trials would not compare. {advice}")
-    if stored != config.to_dict():
-        study.set_user_attr(ATTRIBUTE, config.to_dict())
     if empty and ((opener := study.user_attrs.get(OPENER)) is None or not at_work(opener)):
         study.set_user_attr(OPENER, own_claim())
     if stored is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(list(config.values))
+    if stored != config.to_dict():  # last: where a signal came before it, the rest is written anew
+        study.set_user_attr(ATTRIBUTE, config.to_dict())
     return study
 
 

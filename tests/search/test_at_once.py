@@ -16,8 +16,8 @@ from capnas.data import ImageData, load_data
 from capnas.errors import StudyError
 from capnas.objective import claims
 from capnas.search import StudyConfig, run_study
-from capnas.search.opening import ATTRIBUTE, OPENER, open_study
-from capnas.search.storages import open_storage
+from capnas.search.opening import ATTRIBUTE, OPENER, SCORE, open_study
+from capnas.search.storages import Journal, open_storage
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +91,24 @@ def test_tables_that_another_process_makes_meanwhile_are_found(
     else:
         open_storage("sqlite://", tmp_path)
     assert len(asked) == calls
+
+
+@pytest.mark.parametrize("writes", range(1, 6))
+def test_a_signal_while_a_study_is_made_leaves_it_whole_or_to_be_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    left, append = [writes], Journal.append_logs
+
+    def interrupted(self: Journal, logs: list[dict[str, Any]]) -> None:
+        append(self, logs)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "append_logs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_study(config(tmp_path))
+    assert writes < 5 or ATTRIBUTE in optuna.load_study(study_name="tiny", storage=open_storage(None, tmp_path)).user_attrs
+    study = open_study(config(tmp_path))
+    assert study.metric_names == ["macs"]
+    assert {ATTRIBUTE, OPENER, SCORE} <= study.user_attrs.keys()
