@@ -239,6 +239,8 @@ def _child(
     torch.set_num_threads(threads)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # killed while this one imported: by now the folder may be gone, or another's
+        return
     settings = replace(StudyConfig.from_dict(config, out=out), storage=storage, device=device)
     try:
         with sigterm_interrupts() as go_on:

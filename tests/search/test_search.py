@@ -8,6 +8,7 @@ import json
 import multiprocessing.util
 import os
 import pkgutil
+import shutil
 import signal
 import socket
 import subprocess
@@ -682,26 +683,33 @@ def test_a_signal_while_a_trial_ends_leaves_it_what_it_has_stored(
     assert Evaluation.of(trial).status == status  # type: ignore[union-attr]
 
 
+def is_worker(pid: str) -> bool:
+    with contextlib.suppress(OSError):
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def importing(process: subprocess.Popen[str]) -> list[str]:
+    """The ids of both workers of a study, as soon as they are there."""
+    deadline = time.monotonic() + 120
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(workers := [pid for pid in children.read_text().split() if is_worker(pid)]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return workers
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="sees the workers start in /proc")
 def test_ctrl_c_while_the_workers_import_ends_cleanly(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = home / "importing"
     monkeypatch.setenv("IMPORTING", "300")  # seconds: until they are ended
 
-    def imports(pid: str) -> bool:
-        with contextlib.suppress(OSError):
-            return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        return False
-
     with launched(folder, 500, workers=2) as process:
-        deadline = time.monotonic() + 120
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while len(workers := [pid for pid in children.read_text().split() if imports(pid)]) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        workers = importing(process)
         for pid in workers:  # a shell sends it to all of them, in any order
             os.kill(int(pid), signal.SIGINT)
         time.sleep(1.5)
-        assert all(map(imports, workers))
+        assert all(map(is_worker, workers))
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
@@ -730,6 +738,21 @@ def test_a_signal_while_a_worker_starts_ends_that_one_too(home: Path, monkeypatc
     for pid in workers:
         with pytest.raises(ChildProcessError):  # it was ended, and waited for
             os.waitpid(pid, os.WNOHANG)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="sees the workers start in /proc")
+def test_workers_whose_parent_is_killed_while_they_import_leave_its_folder_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = home / "left"
+    monkeypatch.setenv("IMPORTING", "3")  # seconds: time to kill it and to remove the folder
+    with launched(folder, 500, workers=2) as process:
+        workers = importing(process)
+        process.kill()
+    shutil.rmtree(folder)
+    deadline = time.monotonic() + 120
+    while any(map(is_worker, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not folder.exists()
 
 
 def test_workers_end_when_their_parent_is_killed(home: Path) -> None:
