@@ -82,7 +82,7 @@ def test_report_best_and_profile_of_a_run(run: Run, study: Path, tmp_path: Path)
 
 
 def test_an_interrupt_says_how_to_resume_and_resuming_keeps_what_was_finished(run: Run, folder: Path, tmp_path: Path) -> None:
-    words = ["search", FILE, "--data", str(folder), "--trials", "40", "--epochs", "1", "--out", str(tmp_path / "run"), *TINY]
+    words = ["search", FILE, "--data", str(folder), "--trials", "400", "--epochs", "1", "--out", str(tmp_path / "run"), *TINY]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "capnas", *words]
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so would its children
@@ -90,17 +90,17 @@ def test_an_interrupt_says_how_to_resume_and_resuming_keeps_what_was_finished(ru
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment, preexec_fn=listen
     )
     assert process.stderr is not None
-    line = next(line for line in process.stderr if line.startswith("[2/40]"))
+    line = next(line for line in process.stderr if line.startswith("[2/400]"))
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, line + err
-    told = re.search(r"Interrupted with (\d+) of 40 trials finished. Resume with: python -m capnas (.*)", err)
+    told = re.search(r"Interrupted with (\d+) of 400 trials finished. Resume with: python -m capnas (.*)", err)
     assert told is not None, err
     assert shlex.split(told[2]) == words
     assert "Traceback" not in err
     finished = int(told[1])
-    assert 2 <= finished < 40
-    words[words.index("40")] = str(finished + 1)
+    assert 2 <= finished < 400
+    words[words.index("400")] = str(finished + 1)
     code, out, _ = run(*words, "--json")
     assert code == 0
     document = json.loads(out)
