@@ -16,6 +16,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        exec("")  # after an interrupt in a text given to exec, as for a dataclass, Python would end by SIGINT and not with the status
 
 
 if __name__ == "__main__":

@@ -120,6 +120,16 @@ def test_an_interrupt_while_capnas_is_imported_is_one_word(number: signal.Signal
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_an_interrupt_in_a_text_that_is_run_ends_with_the_same_status(tmp_path: Path) -> None:
+    text = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)"
+    (tmp_path / "typer.py").write_text(f"exec({text!r})\n")  # the first slow import
+    done = subprocess.run(
+        [sys.executable, "-m", "capnas", "--help"], capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_a_worker_joins_by_folder_or_by_storage(run: Run, folder: Path, tmp_path: Path) -> None:
     import optuna
 

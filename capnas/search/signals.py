@@ -34,6 +34,7 @@ def sigterm_interrupts() -> Iterator[Callable[[], bool]]:
         yield go_on
     finally:
         signal.signal(signal.SIGTERM, old)
+        exec("")  # after an interrupt in a text given to exec, as for a dataclass, Python would end by SIGINT in spite of who caught it
 
 
 @contextlib.contextmanager

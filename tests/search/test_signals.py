@@ -1,10 +1,13 @@
 """Ctrl-C and SIGTERM held back until what must not be left half done is done."""
 
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
+from capnas.search import signals
 from capnas.search.signals import no_sigint, sigterm_interrupts, whole
 
 BOTH = [signal.SIGINT, signal.SIGTERM]
@@ -88,3 +91,16 @@ def test_threads_beside_the_main_one_leave_the_signals_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGINT), True]
+
+
+def test_a_process_that_went_on_after_a_signal_in_a_text_that_it_ran_ends_as_it_asks() -> None:
+    code = f"""
+import runpy
+try:
+    with runpy.run_path({signals.__file__!r})["sigterm_interrupts"]():
+        exec("import signal; signal.raise_signal(signal.SIGTERM)")
+except KeyboardInterrupt:
+    print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
