@@ -131,8 +131,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", left: int = 1) -> None:
-    """A table on stdout; the first ``left`` columns are texts, the others numbers."""
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", left: int = 1, texts: Sequence[str] = ()) -> None:
+    """A table on stdout; the first ``left`` columns and those named in ``texts`` are texts, the others numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -140,7 +140,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: 
 
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < left else "right", overflow="fold")
+        table.add_column(name, justify="left" if index < left or name in texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console = Console(highlight=False)
@@ -254,9 +254,11 @@ def show_run(result: Any) -> None:
     if not result.front:
         print(no_value(result))
         return
-    rows = [[str(t.number), *map(short, t.values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t in result.front[:20]]
+    beside = [] if "accuracy" in names else ["accuracy"]  # which everybody asks for
+    numbers = ((t, [*t.values, *(result.evaluation(t.number).metrics.get(n) for n in beside)]) for t in result.front[:20])
+    rows = [[str(t.number), *map(short, values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t, values in numbers]
     several = f"Pareto set, {counted(len(result.front), 'trial')}"
-    show_table(["trial", *names, "parameters"], rows, title="best trial" if len(names) == 1 else several)
+    show_table(["trial", *names, *beside, "parameters"], rows, title="best trial" if len(names) == 1 else several, texts=["parameters"])
     print(f"best architecture: capnas best {where}\nreport: capnas report {where} --html report.html")
 
 
@@ -326,10 +328,10 @@ class Progress:
         trials = [t for t in study.get_trials(deepcopy=False) if self._counts(t)]
         finished = sum(map(is_finished, trials))
         self.ran += is_finished(trial)
-        found = Evaluation.of(trial)
-        if found is None:
+        if (found := Evaluation.of(trial)) is None:
             return
-        what = ", ".join(f"{name} {short(value)}" for name, value in found.values.items()) or found.reason
+        shown = {**found.values} | {n: a for n in ("accuracy",) if found.values and (a := found.metrics.get(n)) is not None}
+        what = ", ".join(f"{name} {short(value)}" for name, value in shown.items()) or found.reason
         line = f"trial {trial.number:>3}  {found.status:<11} {what}  ({duration(sum(found.seconds.values()))})"
         left = time_left(time.monotonic() - self.start, self.ran, self.total - finished)
         state = "  ".join(filter(None, (self._best(trials), left)))

@@ -273,3 +273,19 @@ def test_a_guess_names_the_commonest_class() -> None:
     x, y = images(240)
     uneven = load_data((x, [0 if i % 4 else c for i, c in enumerate(y)]), validation=0.2, test=0.2)
     assert data_facts(uneven)["guess"] == max(uneven.pool.labels[uneven.index["validation"]].bincount()) / uneven.sizes["validation"] > 0.7
+
+
+def test_accuracy_stands_beside_another_value(capsys: pytest.CaptureFixture[str]) -> None:
+    found = Evaluation(status="complete", values={"combined": 1.5}, metrics={"accuracy": 0.25}, hash="a")
+    study = optuna.create_study(directions=["maximize"])
+    study.add_trial(optuna.trial.create_trial(value=1.5, user_attrs={ATTRIBUTE: found.to_dict()}))
+    Progress(total=1, names=["combined"], directions=["maximize"]).on_trial(study, study.trials[0])
+    assert "combined 1.5000, accuracy 0.2500" in capsys.readouterr().err
+    config = StudyConfig(space="tiny", data="noise", study="told", out="runs/told")
+    show_run(RunResult(folder=Path("runs/told"), config=config, study=study))
+    assert ["trial", "combined", "accuracy", "parameters"] in map(str.split, capsys.readouterr().out.splitlines())
+
+
+def test_a_column_of_texts_stands_left(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table(["trial", "parameters"], [["1", "depth=2"], ["2", "depth=2, width=4"]], texts=["parameters"])
+    assert len({line.index("depth=2") for line in capsys.readouterr().out.splitlines() if "depth" in line}) == 1
