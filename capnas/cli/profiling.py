@@ -13,6 +13,12 @@ from capnas.cli.app import Blocks, Device, Json, app, decimal, quiet, seeding, w
 from capnas.console import duration, out_json, say, short, show_table
 
 Cell = Callable[[Any], str]
+_LEGEND = {
+    "field": "field: pixels of the image that one output sees, by the paths that see least .. most",
+    "C": "C, log2 P: complexity and compression by the layer algebra, see capnas scores (complexity, intrinsic_power)",
+    "unproductive": "unproductive: past the border, where depth adds no context of the image; strict, toolbox: by which rule",
+    "utilisation": "utilisation: capacity per parameter; over-wide: less than half of what the best used layers have",
+}
 
 
 @app.command()
@@ -20,17 +26,17 @@ def profile(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
     data: Annotated[str | None, typer.Option(help="Images for a timm model; fashion-mnist-12k without.")] = None,
     image_size: Annotated[int | None, whole("Pixels; the data's without.")] = None,
-    batch: Annotated[int, whole("Images.")] = 256,
+    batch: Annotated[int, whole("Images to measure on.")] = 256,
     measures: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Of saturation, structure, norms, capacity, proxies; or all.")
+        str, typer.Option(metavar="NAME,...", help="What to measure: saturation, structure, norms, capacity, proxies or all.")
     ] = "saturation,structure",
     mode: Annotated[str | None, typer.Option(help="train or eval; without, eval for trained weights, else train.")] = None,
     threshold: Annotated[float, decimal("Share of the variance that k explains.")] = 0.99,
-    reading: Annotated[str, typer.Option(help="modules, blocks or both.")] = "both",
+    reading: Annotated[str, typer.Option(help="Which rows: modules (single layers), blocks or both.")] = "both",
     blocks: Blocks = None,
     initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network before training instead.")] = False,
     weights: Annotated[str | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, in safetensors.")] = None,
-    project: Annotated[float | None, decimal("Accuracy lost by every layer but the head on the eigenspace of this share.", "SHARE")] = None,
+    project: Annotated[float | None, decimal("Accuracy when every layer but the head keeps this share of its variance.", "SHARE")] = None,
     seed: Annotated[int, seeding("Of weights and choice of images.")] = 0,
     device: Device = "auto",
     json: Json = False,
@@ -67,17 +73,20 @@ def show_profile(found: Any) -> None:
     """A `capnas.search.inspection.Inspection`: tables of layers and blocks, what the fields say, and the scores."""
     taken = found.profile
     print(f"{found.name}, {found.state}, {taken.mode} mode, {found.image_size} px")
-    print(f"parameters {short(found.n_params)}, MACs {short(found.total_macs)}; k explains {taken.threshold:.4g} of the variance")
+    print(f"parameters {short(found.n_params)}, MACs {short(found.total_macs)}")
+    print(f"k: directions that hold {taken.threshold:.4g} of the variance; saturation: k / width; rank: directions weighted by their share")
     columns: dict[str, Cell] = {
         "kind": lambda r: r.kind, "width": lambda r: str(r.width), "k": lambda r: short(r.k), "saturation": lambda r: short(r.saturation),
         "rank": lambda r: short(r.effective_rank, 1), "samples": lambda r: short(r.rows) + ("*" if r.few_rows else ""),
         "params": lambda r: short(r.params), "MACs": lambda r: short(found.macs.get(r.name)),
     }  # fmt: skip
     _table("layer", taken.layers, columns, left=2)
-    _table("layer", taken.layers, _further(taken))
+    _table("layer", taken.layers, further := _further(taken))
+    for line in (text for column, text in _LEGEND.items() if taken.layers and column in further):
+        print(line)
     _table("block", taken.blocks, columns, left=2)
     if any(r.few_rows for r in (*taken.layers, *taken.blocks)):
-        print("* fewer than 10 samples per feature: the saturation is a lower bound; a larger --batch gives more")
+        print(f"* fewer than 10 samples per feature: the saturation is a lower bound; {found.more} gives more")
     _say_fields(taken.receptive)
     _say_rest(found)
     show_table(["score", "value"], [[name, short(value)] for name, value in found.to_dict()["scores"].items() if value is not None])

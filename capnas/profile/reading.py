@@ -126,7 +126,8 @@ def profile_model(
         raise
     profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
     flags = {"initialization": f"no reset sets {_listed(kept)}, which kept the values the model came with"} if kept else {}
-    profile = replace(profile, skipped={**profile.skipped, **untraced}, flags=flags)
+    unread = {} if reading == "blocks" else profile.skipped  # layers that nobody asked for are not skipped
+    profile = replace(profile, skipped={**unread, **untraced}, flags=flags)
     if untraced:
         profile = with_params(profile, model)
     return enrich(

@@ -132,8 +132,8 @@ class Profile:
     Attributes:
         layers: conv and linear modules in execution order.
         blocks: repeated units in execution order.
-        skipped: modules with weights that were not measured, name to reason; a reason for a layer with a row begins with the columns that
-            the row lacks, as in "capacity: ...".
+        skipped: modules with weights that were not measured, name to reason, none where blocks alone were read; a reason for a layer with
+            a row begins with the columns that the row lacks, as in "capacity: ...".
         mode: "train" or "eval", the model's mode while it was read.
         threshold: share of the variance that k explains.
         rows: how rows are formed, always "channelwise": every position of every sample.

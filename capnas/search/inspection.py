@@ -44,6 +44,7 @@ class Inspection:
         n_params, total_macs: of the whole network, for one image.
         image_size, in_chans: of the images.
         projection: accuracy on the eigenspaces, where asked for.
+        more: what would give the layers more samples, for people.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Inspection:
     image_size: int
     in_chans: int
     projection: ProjectionResult | None = None
+    more: str = "a larger --batch"
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -175,7 +177,10 @@ def inspect_target(
     graph = trace(model, (1, found.data.in_chans, size, size))
     x, y = found.data.probe(batch, seed=seed, device=where, image_size=size)
     profile, state = found.profile, found.state
-    if profile is None:
+    more = "a larger --batch" if len(x) == batch else "more images"
+    if profile is not None and found.trained:
+        more = "a search with more validation images"
+    elif profile is None:
         using: Literal["train", "eval"] = mode or ("eval" if found.trained else "train")
         if not found.trained:  # as a search measures its candidates
             model, state = at_default_initialization(model, seed=seed), f"{state} at torch's default initialization"
@@ -195,6 +200,7 @@ def inspect_target(
         image_size=size,
         in_chans=found.data.in_chans,
         projection=None if project is None else _project(model, found.data, project, size, seed, device),
+        more=more,
     )
 
 
@@ -298,8 +304,10 @@ def load_weights(model: nn.Module, found: Target, weights: str | Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
-        raise UsageError(f"the weights in {path} do not fit {name} for these images (classes and channels count): {first}.") from None
+        images, first = found.data, " ".join(str(error).split())[:300]
+        shape = f"classes: {images.num_classes}, channels: {images.in_chans}"
+        says = f"the weights in {path} do not fit {name} for {images.name} ({shape}); give the images of these weights as --data: {first}."
+        raise UsageError(says) from None
 
 
 def _project(model: nn.Module, data: ImageData, share: float, size: int, seed: int, device: str) -> ProjectionResult:

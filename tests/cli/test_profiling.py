@@ -108,3 +108,16 @@ def test_fields_are_short(ranges: tuple | None, text: str) -> None:
 def test_marks_name_the_rules() -> None:
     report = FieldReport(image_size=(8, 8), critical=("a", "b"), border={"strict": ("a",), "toolbox": ("a",)})
     assert [_marks(name, report) for name in "abc"] == ["strict toolbox", "critical", ""]
+
+
+def test_words_of_the_tables_are_told(found: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
+    show_profile(found)
+    out = capsys.readouterr().out
+    for word in ("k: ", "field: ", "C, log2 P: ", "unproductive: "):
+        assert sum(line.startswith(word) for line in out.splitlines()) == 1, word
+    assert "utilisation: " not in out  # no such column
+
+
+def test_layers_that_nobody_asked_for_are_not_missed(capsys: pytest.CaptureFixture[str]) -> None:
+    show_profile(inspect_target("resnet10t", batch=4, image_size=32, reading="blocks"))
+    assert "not called itself" not in capsys.readouterr().out

@@ -194,7 +194,7 @@ def test_weights_of_a_timm_model_from_a_file(tmp_path: Path) -> None:
     assert found.profile.mode == "eval"
     assert found.profile.layers[-1].norm == pytest.approx(0.5 * (10 * 512) ** 0.5, rel=1e-4)
     save_file({k: v for k, v in model.state_dict().items() if not k.startswith("fc")}, tmp_path / "headless.safetensors")
-    with pytest.raises(UsageError, match=r"do not fit resnet10t.*fc\.weight"):
+    with pytest.raises(UsageError, match=r"do not fit resnet10t for fashion-mnist-12k \(classes: 10, channels: 1\).*--data: .*fc\.weight"):
         inspect_target("resnet10t", batch=4, weights=tmp_path / "headless.safetensors")
     (tmp_path / "text.safetensors").write_text("no numbers")
     for bad in ("text.safetensors", "absent.safetensors"):
@@ -234,3 +234,11 @@ def test_a_saved_model_is_profiled_with_its_weights(tmp_path: Path) -> None:
     assert found.state.startswith("trained weights")
     with pytest.raises(UsageError, match="a saved model has its own"):
         inspect_target(str(tmp_path / "model"), batch=4, weights=tmp_path / "model" / "model.safetensors")
+
+
+def test_what_gives_more_samples_is_what_would(folder: Path, tmp_path: Path) -> None:
+    stored = inspect_target(f"{folder}:best", device="cpu")
+    assert stored.more == "a search with more validation images"
+    assert inspect_target("resnet10t", batch=4, image_size=32).more == "a larger --batch"
+    few = write_images(tmp_path / "images")
+    assert inspect_target("resnet10t", data=str(few), batch=5000, image_size=32).more == "more images"
