@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,6 +114,8 @@ def _network(found: Target, config: PruneConfig, weights: Path | None, dry_run: 
     if weights is not None:
         load_weights(model, found, weights)
     elif not found.trained:
+        if found.retrained is not None:
+            say(f"best --retrain kept a trained network of it; to narrow that one: capnas prune {shlex.quote(str(found.retrained))}")
         if dry_run and not epochs:
             say(f"{found.name} has no trained weights: groups, costs and what can be reached are its own, the widths are those of random "
                 "weights and will be others after training (--train-epochs N)")  # fmt: skip
@@ -141,6 +144,12 @@ def guessed(accuracy: dict[str, float], poor: dict[str, bool], chance: float, im
     return ""
 
 
+_LEGEND = (
+    "group: layers of one width; needed: directions that hold 0.99 of the variance, or --lossless of it; saturation: needed / width",
+    "utilisation: capacity per parameter of the least used layer; over-wide: below half of the best used layers'",
+)
+
+
 def show_plan(plan: dict[str, Any]) -> None:
     """The plan as a table, with remarks below it."""
     ranks = bool(plan["groups"]) and "rank" in plan["groups"][0]
@@ -157,6 +166,8 @@ def show_plan(plan: dict[str, Any]) -> None:
         rows.append(cells)
     columns += ([] if ranks else ["utilisation", "layers"]) + ["MACs", "params"]
     show_table(columns, rows, title=plan["goal"])
+    for line in () if ranks else _LEGEND:
+        typer.echo(line)
     typer.echo(
         f"MACs {short(plan['macs'])} > {short(plan['planned_macs'])} ({plan['planned_macs'] / plan['macs']:.1%}), "
         f"params {short(plan['params'])} > {short(plan['planned_params'])} ({plan['planned_params'] / plan['params']:.1%})"

@@ -21,7 +21,7 @@ from capnas.devices import is_out_of_memory
 from capnas.errors import StudyError, UsageError
 from capnas.saved import MANIFEST, build_recipe, load_model, read_manifest
 from capnas.search.runs import open_run
-from capnas.search.trials import parse_trial, rebuild
+from capnas.search.trials import parse_trial, read_retrained, rebuild
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class Target:
         folder: of a saved model, else None.
         saw_validation: whether its weights were trained on the validation images too, as `capnas.search.trials.retrain_trial` does:
             accuracies on them are then of images that it knows.
+        retrained: of a trial, the folder of the network that `capnas.search.trials.retrain_trial` kept of it last; None without one.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Target:
     recipe: dict[str, Any]
     folder: Path | None = None
     saw_validation: bool = False
+    retrained: Path | None = None
 
     def build(self, seed: int = 0, *, image_size: int | None = None, trained: bool = True) -> nn.Module:
         """The network on the CPU: its trained weights where there are any, in eval mode; else fresh ones, in training mode.
@@ -249,7 +251,11 @@ def _trial(
         found = rebuild(run, which)  # other classes or channels make another hash: check with the run's own images
     size = image_size or found.candidate.image_size
     recipe = found.recipe | {"num_classes": images.num_classes, "in_chans": images.in_chans, "image_size": size}
-    return Target(name=f"trial {found.number} of {run.config.name}", data=images, image_size=size, trained=False, recipe=recipe)
+    same = {"study": run.config.name, "trial": found.number, "hash": found.candidate.hash}
+    kept = [run.folder / r["model"] for r in read_retrained(run) if r.get("model") and all(r.get(k) == v for k, v in same.items())]
+    retrained = next((folder for folder in reversed(kept) if (folder / MANIFEST).is_file()), None)
+    name = f"trial {found.number} of {run.config.name}"
+    return Target(name=name, data=images, image_size=size, trained=False, recipe=recipe, retrained=retrained)
 
 
 def _saved(folder: Path, data: str | ImageData | None, image_size: int | None, options: dict[str, Any]) -> Target:

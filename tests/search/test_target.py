@@ -118,6 +118,8 @@ def test_a_retrained_trial_knows_the_validation_images_of_its_run(folder: Path) 
     assert open_target(place).saw_validation
     assert not open_target(place, data=load_data(images(classes=3, n=90), validation=0.2, test=0.2)).saw_validation
     assert not open_target(f"{folder}:0").saw_validation
+    assert open_target(f"{folder}:0").retrained == folder / record["model"]
+    assert open_target(f"{folder}:1").retrained is None
     assert inspect_target(place, batch=8, device="cpu").state.startswith("weights trained on train and validation, ")
 
 
