@@ -96,7 +96,7 @@ def _history(graph: Any, rows: Sequence[Row], done: Sequence[Row]) -> Any:
         graph.Scatter(x=[t.number for t, _ in done], y=[_accuracy(r) for r in done], mode="markers", name="complete",
                       marker={"color": BLUE, "size": 9}, hovertext=[_label(r) for r in done]),
     ]  # fmt: skip
-    return _styled(graph.Figure(traces), "trial", "validation accuracy")
+    return _styled(graph.Figure(traces), "trial", "validation accuracy", xaxis={"tickformat": "d", "dtick": 1 if last < 10 else None})
 
 
 def _trade(graph: Any, done: Sequence[Row]) -> Any:
@@ -166,6 +166,7 @@ def _bars(graph: Any, correlations: Sequence[Mapping[str, Any]]) -> Any:
         graph.Bar(y=names, x=[r["partial"] for r in shown], orientation="h", marker={"color": GREEN}, name="at equal parameters and MACs"),
         graph.Bar(y=names, x=[r["spearman"] for r in shown], orientation="h", marker={"color": BLUE}, name="alone"),
     ]
+    traces[0].showlegend = any(r["partial"] is not None for r in shown)
     figure = graph.Figure(traces)
     chance = shown[0]["chance"] if shown else None
     for x in () if chance is None else (-chance, chance):
