@@ -319,3 +319,7 @@ def test_module_entry_point() -> None:
     done = subprocess.run([sys.executable, "-m", "capnas", "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
     assert done.returncode == 0
     assert "search" in done.stdout
+
+
+def test_an_unknown_option_is_told_in_whole_sentences(run: Run) -> None:
+    assert run("search", FILE, "--zzz")[2].splitlines() == ["error: No such option: --zzz. See capnas --help."]

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # its help is on the screen
             code = 2
         elif hasattr(error, "format_message"):  # an error of click, which some releases of typer carry under another name
-            code = _failed(error.format_message(), debug, hint=" See capnas --help.", status=2)
+            code = _failed(f"{error.format_message().rstrip('.')}.", debug, hint=" See capnas --help.", status=2)
         else:
             code = _unexpected(error, debug)
     raise SystemExit(code if isinstance(code, int) else 0)

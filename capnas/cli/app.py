@@ -73,7 +73,7 @@ def _seed(given: object) -> int:
 
 
 Blocks = Annotated[
-    str | None, typer.Option(metavar="PATTERN", help="Names of the units to read as blocks, as a regular expression; found without.")
+    str | None, typer.Option(metavar="PATTERN", help="Regular expression: names of the units to read as blocks; found without.")
 ]
 Count = Annotated[int | None, whole("Limit per candidate: 8e6, 8M, 300k.")]
 

@@ -127,6 +127,12 @@ def _border(survey: SizeSurvey) -> tuple[str, str]:
     return f"{len(survey.unproductive)} of {len(survey.looking)}", survey.unproductive[0] if survey.unproductive else "-"
 
 
+_LEGEND = (
+    "past the border: layers that add no context of the image; fitted: accuracy with most of its noise taken out; "
+    "tail: last layers below a quarter of the greatest saturation"
+)
+
+
 def _show_tuning(tuning: Tuning) -> None:
     from capnas.measures.evenness import evenness, mean
 
@@ -144,6 +150,7 @@ def _show_tuning(tuning: Tuning) -> None:
         rows.append([f"{survey.size} px", short(survey.macs), _border(survey)[0], str(row.epochs), *accuracies, *values, mark])
     columns = ["size", "MACs", "past the border", "epochs", "accuracy", "fitted", "mean saturation", "evenness", "tail", ""]
     show_table(columns, rows, left=1)
+    typer.echo(_LEGEND)
     shared = tuning.shared
     weights = f"one set of weights, {shared.passes} passes at all sizes in turn, then each size alone"
     if shared.reason:

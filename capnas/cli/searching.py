@@ -17,10 +17,15 @@ from capnas.errors import UsageError, counted
 @app.command()
 def search(
     space: Annotated[str, typer.Argument(help="Name of a space (see capnas spaces), file.py:function or module:function.")],
-    data: Annotated[str, typer.Option(help="Data set: a name or a folder of images.")] = "fashion-mnist-12k",
+    data: Annotated[
+        str, typer.Option(help="A name or a folder of class folders; for its size --data-option image_size=64.")
+    ] = "fashion-mnist-12k",
     trials: Annotated[int, whole("Finished trials in all (with a gate best: trained ones); a larger number continues a study.")] = 30,
     epochs: Annotated[int, whole("Of the short training.")] = 3,
-    values: Annotated[str, typer.Option(help="What to optimize: combined, or names like accuracy,saturation_evenness,macs.")] = "combined",
+    values: Annotated[
+        str,
+        typer.Option(help="What to optimize: combined (accuracy and scores in one sum) or names like accuracy,saturation_evenness,macs."),
+    ] = "combined",
     weights: Annotated[str | None, typer.Option(metavar="NAME=W,...", help="Weights of the scores in combined or principled.")] = None,
     max_macs: Count = None,
     max_params: Count = None,
@@ -31,7 +36,7 @@ def search(
             'naswot:best:10%, combined:best:10% (by what that sum knows before training), or a bound such as "saturation_evenness>=0.5".'
         ),
     ] = None,
-    pool: Annotated[int | None, whole("Candidates to measure before the first training, with a gate best.")] = None,
+    pool: Annotated[int | None, whole("With --gate best: untrained candidates to measure before the first training.")] = None,
     resolutions: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to search jointly.")] = None,
     blocks: Blocks = None,
     sampler: Annotated[str, typer.Option(help="tpe, random, nsga2, nsga3, gp, qmc or cmaes.")] = "tpe",
