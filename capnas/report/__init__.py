@@ -22,7 +22,8 @@ from capnas.documents import write_whole
 from capnas.errors import MissingDependencyError, counted
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
-from capnas.objective.gates import UNTRAINED
+from capnas.objective.gates import SUMS, UNTRAINED
+from capnas.objective.targets import direction_of
 from capnas.report.figures import figures
 from capnas.scoring import COSTS, PROFILED
 from capnas.search.runs import RunResult
@@ -182,7 +183,16 @@ def _lead(data: Mapping[str, Any]) -> str:
     return (
         f"Space {Path(study['space']).name} on {Path(study['data']).name}: {study['finished']} of {study['asked']} trials finished, "
         f"{study['complete']} with a value, in {total / 60:.1f} minutes of trials; {counted(study['epochs'], 'epoch')} each, "
-        f"sampler {study['sampler']}, seed {study['seed']}, optimizing {', '.join(study['values'])}."
+        f"sampler {study['sampler']}, seed {study['seed']}, optimizing {', '.join(study['values'])}{_sum(study)}."
+    )
+
+
+def _sum(study: Mapping[str, Any]) -> str:
+    """What the sum among the values is made of, each term with the sign that it counts with."""
+    names = [name for name in study["values"] if name in SUMS]
+    signed = {term: weight if direction_of(term) == "maximize" else -weight for term, weight in (study.get("weights") or {}).items()}
+    return "".join(f"; {name} is accuracy" for name in names) + "".join(
+        f" {'-' if weight < 0 else '+'} {abs(weight):g} {term}" for term, weight in signed.items() if names
     )
 
 

@@ -228,6 +228,16 @@ def test_one_epoch_is_one(run: RunResult, tmp_path: Path) -> None:
         assert says in page
 
 
+def test_the_sum_is_written_out_with_the_signs_of_its_terms(run: RunResult, tmp_path: Path) -> None:
+    weights = {"saturation_evenness": 0.5, "tail_fraction": 0.25, "init_log2_macs": -0.125}  # a tail is to be small
+    summed = dataclasses.replace(run.config, values=("combined", "macs"), weights=weights)
+    text = Report.of(dataclasses.replace(run, config=summed)).to_markdown()
+    told = "combined is accuracy + 0.5 saturation_evenness - 0.25 tail_fraction - 0.125 init_log2_macs."
+    assert f"optimizing combined, macs; {told}" in text
+    plain = dataclasses.replace(run.config, values=("accuracy",), weights=None)
+    assert "optimizing accuracy." in Report.of(dataclasses.replace(run, config=plain)).to_markdown()
+
+
 def test_markdown_has_one_row_for_each_listed_trial(run: RunResult) -> None:
     report = Report.of(run)
     text = report.to_markdown()
