@@ -266,7 +266,7 @@ def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code:
     """One trial: values, parameters, metrics, its code, and last the result of its final training."""
     print(f"trial {document['trial']} of {document['study']}: {document['status']}, {document['image_size']} px")
     metrics = {k: v for k, v in document["metrics"].items() if v is not None and not k.startswith("init_")}
-    for name, rows in (("value", document["values"]), ("parameter", document["params"]), ("metric", metrics)):
+    for name, rows in (("value", document["values"]), ("parameter", document["params"]), ("metric (see capnas scores)", metrics)):
         texts = [[k, short(v) if isinstance(v, int | float) and not isinstance(v, bool) else str(v)] for k, v in rows.items()]
         if texts:
             show_table([name, ""], texts)

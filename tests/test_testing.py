@@ -123,7 +123,8 @@ class Unseeded(nn.Linear):
         with torch.no_grad():
             generator = torch.Generator()
             generator.seed()
-            self.weight.copy_(torch.rand(self.weight.shape, generator=generator, device="cpu"))
+            for parameter in self.parameters():  # what is left as it was allocated may be equal by chance
+                parameter.copy_(torch.rand(parameter.shape, generator=generator, device="cpu"))
 
 
 def unseeded_weights(trial: optuna.Trial, **sizes: int) -> nn.Module:
