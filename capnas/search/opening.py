@@ -100,7 +100,8 @@ def open_study(config: StudyConfig) -> optuna.Study:
         raise StudyError(f"the storage holds a study named {config.name} that is not of capnas; choose another name.")
     if stored is not None and (conflicts := config.conflicts(stored)):
         if not empty:
-            raise StudyError(f"the study {config.name} exists with other settings: {'; '.join(conflicts)}. Choose another name or folder.")
+            advice = "Choose another name or folder, or ask for the settings that it has to go on with it."
+            raise StudyError(f"the study {config.name} exists with other settings: {'; '.join(conflicts)}. {advice}")
         if not opened_here(study) and at_work(study.user_attrs[OPENER]):
             raise StudyError(_begun_by_another(config, conflicts))
         optuna.delete_study(study_name=config.name, storage=storage)  # it failed before its first trial: nothing is lost

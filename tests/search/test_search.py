@@ -136,7 +136,7 @@ def test_finished_says_so_and_trains_nothing_and_more_trials_extend_it(tmp_path:
 def test_other_settings_are_refused_and_named(tmp_path: Path, data: ImageData) -> None:
     run_study(config(tmp_path, trials=1), space=space, data=data)
     text = r"the study tiny exists with other settings: epochs was 1, now 2; max_macs was 'not set', now 9000. Choose another"
-    with pytest.raises(StudyError, match=text):
+    with pytest.raises(StudyError, match=f"{text} name or folder, or ask for the settings that it has"):
         run_study(config(tmp_path, trials=1, epochs=2, max_macs=9000), space=space, data=data)
     (tmp_path / "study.toml").unlink()  # the storage remembers
     with pytest.raises(StudyError, match="seed was 0, now 5"):
