@@ -37,12 +37,14 @@ def claimed(trial: Any) -> Iterator[None]:
         yield
         return
     key = (trial.study.study_name, trial.number)
+    outer = key in _mine  # claimed by who runs the study, until that one has told its end
     _mine.add(key)
     try:
         trial.storage.set_trial_system_attr(trial._trial_id, CLAIM, own_claim() | {"at": time.time()})
         yield
     finally:
-        _mine.discard(key)
+        if not outer:
+            _mine.discard(key)
 
 
 def own_claim() -> dict[str, Any]:

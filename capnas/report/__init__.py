@@ -22,8 +22,8 @@ from capnas.documents import write_whole
 from capnas.errors import MissingDependencyError, counted
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
-from capnas.objective.gates import SUMS, UNTRAINED
-from capnas.objective.targets import direction_of
+from capnas.objective.gates import UNTRAINED
+from capnas.objective.targets import direction_of, summed
 from capnas.report.figures import figures
 from capnas.scoring import COSTS, PROFILED
 from capnas.search.runs import RunResult
@@ -189,11 +189,11 @@ def _lead(data: Mapping[str, Any]) -> str:
 
 def _sum(study: Mapping[str, Any]) -> str:
     """What the sum among the values is made of, each term with the sign that it counts with."""
-    names = [name for name in study["values"] if name in SUMS]
-    signed = {term: weight if direction_of(term) == "maximize" else -weight for term, weight in (study.get("weights") or {}).items()}
-    return "".join(f"; {name} is accuracy" for name in names) + "".join(
-        f" {'-' if weight < 0 else '+'} {abs(weight):g} {term}" for term, weight in signed.items() if names
-    )
+    if not (names := summed(study["values"])):
+        return ""
+    signed = {term: weight if direction_of(term) == "maximize" else -weight for term, weight in study.get("weights", {}).items()}
+    terms = "".join(f" {'-' if weight < 0 else '+'} {abs(weight):g} {term}" for term, weight in signed.items())
+    return f"; {names.pop()} is accuracy{terms}"
 
 
 def _cards(data: Mapping[str, Any]) -> list[tuple[str, str]]:
