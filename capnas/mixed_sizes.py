@@ -106,6 +106,10 @@ class MixedSizes(ImageData):
         count = self.steps(split, batch_size)
         return tuple(self.turns[(epoch * count + number) % len(self.turns)] for number in range(count))
 
+    def training_shapes(self, image_size: int | None = None) -> tuple[tuple[int, int, int], ...]:
+        """As `ImageData.training_shapes`: those of the sizes that take turns, the images' own only if it is one of them."""
+        return tuple((self.in_chans, size, size) for size in dict.fromkeys(self.turns))
+
     def batches(
         self,
         split: str,

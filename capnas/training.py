@@ -206,14 +206,14 @@ def train(
     """
     start = time.perf_counter()
     device = resolve_device(config.device)
-    amp, last, size = False, use_channels_last(config.channels_last, device, model), image_size or data.image_size
+    amp, last = False, use_channels_last(config.channels_last, device, model)
     curve: list[dict[str, Any]] = []
     profile: Profile | None = None
     status, reason = "complete", ""
     with seeded(config.seed, [device]):
         try:
             model.to(device)
-            amp = use_amp(config.amp, device, model, trained_on=(data.in_chans, size, size))
+            amp = use_amp(config.amp, device, model, trained_on=data.training_shapes(image_size))
             if last:
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             for row, profile in _epochs(model, data, config, device, amp, last, image_size, split, evaluate_on):

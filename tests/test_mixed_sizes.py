@@ -180,3 +180,16 @@ def test_training_together_says_why_it_did_not(data: ImageData) -> None:
     failed = train_together(pair, data, CONFIG, passes=3)
     assert (failed.passes, dict(failed.seen)) == (0, {})
     assert failed.reason.startswith("the training of shared weights ended: diverged, the loss is nan")
+
+
+# at 4 px the second convolution reads 2, its first tap none
+@pytest.mark.parametrize(("sizes", "used"), [((10, 12), True), ((12, 4), False)])
+def test_how_to_compute_is_asked_at_the_sizes_that_are_trained(data: ImageData, sizes: tuple[int, int], used: bool) -> None:
+    def strided() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+    assert data.image_size not in sizes
+    networks = {size: strided() for size in sizes}
+    settings = replace(CONFIG, epochs=1, amp="on", record=False)
+    found = train(SharedSizes(networks), MixedSizes.of(data, sizes), settings, evaluate_on=None)
+    assert (found.status, found.amp) == ("complete", used)

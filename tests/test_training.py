@@ -364,8 +364,8 @@ def test_no_bfloat16_where_a_gradient_would_be_left_unwritten(data: ImageData) -
     one(torch.randn(8, 16, 1, 1)).sum().backward()
     assert one.weight.grad is not None
     assert (one.weight.grad != 0).sum() == 16 * 24  # what the others must be, as in float32: the middle tap alone reads the pixel
-    assert not use_amp("on", torch.device("cpu"), one, trained_on=(16, 1, 1))
-    assert use_amp("on", torch.device("cpu"), nn.Conv2d(16, 24, 3, 1, 1), trained_on=(16, 1, 1))
+    assert not use_amp("on", torch.device("cpu"), one, trained_on=[(16, 1, 1)])
+    assert use_amp("on", torch.device("cpu"), nn.Conv2d(16, 24, 3, 1, 1), trained_on=[(16, 1, 1)])
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

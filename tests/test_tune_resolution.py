@@ -164,6 +164,16 @@ def test_sizes_left_out_are_named(data: ImageData) -> None:
     assert found.to_dict()["left_out"]["3"] == found.left_out[3]
 
 
+def test_sizes_within_a_budget_are_trained_where_the_images_are_larger(data: ImageData) -> None:
+    def strided(size: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+    assert data.image_size > 8
+    found = tune_resolution(strided, data, (6, 8, data.image_size), epochs=20, config=CONFIG, budget=2000)
+    assert "over the budget" in found.surveys[-1].refusal
+    assert sorted(found.shared.seen) == [6, 8]
+
+
 def test_a_budget_may_be_spent_whole() -> None:
     macs = survey_resolutions(net, (12,), in_chans=1)[0].macs
     assert macs is not None

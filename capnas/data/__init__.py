@@ -206,6 +206,11 @@ class ImageData:
             )
         )
 
+    def training_shapes(self, image_size: int | None = None) -> tuple[tuple[int, int, int], ...]:
+        """Each (C, H, W) that the images of a training have; ``image_size`` as for `batches`."""
+        size = self._size(image_size)
+        return ((self.in_chans, size, size),)
+
     def probe(
         self, n: int, *, seed: int = 0, device: str | torch.device = "cpu", image_size: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
