@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from capnas.errors import UsageError
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 MEASURED = (*CONVS, nn.Linear)
-_LISTS = (nn.Sequential, nn.ModuleList)
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _STAGE_CHILDREN = ("blocks", "layers", "cells", "stages", "units")
 
 
@@ -69,8 +70,9 @@ def find_blocks(model: nn.Module, pattern: str | None = None) -> Iterator[str]:
     """Names of a network's repeated units: residual blocks, inverted residuals, transformer blocks, cells.
 
     In this order: modules whose name full-matches `pattern`; the fine layer groups that timm's models (and any model with a
-    ``group_matcher`` method like theirs) declare; members of the model's lists of composite modules. Where the units are single
-    layers (VGG), the activations are read, the last step of each conv-norm-activation unit.
+    ``group_matcher`` method like theirs) declare; members of the model's lists of composite modules, without a stem, a head or
+    downsampling steps of one layer beside them, and attributes of one class (``block1``, ``block2``). Where the units are single layers
+    (VGG), the activations are read, the last step of each conv-norm-activation unit.
 
     Raises:
         UsageError: `pattern` is no regular expression or matches no module.
@@ -85,7 +87,7 @@ def find_blocks(model: nn.Module, pattern: str | None = None) -> Iterator[str]:
         if not names:
             raise UsageError(f"no module name full-matches the block pattern {pattern!r}; names look like {', '.join(list(modules)[1:6])}.")
     else:
-        names = [u for n in _declared_units(model, modules) for u in _inside_stage(n, modules)] or list(_listed_units(model, ""))
+        names = [u for n in _declared_units(model, modules) for u in _inside_stage(n, modules)] or _built_units(model, modules)
         if not any(any(modules[n].children()) for n in names):
             activations = [n for n in names or modules if _is_activation(modules[n])]
             names = activations or [n for n, m in modules.items() if isinstance(m, MEASURED)]
@@ -136,24 +138,56 @@ def _declared_units(model: nn.Module, modules: dict[str, nn.Module]) -> list[str
 def _inside_stage(name: str, modules: dict[str, nn.Module]) -> list[str]:
     """The blocks of a declared unit that is a whole stage; the unit itself otherwise."""
     inner = getattr(modules[name], "blocks", None)
-    if isinstance(inner, _LISTS) and any(map(_composite, inner)):
+    if isinstance(inner, _LISTS) and any(map(_composite, inner.children())):
         return [f"{name}.blocks.{child}" for child, m in inner.named_children() if _composite(m)]
     return [name]
+
+
+def _built_units(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """The units of a model that declares none: members of its lists; where these are single layers, attributes of one class."""
+    listed = list(_listed_units(model, ""))
+    return listed if any(_depth(modules[n]) > 1 for n in listed) else list(_repeated_units(model, "")) or listed
 
 
 def _listed_units(module: nn.Module, prefix: str) -> Iterator[str]:
     for child, inner in module.named_children():
         name = f"{prefix}{child}"
         if isinstance(module, _LISTS) and _composite(inner) and not _is_stage(inner):
-            yield name
+            if not _is_beside(inner, list(module.children())) or prefix[:-1].rpartition(".")[2] in _STAGE_CHILDREN:
+                yield name
         elif _composite(inner):
             yield from _listed_units(inner, name + ".")
 
 
+def _is_beside(member: nn.Module, members: list[nn.Module]) -> bool:
+    """Whether a member of a list is a single layer beside stages, or before or behind deeper units: a stem, a head, a downsampling step."""
+    if _depth(member) > 1:
+        return False
+    if any(map(_is_stage, members)):
+        return True
+    neighbour = {id(members[0]): members[1:2], id(members[-1]): members[-2:-1]}.get(id(member), [])
+    return any(type(m) is not type(member) and _depth(m) > 1 for m in neighbour)
+
+
+def _repeated_units(module: nn.Module, prefix: str) -> Iterator[str]:
+    alike = Counter(type(m) for m in module.children() if not isinstance(m, _LISTS) and _depth(m) > 1)
+    least = max(2, max(alike.values(), default=0) / 2)  # two auxiliary classifiers beside many blocks are none
+    for child, inner in module.named_children():
+        if alike[type(inner)] >= least:
+            yield f"{prefix}{child}"
+        else:
+            yield from _repeated_units(inner, f"{prefix}{child}.")
+
+
+def _depth(module: nn.Module) -> int:
+    """How many layers with weights a module holds."""
+    return sum(isinstance(m, MEASURED) for m in module.modules())
+
+
 def _is_stage(module: nn.Module) -> bool:
     if isinstance(module, _LISTS):
-        return any(map(_composite, module))
-    return any(n in _STAGE_CHILDREN and isinstance(m, _LISTS) and any(map(_composite, m)) for n, m in module.named_children())
+        return any(map(_composite, module.children()))
+    return any(n in _STAGE_CHILDREN and isinstance(m, _LISTS) and any(map(_composite, m.children())) for n, m in module.named_children())
 
 
 def _composite(module: nn.Module) -> bool:
