@@ -115,16 +115,26 @@ def block_widths(block: nn.Module) -> frozenset[int]:
 def feature_axis(tensor: Tensor, widths: frozenset[int], channels_last_maps: bool) -> int:
     """Axis of the features of a block output; the widths that the block can give decide where they tell channels from positions.
 
-    Tokens (B, N, D) or, where the widths say so, sequences (B, D, L); maps (B, D, H, W) or, where the widths say so, (B, H, W, D).
+    Tokens (B, N, D) or, where the widths say so, sequences (B, D, L); maps (B, D, H, W) or, where the widths say so, (B, H, W, D). What
+    a block concatenates is as wide as none of its layers, and its positions may number as one of them: two equal axes are a square image.
+
+    >>> import torch
+    >>> [feature_axis(torch.zeros(shape), frozenset({16, 96}), False) for shape in [(2, 112, 16, 16), (2, 5, 7, 16), (2, 7, 7, 112)]]
+    [1, -1, -1]
     """
     if tensor.dim() < 3:
         return -1
     first, last = tensor.shape[1] in widths, tensor.shape[-1] in widths
     if tensor.dim() == 3:
         return 1 if first and not last else -1
-    if first == last:
-        return -1 if channels_last_maps else 1
-    return 1 if first else -1
+    if first and not last:
+        return 1
+    if tensor.dim() == 4 and tensor.shape[1] != tensor.shape[3]:
+        if tensor.shape[2] == tensor.shape[3] and not channels_last_maps:
+            return 1
+        if tensor.shape[1] == tensor.shape[2]:
+            return -1
+    return -1 if (last and not first) or channels_last_maps else 1
 
 
 def _declared_units(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
