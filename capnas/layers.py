@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
@@ -70,9 +69,10 @@ def find_blocks(model: nn.Module, pattern: str | None = None) -> Iterator[str]:
     """Names of a network's repeated units: residual blocks, inverted residuals, transformer blocks, cells.
 
     In this order: modules whose name full-matches `pattern`; the fine layer groups that timm's models (and any model with a
-    ``group_matcher`` method like theirs) declare; members of the model's lists of composite modules, without a stem, a head or
-    downsampling steps of one layer beside them, and attributes of one class (``block1``, ``block2``). Where the units are single layers
-    (VGG), the activations are read, the last step of each conv-norm-activation unit.
+    ``group_matcher`` method like theirs) declare, or what these hold where they are whole stages; members of the model's lists of
+    composite modules, without single layers beside deeper ones (a stem, a head, downsampling steps); members of one kind of a module
+    (``block1``, ``block2``). Where the units are single layers (VGG), the activations are read, the last step of each
+    conv-norm-activation unit.
 
     Raises:
         UsageError: `pattern` is no regular expression or matches no module.
@@ -147,16 +147,23 @@ def _declared_units(model: nn.Module, modules: dict[str, nn.Module]) -> list[str
 
 def _inside_stage(name: str, modules: dict[str, nn.Module]) -> list[str]:
     """The blocks of a declared unit that is a whole stage; the unit itself otherwise."""
-    inner = getattr(modules[name], "blocks", None)
+    unit, inner = modules[name], getattr(modules[name], "blocks", None)
     if isinstance(inner, _LISTS) and any(map(_composite, inner.children())):
-        return [f"{name}.blocks.{child}" for child, m in inner.named_children() if _composite(m)]
+        units = [f"{name}.blocks.{child}" for child, m in inner.named_children() if _composite(m)]
+        return [u for n in units for u in _inside_stage(n, modules)]
+    if isinstance(unit, nn.Sequential):
+        if any(map(_is_stage, unit)):
+            return list(_listed_units(unit, name + "."))
+        alike = len({type(m) for m in unit}) == 1 or name.rpartition(".")[0] == "stages"
+        if alike and all(map(_composite, unit)):
+            return [f"{name}.{child}" for child, _ in unit.named_children()]
     return [name]
 
 
 def _built_units(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    """The units of a model that declares none: members of its lists; where these are single layers, attributes of one class."""
-    listed = list(_listed_units(model, ""))
-    return listed if any(_depth(modules[n]) > 1 for n in listed) else list(_repeated_units(model, "")) or listed
+    """The units of a model that declares none: members of its lists; where these are single layers, members of one kind."""
+    listed = _without_steps(list(_listed_units(model, "")), modules)
+    return listed if any(_depth(modules[n]) > 1 for n in listed) else _repeated_kinds(model, "") or listed
 
 
 def _listed_units(module: nn.Module, prefix: str) -> Iterator[str]:
@@ -179,14 +186,21 @@ def _is_beside(member: nn.Module, members: list[nn.Module]) -> bool:
     return any(type(m) is not type(member) and _depth(m) > 1 for m in neighbour)
 
 
-def _repeated_units(module: nn.Module, prefix: str) -> Iterator[str]:
-    alike = Counter(type(m) for m in module.children() if not isinstance(m, _LISTS) and _depth(m) > 1)
-    least = max(2, max(alike.values(), default=0) / 2)  # two auxiliary classifiers beside many blocks are none
-    for child, inner in module.named_children():
-        if alike[type(inner)] >= least:
-            yield f"{prefix}{child}"
-        else:
-            yield from _repeated_units(inner, f"{prefix}{child}.")
+def _without_steps(names: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    """The units without those of lists of single layers, branches and transitions, of kinds that other units are made of."""
+    large = [n for n in names if _depth(modules[n]) > 1]
+    parts = {type(part) for n in large for part in modules[n].modules() if part is not modules[n]}
+    lists = {n.rpartition(".")[0] for n in names if n in large or type(modules[n]) not in parts}
+    return [n for n in names if n.rpartition(".")[0] in lists]
+
+
+def _repeated_kinds(module: nn.Module, prefix: str) -> list[str]:
+    """Members of several layers, no lists, of a module that holds one kind of them more than once."""
+    members = {f"{prefix}{n}": m for n, m in module.named_children() if not isinstance(m, _LISTS) and _depth(m) > 1}
+    if len({type(m) for m in members.values()}) < len(members):
+        maps = [n for n, m in members.items() if not any(isinstance(part, nn.Linear) for part in m.modules())]
+        return maps or list(members)  # linear layers beside members without: auxiliary classifiers
+    return [u for n, m in module.named_children() if _depth(m) > 1 for u in _repeated_kinds(m, f"{prefix}{n}.")]
 
 
 def _depth(module: nn.Module) -> int:

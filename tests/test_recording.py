@@ -258,60 +258,6 @@ def test_blocks_of_timm_families(name: str, kinds: set[str], count: int) -> None
     assert {type(modules[n]).__name__ for n in found} == kinds
 
 
-@pytest.mark.parametrize(
-    ("name", "kinds", "count"),
-    [("efficientnet_b0", {"MBConv"}, 16), ("mobilenet_v2", {"InvertedResidual"}, 17), ("convnext_tiny", {"CNBlock"}, 18),
-     ("swin_t", {"SwinTransformerBlock"}, 12), ("densenet121", {"_DenseLayer"}, 58), ("googlenet", {"Inception"}, 9),
-     ("squeezenet1_0", {"Fire"}, 8), ("resnet18", {"BasicBlock"}, 8)],
-)  # fmt: skip
-def test_blocks_of_models_that_declare_none(name: str, kinds: set[str], count: int) -> None:
-    from torchvision import models
-
-    with torch.device("meta"):
-        model = models.get_model(name, weights=None, **({"init_weights": False} if name == "googlenet" else {}))
-    found = list(find_blocks(model))
-    assert [type(model.get_submodule(n)).__name__ in kinds for n in found] == [True] * count
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-
-
-def module_of(**children: nn.Module) -> nn.Module:
-    model = nn.Module()
-    for name, child in children.items():
-        model.add_module(name, child)
-    return model
-
-
-def step() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-
-
-def test_blocks_that_are_attributes() -> None:
-    pairs = {f"pair{i}": Pair() for i in range(5)}
-    aside = {f"aside{i}": module_of(one=Pair(), two=Pair()) for i in range(2)}
-    assert list(find_blocks(module_of(stem=step(), **pairs, head=nn.Linear(4, 2)))) == list(pairs)
-    assert list(find_blocks(module_of(stem=step(), one=Pair(), inner=module_of(**pairs)))) == [f"inner.{name}" for name in pairs]
-    assert list(find_blocks(module_of(**pairs, **aside))) == [*pairs, "aside0.one", "aside0.two", "aside1.one", "aside1.two"]
-    assert list(find_blocks(module_of(stages=nn.ModuleList([Pair()]), **pairs))) == ["stages.0"]  # a list says what is repeated
-
-
-def test_a_single_layer_before_or_behind_the_units_is_none() -> None:
-    def units(**children: nn.Module) -> list[str]:
-        return list(find_blocks(module_of(**children)))
-
-    assert units(features=nn.Sequential(step(), Pair(), step(), Pair(), step())) == ["features.1", "features.2", "features.3"]
-    assert units(features=nn.Sequential(step(), nn.Sequential(Pair(), Pair()), step(), nn.Sequential(Pair()), Pair())) == [
-        "features.1.0", "features.1.1", "features.3.0", "features.4"
-    ]  # fmt: skip
-    assert units(features=nn.Sequential(step(), step())) == ["features.0", "features.1"]
-    assert units(blocks=nn.Sequential(step(), Pair(), step())) == ["blocks.0", "blocks.1", "blocks.2"]  # all of them, by its name
-    assert units(dense=nn.ModuleDict({"one": Pair(), "two": Pair()})) == ["dense.one", "dense.two"]
-
-
 def test_block_features_are_found_in_both_layouts() -> None:
     shape = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}
     swin = timm.create_model("swin_tiny_patch4_window7_224", **shape)
