@@ -23,7 +23,8 @@ from capnas.profile.rows import MEASURES, Profile
 from capnas.recording import LayerRecord, Reading, Recorder
 
 _WRAP = "Wrap a model of several or named inputs in a module that takes one tensor."
-_LAYER_SCALE = r"gamma(_\d)?|layer_scale\w*"
+_LAYER_SCALE = re.compile(r"(.*\.)?(gamma\d?|gamma_\w+|ls\d|layer_scale\w*(\.\w+)?)")
+_GAIN = re.compile(r"(.*\.)?(skipinit_)?gain")
 
 
 def profile_model(
@@ -200,8 +201,8 @@ def at_default_initialization(model: nn.Module, *, seed: int = 0) -> nn.Module:
 
     Every module without others inside is reset by its own ``reset_parameters`` in the order of the modules. Then, in the same order, so is
     every one with others inside and parameters of its own, by that method or ``_reset_parameters`` (of `nn.MultiheadAttention`), which
-    changes no parameter of those inside, and every parametrized layer, through the right inverse of its parametrization. Norms that start
-    at zero and layer scales that start small, both of which switch residual branches off, start at one. Parameters that no such method
+    changes no parameter of those inside, and every parametrized layer, through the right inverse of its parametrization. Norms and gains
+    that start at zero and layer scales that start small, which switch residual branches off, start at one. Parameters that no such method
     sets stay: most class tokens and position codes, weights under the old ``weight_norm``; `profile_model` flags them. A model that lies on
     one device starts from numbers of the CPU's generator, so that all devices give the same weights.
 
@@ -226,11 +227,11 @@ def _restarted(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]
                 written |= _written(module, module.reset_parameters)  # type: ignore[arg-type]
         for module in fresh.modules():
             written |= _reset_around(module) if any(module.children()) else set()
-        for module in fresh.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if re.fullmatch(_LAYER_SCALE, name) and parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
-                    parameter.fill_(1.0)
-                    written.add(id(parameter))
+        for name, parameter in fresh.named_parameters():
+            scale = _LAYER_SCALE.fullmatch(name) and parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())
+            if scale or (_GAIN.fullmatch(name) and not parameter.any()):
+                parameter.fill_(1.0)
+                written.add(id(parameter))
     kept = tuple(name for name, parameter in fresh.named_parameters() if id(parameter) not in written)
     return (fresh.to(devices.pop()) if len(devices) == 1 else fresh), kept
 

@@ -168,3 +168,40 @@ def test_position_biases_of_window_attention_start_from_the_seed() -> None:
     shape = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}
     models = [timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape) for _ in range(2)]
     same(*(at_default_initialization(model, seed=1) for model in models))
+
+
+class Holding(nn.Module):
+    """Parameters under the names given."""
+
+    def __init__(self, **values: Tensor) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+
+def test_scales_and_gains_that_switch_a_branch_off_start_at_one_under_every_name() -> None:
+    small = torch.full((4,), 1e-6)
+    scales = Holding(gamma=small, gamma1=small, gamma_2=small, gamma_xca=small, ls1=small, layer_scale_1=small)
+    gains = Holding(gain=torch.zeros(4, 1, 1, 1), skipinit_gain=torch.tensor(0.0))
+    model = nn.Module()
+    model.scales, model.gains, model.layer_scale1 = scales, gains, Holding(scale=small)
+    model.others = Holding(scale=small, gain=small, bias=torch.zeros(4), temperature=small, beta=small)
+    fresh = at_default_initialization(model)
+    assert all(bool((p == 1).all()) for part in (fresh.scales, fresh.gains, fresh.layer_scale1) for p in part.parameters())
+    same(fresh.others, model.others)
+
+
+@pytest.mark.parametrize("options", [{}, {"skipinit": True}])
+def test_residual_branches_without_norms_are_on(options: dict[str, bool]) -> None:
+    model = timm.models.nfnet.NormFreeNet(
+        timm.models.nfnet.NfCfg(depths=(1, 1, 1, 1), channels=(16, 16, 16, 16), stem_type="3x3", stem_chs=8, num_features=16, **options)
+    )
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = profile_model(model, x, initialize=True, measures=("saturation",))
+    assert all(row.saturation for row in found.layers)
+    branch = dict(at_default_initialization(model).named_modules())["stages.1.0"]
+    maps = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    on = branch(maps)
+    with torch.no_grad():
+        branch.conv2.weight.neg_()
+    assert not torch.allclose(branch(maps), on)
