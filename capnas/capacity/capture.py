@@ -23,7 +23,7 @@ from capnas.capacity.patches import LAYERS, arguments, groups_of, input_rows, un
 from capnas.graph.tracing import Node, Trace, caches_kept
 from capnas.layers import MEASURED
 from capnas.measures.activation_codes import all_finite
-from capnas.measures.axes import CHANNEL, Atom, Layout, rearrange, unknown
+from capnas.measures.axes import CHANNEL, Atom, Layout, rearrange, resize, unknown
 from capnas.measures.decoupling import Decoupling, gate_decoupling, output_decoupling
 from capnas.measures.layer_capacity import kfac_spectrum
 from capnas.measures.probing import untouched
@@ -171,7 +171,8 @@ class MomentReader(TorchDispatchMode):
                 layout: Layout = tuple((Atom(axes=(CHANNEL if i == made else i,), size=n),) for i, n in enumerate(before.shape))
                 for step in reversed(way):
                     layout = rearrange(base_name(step), step.attrs, layout, step.shape) or (
-                        layout if len(layout) == len(step.shape) else unknown([layout], step.shape)
+                        # a product with wider values, or a pooling, has other sizes along the same axes
+                        tuple(map(resize, layout, step.shape)) if len(layout) == len(step.shape) else unknown([layout], step.shape)
                     )
                 held = [math.prod(a.size for a in axis if a.axes == (CHANNEL,)) for axis in layout]
                 if len(held) == ndim and max(held) > 1:

@@ -86,3 +86,23 @@ def test_a_layer_that_fails_leaves_its_name_to_none() -> None:
         with pytest.raises(RuntimeError, match="no"):
             model(torch.randn(4, 2, 5, 5))
         assert taps.computed is None
+
+
+class WideValues(nn.Module):
+    """LeViT's attention: two heads whose values, `wide`, are wider than their keys, 4, and an activation behind."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.qkv, self.act, self.proj, self.wide = nn.Linear(6, 2 * (8 + wide)), nn.Hardswish(), nn.Linear(2 * wide, 6), wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 2, -1).split([4, 4, self.wide], 3)
+        attn = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1)
+        return self.proj(self.act((attn @ v.transpose(1, 2)).transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("wide", [4, 8, 7])
+@pytest.mark.parametrize("tokens", [2, 3, 5])  # fewer than a key has numbers, and more
+def test_the_channels_of_an_activation_behind_attention_are_those_of_its_values(wide: int, tokens: int) -> None:
+    reader = read(nn.Sequential(WideValues(wide), WideValues(wide)), torch.randn(3, tokens, 6))
+    assert {kept.shape for *_, kept, _ in reader.activations.values()} == {(3 * tokens, 2 * wide)}
