@@ -12,6 +12,7 @@ from capnas.errors import MissingDependencyError
 _DETOURS = 10  # times that a group may pass each dependency of the network; those of ordinary networks pass it once
 _FRAIL = ("update_concat_index_mapping", "update_reshape_index_mapping")
 _REPEATED = "update_expand_index_mapping"
+_SPLIT = "update_split_index_mapping"
 
 
 def torch_pruning() -> Any:
@@ -29,8 +30,8 @@ def torch_pruning() -> Any:
 def forgiving() -> Iterator[None]:
     """While this lasts, Torch-Pruning passes channels as they are where it divides by or adds a width that it could not infer.
 
-    What it then follows wrongly is found where each group is tried. Its rule for repeated heads is left out: it forgets whose channels
-    it maps.
+    So it does at a split of which it counts more parts than it knows the sizes of. What it then follows wrongly is found where each group
+    is tried. Its rule for repeated heads is left out: it forgets whose channels it maps.
     """
     from torch_pruning.dependency import index_mapping
 
@@ -41,10 +42,16 @@ def forgiving() -> Iterator[None]:
 
         return apply
 
-    rules = {name: getattr(index_mapping, name) for name in (*_FRAIL, _REPEATED) if hasattr(index_mapping, name)}  # not in every version
+    def split(graph: Any, node: Any) -> None:
+        if len(getattr(node.module, "offsets", None) or ()) > len(node.outputs):
+            rules[_SPLIT](graph, node)
+
+    instead = {_REPEATED: lambda graph, node: None, _SPLIT: split}
+    names = (*_FRAIL, _REPEATED, _SPLIT)
+    rules = {name: getattr(index_mapping, name) for name in names if hasattr(index_mapping, name)}  # not in every version
     try:
         for name, rule in rules.items():
-            setattr(index_mapping, name, forgive(rule) if name in _FRAIL else lambda graph, node: None)
+            setattr(index_mapping, name, instead.get(name) or forgive(rule))
         yield
     finally:
         for name, rule in rules.items():

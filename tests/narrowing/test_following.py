@@ -104,3 +104,21 @@ def test_a_group_ends_at_too_many_steps_or_channels_and_the_next_begins_anew(fac
     graph = Graph(factor)
     assert list(followed(graph, widest=16)) == [(10_000, False), (1, True)]
     assert graph.steps == steps
+
+
+class Gated(nn.Module):
+    """Reads one of two parts of its channels twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, z = self.wide(x).split([4, 4], dim=1)
+        return self.head(self.narrow(h * z.relu() + h).relu().mean((2, 3)))
+
+
+def test_parts_of_a_split_that_are_read_twice_leave_the_rest_of_the_network() -> None:
+    found = narrowable(Gated().eval(), torch.randn(2, 3, 4, 4))
+    assert [g.name for g in found.groups] == ["narrow"]
+    assert "split_sizes" in found.fixed["wide"]
