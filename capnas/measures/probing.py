@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -84,6 +85,8 @@ def reason(error: Exception) -> str:
 def untouched(model: nn.Module, *, training: bool = False, statistics: bool = False, seed: int = 0) -> Iterator[None]:
     """One mode for all modules and a fixed seed inside; modes, buffers, gradient flags and random state as before outside, error or not.
 
+    So are dictionaries of a module's own, in which some attentions keep tensors from one call in eval mode to the next.
+
     Weights are the caller's duty: do not step an optimizer inside.
 
     Args:
@@ -103,6 +106,7 @@ def untouched(model: nn.Module, *, training: bool = False, statistics: bool = Fa
     flags = [(p, p.requires_grad) for p in model.parameters()]
     tables = [m._buffers for m in model.modules()]
     buffers = [(held, k, b, None if b.is_meta else b.clone()) for held in tables for k, b in held.items() if b is not None]
+    memory = [(held, dict(held)) for held in _dictionaries(model)]
     try:
         with seeded(seed, (t.device for t in [*model.parameters(), *model.buffers()])), eagerly(model):
             for module in model.modules():  # not by model.train, where some models merge or freeze weights
@@ -113,11 +117,40 @@ def untouched(model: nn.Module, *, training: bool = False, statistics: bool = Fa
             module.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        for kept, content in memory:
+            kept.clear()
+            kept.update(content)
         with torch.no_grad():
             for held, key, buffer, before in buffers:
                 held[key] = buffer
                 if before is not None:
                     buffer.copy_(before)
+
+
+def _dictionaries(model: nn.Module) -> list[dict[Any, Any]]:
+    """The dictionaries that modules hold in attributes of their own."""
+    return [held for m in model.modules() for name, held in vars(m).items() if type(held) is dict and not name.startswith("_")]
+
+
+def cloned(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """A copy of a network without the tensors that its modules keep in dictionaries from one call to the next.
+
+    They are computed from weights: those of a pass with gradients cannot be copied, those of other weights or widths are wrong.
+
+    Args:
+        model: not changed.
+        share: whether the copy has the same parameters, for one that has others put in their place.
+
+    >>> net = nn.Linear(2, 2)
+    >>> net.cache = {"weight": 2 * net.weight}
+    >>> copied = cloned(net)
+    >>> copied.cache, torch.equal(copied.weight, net.weight), cloned(net, share=True).weight is net.weight
+    ({}, True, True)
+    """
+    memo: dict[int, Any] = {id(d): {} for d in _dictionaries(model) if d and all(isinstance(v, Tensor) for v in d.values())}
+    if share:
+        memo |= {id(p): p for p in model.parameters()}
+    return copy.deepcopy(model, memo)
 
 
 @contextlib.contextmanager

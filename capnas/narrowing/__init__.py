@@ -6,7 +6,6 @@ network (a copy); `capnas.narrowing.pruning` does all of it for the command and 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError
 from capnas.measures.narrowing import mixture
-from capnas.measures.probing import untouched, unwrap_model
+from capnas.measures.probing import cloned, untouched, unwrap_model
 from capnas.narrowing.applying import Keep, around_classifier, change_widths, kept_channels
 from capnas.narrowing.calibration import refitted
 from capnas.narrowing.correcting import correct
@@ -62,7 +61,7 @@ def narrowed(model: nn.Module, found: Survey, plan: Plan, *, refit: bool = True,
         `capnas.narrowing.standardized`.
     """
     model, keep = plain_convs(unwrap_model(model)), chosen_units(found, plan)
-    small = copy.deepcopy(model).eval()
+    small = cloned(model).eval()
     fitted = {n: r for n, r in found.readings.items() if refitted(model.get_submodule(n))}
     if refit:
         for name in found.readings.keys() - fitted.keys():

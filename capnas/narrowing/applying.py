@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from capnas._timm import import_timm
 from capnas.layers import CONVS, MEASURED
-from capnas.measures.probing import FAILURES, described
+from capnas.measures.probing import FAILURES, cloned, described
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, find_groups, layers_of
 from capnas.narrowing.refusing import CannotNarrow, check_network, differ
+from capnas.narrowing.selecting import place_width, select
 from capnas.projection import head_names
 
 _SHARE, _SMALL_SHARE = 3, 16  # one unit of so many is doubled in a trial: of usual networks, of large ones
@@ -76,7 +76,7 @@ def _failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) 
     if reason != _OTHER_ORDER or example.dtype == torch.float64:
         return reason
     try:
-        precise = copy.deepcopy(model).eval().double()
+        precise = cloned(model).eval().double()
         with torch.no_grad():
             precise(example.double())
     except FAILURES:
@@ -86,7 +86,7 @@ def _failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) 
 
 def _trial_failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) -> str | None:
     """Why the network does not run without the last unit of each group, or computes something else with units doubled; or None."""
-    trial = copy.deepcopy(model).eval()
+    trial = cloned(model, share=True).eval()
     generator = torch.Generator().manual_seed(0)
     share = _SMALL_SHARE if sum(p.numel() for p in model.parameters()) > _LARGE else _SHARE
     try:
@@ -99,12 +99,12 @@ def _trial_failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGr
             del trial
             averaged = [g for g in groups if _averaged(g, model)]
             for _ in range(2):  # two draws: a wrong order may map one to itself
-                trial = copy.deepcopy(model).eval()
+                trial = cloned(model, share=True).eval()
                 change_widths(trial, groups, {g.name: _doubled(g, model, share, generator) for g in groups})
                 if differ(trial(example), expected):
                     return _OTHER_ORDER
                 if averaged:
-                    trial = copy.deepcopy(model).eval()
+                    trial = cloned(model, share=True).eval()
                     permute_units(trial, groups, {g.name: torch.randperm(g.units, generator=generator) for g in averaged})
                     if differ(trial(example), expected):
                         return _OTHER_ORDER
@@ -153,12 +153,12 @@ def permute_units(model: nn.Module, groups: Sequence[CoupledGroup], orders: Mapp
     for group in groups:
         for port in group.ports if group.name in orders else ():
             place = port.module, port.side
-            if not (width := _place_width(model, modules, *place)):
+            if not (width := place_width(model, modules, *place)):
                 continue  # an activation
             index = indices.setdefault(place, torch.arange(width))
             index[port.positions.flatten()] = port.positions[orders[group.name]].flatten()
     for (name, side), index in indices.items():
-        _select(model, modules, name, side, index, torch.ones(len(index)))
+        select(model, modules, name, side, index, torch.ones(len(index)))
 
 
 def change_widths(model: nn.Module, groups: Sequence[CoupledGroup], keep: Keep) -> None:
@@ -192,8 +192,8 @@ def change_widths(model: nn.Module, groups: Sequence[CoupledGroup], keep: Keep) 
     modules = dict(model.named_modules())
     head = _classifier(model)
     for (name, side), count in counts.items():
-        index, often = _indices(_place_width(model, modules, name, side), count, blocks[name, side])
-        _select(model, modules, name, side, index, often)
+        index, often = _indices(place_width(model, modules, name, side), count, blocks[name, side])
+        select(model, modules, name, side, index, often)
     for module in modules.values():
         if hasattr(module, "num_heads") and isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "head_dim"):
             module.num_heads = module.qkv.out_features // (3 * module.head_dim)
@@ -250,90 +250,3 @@ def kept_channels(groups: Sequence[CoupledGroup], keep: Keep, module: str, side:
                     count |= dict.fromkeys(positions, kept[unit])
                     block |= dict.fromkeys(positions, (group.name, unit))
     return _indices(width, count, block)[0]
-
-
-def _take(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
-    return tensor.detach().index_select(axis, index.to(tensor.device)).clone()
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    old = getattr(module, name)
-    if isinstance(old, nn.Parameter):
-        setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad))
-    else:
-        module._buffers[name] = value
-
-
-def _place_width(model: nn.Module, modules: Mapping[str, Any], name: str, side: str) -> int:
-    """Positions of a module's side, or of a bare parameter's last wide axis."""
-    if side == "param":
-        value = model.get_parameter(name)
-        return value.shape[wide_axis(value)]
-    module = modules[name]
-    if isinstance(module, nn.LayerNorm):
-        return int(module.normalized_shape[-1])
-    if isinstance(module, nn.Linear):
-        return module.in_features if side == "in" else module.out_features
-    if isinstance(module, CONVS):
-        return module.in_channels if side == "in" else module.out_channels
-    return int(getattr(module, _norm_width(module), 0))
-
-
-def wide_axis(value: Tensor) -> int:
-    """The axis of a bare parameter that holds its channels: the last that is wider than one."""
-    return max(i for i, size in enumerate(value.shape) if size > 1)
-
-
-def _norm_width(module: nn.Module) -> str:
-    """The attribute with the width of a norm; "" of an activation, which has none."""
-    return next((a for a in ("num_features", "num_channels") if isinstance(getattr(module, a, None), int)), "")
-
-
-def _select(model: nn.Module, modules: Mapping[str, Any], name: str, side: str, index: Tensor, often: Tensor) -> None:
-    """Make the positions of one side of a module those of `index`, each of which is there so `often`."""
-    if side == "param":
-        owner, _, leaf = name.rpartition(".")
-        value = model.get_parameter(name)
-        _set(model.get_submodule(owner), leaf, _take(value, wide_axis(value), index))
-    elif side == "both" and not isinstance(modules[name], CONVS):
-        _norm(modules[name], index)
-    else:
-        _layer(modules[name], side, index, often)
-
-
-def _layer(module: Any, side: str, index: Tensor, often: Tensor) -> None:
-    conv = isinstance(module, CONVS)
-    transposed = conv and getattr(module, "transposed", False)
-    if side == "in":
-        width = module.in_channels if conv else module.in_features
-        if conv and module.groups > 1:  # whole groups: each keeps its inputs
-            module.groups = len(index) * module.groups // width
-        else:
-            axis = 0 if transposed else 1
-            weight = _take(module.weight, axis, index)
-            shape = [1] * weight.dim()
-            shape[axis] = len(index)
-            _set(module, "weight", weight / often.to(weight).reshape(shape))
-        setattr(module, "in_channels" if conv else "in_features", len(index))
-        return
-    if side == "both":
-        _set(module, "weight", _take(module.weight, 0, index))
-        module.in_channels = module.out_channels = module.groups = len(index)
-    else:
-        _set(module, "weight", _take(module.weight, 1 if transposed else 0, index))
-        setattr(module, "out_channels" if conv else "out_features", len(index))
-    if module.bias is not None:
-        _set(module, "bias", _take(module.bias, 0, index))
-
-
-def _norm(module: Any, index: Tensor) -> None:
-    layer_norm = isinstance(module, nn.LayerNorm)
-    if not layer_norm and not _norm_width(module):
-        return  # an activation: no width of its own
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if getattr(module, name, None) is not None:
-            _set(module, name, _take(getattr(module, name), -1, index))
-    if layer_norm:
-        module.normalized_shape = (*module.normalized_shape[:-1], len(index))
-    else:
-        setattr(module, _norm_width(module), len(index))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from capnas.candidates import count_cost
 from capnas.layers import CONVS, MEASURED
-from capnas.narrowing.applying import wide_axis
 from capnas.narrowing.groups import CoupledGroup
+from capnas.narrowing.selecting import wide_axis
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

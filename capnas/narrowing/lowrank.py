@@ -7,7 +7,6 @@ followed by a pointwise one, exact for the projected outputs. It saves multiply-
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from capnas.errors import UsageError
 from capnas.layers import MEASURED
 from capnas.measures.moments import Moments, covariance
-from capnas.measures.probing import FAILURES, described, unwrap_model
+from capnas.measures.probing import FAILURES, cloned, described, unwrap_model
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
 from capnas.narrowing.calibration import output_moments, pads_by_size, why_unreadable
 from capnas.narrowing.groups import CLASSES, run_order
@@ -164,7 +163,7 @@ def _unfit(model: nn.Module, heads: set[str], records: Mapping[str, LayerRecord]
 
 def _irreplaceable(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[str, str]:
     """Layers that the network cannot do without, as where it reads their weights itself, each with what then happens."""
-    trial, found = copy.deepcopy(model).eval(), {}
+    trial, found = cloned(model).eval(), {}
 
     def swap(name: str, layer: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
@@ -213,7 +212,7 @@ def factorized(model: nn.Module, plan: RankPlan) -> nn.Module:
     >>> [tuple(layer.weight.shape) for layer in small[0]], torch.allclose(small(flat), net(flat), atol=1e-5)
     ([(1, 6), (6, 1)], True)
     """
-    small = copy.deepcopy(unwrap_model(model)).eval()
+    small = cloned(unwrap_model(model)).eval()
     for row in plan.groups:
         if row.rank < row.width:
             parent, _, child = row.name.rpartition(".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -19,7 +18,7 @@ from capnas.devices import resolve_device
 from capnas.errors import CapnasError, UsageError, check_names, one_of
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.guessing import no_better_than_a_guess
-from capnas.measures.probing import untouched
+from capnas.measures.probing import cloned, untouched
 from capnas.measures.saturation import THRESHOLD
 from capnas.narrowing import narrowed
 from capnas.narrowing.applying import narrowable
@@ -136,7 +135,7 @@ def propose(model: nn.Module, data: ImageData, config: PruneConfig, *, image_siz
 def _to_measure(model: nn.Module, data: ImageData, config: PruneConfig, size: int) -> tuple[nn.Module, Tensor]:
     """A copy of the network on its device, in eval mode, and calibration images."""
     model, device = check_modules(model), resolve_device(config.device)
-    return copy.deepcopy(model).to(device).eval(), calibration_images(data, config.images, size, seed=config.seed, device=device)
+    return cloned(model).to(device).eval(), calibration_images(data, config.images, size, seed=config.seed, device=device)
 
 
 def make_plan(model: nn.Module, images: Tensor, config: PruneConfig) -> tuple[Plan | RankPlan, Callable[[], nn.Module]]:

@@ -7,13 +7,13 @@ The weight that is applied is free of both.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 
 from capnas._timm import import_timm
 from capnas.measures.applied_weights import applied_weight
+from capnas.measures.probing import cloned
 
 _timm_layers: Any = import_timm("timm.layers")
 _KINDS = tuple(getattr(_timm_layers, f"{scaled}StdConv2d{same}") for scaled in ("", "Scaled") for same in ("", "Same"))
@@ -37,7 +37,7 @@ def plain_convs(model: nn.Module) -> nn.Module:
     names = [n for n, m in model.named_modules(remove_duplicate=False) if n and isinstance(m, _KINDS)]
     if not names:
         return model
-    model, made = copy.deepcopy(model), {}
+    model, made = cloned(model), {}
     for name in names:
         layer = model.get_submodule(name)
         if layer not in made:

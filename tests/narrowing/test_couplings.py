@@ -10,6 +10,7 @@ from capnas._timm import timm
 from capnas.errors import UsageError
 from capnas.narrowing import narrowed, plan_widths, survey
 from capnas.narrowing.applying import change_widths, narrowable
+from capnas.narrowing.pruning import Method, PruneConfig, make_plan
 from capnas.narrowing.refusing import CannotNarrow
 from capnas.saved import build_recipe
 
@@ -198,3 +199,27 @@ def test_features_of_several_branches_name_no_one_width(monkeypatch: pytest.Monk
     found = survey(model, x)
     small = narrowed(model, found, plan_widths(found, widths={"conv": 5}))
     assert (small.num_features, small.conv.out_channels) == (8, 5)
+
+
+class Remembering(Attention):
+    """Computes a bias once in eval mode and keeps it, as timm's LeViT and TinyViT do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.kept = nn.Parameter(torch.randn(12)), {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.kept.setdefault("bias", 2 * self.bias))
+
+
+@pytest.mark.parametrize("method", ["channels", "lowrank"])
+def test_what_an_attention_keeps_from_a_pass_with_gradients_hinders_nothing(method: Method) -> None:
+    model, x = Tokens(Remembering()).eval(), torch.randn(32, 3, 2, 2)
+    make_plan(model, x, PruneConfig(target_macs=0.9, method=method, round_to=1 if method == "channels" else 8))
+    assert model.attn.kept == {}
+    model(x)  # with gradients
+    plan, carry_out = make_plan(model, x, PruneConfig(target_macs=0.9, method=method, round_to=1 if method == "channels" else 8))
+    small = carry_out()
+    assert plan.planned_macs <= 0.9 * plan.macs
+    assert bool(torch.isfinite(small(x)).all())
+    assert set(model.attn.kept) == {"bias"}
