@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from capnas._timm import import_timm
 from capnas.layers import CONVS, MEASURED
 from capnas.measures.probing import FAILURES, cloned, described
+from capnas.narrowing.attention import has_plain_heads
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, find_groups, layers_of
 from capnas.narrowing.refusing import CannotNarrow, check_network, differ
 from capnas.narrowing.selecting import place_width, select
@@ -190,15 +191,14 @@ def change_widths(model: nn.Module, groups: Sequence[CoupledGroup], keep: Keep) 
                     counts[port.module, port.side][position] = kept[unit]
                     blocks[port.module, port.side][position] = (group.name, unit)
     modules = dict(model.named_modules())
-    head = _classifier(model)
+    head, attentions = _classifier(model), [m for m in modules.values() if has_plain_heads(m)]
     for (name, side), count in counts.items():
         index, often = _indices(place_width(model, modules, name, side), count, blocks[name, side])
         select(model, modules, name, side, index, often)
-    for module in modules.values():
-        if hasattr(module, "num_heads") and isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "head_dim"):
-            module.num_heads = module.qkv.out_features // (3 * module.head_dim)
-            if hasattr(module, "attn_dim"):
-                module.attn_dim = module.num_heads * module.head_dim
+    for module in attentions:
+        module.num_heads = module.qkv.out_features // (3 * module.head_dim)
+        if hasattr(module, "attn_dim"):
+            module.attn_dim = module.num_heads * module.head_dim
     if head is not None:
         name, before = head
         for owner in around_classifier(model):

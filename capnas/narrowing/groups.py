@@ -220,8 +220,10 @@ def _refusal(units: Units, modules: Mapping[str, nn.Module], heads: set[str], at
         module = modules.get(name)
         if name in heads and side == "out":
             return CLASSES
-        if any(name in (f"{n}.qkv", f"{n}.proj") for n in attentions):
-            return "an attention is narrowed by whole heads"
+        if attention := next((n for n in attentions if name in (f"{n}.qkv", f"{n}.proj")), None):
+            if has_plain_heads(attentions[attention]):
+                return "an attention is narrowed by whole heads"
+            return f"an attention is narrowed by whole heads, and {attention} is no plain one of several heads side by side"
         if isinstance(module, MEASURED) and {n for n, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
             return f"{name} is a {type(module).__name__}, whose further parameters have no rule"
         if isinstance(module, nn.GroupNorm) and module.num_groups > 1:

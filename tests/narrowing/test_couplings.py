@@ -201,6 +201,28 @@ def test_features_of_several_branches_name_no_one_width(monkeypatch: pytest.Monk
     assert (small.num_features, small.conv.out_channels) == (8, 5)
 
 
+class KeyValue(Attention):
+    """Heads of which the layer that is called ``qkv`` gives the keys and values alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(12, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, v = self.qkv(x).unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.proj(nn.functional.scaled_dot_product_attention(k, k, v).transpose(1, 2).flatten(2))
+
+
+def test_an_attention_of_another_layout_keeps_its_heads_beside_layers_that_are_narrowed() -> None:
+    model, x = Tokens(KeyValue()).eval(), torch.randn(2, 3, 2, 2)
+    found = narrowable(model, x)
+    assert [g.name for g in found.groups] == ["wide"]
+    assert found.fixed["attn.qkv"] == "an attention is narrowed by whole heads, and attn is no plain one of several heads side by side"
+    change_widths(model, found.groups, {g.name: range(3) for g in found.groups})
+    assert model.attn.num_heads == 3
+    assert model(x).shape == (2, 2)
+
+
 class Remembering(Attention):
     """Computes a bias once in eval mode and keeps it, as timm's LeViT and TinyViT do."""
 
