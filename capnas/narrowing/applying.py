@@ -126,10 +126,18 @@ def _unbiased(group: CoupledGroup, model: nn.Module) -> bool:
     return any(isinstance(model.get_submodule(owner), _UNBIASED_NORMS) for owner in owners)
 
 
+def _beside(group: CoupledGroup, model: nn.Module) -> bool:
+    """Whether a norm averages over the group's channels and others beside them, as behind a concatenation."""
+    modules = dict(model.named_modules())
+    norms = [p for p in group.ports if isinstance(modules.get(p.module), (nn.LayerNorm, nn.GroupNorm))]
+    return any(p.positions.numel() < place_width(model, modules, p.module, p.side) for p in norms)
+
+
 def _doubled(group: CoupledGroup, model: nn.Module, share: int, generator: torch.Generator) -> list[int]:
     """Units with a random one of `share` twice; averaged ones all twice, which leaves the average alone, or once and only permuted."""
     if _averaged(group, model):
-        return sorted([*range(group.units)] * (2 if share == _SHARE and not _unbiased(group, model) else 1))
+        twice = share == _SHARE and not _unbiased(group, model) and not _beside(group, model)
+        return sorted([*range(group.units)] * (2 if twice else 1))
     some = torch.randperm(group.units, generator=generator)[: max(1, group.units // share)]
     return sorted([*range(group.units), *some.tolist()])
 

@@ -245,3 +245,23 @@ def test_what_an_attention_keeps_from_a_pass_with_gradients_hinders_nothing(meth
     assert plan.planned_macs <= 0.9 * plan.macs
     assert bool(torch.isfinite(small(x)).all())
     assert set(model.attn.kept) == {"bias"}
+
+
+class Joined(nn.Module):
+    """A norm averages over two layers' channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.head = nn.Linear(12, 8), nn.Linear(12, 6), nn.LayerNorm(14), nn.Linear(14, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        return self.head(self.norm(torch.cat([self.a(x), self.b(x)], dim=1)).relu())
+
+
+def test_layers_that_a_norm_averages_over_together_are_narrowed_beside_one_that_is_not() -> None:
+    found = narrowable(nn.Sequential(Joined(), nn.Linear(2, 2)).eval(), torch.randn(2, 3, 2, 2))
+    assert [g.name for g in found.groups] == ["0.a", "0.b", "0.head"]
+    model = Joined().eval()
+    model.b.register_parameter("scale", nn.Parameter(torch.ones(1)))  # has no rule: keeps its width
+    assert [g.name for g in narrowable(model, torch.randn(2, 3, 2, 2)).groups] == ["a"]
