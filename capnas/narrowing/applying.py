@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,20 +42,28 @@ def narrowable(model: nn.Module, example: Tensor) -> Coupling:
     found = find_groups(model, example)
     if _failure(model, example, found.groups) is None:
         return found
-    fine, fixed = [], dict(found.fixed)
+    alone, fixed = _alone(model, example, found.groups), dict(found.fixed)
+    kept, reasons = _together(model, example, [g for g in found.groups if g.name not in alone])
     for group in found.groups:
-        reason = _failure(model, example, (group,))
-        if reason is None:
-            fine.append(group)
-        else:
-            fixed |= dict.fromkeys(layers_of(group, modules), reason)
-    kept, reasons = _together(model, example, fine)
-    for group in fine:
-        if group.name in reasons:
+        if group.name in alone:
+            fixed |= dict.fromkeys(layers_of(group, modules), alone[group.name])
+        elif group.name in reasons:
             fixed |= dict.fromkeys(layers_of(group, modules), f"together with other groups {reasons[group.name]}")
     if not kept:
         raise cannot_narrow(model, fixed)
     return Coupling(groups=tuple(kept), fixed=fixed)
+
+
+def _alone(model: nn.Module, example: Tensor, groups: Sequence[CoupledGroup]) -> dict[str, str]:
+    """Those that cannot be narrowed on their own, by name, and why; groups at the same place of other blocks mostly pass at once."""
+    kinds: dict[str, list[CoupledGroup]] = defaultdict(list)
+    for group in groups:
+        kinds[re.sub(r"\d+", "", group.name)].append(group)
+    found: dict[str, str | None] = {}
+    for kind in kinds.values():
+        if (reason := _failure(model, example, kind)) is not None:
+            found |= {g.name: _failure(model, example, (g,)) if len(kind) > 1 else reason for g in kind}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def _together(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 
 from capnas._timm import timm
 from capnas.errors import UsageError
-from capnas.narrowing import narrowed, plan_widths, survey
+from capnas.narrowing import applying, narrowed, plan_widths, survey
 from capnas.narrowing.applying import change_widths, narrowable
+from capnas.narrowing.groups import CoupledGroup
 from capnas.narrowing.pruning import Method, PruneConfig, make_plan
 from capnas.narrowing.refusing import CannotNarrow
 from capnas.saved import build_recipe
@@ -265,3 +268,32 @@ def test_layers_that_a_norm_averages_over_together_are_narrowed_beside_one_that_
     model = Joined().eval()
     model.b.register_parameter("scale", nn.Parameter(torch.ones(1)))  # has no rule: keeps its width
     assert [g.name for g in narrowable(model, torch.randn(2, 3, 2, 2)).groups] == ["a"]
+
+
+class Block(nn.Module):
+    """Two layers; one of them cannot be narrowed in a block that counts."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.counts = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 8, 1), counts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x).relu()
+        if self.counts and y.shape[1] < 6:
+            raise RuntimeError("too narrow")
+        return x + self.c(self.b(y).relu())
+
+
+def test_groups_at_the_same_place_of_all_blocks_are_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, trial = [], applying._trial_failure
+
+    def count(model: nn.Module, example: torch.Tensor, groups: Sequence[CoupledGroup]) -> str | None:
+        tried.append(len(groups))
+        return trial(model, example, groups)
+
+    monkeypatch.setattr(applying, "_trial_failure", count)
+    blocks = [Block(i == 2) for i in range(4)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)).eval()
+    found = narrowable(model, torch.randn(2, 3, 4, 4))
+    assert [g.name for g in found.groups] == ["0", "1.a", "1.b", "2.a", "2.b", "3.b", "4.a", "4.b"]
+    assert tried == [9, 1, 4, 1, 1, 1, 1, 4, 8]  # all; by place; each at the place that fails; all that are left
