@@ -43,7 +43,7 @@ WIDTHS = {
     "clothing": {"short": 8, "vgg10": 8, "resnet18": 8},
 }
 SPLITS = {"cifar": (2000, 500, 3000), "clothing": (1600, 500, 1681)}
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 
 
 def images(name, canvas=None):

@@ -37,7 +37,7 @@ def missing(full, tuned):
     return "\n".join(lines)
 
 
-SEEDS, BUDGETS = (0, 1), 2
+SEEDS, BUDGETS = (0, 1, 2), 2
 EFFECTS = (("resnet18", "no early downsampling"), ("resnet18", "canvas"), ("vgg16", "canvas"))
 NETWORKS = {"cifar": ("short", "vgg16", "resnet18"), "clothing": ("short", "vgg10", "resnet18")}
 
