@@ -352,11 +352,62 @@ def test_the_results_tell_how_the_score_ranks(summary: dict[str, Any], unseen: d
     check_says(headline("rows of NAS-Bench-201, 101 and Macro that no weight"), "| {}, {}, {} | MACs {}, {}, {} |", *ranked)
     check_says(table_row(STUDIES, "the same on other rows"), "| {}, {}, {} | MACs {}, {}, {} | {} cells, {} and {} networks", *ranked,
                *(row["architectures"] for row in others.values()))  # fmt: skip
-    check_says(text, "0.94 on NAS-Bench-201 by {} (on the other 1,000 cells by {}). 0.80 on NAS-Bench-101 is reached by {}, on the other 300",
+    check_says(text, "0.94 on NAS-Bench-201 by {} (on the other 1,000 cells by {}). 0.80 on NAS-Bench-101 is reached by {}, on the other",
                0.94 - rho["nasbench201"]["capacity_score"], 0.94 - others["nasbench201"]["signals"]["capacity_score"]["spearman"],
                rho["nasbench101"]["capacity_score"] - 0.80)  # fmt: skip
     assert min(rho["nasbench101"]["capacity_score"], others["nasbench101"]["signals"]["capacity_score"]["spearman"]) >= 0.80
     check_says(text, "Never below MACs: on `mbconv` by {}, on MobileNetV2", rho["mbconv"]["macs"] - rho["mbconv"]["capacity_score"])
+
+
+def test_the_texts_tell_how_the_score_ranks_what_nothing_was_chosen_on() -> None:
+    cells, models = (lines_of(RESULTS / "unseen" / "raw" / f"{name}.jsonl") for name in ("cells", "torchvision"))
+    found = json.loads((RESULTS / "unseen" / "table.json").read_text())
+    known = {r["arch"] for path in (RANKING / "raw").glob("nasbench201*.jsonl") for r in lines_of(path)}
+    assert found["cells"] == len(cells) == len({r["arch"] for r in cells} - known)
+    assert found["torchvision"]["all"]["networks"] == len(models)
+    assert not {r["params"] for r in models} & {r["n_params"] for r in lines_of(RANKING / "raw" / "timm.jsonl")}
+    for name, part in [*found["datasets"].items(), ("all", found["torchvision"]["all"])]:
+        rows = models if name == "all" else cells
+        accuracy = [r["accuracy"] if name == "all" else statistics.mean(r["accuracies"][name]) for r in rows]
+        today = [sum(weight * r["scores"][term] for term, weight in CAPACITY_WEIGHTS.items()) for r in rows]
+        assert part["capacity_score"]["spearman"] == pytest.approx(spearman(today, accuracy))
+        assert part["macs"]["spearman"] == pytest.approx(spearman([r["macs"] for r in rows], accuracy))
+
+    text, signals = section("unseen"), ("capacity_score", "elsewhere", "naswot", "synflow", "macs")
+    titles = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet-16-120"}
+    parts = {titles[name]: part for name, part in found["datasets"].items()}
+    check_table(text, "data set of the accuracy", {
+        name: [("{}, {}", part[signal]["spearman"], part[signal]["top_half"]) for signal in signals] for name, part in parts.items()
+    })  # fmt: skip
+    check_table(text, "data set", {
+        name: [*(("{}: {}", part[signal]["regret"][0], part[signal]["random_trainings"]) for signal in signals), part["random"]["regret"]]
+        for name, part in parts.items()
+    })  # fmt: skip
+    for part in parts.values():
+        rivals = [part[signal] for signal in signals[2:]]
+        assert all(part["capacity_score"][key] > max(r[key] for r in rivals) for key in ("spearman", "top_half", "matched_pairs"))
+        assert part["capacity_score"]["regret"][0] < min(r["regret"][0] for r in rivals)
+    pairs = [part[signal]["matched_pairs"] for signal in ("capacity_score", "naswot", "synflow") for part in parts.values()]
+    check_says(text, "in {}, {} and {} of all pairs, naswot in {}, {} and {}, synflow in {}, {} and {}.", *pairs)
+    check_says(text, "Cells: {}, none of a class", len(cells))
+
+    recipes = found["torchvision"]
+    names = {"capacity_score": "`capacity_score`", "naswot": "naswot", "synflow": "synflow", "macs": "MACs", "params": "parameters"}
+    check_table(text, "signal", {
+        name: [("{}, {}", recipes[recipe][signal]["spearman"], recipes[recipe][signal]["top_half"]) for recipe in recipes]
+        for signal, name in names.items()
+    })  # fmt: skip
+    check_says(text, "{} of families with one plain recipe (which these are was chosen by us), {} in all",
+               *(part["networks"] for part in recipes.values()))  # fmt: skip
+    for part in recipes.values():  # "above their costs and below naswot and synflow"
+        order = [part[signal]["spearman"] for signal in ("macs", "capacity_score", "synflow", "naswot")]
+        assert max(order[0], part["params"]["spearman"]) < order[1] < min(order[2:])
+    ranked = [part[signal]["spearman"] for signal in ("capacity_score", "naswot", "synflow") for part in parts.values()]
+    across = [recipes["all"][signal]["spearman"] for signal in ("capacity_score", "naswot", "macs")]
+    check_says(table_row(STUDIES, "[unseen]"), "cells of NAS-Bench-201 at {}, {} and {} for CIFAR-10, CIFAR-100 and ImageNet-16-120 "
+               "(naswot {}, {}, {}); other families, torchvision's, at {} (naswot {}, MACs {})", *ranked[:6], *across)  # fmt: skip
+    check_says((ROOT / "README.md").read_text(), "networks of many families (torchvision's) it ranks at {}, naswot at {}", *across[:2])
+    check_says(headline("other cells of NAS-Bench-201 yet"), "| {}, {}, {} | naswot {}, {}, {}; synflow {}, {}, {} |", *ranked)
 
 
 def test_the_texts_tell_how_the_score_ranks_a_space_that_it_was_not_fitted_on(summary: dict[str, Any]) -> None:
@@ -921,6 +972,9 @@ def test_the_texts_tell_how_near_the_recommended_sizes_are() -> None:
     row_of_all = headline("image sizes within 0.5 points of the best")
     counts = [what(group)[1] for what in (near, largest) for group in groups]
     check_says(row_of_all, "| {} and {} of {} | the largest affordable {} and {} |", *counts[:2], len(groups[0]), *counts[2:])
+    check_says((ROOT / "README.md").read_text(), "points of the best in {} of {} cases with a budget and in {} of {} with all sizes "
+               "affordable; the largest size affordable, which takes no training, in {} and in {}.",
+               counts[0], len(groups[0]), counts[1], len(groups[1]), *counts[2:])  # fmt: skip
     most = [max(f[key] for f in found) for key in ("macs", "cpu")]
     check_says(text, "at most {} % of the sweep's MACs and {} % of its CPU time", *most)
     check_says(row, "within 0.5 points of the best in {} of {} cases with a budget at the middle size (the largest size affordable: {}), "
