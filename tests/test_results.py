@@ -269,9 +269,9 @@ def test_the_readme_tells_how_the_score_ranks(summary: dict[str, Any], unseen: d
     check_says(table_row(readme, "the same, NAS-Bench-101"), "| {}, {} | MACs {}, {} | {} and {} networks",
                *(rho[name][signal] for signal in ("capacity_score", "macs") for name in ("nasbench101", "macro")),
                *(spaces[name]["architectures"] for name in ("nasbench101", "macro")))  # fmt: skip
-    check_says(table_row(readme, "the same where size varies"), "| {}, {} | MACs {}, {}; naswot {} on `mbconv` | {} published rows",
-               *(rho[name][signal] for signal in ("capacity_score", "macs") for name in ("timm", "mbconv")), rho["mbconv"]["naswot"],
-               spaces["timm"]["architectures"])  # fmt: skip
+    check_says(table_row(readme, "the same where size varies"), "| {}, {} | MACs {}, {}; naswot {}, {} | {} published rows",
+               *(rho[name][signal] for signal in ("capacity_score", "macs") for name in ("timm", "mbconv")),
+               spaces["timm-baselines"]["signals"]["naswot"]["spearman"], rho["mbconv"]["naswot"], spaces["timm"]["architectures"])  # fmt: skip
     apart = json.loads((RANKING / "differences.json").read_text())["spaces"]
     on_macs = [apart[name]["less"]["macs"] for name in ("timm", "mbconv")]
     check_says(table_row(readme, "the same where size varies"),
@@ -294,6 +294,7 @@ def test_the_results_tell_how_the_score_ranks(summary: dict[str, Any], unseen: d
     row, text = table_row(STUDIES, "[ranking]"), section("ranking")
     mean = {signal: statistics.mean(rho[name][signal] for name in ALL) for signal in ("capacity_score", "macs", "params")}
     check_says(row, "Spearman with final accuracy {} (MACs {}, params {})", *mean.values())
+    check_says(row, "; naswot {} on timm:", summary["spaces"]["timm-baselines"]["signals"]["naswot"]["spearman"])
     check_says(row, "worse than MACs on `mbconv` ({} against {})", *(rho["mbconv"][signal] for signal in ("capacity_score", "macs")))
     apart = json.loads((RANKING / "differences.json").read_text())
     assert apart["weights"] == dict(CAPACITY_WEIGHTS)
@@ -318,6 +319,13 @@ def test_the_results_tell_how_the_score_ranks(summary: dict[str, Any], unseen: d
                max(added.items(), key=lambda item: len(item[0]))[1]["nasbench101"])  # fmt: skip
     check_says(text, "of {} with final accuracy (MACs {}, params {})", *mean.values())
     proxies = {"nasbench201": ("published naswot", "published logsynflow"), "mbconv": ("naswot", "synflow")}
+    beside = summary["spaces"]["timm-baselines"]["signals"]
+    rho["timm"] |= {signal: beside[signal]["spearman"] for signal in ("naswot", "synflow")}
+    proxies["timm"] = proxies["mbconv"]
+    both = [[beside[signal][part] for signal in ("naswot", "synflow")] for part in ("spearman", "top_half")]
+    check_says(text, "naswot {} and synflow {} for all, {} and {} in the better half, the score {} and {}.", *both[0], *both[1],
+               *(beside["capacity_score"][part] for part in ("spearman", "top_half")))  # fmt: skip
+    assert len(lines_of(RANKING / "raw" / "timm-baselines.jsonl")) == networks["timm"]
     check_table(text, "space", {
         NAMES[name]: (networks[name], *(rho[name][s] for s in ("capacity_score", "macs", "params")),
                       *([rho[name][s] for s in proxies[name]] if name in proxies else ("", "")), ("{}, {}", *unseen[name]))
