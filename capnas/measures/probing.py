@@ -106,7 +106,7 @@ def untouched(model: nn.Module, *, training: bool = False, statistics: bool = Fa
     flags = [(p, p.requires_grad) for p in model.parameters()]
     tables = [m._buffers for m in model.modules()]
     buffers = [(held, k, b, None if b.is_meta else b.clone()) for held in tables for k, b in held.items() if b is not None]
-    memory = [(held, dict(held)) for held in _dictionaries(model)]
+    memory = [(held, dict(held)) for _, held in _dictionaries(model)]
     try:
         with seeded(seed, (t.device for t in [*model.parameters(), *model.buffers()])), eagerly(model):
             for module in model.modules():  # not by model.train, where some models merge or freeze weights
@@ -127,27 +127,36 @@ def untouched(model: nn.Module, *, training: bool = False, statistics: bool = Fa
                     buffer.copy_(before)
 
 
-def _dictionaries(model: nn.Module) -> list[dict[Any, Any]]:
-    """The dictionaries that modules hold in attributes of their own."""
-    return [held for m in model.modules() for name, held in vars(m).items() if type(held) is dict and not name.startswith("_")]
+def _dictionaries(model: nn.Module) -> list[tuple[str, dict[Any, Any]]]:
+    """The dictionaries that modules hold in attributes of their own, with the names of these."""
+    return [(name, held) for m in model.modules() for name, held in vars(m).items() if type(held) is dict and not name.startswith("_")]
 
 
 def cloned(model: nn.Module, *, share: bool = False) -> nn.Module:
     """A copy of a network without the tensors that its modules keep in dictionaries from one call to the next.
 
-    They are computed from weights: those of a pass with gradients cannot be copied, those of other weights or widths are wrong.
+    They are computed from weights: those of a pass with gradients cannot be copied, those of other weights or widths are wrong. Without
+    gradients they look like constants, and are told from these by a name with "cache" in it, as in timm.
 
     Args:
         model: not changed.
         share: whether the copy has the same parameters, for one that has others put in their place.
 
     >>> net = nn.Linear(2, 2)
-    >>> net.cache = {"weight": 2 * net.weight}
+    >>> net.kept, net.cache, net.mean = {"weight": 2 * net.weight}, {"bias": torch.ones(2)}, {"x": torch.zeros(2)}
     >>> copied = cloned(net)
-    >>> copied.cache, torch.equal(copied.weight, net.weight), cloned(net, share=True).weight is net.weight
-    ({}, True, True)
+    >>> copied.kept, copied.cache, copied.mean, cloned(net, share=True).weight is net.weight
+    ({}, {}, {'x': tensor([0., 0.])}, True)
     """
-    memo: dict[int, Any] = {id(d): {} for d in _dictionaries(model) if d and all(isinstance(v, Tensor) for v in d.values())}
+
+    def kept(name: str, value: Any) -> bool:
+        return isinstance(value, Tensor) and ("cache" in name or not value.is_leaf)
+
+    memo: dict[int, Any] = {
+        id(held): {key: value for key, value in held.items() if not kept(name, value)}
+        for name, held in _dictionaries(model)
+        if any(kept(name, value) for value in held.values())
+    }
     if share:
         memo |= {id(p): p for p in model.parameters()}
     return copy.deepcopy(model, memo)

@@ -250,6 +250,27 @@ def test_what_an_attention_keeps_from_a_pass_with_gradients_hinders_nothing(meth
     assert set(model.attn.kept) == {"bias"}
 
 
+class Scaled(nn.Module):
+    """Holds constants in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.head = nn.Linear(12, 16), nn.Linear(16, 2)
+        self.constants = {"mean": torch.tensor(0.5), "deviation": torch.tensor(2.0)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x.flatten(1) - self.constants["mean"]) / self.constants["deviation"]
+        return self.head(self.wide(x).relu())
+
+
+@pytest.mark.parametrize("method", ["channels", "lowrank"])
+def test_constants_in_a_dictionary_stay(method: Method) -> None:
+    model, x = Scaled().eval(), torch.randn(32, 3, 2, 2)
+    small = make_plan(model, x, PruneConfig(target_macs=0.5, method=method, round_to=1 if method == "channels" else 8))[1]()
+    assert small.constants == model.constants
+    assert small(x).shape == (32, 2)
+
+
 class Joined(nn.Module):
     """A norm averages over two layers' channels."""
 
