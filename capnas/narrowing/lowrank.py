@@ -7,6 +7,7 @@ followed by a pointwise one, exact for the projected outputs. It saves multiply-
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -20,7 +21,7 @@ from capnas.measures.moments import Moments, covariance
 from capnas.measures.probing import FAILURES, cloned, described, unwrap_model
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
 from capnas.narrowing.calibration import output_moments, pads_by_size, why_unreadable
-from capnas.narrowing.groups import CLASSES, run_order
+from capnas.narrowing.groups import CLASSES, run_order, shared_parameters
 from capnas.narrowing.planning import check_target
 from capnas.narrowing.refusing import CannotNarrow, check_modules, differ, fixed_cost, why_uncalled
 from capnas.projection import head_names
@@ -153,8 +154,13 @@ def _unfit(model: nn.Module, heads: set[str], records: Mapping[str, LayerRecord]
     """The conv and linear layers that cannot be split whatever their outputs, each with the reason."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, MEASURED)}
     found = {n: "its outputs on the images are not finite" for n in layers if n not in records}
+    places: dict[nn.Module | None, list[str]] = defaultdict(list)
+    for owner, module in model.named_modules():
+        for leaf, child in module._modules.items():
+            places[child].append(f"{owner}.{leaf}" if owner else leaf)
+    tied = {n: f"{' and '.join(places[m])} are one layer" for n, m in layers.items() if len(places[m]) > 1} | shared_parameters(model)
     for name, layer in layers.items():
-        reason = "it pads each image by its size" if pads_by_size(layer) else why_unreadable(layer)
+        reason = "it pads each image by its size" if pads_by_size(layer) else why_unreadable(layer) or tied.get(name)
         if name in heads or reason:
             found[name] = CLASSES if name in heads else str(reason)
     order = run_order(model, example)
@@ -170,14 +176,28 @@ def _irreplaceable(model: nn.Module, names: Sequence[str], example: Tensor) -> d
         setattr(trial.get_submodule(parent), child, layer)
 
     def fails() -> str | None:
+        for module, leaf in kept:
+            setattr(module, leaf, None)
         try:
             return "computes something else" if differ(trial(example), expected) else None
         except FAILURES as error:
             return f"fails ({described(error)})"
 
     layers = {name: trial.get_submodule(name) for name in names}
+    # what modules computed at an earlier call, as for a size of images, and compute again where it is not there
+    kept = [
+        (m, leaf)
+        for m in trial.modules()
+        for leaf, value in (vars(m) | {n: m._buffers[n] for n in m._non_persistent_buffers_set}).items()
+        if isinstance(value, Tensor)
+    ]
+    values = [getattr(m, leaf) for m, leaf in kept]
     with torch.no_grad():
         expected = trial(example)
+        if kept and fails():  # constants
+            for (module, leaf), value in zip(kept, values):
+                setattr(module, leaf, value)
+            kept = []
         for name, layer in layers.items():
             swap(name, nn.Sequential(layer, nn.Identity()))  # as a split layer is, and computes the same
         if fails() is None:

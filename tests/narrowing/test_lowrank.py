@@ -146,6 +146,60 @@ def test_layers_that_are_left_out_have_a_reason_each() -> None:
     }
 
 
+class Shared(nn.Module):
+    """One layer in two places, and two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.first, self.tied, self.other = (nn.Linear(8, 8) for _ in range(4))
+        self.again, self.head = self.first, nn.Linear(8, 2)
+        self.other.weight = self.tied.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.plain, self.first, self.again, self.tied, self.other):
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+def test_shared_layers_stay_whole_and_the_costs_are_those_planned() -> None:
+    model = Shared().eval()
+    plan = plan_ranks(model, torch.randn(64, 8), threshold=0.5)
+    assert [g.name for g in plan.groups] == ["plain"]
+    assert plan.fixed["first"] == "first and again are one layer"
+    assert plan.fixed["tied"] == plan.fixed["other"] == "tied.weight and other.weight are one parameter"
+    small = factorized(model, plan)
+    assert plan.planned_macs == count_cost(small, (1, 8)).macs < plan.macs
+    assert plan.planned_params == sum(p.numel() for p in small.parameters())
+
+
+class Positions(nn.Module):
+    """Computes positions at its first call, where a layer's weight lies, as timm's ConViT does."""
+
+    def __init__(self, constant: bool = False) -> None:
+        super().__init__()
+        self.scale, self.head, self.constant = nn.Linear(8, 8), nn.Linear(8, 2), constant
+        if constant:
+            self.positions = torch.arange(8.0)
+        else:
+            self.register_buffer("positions", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.positions is None and not self.constant:
+            self.positions = torch.arange(8.0, device=self.scale.weight.device)
+        return self.head(self.scale(x) + self.positions)
+
+
+def test_a_layer_that_is_read_at_the_first_call_alone_stays_whole() -> None:
+    torch.manual_seed(0)
+    line = torch.randn(64, 1) @ torch.randn(1, 8)
+    model = nn.Sequential(nn.Linear(8, 8), Positions(), nn.ReLU(), nn.Linear(2, 2)).eval()
+    model(line)  # the positions are there from here on
+    plan = plan_ranks(model, line)
+    assert {g.name for g in plan.groups} == {"0", "1.head"}
+    assert "in two parts the network fails (AttributeError" in plan.fixed["1.scale"]
+    assert {g.name for g in plan_ranks(Positions(constant=True).eval(), line).groups} == {"scale"}
+
+
 def test_errors() -> None:
     with pytest.raises(CannotNarrow, match="no plain dense conv or linear layer beside its head"):
         plan_ranks(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.randn(4, 1, 2, 2))
