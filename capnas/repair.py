@@ -8,7 +8,6 @@ accuracy becomes, only training tells.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,7 +21,7 @@ from capnas.graph.downsampling import Step, macs_without, steps, without
 from capnas.graph.structure import structure
 from capnas.graph.tracing import Trace, trace
 from capnas.layers import find_blocks
-from capnas.measures.probing import FAILURES, unwrap_model
+from capnas.measures.probing import FAILURES, cloned, unwrap_model
 from capnas.measures.receptive import border_layers
 from capnas.measures.resolution import looking_layers, smallest_productive
 from capnas.recording import hooked
@@ -112,7 +111,7 @@ def _cut(model: nn.Module, graph: Trace, size: int, layers: Sequence[str], idle:
     if not units:
         return None
     macs, params = structure(graph).macs, sum(p.numel() for p in model.parameters())
-    changed = copy.deepcopy(model).to("meta").eval()
+    changed = cloned(model).to("meta").eval()
     for name in units:
         parent, _, child = name.rpartition(".")
         setattr(changed.get_submodule(parent), child, _Passing())
@@ -181,7 +180,7 @@ def _enlarge(model: nn.Module, graph: Trace, enough: int, build: Callable[[int],
 
 def _unstrided(model: nn.Module, graph: Trace, names: Sequence[str]) -> Trace | None:
     """The trace of a copy with these modules' strides set to 1; None where that is not possible, or the layers behind do not fit then."""
-    changed = copy.deepcopy(model).to("meta")
+    changed = cloned(model).to("meta")
     for name in names:
         module: Any = changed.get_submodule(name)
         stride = getattr(module, "stride", None)

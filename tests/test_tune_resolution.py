@@ -360,6 +360,15 @@ def test_the_strides_to_undo_are_the_cheapest_of_those_that_leave_least_idle(siz
     assert (found["stride"].layers, found["stride"].unproductive) == (layers, left)
 
 
+def test_what_a_layer_keeps_from_a_call_with_gradients_hinders_no_advice() -> None:
+    strided = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), *(nn.Conv2d(2, 2, 3, 2 if n == 0 else 1, 1) for n in range(5)))
+    graph = trace(strided, (1, 1, 10, 10))
+    expected = advise(strided, graph, 10, idle=("5",))
+    strided[1].kept = {"weight": 2 * strided[1].weight}
+    assert {"cut", "stride"} <= {a.kind for a in expected}
+    assert advise(strided, graph, 10, idle=("5",)) == expected
+
+
 def test_a_measured_tail_inside_the_border_asks_for_no_larger_image_and_leaves_the_first_layer() -> None:
     chain = nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), *(nn.Conv2d(2, 2, 3, 1, 1) for _ in range(4)))
     (cut,) = advise(chain, trace(chain, (1, 1, 15, 15)), 15, idle=("0", "1"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from capnas.errors import CapnasError, UsageError, one_of
 from capnas.graph.tracing import Trace, trace
-from capnas.measures.probing import FAILURES, gradable, reason, seeded, untouched, unwrap_model
+from capnas.measures.probing import FAILURES, cloned, gradable, reason, seeded, untouched, unwrap_model
 from capnas.measures.saturation import THRESHOLD
 from capnas.profile.enriching import enrich, with_params
 from capnas.profile.rows import MEASURES, Profile
@@ -217,7 +216,7 @@ def at_default_initialization(model: nn.Module, *, seed: int = 0) -> nn.Module:
 @torch.inference_mode(False)  # else no gradient could run through the copy
 def _restarted(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
     """The copy at the default initialization, and the names of the parameters that nothing set."""
-    fresh, devices = copy.deepcopy(model), {p.device for p in model.parameters()}
+    fresh, devices = cloned(model), {p.device for p in model.parameters()}
     if len(devices) == 1:
         fresh.cpu()
     written: set[int] = set()

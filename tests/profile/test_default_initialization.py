@@ -205,3 +205,22 @@ def test_residual_branches_without_norms_are_on(options: dict[str, bool]) -> Non
     with torch.no_grad():
         branch.conv2.weight.neg_()
     assert not torch.allclose(branch(maps), on)
+
+
+class Remembering(nn.Module):
+    """Computes a tensor once in eval mode and keeps it, as the attentions of timm's LeViT do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.kept = nn.Linear(4, 4), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kept.setdefault("weight", 2 * self.layer.weight)
+
+
+def test_what_a_network_keeps_from_a_call_with_gradients_is_not_of_the_weights_it_starts_from() -> None:
+    model, x = marked(Remembering()).eval(), torch.ones(2, 4)
+    model(x)
+    fresh = at_default_initialization(model, seed=5)
+    torch.testing.assert_close(fresh(x), 2 * x @ fresh.layer.weight)
+    assert set(model.kept) == {"weight"}
