@@ -15,7 +15,9 @@ def is_attention(module: nn.Module) -> bool:
 def has_plain_heads(module: Any) -> bool:
     """Whether heads can be taken out: timm's plain ``Attention``, heads side by side in q, k and v."""
     heads, width = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
-    if type(module).__name__ != "Attention" or not isinstance(heads, int) or not isinstance(width, int) or heads < 2:
+    if type(module).__name__ != "Attention" or not is_attention(module):
+        return False
+    if not isinstance(heads, int) or not isinstance(width, int) or heads < 2:
         return False
     plain = isinstance(getattr(module, "norm", nn.Identity()), nn.Identity) and getattr(module, "gate", None) is None
     return plain and module.qkv.out_features == 3 * heads * width and module.proj.in_features == heads * width

@@ -226,6 +226,37 @@ def test_an_attention_of_another_layout_keeps_its_heads_beside_layers_that_are_n
     assert model(x).shape == (2, 2)
 
 
+class Apart(Attention):
+    """No one layer gives q, k and v, as in timm's TNT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.qkv
+        self.qk, self.v = nn.Linear(12, 24), nn.Linear(12, 12)
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.qk(x), self.v(x)], dim=2)
+
+
+class Convolved(Attention):
+    """A convolution gives them, as in timm's Visformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Conv1d(12, 36, 1)
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return self.qkv(x.transpose(1, 2)).transpose(1, 2)
+
+
+Apart.__name__ = Convolved.__name__ = "Attention"  # as timm's are called
+
+
+@pytest.mark.parametrize("kind", [Apart, Convolved], ids=["two layers", "a convolution"])
+def test_an_attention_without_a_linear_layer_for_all_three_keeps_no_other_from_being_narrowed(kind: type[Attention]) -> None:
+    assert "wide" in [g.name for g in narrowable(Tokens(kind()).eval(), torch.randn(2, 3, 2, 2)).groups]
+
+
 class Remembering(Attention):
     """Computes a bias once in eval mode and keeps it, as timm's LeViT and TinyViT do."""
 
