@@ -271,7 +271,8 @@ def test_the_readme_tells_how_the_score_ranks(summary: dict[str, Any], unseen: d
                *(spaces[name]["architectures"] for name in ("nasbench101", "macro")))  # fmt: skip
     check_says(table_row(readme, "the same where size varies"), "| {}, {} | MACs {}, {}; naswot {}, {} | {} published rows",
                *(rho[name][signal] for signal in ("capacity_score", "macs") for name in ("timm", "mbconv")),
-               spaces["timm-baselines"]["signals"]["naswot"]["spearman"], rho["mbconv"]["naswot"], spaces["timm"]["architectures"])  # fmt: skip
+               spaces["timm-baselines"]["signals"]["naswot"]["spearman"], rho["mbconv"]["naswot"],
+               spaces["timm"]["architectures"])  # fmt: skip
     apart = json.loads((RANKING / "differences.json").read_text())["spaces"]
     on_macs = [apart[name]["less"]["macs"] for name in ("timm", "mbconv")]
     check_says(table_row(readme, "the same where size varies"),
