@@ -224,8 +224,7 @@ def _assemble(manifest: Mapping[str, Any]) -> nn.Module:
     model = build_recipe(manifest["recipe"])
     for name, steps in manifest["replaced"].items():
         parent, _, child = name.rpartition(".")
-        built = [_FACTORS[step["kind"]](**step["args"]) for step in (steps if isinstance(steps, list) else [steps])]
-        setattr(model.get_submodule(parent), child, nn.Sequential(*built) if isinstance(steps, list) else built[0])
+        setattr(model.get_submodule(parent), child, _built(steps))
     for name, attributes in manifest["attributes"].items():
         module = model.get_submodule(name)
         for attribute, value in attributes.items():
@@ -239,6 +238,11 @@ def _assemble(manifest: Mapping[str, Any]) -> nn.Module:
             setattr(module, leaf, nn.Parameter(torch.zeros(shape)))
     _retype(model, manifest.get("dtypes", {}))  # absent in manifests of earlier versions, whose weights are the recipe's type
     return model
+
+
+def _built(step: Any) -> nn.Module:
+    """The layer of a `_step`."""
+    return nn.Sequential(*map(_built, step)) if isinstance(step, list) else _FACTORS[step["kind"]](**step["args"])
 
 
 def _retype(model: nn.Module, dtypes: Mapping[str, str]) -> None:
@@ -258,9 +262,8 @@ def _differences(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
     replaced: dict[str, Any] = {}
     for name, module in now.items():
         if name in before and type(before[name]) is not type(module):
-            if isinstance(module, nn.Sequential):
-                replaced[name] = [_step(name, part) for part in module]
-            elif type(module) in (nn.Conv2d, _CONV2D_SAME) and isinstance(before[name], nn.Conv2d):  # of a standardized one
+            standardized = type(module) in (nn.Conv2d, _CONV2D_SAME) and isinstance(before[name], nn.Conv2d)
+            if isinstance(module, nn.Sequential) or standardized:
                 replaced[name] = _step(name, module)
     inside = tuple(f"{n}." for n in replaced)
     attributes: dict[str, dict[str, Any]] = {}
@@ -310,8 +313,10 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _step(name: str, part: Any) -> dict[str, Any]:
-    """A conv or linear layer as JSON."""
+def _step(name: str, part: Any) -> dict[str, Any] | list[Any]:
+    """A conv or linear layer as JSON; one that was split as its parts, each of which may be split again."""
+    if isinstance(part, nn.Sequential):
+        return [_step(name, each) for each in part]
     if type(part) in (nn.Conv2d, _CONV2D_SAME) and part.padding_mode == "zeros":
         args = {key: getattr(part, key) for key in _CONV} | {"bias": part.bias is not None}
     elif type(part) is nn.Linear:

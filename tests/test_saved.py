@@ -233,6 +233,14 @@ def test_a_linear_layer_split_in_two_comes_back_beside_one_of_like_name(tmp_path
     assert (again[1][0].bias, again[10].out_features) == (None, 40)
 
 
+def test_a_layer_split_twice_comes_back(tmp_path: Path) -> None:
+    model = narrowed()
+    model[2][0] = nn.Sequential(nn.Conv2d(4, 1, 3, padding=1, bias=False), nn.Conv2d(1, 2, 1))
+    again, x = load_model(save_model(model, tmp_path / "m", SPACE)), torch.randn(2, 1, 8, 8)
+    assert torch.equal(again(x), model(x))
+    assert again[2][0][0].padding == (1, 1)
+
+
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
     with pytest.raises(UsageError, match="cannot be written to; make it writable"):
