@@ -183,7 +183,8 @@ def _step(node: Node) -> Step:
     kind = _kind(node)
     if kind in _WEIGHTED:
         return _weight_step(node, kind)
-    if kind in _SAME or (kind == "cat" and len(node.inputs) == 1):
+    relayout = kind.rstrip("_") == "as_strided" and node.shape == node.input_shapes[0]  # a global pooling of channels-last maps
+    if kind in _SAME or relayout or (kind == "cat" and len(node.inputs) == 1):
         return Step()
     if kind.rstrip("_") in _ACTIVATIONS:
         return Step(constant=_ACTIVATIONS[kind.rstrip("_")])

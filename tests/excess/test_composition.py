@@ -113,6 +113,14 @@ def test_constants_of_linear_maps_are_their_operator_norms(pool: Callable[[Tenso
     assert found[0].branches[0][0].constant == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-12)
 
 
+def test_a_network_whose_maps_have_their_channels_last_is_composed_alike() -> None:
+    first, last = (
+        stages_of(Called(lambda m, x, kept=kept: m.b(F.adaptive_avg_pool2d(m.a(x).contiguous(memory_format=kept), 1))))
+        for kept in (torch.contiguous_format, torch.channels_last)
+    )
+    assert first == last
+
+
 @pytest.mark.parametrize(
     "activation", [F.relu, F.gelu, F.silu, F.hardswish, F.mish, F.elu, torch.tanh, F.relu6, lambda x: F.leaky_relu(x, 1.5)]
 )
