@@ -50,6 +50,8 @@ def check_values(values: str | Sequence[str]) -> tuple[str, ...]:
         return PARETO
     if not names or len(set(names)) < len(names):
         raise UsageError(f"values must be one or more different names, got {names}.")
+    if "principled-pareto" in names:
+        raise UsageError(f"principled-pareto is given alone: it stands for {', '.join(PARETO)}; got {', '.join(names)}.")
     for name in names:
         if name not in NAMES:
             raise UsageError(one_of("values", name, (*NAMES, "principled-pareto")))

@@ -533,6 +533,11 @@ def test_space_and_data_by_name() -> None:
     assert objective(images(), "tiny_space:space").data.num_classes == 3  # type: ignore[arg-type]
 
 
+def test_a_preset_of_several_values_is_given_alone(data: ImageData) -> None:
+    with pytest.raises(UsageError, match=r"principled-pareto is given alone: it stands for accuracy, .*; got principled-pareto, params\.$"):
+        objective(data, values="principled-pareto,params")
+
+
 @pytest.mark.parametrize("values", ["principled", "principled-pareto"])
 def test_the_founding_presets_measure_all_three_theories(data: ImageData, values: str) -> None:
     o = objective(data, values=values)
