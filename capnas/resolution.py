@@ -25,7 +25,7 @@ from torch import nn
 
 from capnas.data import ImageData
 from capnas.devices import resolve_device
-from capnas.errors import UsageError
+from capnas.errors import UsageError, counted
 from capnas.graph.structure import structure
 from capnas.measures import halving, receptive
 from capnas.measures import resolution as rule
@@ -181,7 +181,8 @@ def tune_resolution(
         networks = {size: copy.deepcopy(build(size)) for size in rows}
     if halving.rung_epochs(list(macs.values()), left=left, last=True, most=1) < 1:
         least = math.ceil(sum(macs.values()) * epochs / left)
-        raise UsageError(f"a share of {share:g} of {epochs} epochs does not pay for one epoch of every size: give at least {least} epochs.")
+        of = f"a share of {share:g} of {counted(epochs, 'epoch')}"
+        raise UsageError(f"{of} does not pay for one epoch of every size: give at least {least} epochs.")
     runs, left = _compare(rows, networks, data, base, most=epochs if len(rows) > 1 else 1, left=left, pay=pay, on_run=on_run)
     readings = [r.reading for r in runs if r.reading is not None]
     choice = rule.recommend(readings, budget=budget, pay=pay, images=data.sizes["validation"], chance=data.guess)

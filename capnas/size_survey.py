@@ -102,7 +102,7 @@ def survey_resolutions(
             if is_out_of_memory(error):
                 rows.append(SizeSurvey(size=size, refusal=f"it does not fit into memory at {size} px"))
                 continue
-            why = textwrap.shorten(str(error), _WIDE, placeholder=" ...") or type(error).__name__
+            why = textwrap.shorten(str(error).rstrip("."), _WIDE, placeholder=" ...") or type(error).__name__
             rows.append(SizeSurvey(size=size, refusal=f"it cannot run at {size} px: {why}"))
             continue
         report = structure(graph)

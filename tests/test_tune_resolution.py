@@ -191,6 +191,14 @@ def test_a_size_that_a_network_refuses_in_code_is_set_aside(error: type[Exceptio
     assert (small.refusal, large.refusal) == (f"it cannot run at 8 px: {error.__name__}", "")
 
 
+def test_a_reason_that_is_a_sentence_ends_in_one_full_stop() -> None:
+    def build(size: int) -> nn.Module:
+        raise UsageError("it takes 32 px.")
+
+    with pytest.raises(UsageError, match=r"8 px: it takes 32 px; it cannot run at 16 px: it takes 32 px\.$"):
+        survey_resolutions(build, (8, 16), in_chans=1)
+
+
 def test_the_limit_of_idle_layers_is_that_of_the_caller() -> None:
     deep = lambda size: net(size, depth=6)  # noqa: E731
     share = next(s for s in survey_resolutions(deep, (8, 64), in_chans=1, limit=1.0) if s.size == 8)
@@ -324,7 +332,8 @@ def test_a_training_that_fails_drops_its_size(data: ImageData) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 2}, "does not pay for one epoch of every size: give at least 4 epochs"),
+        ({"epochs": 2}, "a share of 0.3 of 2 epochs does not pay for one epoch of every size: give at least 4 epochs"),
+        ({"epochs": 1}, "a share of 0.3 of 1 epoch does not pay"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"share": 0.0}, r"share in \(0, 1\]"),
         ({"budget": 10}, "over the budget of 10"),
