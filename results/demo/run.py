@@ -89,7 +89,7 @@ def derive(run):
     done = [(t.number, e.metrics["accuracy"]) for t, e in run.evaluations() if e.status == "complete"]
     best = [(n, max(a for m, a in done if m <= n)) for n, _ in done]
     low, high = min(a for _, a in done), max(a for _, a in done)
-    step = math.ceil((high - low) / 4 * 100) / 100  # ticks on whole hundredths
+    step = max(math.ceil((high - low) / 4 * 100), 1) / 100  # ticks on whole hundredths
     low = math.floor(low / step) * step
     figure = svg([("best so far", "#c4532f", best, "steps"), ("trial", "#2f6db5", done, "dots")],
                  title="Validation accuracy after three epochs", x_label="trial", y_label="accuracy",

@@ -416,8 +416,11 @@ def targets(lines):
         half = tables[0.5]
         for model in half.models:
             own, (_, other) = half.lost(model, "capnas loss")[0], half.best_rival(model)
+            if other is None:
+                continue  # its rivals are not measured yet
             again = [100 * (half.base[model, s] - a) for s, a in zip(half.seeds[model], half.again(model)) if a is not None]
-            margins = [t.best_rival(model)[1] - t.lost(model, "capnas loss")[0] for t in tables.values() if t.seeds[model]]
+            rivals = {ratio: t.best_rival(model)[1] for ratio, t in tables.items() if t.seeds[model]}
+            margins = [rival - tables[r].lost(model, "capnas loss")[0] for r, rival in rivals.items() if rival is not None]
             bare = half.lost(model, "capnas loss", "without_refit")[0]
             cells = [f"{points(own)}, {verdict(own <= 2, 2 - own)}", "-" if bare is None else points(bare)]
             cells.append(f"{points(other)}, {verdict(other >= 2 * own, other - 2 * own)}")

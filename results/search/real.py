@@ -110,6 +110,8 @@ def summary(case, method, seed, study, given):
     """What a search spent and found."""
     found = [e for t in study.trials if t.state.is_finished() and (e := Evaluation.of(t)) is not None]
     outcomes = {status: sum(e.status == status for e in found) for status in sorted({e.status for e in found})}
+    if not any(e.status == "complete" for e in found):
+        raise SystemExit(f"{case}, {method}, seed {seed}: no trial was trained within {given.budget:g} s; give a larger --budget.")
     best = Evaluation.of(study.best_trial)
     return {
         "case": case, "method": method, "seed": seed, "budget": given.budget, "epochs": given.epochs,
