@@ -218,8 +218,9 @@ def change_widths(model: nn.Module, groups: Sequence[CoupledGroup], keep: Keep) 
             module.attn_dim = module.num_heads * module.head_dim
     if head is not None:
         name, before = head
+        inside = getattr(model, "num_features", before) != before  # layers before a timm head, as VGG's, give its inputs
         for owner in around_classifier(model):
-            for attribute in ("num_features", "head_hidden_size", "embed_dim"):
+            for attribute in ("num_features", "head_hidden_size", "embed_dim", *(["in_features"] if inside else [])):
                 if getattr(owner, attribute, None) == before:
                     setattr(owner, attribute, _inputs(modules[name]))
 

@@ -195,6 +195,19 @@ def test_the_classifier_of_a_narrowed_mixer_can_be_replaced() -> None:
     assert small(x).shape == (16, 5)
 
 
+def test_the_classifier_of_a_narrowed_vgg_can_be_replaced() -> None:
+    model = timm.models.vgg.VGG(cfg=[8, "M"], num_classes=3, mlp_ratio=1 / 256).eval()  # 16 and 4,096 hidden units
+    model.pre_logits.fc2 = nn.Conv2d(16, 24, 1)
+    model.head = timm.layers.ClassifierHead(24, 3)
+    model.head_hidden_size = 24
+    x = torch.randn(16, 3, 14, 14)
+    found = survey(model, x)
+    small = narrowed(model, found, plan_widths(found, widths={"pre_logits.fc2": 12}))
+    assert (small.num_features, small.head_hidden_size, small.head.in_features, small.head.fc.in_features) == (8, 12, 12, 12)
+    small.reset_classifier(5)
+    assert small(x).shape == (16, 5)
+
+
 def test_features_of_several_branches_name_no_one_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Headed, "forward", lambda self, x: self.head(self.conv(x).relu()))
     monkeypatch.setattr(Headed, "forward_features", lambda self, x: [self.conv(x), x])
