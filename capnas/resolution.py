@@ -14,7 +14,6 @@ every size to the end would take, counted in multiply-accumulates. The rule of t
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from capnas.errors import UsageError, counted
 from capnas.graph.structure import structure
 from capnas.measures import halving, receptive
 from capnas.measures import resolution as rule
+from capnas.measures.probing import cloned
 from capnas.measures.resolution import Recommendation, SizeReading
 from capnas.mixed_sizes import SharedRun, train_together
 from capnas.profile import Profile
@@ -171,14 +171,14 @@ def tune_resolution(
     left = share * sweep
     base, pay = config or TrainConfig(), rule.price(pay, budget)
     resolve_device(base.device)
-    networks = {size: copy.deepcopy(build(size)) for size in rows}
+    networks = {size: cloned(build(size)) for size in rows}
     passes = halving.shared_passes(list(macs.values()), left=left, most=epochs)
     if on_start is not None:
         on_start()
     shared = train_together(networks, data, base, passes=passes, on_pass=on_pass)
     left -= sum(seen * macs[size] for size, seen in shared.seen.items())
     if shared.reason:
-        networks = {size: copy.deepcopy(build(size)) for size in rows}
+        networks = {size: cloned(build(size)) for size in rows}
     if halving.rung_epochs(list(macs.values()), left=left, last=True, most=1) < 1:
         least = math.ceil(sum(macs.values()) * epochs / left)
         of = f"a share of {share:g} of {counted(epochs, 'epoch')}"
@@ -247,7 +247,7 @@ def _compare(
             break
         for size in running:
             if size not in models:
-                models[size] = copy.deepcopy(networks[size])  # it leaves what the others share
+                models[size] = cloned(networks[size])  # it leaves what the others share
             settings = dataclasses.replace(base, epochs=length, seed=base.seed + rung - 1, record=True)
             result = train(models[size], data, settings, image_size=size)
             runs.append(_run(rows[size], macs[size], rung, length, done + length, result))

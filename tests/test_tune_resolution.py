@@ -454,3 +454,14 @@ def test_candidates_by_themselves_span_two_doublings_either_way() -> None:
     assert ladder(32) == (16, 24, 32, 44, 64)
     assert ladder(4)[0] == 4
     assert len(set(ladder(5))) == len(ladder(5))
+
+
+def test_networks_that_keep_what_they_compute_between_calls_are_tuned(data: ImageData) -> None:
+    def called(size: int) -> nn.Module:
+        network = net(size)
+        network.bias_cache = {"seen": 2 * next(network.parameters())}  # of a pass with gradients: no copy can be made of it
+        return network
+
+    found = tune_resolution(called, data, (6, 8), epochs=20, config=CONFIG)
+    assert found.shared.passes
+    assert {r.size for r in found.runs} == {6, 8}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from capnas.graph.tracing import Trace, trace
 from capnas.measures.convolution import convolution
 from capnas.measures.excess import distance_to_init, simplex_classifier
 from capnas.measures.operator_norms import linear_norm, operator_norm, ring_bound
-from capnas.measures.probing import unwrap_model
+from capnas.measures.probing import cloned, unwrap_model
 from capnas.measures.projections import project, project_distance, project_radially, pull_back
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
@@ -152,7 +151,7 @@ def paper_network(model: nn.Module, *, in_chans: int, image_size: int, num_class
     >>> paper.removed, [o.name for o in paper.operators], [o.fixed for o in paper.operators]
     (('1',), ['0', '5'], [False, True])
     """
-    model = copy.deepcopy(unwrap_model(model))
+    model = cloned(unwrap_model(model))
     removed = tuple(name for name, module in model.named_modules() if isinstance(module, _NORMS))
     for name in removed:
         parent, _, child = name.rpartition(".")
