@@ -81,10 +81,8 @@ def test_blocks_of_models_that_declare_none(name: str, kinds: set[str], count: i
 
 
 def test_blocks_that_are_attributes() -> None:
-    pairs, maps = (
-        {f"pair{i}": Deep() for i in range(3)},
-        {f"map{i}": Named(a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3)) for i in range(2)},
-    )
+    pairs = {f"pair{i}": Deep() for i in range(3)}
+    maps = {f"map{i}": Named(a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3)) for i in range(2)}
     assert list(find_blocks(Named(stem=linear(), **pairs, head=nn.Linear(4, 2)))) == list(pairs)
     assert list(find_blocks(Named(stem=linear(), one=Deep(), inner=Named(**pairs)))) == [f"inner.{name}" for name in pairs]
     assert list(find_blocks(Named(**maps, auxiliary1=Deep(), auxiliary2=Deep()))) == list(maps)

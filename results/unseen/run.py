@@ -39,7 +39,6 @@ from capnas.search_spaces import nasbench201
 from capnas._timm import import_timm
 from capnas.data import load_data
 from capnas.measures.proxies import naswot, synflow
-from capnas.measures.ranking import spearman
 from capnas.profile import profile_model
 from capnas.profile.reading import at_default_initialization
 from capnas.scoring import CAPACITY_WEIGHTS, measures_for, score
@@ -50,7 +49,7 @@ CELLS, MODELS, RANKING = HERE / "raw" / "cells.jsonl", HERE / "raw" / "torchvisi
 sys.path[:0] = [str(RANKING), str(HERE.parent / "search")]  # before this folder: `run` is the ranking study's
 import benchmarks  # noqa: E402
 import gates  # noqa: E402
-from run import interval, matched  # noqa: E402
+from run import judge  # noqa: E402
 
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet-16-120"}
 SIGNALS = {"capacity_score": "`capacity_score`", "elsewhere": "its terms, fitted without NAS-Bench-201", "macs": "MACs",
@@ -179,12 +178,6 @@ def signals(records):
     return found | {"capacity_score": np.array([sum(w * (r["scores"][n] or 0.0) for n, w in CAPACITY_WEIGHTS.items()) for r in records])}
 
 
-def ranked(v, accuracy):
-    """Spearman's correlation over all, with its interval, and in the better half."""
-    top = accuracy >= np.median(accuracy)
-    return {"spearman": spearman(v, accuracy), "interval": interval(v, accuracy), "top_half": spearman(v[top], accuracy[top])}
-
-
 def gated(signal, accuracy):
     """Mean points behind the best cell when the best by a signal of a pool are trained and the most accurate one is named."""
     regret, chance = accuracy.max() - accuracy, np.random.default_rng(0)
@@ -202,8 +195,7 @@ def judged(records):
         for signal, v in known.items():
             regret = gated(v, accuracy)
             as_good = next((n for n, r in enumerate(random, 1) if r <= regret[0]), None)
-            found[name][signal] = ranked(v, accuracy) | {"matched_pairs": matched(v, accuracy, known["macs"]), "regret": regret,
-                                                         "random_trainings": as_good}  # fmt: skip
+            found[name][signal] = judge(v, accuracy, known["params"], known["macs"]) | {"regret": regret, "random_trainings": as_good}
     return found
 
 
@@ -213,7 +205,8 @@ def by_recipe(records):
     for recipe, names in RECIPES.items():
         rows = [r for r in records if r["arch"].startswith(names)]
         accuracy = np.array([r["accuracy"] for r in rows])
-        found[recipe] = {"networks": len(rows)} | {name: ranked(v, accuracy) for name, v in signals(rows).items()}
+        known = signals(rows)
+        found[recipe] = {"networks": len(rows)} | {name: judge(v, accuracy, known["params"], known["macs"]) for name, v in known.items()}
     return found
 
 
