@@ -30,7 +30,7 @@ from capnas.objective.history import find_twin, past, take_over
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
 from capnas.objective.targets import INIT, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
-from capnas.profile import Profile, enrich, profile_model
+from capnas.profile import INITIALIZATIONS, Profile, enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, measures_for, score
 from capnas.size_survey import are_sizes
 from capnas.spaces import load_space, space_name
@@ -68,6 +68,7 @@ class Objective:
         train: all other settings of the training.
         stopping: the rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
         probe_images: size of the batch for the structure before training.
+        initializations: draws of the untrained network's weights over which its saturations are means, see `capnas.profile_model`.
         reuse: whether an architecture that was trained before in the study gets that result instead of a training. False trains every
             draw: for spaces that draw what the graph does not show, such as initial weights (a pool still takes equal graphs for one).
 
@@ -118,9 +119,11 @@ class Objective:
         train: TrainConfig | None = None,
         stopping: MedianRule | None = MedianRule(),  # noqa: B008
         probe_images: int = 64,
+        initializations: int = INITIALIZATIONS,
         reuse: bool = True,
     ) -> None:
-        numbers = (("max_params", max_params, Real), ("max_macs", max_macs, Real), ("probe_images", probe_images, Integral))
+        counts = (("probe_images", probe_images), ("initializations", initializations))
+        numbers = (("max_params", max_params, Real), ("max_macs", max_macs, Real), *((name, given, Integral) for name, given in counts))
         for name, given, kind in numbers:
             if given is not None and not (isinstance(given, kind) and given > 0):
                 raise UsageError(f"{name} must be {'a whole number ' * (kind is Integral)}above 0, got {given!r}.")
@@ -142,6 +145,7 @@ class Objective:
         self.resolutions = None if resolutions is None else tuple(map(int, resolutions))
         self.stopping = stopping
         self.probe_images = probe_images
+        self.initializations = int(initializations)
         self.reuse = reuse
         self.on_epoch: Callable[[int, int, dict[str, Any]], None] | None = None
         base = train or TrainConfig()
@@ -218,7 +222,8 @@ class Objective:
                 x, y = data.probe(self.probe_images, seed=self.train.seed, device=device, image_size=size)
                 found["profile"] = profile_model(
                     model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, blocks=self.train.blocks,
-                    initialize=True, graph=candidate.trace, pixels=self._pixels["before"], exact_capacity=False, seed=self.train.seed,
+                    initialize=self.initializations, graph=candidate.trace, pixels=self._pixels["before"], exact_capacity=False,
+                    seed=self.train.seed,
                 )  # fmt: skip
                 scores = score(found["profile"], UNTRAINED)
                 metrics |= {INIT + name: value for name, value in scores.items()}

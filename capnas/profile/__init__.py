@@ -7,16 +7,18 @@ the model as it was: weights, buffers, mode, gradients, hooks and random state.
 from __future__ import annotations
 
 from capnas.profile.enriching import enrich, with_macs
-from capnas.profile.reading import at_default_initialization, profile_model
-from capnas.profile.rows import MEASURES, VERSION, FieldReport, LayerProfile, Profile, skipped_modules
+from capnas.profile.reading import INITIALIZATIONS, at_default_initialization, profile_model
+from capnas.profile.rows import MEASURES, VERSION, FieldReport, LayerProfile, Profile, averaged, skipped_modules
 
 __all__ = [
+    "INITIALIZATIONS",
     "MEASURES",
     "VERSION",
     "FieldReport",
     "LayerProfile",
     "Profile",
     "at_default_initialization",
+    "averaged",
     "enrich",
     "profile_model",
     "skipped_modules",

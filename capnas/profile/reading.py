@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,10 @@ from capnas.graph.tracing import Trace, trace
 from capnas.measures.probing import FAILURES, cloned, gradable, reason, seeded, untouched, unwrap_model
 from capnas.measures.saturation import THRESHOLD
 from capnas.profile.enriching import enrich, with_params
-from capnas.profile.rows import MEASURES, Profile
+from capnas.profile.rows import MEASURES, Profile, averaged
 from capnas.recording import LayerRecord, Reading, Recorder
 
+INITIALIZATIONS = 2  # of a candidate in a search: which weights are drawn is most of the noise of its saturations (results/ranking)
 _WRAP = "Wrap a model of several or named inputs in a module that takes one tensor."
 _LAYER_SCALE = re.compile(r"(.*\.)?(gamma\d?|gamma_\w+|ls\d|layer_scale\w*(\.\w+)?)")
 _GAIN = re.compile(r"(.*\.)?(skipinit_)?gain")
@@ -37,7 +39,7 @@ def profile_model(
     blocks: str | None = None,
     mode: Literal["train", "eval"] | None = None,
     values_per_call: int | None = None,
-    initialize: bool = False,
+    initialize: int = 0,
     graph: Trace | None = None,
     pixels: bool = True,
     exact_capacity: bool | None = None,
@@ -59,9 +61,11 @@ def profile_model(
         blocks: regular expression naming the units to read as blocks.
         mode: "train" (batch statistics, the reading for networks at initialization) or "eval"; the model's own mode when absent.
         values_per_call: bound on what is read per layer and batch, see `Recorder`; every row when absent.
-        initialize: profile a copy at torch's default initialization instead, see `at_default_initialization`. Scores of untrained networks
-            that are to be compared need one initialization; a search measures all its candidates so. The flag ``initialization`` names
-            the parameters that kept their values.
+        initialize: how many copies at torch's default initialization to profile instead of the model, see `at_default_initialization`;
+            True is one. Scores of untrained networks that are to be compared need one way to start them; a search measures all its
+            candidates so, with `INITIALIZATIONS`. Several copies are of the seeds from `seed` on; saturations are means over them, see
+            `capnas.profile.averaged`, other measures are of the first. The flag ``initialization`` names the parameters that kept their
+            values.
         graph: the model's trace where it is already at hand.
         pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
         exact_capacity: read capacity by its exact form (34) wherever that applies, to small networks, or by the estimate (35) alone; where
@@ -88,6 +92,8 @@ def profile_model(
             raise UsageError(one_of("measures", measure, MEASURES))
     if not 0 < threshold <= 1:
         raise UsageError(f"threshold must be in (0, 1], got {threshold}.")
+    if not isinstance(initialize, Integral) or initialize < 0:
+        raise UsageError(f"initialize must be a number of copies, 0 or more, got {initialize!r}.")
     model = unwrap_model(model)
     _check_initialized(model)
     batches, targets = _labelled(inputs, targets)
@@ -99,39 +105,48 @@ def profile_model(
             graph = graph or trace(model, (1, *batches[0].shape[1:]), dtype=batches[0].dtype)
         except Exception as error:  # whatever a model's own code raises; saturation does not need the graph
             measures, untraced = ("saturation",), {"structure": f"the model cannot be traced: {type(error).__name__}: {error}"}
-    if initialize:
-        model, kept = _restarted(model, seed)
-    if not torch.is_inference_mode_enabled():
-        gradable(model)
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
 
-    def record(given: Sequence[Tensor]) -> dict[str, LayerRecord]:
-        with untouched(model, training=chosen == "train", seed=seed), torch.no_grad():
-            with Recorder(model, reading=reading, blocks=blocks, values_per_call=values_per_call, seed=seed) as recorder:
-                for batch in given:
-                    model(batch)
-            return recorder.pop(chosen)
+    def read(network: nn.Module, seed: int) -> tuple[Profile, bool]:
+        """The network's profile, and whether it takes images in the fast layout."""
+
+        def record(images: Sequence[Tensor]) -> dict[str, LayerRecord]:
+            with untouched(network, training=chosen == "train", seed=seed), torch.no_grad():
+                with Recorder(network, reading=reading, blocks=blocks, values_per_call=values_per_call, seed=seed) as recorder:
+                    for batch in images:
+                        network(batch)
+                return recorder.pop(chosen)
+
+        if not torch.is_inference_mode_enabled():
+            gradable(network)
+        try:
+            records, fast = record([_channels_last(batch) for batch in batches]), True
+        except RuntimeError:  # some models take a view of a map that this layout does not allow
+            records, fast = record(batches), False
+        return Profile.from_records(network, records, mode=chosen, threshold=threshold), fast
 
     try:
-        fast = [_channels_last(batch) for batch in batches]
-        try:
-            records, batches = record(fast), fast
-        except RuntimeError:  # some models take a view of a map that this layout does not allow
-            records = record(batches)
+        if initialize:
+            others = [read(_restarted(model, s)[0], s)[0] for s in range(seed + 1, seed + initialize)]
+            model, kept = _restarted(model, seed)
+            profile, fast = read(model, seed)
+            profile = averaged([profile, *others])
+        else:
+            profile, fast = read(model, seed)
     except CapnasError:
         raise
     except (TypeError, LookupError, AttributeError, ValueError) as error:
         if unfit := _unfit(model, batches, chosen, error):
             raise UsageError(unfit) from error
         raise
-    profile = Profile.from_records(model, records, mode=chosen, threshold=threshold)
     flags = {"initialization": f"no reset sets {_listed(kept)}, which kept the values the model came with"} if kept else {}
     unread = {} if reading == "blocks" else profile.skipped  # layers that nobody asked for are not skipped
     profile = replace(profile, skipped={**unread, **untraced}, flags=flags)
     if untraced:
         profile = with_params(profile, model)
+    first = _channels_last(batches[0]) if fast else batches[0]
     return enrich(
-        profile, model, batches[0], targets, measures=measures, graph=graph, pixels=pixels, exact_capacity=exact_capacity, seed=seed
+        profile, model, first, targets, measures=measures, graph=graph, pixels=pixels, exact_capacity=exact_capacity, seed=seed
     )  # fmt: skip
 
 

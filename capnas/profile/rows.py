@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ class LayerProfile:
         macs: multiply-accumulates for one image, of the same (measure "structure").
         rows: rows used; `rows_seen` passed, positions times samples.
         positions: rows that one image gives: height times width of a map, tokens of a sequence, 1 of a vector.
-        k: intrinsic dimension at the profile's threshold.
+        k: intrinsic dimension at the profile's threshold, rounded where it is a mean over initializations.
         saturation: k / width, in [0, 1]; NaN when not finite.
         saturations: the same at further thresholds, keyed by the threshold as text.
         effective_rank: participation ratio of the spectrum, in [1, D].
@@ -143,6 +143,7 @@ class Profile:
             baselines.
         receptive: critical and border layers and feasible image sizes (measure "structure"); None where it was not measured.
         flags: what limits a number of `network`, by its name: why it is NaN, or what it is short of.
+        initializations: copies with different initial weights over which saturations are means, see `averaged`; 1 for one network.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -154,6 +155,7 @@ class Profile:
     network: Mapping[str, float] = field(default_factory=dict)
     receptive: FieldReport | None = None
     flags: Mapping[str, str] = field(default_factory=dict)
+    initializations: int = 1
 
     def reading(self, name: Literal["modules", "blocks"]) -> tuple[LayerProfile, ...]:
         """The rows of one reading."""
@@ -216,6 +218,41 @@ class Profile:
             mode=mode,
             threshold=threshold,
         )
+
+
+def averaged(profiles: Sequence[Profile]) -> Profile:
+    """One profile of several copies of a network that differ in their weights: the first, with means over all.
+
+    Averaged are the saturations, the intrinsic dimension (rounded), the effective rank and its inverse; the margin is the smallest, and a
+    row is finite if all are, of few rows if any is. One copy's weights are a draw, of which scores of an untrained network shall not speak.
+
+    Raises:
+        UsageError: no profile, or profiles of different layers.
+
+    >>> row = LayerProfile(name="a", kind="Linear", reading="modules", width=4, params=4, rows=64, rows_seen=64, k=2, saturation=0.5)
+    >>> pair = [Profile(layers=(r,), blocks=(), skipped={}, mode="train") for r in (row, replace(row, k=4, saturation=1.0))]
+    >>> averaged(pair).layers[0].k, averaged(pair).layers[0].saturation, averaged(pair).initializations
+    (3, 0.75, 2)
+    """
+    names = {tuple((r.name, r.reading) for r in (*p.layers, *p.blocks)) for p in profiles}
+    if len(names) != 1:
+        raise UsageError(f"profiles must be one or more of the same layers, got {len(profiles)} of {len(names)} sets of layers.")
+    rows = {reading: tuple(map(_mean, zip(*(p.reading(reading) for p in profiles), strict=True))) for reading in ("modules", "blocks")}
+    return replace(profiles[0], layers=rows["modules"], blocks=rows["blocks"], initializations=len(profiles))
+
+
+def _mean(rows: tuple[LayerProfile, ...]) -> LayerProfile:
+    def of(column: str) -> float | None:
+        values = [getattr(row, column) for row in rows]
+        return None if None in values else math.fsum(values) / len(values)
+
+    first, k, margins = rows[0], of("k"), [row.margin for row in rows]
+    return replace(
+        first, k=None if k is None else round(k), saturation=of("saturation"), effective_rank=of("effective_rank"), simpson=of("simpson"),
+        saturations=first.saturations and {t: math.fsum((r.saturations or {})[t] for r in rows) / len(rows) for t in first.saturations},
+        margin=None if None in margins else min(m for m in margins if m is not None),
+        few_rows=any(row.few_rows for row in rows), finite=all(row.finite for row in rows),
+    )  # fmt: skip
 
 
 def skipped_modules(model: nn.Module, measured: set[str]) -> dict[str, str]:

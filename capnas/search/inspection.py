@@ -16,7 +16,7 @@ from capnas.data import ImageData
 from capnas.devices import resolve_device
 from capnas.errors import StudyError, UsageError, counted, one_of
 from capnas.graph.tracing import trace
-from capnas.profile import MEASURES, Profile, at_default_initialization, enrich, profile_model, with_macs
+from capnas.profile import INITIALIZATIONS, MEASURES, Profile, at_default_initialization, enrich, profile_model, with_macs
 from capnas.projection import ProjectionResult, project_model
 from capnas.recording import Reading
 from capnas.scoring import score
@@ -182,9 +182,13 @@ def inspect_target(
         more = "a search with more validation images"
     elif profile is None:
         using: Literal["train", "eval"] = mode or ("eval" if found.trained else "train")
-        if not found.trained:  # as a search measures its candidates
-            model, state = at_default_initialization(model, seed=seed), f"{state} at torch's default initialization"
-        profile = profile_model(model, x, y, threshold=threshold, reading=reading, blocks=blocks or found.blocks, mode=using, seed=seed)
+        copies = 0 if found.trained else INITIALIZATIONS  # as a search measures its candidates
+        profile = profile_model(
+            model, x, y, threshold=threshold, reading=reading, blocks=blocks or found.blocks, mode=using, initialize=copies, seed=seed
+        )  # fmt: skip
+        if copies:
+            model = at_default_initialization(model, seed=seed)
+            state = f"{state} at torch's default initialization, saturations the mean of {copies} draws of its weights"
         state = f"{state}, {len(x)} images of {found.data.name}"
     exact = None if trial is None else False  # a trial's scores compare with those of its run
     profile = enrich(profile, model, x, y, measures=chosen, graph=graph, exact_capacity=exact, seed=seed, start=found.start)

@@ -22,7 +22,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
 from capnas.objective.evaluation import Evaluation
-from capnas.profile import profile_model
+from capnas.profile import INITIALIZATIONS, profile_model
 from capnas.scoring import score
 from capnas.training import TrainConfig
 
@@ -92,6 +92,21 @@ def test_a_complete_trial(data: ImageData) -> None:
     assert set(found.seconds) == {"cost", "structure", "training"}
     assert (found.seed, found.image_size) == (0, 8)
     assert trial.constraints == {"valid": -1.0}
+
+
+@pytest.mark.parametrize("draws", [{}, {"initializations": 3}], ids=["default", "three"])
+def test_an_untrained_candidate_is_read_over_several_draws_of_its_weights(data: ImageData, draws: dict[str, int]) -> None:
+    o = objective(data, values=("init_saturation90_mean",), gate="rank_mean>=2", **draws)
+    (found,) = evaluations(run(o, LARGE))
+    assert found.status == "gated"
+    model, x = space(FixedTrial(LARGE), num_classes=3, in_chans=1, image_size=8), data.probe(16, seed=0)[0]
+    count = draws.get("initializations", INITIALIZATIONS)
+    alone = [profile_model(model, x, mode="train", initialize=1, seed=seed).layers for seed in range(count)]
+    assert found.profile is not None
+    assert found.profile.initializations == count
+    assert [row.saturation for row in found.profile.layers] == pytest.approx(
+        [sum(r.saturation for r in rows) / count for rows in zip(*alone)]
+    )
 
 
 def test_stored_evaluation_reads_back_and_refuses_other_versions(data: ImageData) -> None:
@@ -509,6 +524,7 @@ def test_wrong_directions_name_the_right_ones(data: ImageData) -> None:
         ({"max_macs": 0}, "max_macs must be above 0, got 0"),
         ({"max_macs": "8M"}, "max_macs must be above 0, got '8M'"),
         ({"probe_images": 32.5}, r"probe_images must be a whole number above 0, got 32\.5"),
+        ({"initializations": 0}, "initializations must be a whole number above 0, got 0"),
         ({"resolutions": (8, 8)}, r"resolutions must be different sizes in pixels, got \(8, 8\)"),
         ({"resolutions": 28}, "resolutions must be different sizes in pixels, got 28"),
         ({"resolutions": (8, 12.5)}, r"resolutions must be different sizes in pixels, got \(8, 12.5\)"),

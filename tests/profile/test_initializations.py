@@ -1,0 +1,98 @@
+"""Profiles that are means over several draws of the initial weights."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capnas.errors import UsageError
+from capnas.profile import INITIALIZATIONS, Profile, at_default_initialization, averaged, profile_model
+from capnas.scoring import score
+
+
+def noise(*shape: int) -> Tensor:
+    """Smooth, so that layers do not use all of their width."""
+    return F.avg_pool2d(torch.randn(*shape, generator=torch.Generator().manual_seed(0)), 5, 1, 2)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(384, 4)
+    )
+
+
+def test_saturations_are_means_over_copies_that_read_all_images() -> None:
+    x = noise(16, 3, 8, 8)
+    copies = [at_default_initialization(net(), seed=seed) for seed in (5, 6, 7)]
+    alone = [profile_model(c, x, mode="train", seed=5 + i).saturations() for i, c in enumerate(copies)]
+    found = profile_model(net(), x, mode="train", initialize=3, seed=5)
+    assert found.initializations == 3
+    assert found.saturations() == pytest.approx([math.fsum(values) / 3 for values in zip(*alone)])
+    assert alone[0] != alone[1]
+
+
+def test_other_measures_see_the_first_copy() -> None:
+    x, y = noise(16, 3, 8, 8), torch.arange(16) % 4
+    measures = ("saturation", "structure", "norms", "capacity", "proxies")
+    one, two = (profile_model(net(), x, y, measures=measures, mode="train", initialize=n) for n in (1, 2))
+    assert two.network == pytest.approx(one.network, nan_ok=True)
+    assert [row.capacity for row in two.layers] == pytest.approx([row.capacity for row in one.layers])
+    assert two.saturations() != one.saturations()
+
+
+def test_one_copy_is_what_true_asks_for_and_the_model_is_left_alone() -> None:
+    model, x = net(), noise(64, 3, 8, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    plain, said = (profile_model(model, x, mode="train", initialize=n) for n in (1, True))
+    assert plain == said
+    assert plain.initializations == 1
+    assert max(plain.saturations()[:2]) < 1
+    profile_model(model, x, mode="train", initialize=INITIALIZATIONS)
+    assert all(bool((before[name] == value).all()) for name, value in model.state_dict().items())
+    assert bool((torch.random.get_rng_state() == state).all())
+
+
+def test_draws_of_the_weights_differ_less_in_their_mean() -> None:
+    """The standard deviation over seeds of a mean of four is about half of that of one."""
+    x = noise(16, 3, 8, 8)
+
+    def spread(copies: int) -> float:
+        found = [score(profile_model(net(), x, mode="train", initialize=copies, seed=100 * s), "saturation_mean") for s in range(12)]
+        return float(torch.tensor([f["saturation_mean"] for f in found]).std())
+
+    assert spread(4) < 0.8 * spread(1)
+
+
+def test_means_are_of_what_the_weights_decide() -> None:
+    x = noise(32, 3, 8, 8)
+    first, second = (profile_model(net(), x, mode="train", initialize=1, seed=s) for s in (0, 1))
+    found = averaged([first, second])
+    for a, b, row in zip(first.layers, second.layers, found.layers):
+        pairs = ((a.effective_rank, b.effective_rank, row.effective_rank), (a.simpson, b.simpson, row.simpson))
+        assert all(mean == pytest.approx((u + v) / 2) for u, v, mean in pairs if u and v)
+        assert a.saturations
+        assert b.saturations
+        assert row.saturations == pytest.approx({t: (a.saturations[t] + b.saturations[t]) / 2 for t in a.saturations})
+        assert row.k == round((a.k + b.k) / 2)
+        assert row.margin == min(a.margin, b.margin)
+    assert Profile.from_dict(found.to_dict()) == found
+    broken = replace(second, layers=(replace(second.layers[0], finite=False, saturation=math.nan, few_rows=True), *second.layers[1:]))
+    row = averaged([first, broken]).layers[0]
+    assert (row.finite, row.few_rows) == (False, True)
+    assert math.isnan(row.saturation or 0)
+
+
+def test_what_cannot_be_averaged_is_refused() -> None:
+    x = noise(16, 3, 8, 8)
+    profile = profile_model(net(), x, mode="train")
+    with pytest.raises(UsageError, match="got 2 of 2 sets of layers"):
+        averaged([profile, replace(profile, layers=profile.layers[1:])])
+    with pytest.raises(UsageError, match="got 0 of 0"):
+        averaged([])
+    for wrong in (-1, 1.5):
+        with pytest.raises(UsageError, match="initialize must be a number of copies, 0 or more"):
+            profile_model(net(), x, initialize=wrong)  # type: ignore[arg-type]
