@@ -23,8 +23,7 @@ from tiny_space import FILE, images, space, write_images
 from torch import Tensor, nn
 
 from capnas.data import ImageData, load_data
-from capnas.profile import MEASURES, profile_model
-from capnas.profile.reading import at_default_initialization
+from capnas.profile import MEASURES, at_default_initialization, profile_model
 from capnas.training import TrainConfig, evaluate, train
 
 DEVICE = "pretend"

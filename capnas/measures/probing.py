@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from capnas.errors import UsageError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+_PLAIN = (dict, OrderedDict, set)
 # what a user's model may raise in a forward or backward pass: a score turns it into a flag, narrowing into a refusal
 FAILURES = (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError)
 
@@ -102,14 +104,15 @@ def untouched(model: nn.Module, *, training: bool = False, statistics: bool = Fa
     >>> net[0].num_batches_tracked.item(), net[1].training
     (0, True)
     """
-    modes = [(m, m.training) for m in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    tables = [m._buffers for m in model.modules()]
+    modules, parameters = list(model.modules()), list(model.parameters())
+    modes = [(m, m.training) for m in modules]
+    flags = [(p, p.requires_grad) for p in parameters]
+    tables = [m._buffers for m in modules]
     buffers = [(held, k, b, None if b.is_meta else b.clone()) for held in tables for k, b in held.items() if b is not None]
-    memory = [(held, dict(held)) for _, held in _dictionaries(model)]
+    memory = [(held, dict(held)) for _, held in _dictionaries(modules)]
     try:
-        with seeded(seed, (t.device for t in [*model.parameters(), *model.buffers()])), eagerly(model):
-            for module in model.modules():  # not by model.train, where some models merge or freeze weights
+        with seeded(seed, (t.device for t in [*parameters, *(b for _, _, b, _ in buffers)])), eagerly(model):
+            for module in modules:  # not by model.train, where some models merge or freeze weights
                 module.training = training or (statistics and isinstance(module, nn.modules.batchnorm._NormBase))
             yield
     finally:
@@ -127,9 +130,9 @@ def untouched(model: nn.Module, *, training: bool = False, statistics: bool = Fa
                     buffer.copy_(before)
 
 
-def _dictionaries(model: nn.Module) -> list[tuple[str, dict[Any, Any]]]:
+def _dictionaries(modules: Iterable[nn.Module]) -> list[tuple[str, dict[Any, Any]]]:
     """The dictionaries that modules hold in attributes of their own, with the names of these."""
-    return [(name, held) for m in model.modules() for name, held in vars(m).items() if type(held) is dict and not name.startswith("_")]
+    return [(name, held) for m in modules for name, held in vars(m).items() if type(held) is dict and not name.startswith("_")]
 
 
 def cloned(model: nn.Module, *, share: bool = False) -> nn.Module:
@@ -154,9 +157,11 @@ def cloned(model: nn.Module, *, share: bool = False) -> nn.Module:
 
     memo: dict[int, Any] = {
         id(held): {key: value for key, value in held.items() if not kept(name, value)}
-        for name, held in _dictionaries(model)
+        for name, held in _dictionaries(model.modules())
         if any(kept(name, value) for value in held.values())
     }
+    # a module holds some ten empty containers, for hooks above all: most of what a copy of many small modules takes time for
+    memo |= {id(held): type(held)() for m in model.modules() for held in vars(m).values() if type(held) in _PLAIN and not held}
     if share:
         memo |= {id(p): p for p in model.parameters()}
     return copy.deepcopy(model, memo)

@@ -7,7 +7,8 @@ the model as it was: weights, buffers, mode, gradients, hooks and random state.
 from __future__ import annotations
 
 from capnas.profile.enriching import enrich, with_macs
-from capnas.profile.reading import INITIALIZATIONS, at_default_initialization, profile_model
+from capnas.profile.initialization import at_default_initialization
+from capnas.profile.reading import INITIALIZATIONS, profile_model
 from capnas.profile.rows import MEASURES, VERSION, FieldReport, LayerProfile, Profile, averaged, skipped_modules
 
 __all__ = [

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, Literal
@@ -12,20 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from capnas.errors import CapnasError, UsageError, one_of
 from capnas.graph.tracing import Trace, trace
-from capnas.measures.probing import FAILURES, cloned, gradable, reason, seeded, untouched, unwrap_model
+from capnas.measures.probing import gradable, reason, untouched, unwrap_model
 from capnas.measures.saturation import THRESHOLD
 from capnas.profile.enriching import enrich, with_params
+from capnas.profile.initialization import copied, restart
 from capnas.profile.rows import MEASURES, Profile, averaged
 from capnas.recording import LayerRecord, Reading, Recorder
 
 INITIALIZATIONS = 2  # of a candidate in a search: which weights are drawn is most of the noise of its saturations (results/ranking)
+FEWEST_IMAGES = 16  # that a copy after the first reads at least, where there are as many
 _WRAP = "Wrap a model of several or named inputs in a module that takes one tensor."
-_LAYER_SCALE = re.compile(r"(.*\.)?(gamma\d?|gamma_\w+|ls\d|layer_scale\w*(\.\w+)?)")
-_GAIN = re.compile(r"(.*\.)?(skipinit_)?gain")
 
 
 def profile_model(
@@ -63,9 +60,10 @@ def profile_model(
         values_per_call: bound on what is read per layer and batch, see `Recorder`; every row when absent.
         initialize: how many copies at torch's default initialization to profile instead of the model, see `at_default_initialization`;
             True is one. Scores of untrained networks that are to be compared need one way to start them; a search measures all its
-            candidates so, with `INITIALIZATIONS`. Several copies are of the seeds from `seed` on; saturations are means over them, see
-            `capnas.profile.averaged`, other measures are of the first. The flag ``initialization`` names the parameters that kept their
-            values.
+            candidates so, with `INITIALIZATIONS`. Several copies are of the seeds from `seed` on. The first reads all images, any other
+            every second, which costs half and averages the draw away as well (all, where that would leave fewer than `FEWEST_IMAGES`).
+            Saturations are means over the copies, see `capnas.profile.averaged`, other measures are of the first. The flag
+            ``initialization`` names the parameters that kept their values.
         graph: the model's trace where it is already at hand.
         pixels: for "capacity", also sweep it down to the input, which only the score ``coverage`` needs.
         exact_capacity: read capacity by its exact form (34) wherever that applies, to small networks, or by the estimate (35) alone; where
@@ -99,6 +97,7 @@ def profile_model(
     batches, targets = _labelled(inputs, targets)
     untraced: dict[str, str] = {}
     kept: tuple[str, ...] = ()
+    others: list[Profile] = []
     if measures is None:
         measures = ("saturation", "structure")
         try:
@@ -107,7 +106,7 @@ def profile_model(
             measures, untraced = ("saturation",), {"structure": f"the model cannot be traced: {type(error).__name__}: {error}"}
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
 
-    def read(network: nn.Module, seed: int) -> tuple[Profile, bool]:
+    def read(network: nn.Module, given: Sequence[Tensor], seed: int) -> tuple[Profile, bool]:
         """The network's profile, and whether it takes images in the fast layout."""
 
         def record(images: Sequence[Tensor]) -> dict[str, LayerRecord]:
@@ -120,19 +119,20 @@ def profile_model(
         if not torch.is_inference_mode_enabled():
             gradable(network)
         try:
-            records, fast = record([_channels_last(batch) for batch in batches]), True
+            records, fast = record([_channels_last(batch) for batch in given]), True
         except RuntimeError:  # some models take a view of a map that this layout does not allow
-            records, fast = record(batches), False
+            records, fast = record(given), False
         return Profile.from_records(network, records, mode=chosen, threshold=threshold), fast
 
     try:
         if initialize:
-            others = [read(_restarted(model, s)[0], s)[0] for s in range(seed + 1, seed + initialize)]
-            model, kept = _restarted(model, seed)
-            profile, fast = read(model, seed)
-            profile = averaged([profile, *others])
-        else:
-            profile, fast = read(model, seed)
+            model = copied(model)
+            kept = restart(model, seed + initialize - 1)
+            for later in range(seed + initialize - 1, seed, -1):  # down to the first, which stays for the other measures
+                others.append(read(model, [_some(batch) for batch in batches], later)[0])
+                restart(model, later - 1)
+        profile, fast = read(model, batches, seed)
+        profile = averaged([profile, *others]) if others else profile
     except CapnasError:
         raise
     except (TypeError, LookupError, AttributeError, ValueError) as error:
@@ -148,6 +148,11 @@ def profile_model(
     return enrich(
         profile, model, first, targets, measures=measures, graph=graph, pixels=pixels, exact_capacity=exact_capacity, seed=seed
     )  # fmt: skip
+
+
+def _some(batch: Tensor) -> Tensor:
+    """Every second image, or all where that would leave few."""
+    return batch[::2] if len(batch) >= 2 * FEWEST_IMAGES else batch
 
 
 def _channels_last(batch: Tensor) -> Tensor:
@@ -208,73 +213,3 @@ def _is_pair(item: Any) -> bool:
 
 def _listed(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def at_default_initialization(model: nn.Module, *, seed: int = 0) -> nn.Module:
-    """A copy of a model whose layers start as torch starts them, whatever the model's authors chose.
-
-    Every module without others inside is reset by its own ``reset_parameters`` in the order of the modules. Then, in the same order, so is
-    every one with others inside and parameters of its own, by that method or ``_reset_parameters`` (of `nn.MultiheadAttention`), which
-    changes no parameter of those inside, and every parametrized layer, through the right inverse of its parametrization. Norms and gains
-    that start at zero and layer scales that start small, which switch residual branches off, start at one. Parameters that no such method
-    sets stay: most class tokens and position codes, weights under the old ``weight_norm``; `profile_model` flags them. A model that lies on
-    one device starts from numbers of the CPU's generator, so that all devices give the same weights.
-
-    >>> layer = nn.utils.skip_init(nn.Linear, 4, 2)
-    >>> first, second = (at_default_initialization(nn.Sequential(layer), seed=3) for _ in range(2))
-    >>> bool((first[0].weight == second[0].weight).all()), float(first[0].weight.detach().abs().max()) <= 0.5
-    (True, True)
-    """
-    return _restarted(model, seed)[0]
-
-
-@torch.inference_mode(False)  # else no gradient could run through the copy
-def _restarted(model: nn.Module, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
-    """The copy at the default initialization, and the names of the parameters that nothing set."""
-    fresh, devices = cloned(model), {p.device for p in model.parameters()}
-    if len(devices) == 1:
-        fresh.cpu()
-    written: set[int] = set()
-    with seeded(seed, devices), torch.no_grad():
-        for module in fresh.modules():
-            if callable(getattr(module, "reset_parameters", None)) and not any(module.children()):
-                written |= _written(module, module.reset_parameters)  # type: ignore[arg-type]
-        for module in fresh.modules():
-            written |= _reset_around(module) if any(module.children()) else set()
-        for name, parameter in fresh.named_parameters():
-            scale = _LAYER_SCALE.fullmatch(name) and parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())
-            if scale or (_GAIN.fullmatch(name) and not parameter.any()):
-                parameter.fill_(1.0)
-                written.add(id(parameter))
-    kept = tuple(name for name, parameter in fresh.named_parameters() if id(parameter) not in written)
-    return (fresh.to(devices.pop()) if len(devices) == 1 else fresh), kept
-
-
-def _written(module: nn.Module, reset: Callable[[], object], recurse: bool = False) -> set[int]:
-    """Ids of the module's parameters that a reset writes to, whatever it writes."""
-    before = {id(p): p._version for p in module.parameters(recurse)}
-    reset()
-    return {id(p) for p in module.parameters(recurse) if p._version != before.get(id(p))}
-
-
-def _reset_around(module: nn.Module) -> set[int]:
-    """Reset the own parameters of a module with others inside, where it knows how; ids of those that were set."""
-    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-    with contextlib.suppress(*FAILURES):  # methods of any author, and parametrizations without a right inverse
-        if callable(reset) and parametrize.is_parametrized(module):
-            return _written(module, lambda: _reset_parametrized(module, reset), recurse=True)
-        if callable(reset) and any(True for _ in module.parameters(recurse=False)):
-            inner = [(p, p.clone()) for child in module.children() for p in child.parameters()]
-            try:
-                return _written(module, reset)
-            finally:
-                for parameter, value in inner:  # set by their own modules, where the authors' choice does not count
-                    parameter.copy_(value)
-    return set()
-
-
-def _reset_parametrized(module: nn.Module, reset: Callable[[], object]) -> None:
-    with parametrize.cached():  # the reset writes into the computed tensors, which go back to what they are computed from
-        reset()
-        for name in module.parametrizations:  # type: ignore[union-attr]
-            setattr(module, name, getattr(module, name))

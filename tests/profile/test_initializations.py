@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from capnas.errors import UsageError
 from capnas.profile import INITIALIZATIONS, Profile, at_default_initialization, averaged, profile_model
+from capnas.profile.reading import FEWEST_IMAGES
 from capnas.scoring import score
 
 
@@ -24,14 +25,28 @@ def net() -> nn.Sequential:
     )
 
 
-def test_saturations_are_means_over_copies_that_read_all_images() -> None:
-    x = noise(16, 3, 8, 8)
+@pytest.mark.parametrize(("images", "step"), [(2 * FEWEST_IMAGES, 2), (2 * FEWEST_IMAGES - 1, 1)], ids=["half", "few"])
+def test_saturations_are_means_over_copies_of_which_the_first_reads_all_images(images: int, step: int) -> None:
+    x = noise(images, 3, 8, 8)
     copies = [at_default_initialization(net(), seed=seed) for seed in (5, 6, 7)]
-    alone = [profile_model(c, x, mode="train", seed=5 + i).saturations() for i, c in enumerate(copies)]
+    alone = [profile_model(c, x[:: step if i else 1], mode="train", seed=5 + i).saturations() for i, c in enumerate(copies)]
     found = profile_model(net(), x, mode="train", initialize=3, seed=5)
     assert found.initializations == 3
     assert found.saturations() == pytest.approx([math.fsum(values) / 3 for values in zip(*alone)])
     assert alone[0] != alone[1]
+
+
+def test_what_cannot_be_set_again_is_named_however_many_copies() -> None:
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gain, self.codes = nn.Conv2d(3, 4, 3), nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gain * self.layer(x) + self.codes
+
+    flags = [profile_model(Gained(), noise(8, 3, 8, 8), mode="train", initialize=n).flags["initialization"] for n in (1, 3)]
+    assert flags == ["no reset sets codes, which kept the values the model came with"] * 2
 
 
 def test_other_measures_see_the_first_copy() -> None:
