@@ -78,10 +78,8 @@ def synflow(model: nn.Module, inputs: Tensor, *, variant: Literal["sum", "log"] 
                 flag = reason(error)
                 break
             gradients = [g / scale**2 if variant == "log" else g for _, g in flows]
-            total = size = 0.0
-            for (w, _), g in zip(flows, gradients):  # the products of one layer at a time: those of all are as large as the network
-                term = w.detach() * (g.log1p() if variant == "log" else g)
-                total, size = total + float(term.sum()), size + float(term.abs_().sum())
+            products = (w.detach() * (g.log1p() if variant == "log" else g) for (w, _), g in zip(flows, gradients))  # all would be large
+            total, size = map(sum, list(zip(*((float(t.sum()), float(t.abs_().sum())) for t in products))) or ((), ()))
             if math.isfinite(total) and variant == "log":
                 return Proxy(value=total)
             if math.isfinite(size) and total > torch.finfo(dtype).eps ** 0.5 * size:  # more is left of both signs than rounding

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from capnas.measures.probing import first_tensor, linear_weights, reason, untouched, weight_gradients
+from capnas.measures.probing import cloned, first_tensor, linear_weights, reason, untouched, weight_gradients
 
 
 def test_everything_comes_back_after_an_error() -> None:
@@ -61,3 +61,18 @@ def test_untouched_restores_statistics_of_batch_norm() -> None:
         assert norm.running_mean.abs().max() > 0.1
     assert norm.running_mean.abs().max() == 0
     assert norm.num_batches_tracked == 0
+
+
+def test_a_copy_has_containers_of_its_own() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    net.shared = net[0].shared = {}
+    fresh = cloned(net)
+    kept = {id(held) for m in net.modules() for held in vars(m).values() if isinstance(held, (dict, set))}
+    assert not kept & {id(held) for m in fresh.modules() for held in vars(m).values() if isinstance(held, (dict, set))}
+    assert fresh.shared is fresh[0].shared
+    seen: list[str] = []
+    fresh[1][0].register_forward_hook(lambda *_: seen.append("copy"))
+    net(torch.ones(1, 2))
+    assert seen == []
+    fresh(torch.ones(1, 2))
+    assert seen == ["copy"]
