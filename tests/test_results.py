@@ -100,13 +100,17 @@ def test_the_weights_of_the_sum_are_those_of_its_study(combined: dict[str, Any])
     shipped, alone = combined["shipped"], combined["accuracy alone"]
     assert {"init_" + name: weight for name, weight in shipped["weights"].items()} == dict(WEIGHTS)
     assert shipped["mean"] > alone["mean"] + 0.15
-    assert shipped["mean_behind"] < min(row["mean_behind"] for row in combined.values()) + 0.1
     assert shipped["mean_behind"] < alone["mean_behind"] / 1.5
 
 
 @pytest.mark.xfail(strict=True, reason="shipped weights rank 0.03 below the fitted ones: halved after bad searches, see combine.py")
 def test_the_weights_of_the_sum_rank_as_well_as_the_best(combined: dict[str, Any]) -> None:
     assert combined["shipped"]["mean"] > max(row["mean"] for row in combined.values()) - 0.01
+
+
+@pytest.mark.xfail(strict=True, reason="what shipped weights name is 0.105 points behind the best choice: halved after bad searches")
+def test_the_weights_of_the_sum_name_as_good_a_network_as_the_best(combined: dict[str, Any]) -> None:
+    assert combined["shipped"]["mean_behind"] < min(row["mean_behind"] for row in combined.values()) + 0.1
 
 
 def test_the_sum_was_not_fitted_to_one_space(combined: dict[str, Any]) -> None:
@@ -520,6 +524,7 @@ def test_the_texts_tell_how_the_sum_ranks(summary: dict[str, Any], combined: dic
     check_table(text, "space, epochs: all, better half", rows | last)
     assert combined["shipped"]["reached"][names[3]][0] < combined[UNTRAINED[0]]["reached"][names[3]][0]  # "adds nothing to the ranking"
     assert combined["shipped"]["reached"]["nasbench101"] < combined[UNTRAINED[1]]["reached"]["nasbench101"]
+    check_says(text, "Of all choices in it the best names networks {} points behind.", min(r["mean_behind"] for r in combined.values()))
     check_says(text, "in place of the terms have a mean of {}, with {} points behind (`combined` {})",
                *(combined["capacity_score and MACs"][key] for key in ("mean", "mean_behind")),
                combined["shipped"]["mean_behind"])  # fmt: skip

@@ -66,6 +66,14 @@ def enrich(
             graph = graph or trace(model, (1, *inputs.shape[1:]), dtype=inputs.dtype)
         except FAILURES as error:
             raise UsageError(f"{' and '.join(traced)} need the model's graph; {reason(error)}. Leave them out.") from error
+    if "proxies" in measures:  # the largest in memory, before others leave theirs in pieces
+        names = [name for name in PROXIES if name != "macs" or graph is None]
+        baselines = baseline_proxies(model, inputs, targets, names=names)
+        profile = profile.with_network(**{n: baseline.value for n, baseline in baselines.items()})
+        profile = replace(profile, flags={**profile.flags, **{n: baseline.flag for n, baseline in baselines.items() if baseline.flag}})
+        if graph is not None:
+            profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
+    if traced and graph is not None:
         if "structure" in measures:
             averaged = structure(graph, pool_gain="averaging").log2_paths
             profile = with_structure(profile, structure(graph), graph.input_shape[2:]).with_network(log2_gain=averaged)
@@ -83,13 +91,6 @@ def enrich(
             if start is None and "capacity_slack" not in profile.network:
                 untrained = "needs a training from known weights: the trials of a search have it"
                 profile = replace(profile, flags={**profile.flags, "capacity_slack": untrained})
-    if "proxies" in measures:
-        names = [name for name in PROXIES if name != "macs" or graph is None]
-        baselines = baseline_proxies(model, inputs, targets, names=names)
-        profile = profile.with_network(**{n: baseline.value for n, baseline in baselines.items()})
-        profile = replace(profile, flags={**profile.flags, **{n: baseline.flag for n, baseline in baselines.items() if baseline.flag}})
-        if graph is not None:
-            profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
     if graph is not None:
         profile = with_reasons(profile, model, graph, without_capacity)
     return profile if start is None or graph is None else with_motion(profile, model, graph, start)
