@@ -27,7 +27,7 @@ import torch
 from capnas._timm import timm
 from capnas.graph.tracing import trace
 from capnas.measures.proxies import naswot, synflow
-from capnas.profile import MEASURES, enrich, profile_model
+from capnas.profile import INITIALIZATIONS, MEASURES, enrich, profile_model
 
 HERE = Path(__file__).resolve().parent
 RAW = HERE / "raw" / "runs.jsonl"
@@ -38,6 +38,7 @@ SETS = {  # measures, and whether capacity is swept down to the pixels (for the 
     "saturation + structure + capacity": (("saturation", "structure", "capacity"), False),
     "saturation + structure + capacity with coverage": (("saturation", "structure", "capacity"), True),
 }
+SEARCH, SEARCHED = f"as a search measures {INITIALIZATIONS} draws of the weights", ("saturation", "structure")
 SHAPE = (1, 3, 32, 32)
 SEARCH_ROUNDS, FULL_ROUNDS, MEMORY_ROUNDS = 5, 3, 5
 
@@ -91,6 +92,7 @@ def search():
         works = {"naswot + synflow": both, "trace": partial(trace, model, SHAPE)}
         for key, (measures, pixels) in SETS.items():
             works[key] = partial(profile_model, model, x, y, measures=measures, mode="train", graph=graph, pixels=pixels)
+        works[SEARCH] = partial(profile_model, model, x, y, measures=SEARCHED, mode="train", graph=graph, initialize=INITIALIZATIONS)
         for work in works.values():
             work()
         for _ in range(SEARCH_ROUNDS):

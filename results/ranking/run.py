@@ -2,6 +2,7 @@
 
     python results/ranking/run.py measure SPACE --data DIR [--count N] [--measures structure,proxies] [--seed S] [--label L]
                                                      [--images N] [--size PIXELS] [--mode train|eval] [--others] [--width N]
+    python results/ranking/run.py second SPACE --data DIR [--others]
     python results/ranking/run.py baselines SPACE --data DIR [--count N]
     python results/ranking/run.py tables
 
@@ -9,6 +10,9 @@ SPACE: nasbench201, nasbench101, macro, timm, mbconv (draws of train.py), mobile
 fitted on it). DIR holds the tables and the CIFAR-10 archive. `measure` appends one JSON line per architecture to raw/SPACE.jsonl (with the
 seed and the label in its name where given) and goes on where it stopped.
 With `--others` it draws from what raw/SPACE.jsonl does not hold: no weight was fitted on these rows (raw/SPACE-others.jsonl).
+`second` reads the terms of both sums from a second draw of the weights of the same networks, on every second image where there are more
+than a few (raw/SPACE-second.jsonl): a search takes the mean of `capnas.profile.INITIALIZATIONS` draws, and so do the tables, see
+`records_of`; other signals are of the first.
 `baselines` draws N rows of it and adds naswot and synflow of the same untrained networks on the same images: raw/SPACE-baselines.jsonl.
 `tables` derives table.md and summary.json from what is there; files named `timed` tell the seconds of a space whose rows were not timed.
 """
@@ -25,18 +29,21 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau, rankdata, spearmanr
 
+from capnas.measures.evenness import evenness
 from capnas.measures.proxies import naswot, synflow
 from capnas.measures.ranking import partial_spearman
 from capnas.objective.gates import UNTRAINED
 from capnas.objective.targets import WEIGHTS
-from capnas.profile import profile_model
-from capnas.profile.reading import at_default_initialization
+from capnas.profile import at_default_initialization, profile_model
+from capnas.profile.reading import FEWEST_IMAGES
 from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
 
 HERE = Path(__file__).resolve().parent
 # images of the probe batch and their size; None: the size that the table lists
 IMAGES = {"timm": (16, None), "mobilenetv2": (16, None), "mbconv": (64, 24)}
 OWN = ("timm", "mobilenetv2", "mbconv")  # initialized by their authors' rules: measured at torch's default, as a search measures
+# terms of the sums that a draw of the weights changes
+DRAWN = ("block_saturation_evenness", "saturation90_mean", "dimension", "block_saturation90_mean", "params_in_use")
 WIDTHS = {"nasbench101": 64}  # channels of the first stage where not the published number: half of 128
 
 
@@ -91,20 +98,44 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
         (HERE / "raw" / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 
 
+def second(space, folder, others):
+    """The terms of the sums that depend on the weights, from the next seed: of every row that the space holds."""
+    torch.set_num_threads(1)
+    name = space + "-others" * others
+    images, size = IMAGES.get(space, (64, 32))
+    published = {key_of(r): r for _, r in benchmarks.table(space, folder).iterrows()}
+    step = 2 if images >= 2 * FEWEST_IMAGES else 1
+    probe = functools.cache(lambda side: benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, 0, side)[0][::step])
+    path = HERE / "raw" / f"{name}-second.jsonl"
+    known = {key_of(r) for r in map(json.loads, path.open())} if path.exists() else set()
+    with path.open("a") as out:
+        for record in records_of(name, draws=1):
+            if key_of(record) in known or key_of(record) not in published:
+                continue
+            side = size or int(record["img_size"])
+            model = built(space, published[key_of(record)], side, 1)
+            start = time.process_time()
+            found = profile_model(model, probe(side), mode="train", measures=("saturation",), seed=1, initialize=space in OWN)
+            row = {"seconds": round(time.process_time() - start, 3), "scores": score(found, DRAWN),
+                   "blocks": [round(r.saturation, 4) for r in found.blocks]}  # fmt: skip
+            out.write(json.dumps({k: record[k] for k in ("arch", "img_size") if k in record} | row) + "\n")
+            out.flush()
+
+
 def baselines(space, folder, count):
     """naswot and synflow alone, beside the scores that the rows of the space hold."""
     torch.set_num_threads(1)
     images, size = IMAGES.get(space, (64, 32))
-    published = {(r["arch"], r.get("img_size")): r for _, r in benchmarks.table(space, folder).iterrows()}
-    path, key, rows = HERE / "raw" / f"{space}-baselines.jsonl", lambda r: (r["arch"], r.get("img_size")), records_of(space)
+    published = {key_of(r): r for _, r in benchmarks.table(space, folder).iterrows()}
+    path, rows = HERE / "raw" / f"{space}-baselines.jsonl", records_of(space, draws=1)
     probe = functools.cache(lambda side: benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, 0, side))
-    known = {key(r) for r in map(json.loads, path.open())} if path.exists() else set()
+    known = {key_of(r) for r in map(json.loads, path.open())} if path.exists() else set()
     with path.open("a") as out:
         for record in (rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:count]):
-            if key(record) in known or key(record) not in published:
+            if key_of(record) in known or key_of(record) not in published:
                 continue
             side = size or int(record["img_size"])
-            x, model = probe(side)[0], built(space, published[key(record)], side, 0)
+            x, model = probe(side)[0], built(space, published[key_of(record)], side, 0)
             model = at_default_initialization(model, seed=0) if space in OWN else model
             start = time.process_time()
             found = {"naswot": naswot(model, x).value, "synflow": synflow(model, x[:1]).value}
@@ -115,14 +146,32 @@ def baselines(space, folder, count):
             out.flush()
 
 
-def records_of(name):
-    """The rows of raw/NAME.jsonl."""
-    return [json.loads(line) for line in (HERE / "raw" / f"{name}.jsonl").open()]
+def key_of(record):
+    return record["arch"], record.get("img_size")
+
+
+def records_of(name, draws=2):
+    """The rows of raw/NAME.jsonl; with two draws, the terms of the sums are those of the mean profile where a second draw was read."""
+    rows = [json.loads(line) for line in (HERE / "raw" / f"{name}.jsonl").open()]
+    again = HERE / "raw" / f"{name.replace('-baselines', '').replace('-all', '')}-second.jsonl"
+    if draws == 1 or not again.exists():
+        return rows
+    found = {key_of(r): r for r in map(json.loads, again.open())}
+    return [averaged(row, found[key_of(row)]) if key_of(row) in found else row for row in rows]
+
+
+def averaged(row, again):
+    """A row with the terms of the sums as `capnas.profile.averaged` gives them."""
+    a, b = row["scores"], again["scores"]
+    means = {name: (a[name] + b[name]) / 2 for name in DRAWN}
+    means["dimension"] = float(np.log2((2 ** a["dimension"] + 2 ** b["dimension"]) / 2))  # log2 of 1 + a sum
+    means["block_saturation_evenness"] = evenness([(p[0] + q) / 2 for p, q in zip(row["blocks"], again["blocks"], strict=True)])
+    return row | {"scores": a | means, "seconds": row.get("seconds", 0) + again["seconds"]}
 
 
 def is_varied(name):
     """Whether a file holds a part of a space measured with other settings, which sensitivity.py compares."""
-    return "-" in name and not name.endswith(("-all", "-trained", "-proxies", "-baselines", "-quarter", "-timed", "-others"))
+    return "-" in name and not name.endswith(("-all", "-trained", "-proxies", "-baselines", "-quarter", "-timed", "-others", "-second"))
 
 
 def costs(record):
@@ -261,7 +310,7 @@ def tables():
     names = sorted(path.stem for path in (HERE / "raw").glob("*.jsonl"))
     rest = ("kendall", "top_half", "top_half_kendall", "top_tenth", "top_tenth_kendall", "given_params", "given_macs", "given_both",
             "matched_pairs")  # fmt: skip
-    for space in (n for n in names if not n.endswith(("-trained", "-timed")) and not is_varied(n)):
+    for space in (n for n in names if not n.endswith(("-trained", "-timed", "-second")) and not is_varied(n)):
         records = records_of(space)
         accuracy = np.array([r["accuracy"] for r in records], dtype=float)
         found = columns(records)
@@ -299,6 +348,10 @@ if __name__ == "__main__":
     run.add_argument("--mode", default="train", choices=("train", "eval"), help="state of the norms while measuring")
     run.add_argument("--others", action="store_true", help="rows that no weight was fitted on")
     run.add_argument("--width", type=int, help="channels of the first stage, not of timm and MobileNetV2 (raw/nasbench101-quarter: 32)")
+    again = commands.add_parser("second")
+    again.add_argument("space", choices=benchmarks.SPACES)
+    again.add_argument("--data", required=True)
+    again.add_argument("--others", action="store_true", help="of raw/SPACE-others.jsonl")
     few = commands.add_parser("baselines")
     few.add_argument("space", choices=benchmarks.SPACES)
     few.add_argument("--data", required=True)
@@ -307,6 +360,8 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.command == "tables":
         tables()
+    elif given.command == "second":
+        second(given.space, given.data, given.others)
     elif given.command == "baselines":
         baselines(given.space, given.data, given.count)
     else:

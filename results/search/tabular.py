@@ -1,6 +1,6 @@
 """Searches of NAS-Bench-201 (CIFAR-10) with looked-up trainings: regret against simulated cost.
 
-    python results/search/tabular.py --data FOLDER --scores FILE      # FOLDER holds nasbench201_cifar10_dev.csv.gz
+    python results/search/tabular.py --data FOLDER [--scores FILE]    # FOLDER holds nasbench201_cifar10_dev.csv.gz
     python results/search/tabular.py --data FOLDER --pools            # raw/pools.json again
     python results/search/tabular.py --data FOLDER --time-scores      # raw/score_seconds.jsonl again
     python results/search/tabular.py --derive-only                    # tabular.md and tabular.svg from raw/ again
@@ -9,12 +9,13 @@ A training of 12 epochs is looked up; its accuracy is all that a search sees of 
 cell that the search would name as its best, as regret below the best cell of the table. Every search runs the product's own objects:
 the objective with its gate, pool, constraints and values, and Optuna's samplers and pruner; only training and scores are looked up.
 
+Scores are those of the ranking study, the mean of two draws of the weights as in a search, or those of FILE.
 Cost is simulated: 12 epochs take as long as a model of the published training times says (`seconds_of_training`), `capacity_score` takes
-as long as the rows of FILE took on average, naswot and synflow the share of that which they took on the same cells in one process
+as long as these took on average, naswot and synflow the share of that which they took on the same cells in one process
 (`time_scores`). It is shown in units of the table's mean training. Every method sees the same random cells first, seed by seed. A search
 names the best cell by its latest accuracy, also one that a pruner stopped. Cells of one isomorphism class are one cell;
 drawn again, its result is reused at no cost by every method. A pool counts drawn strings, for a gate and for TPE started by a proxy alike;
-methods named `CLASSES` have pools of as many different classes. Where FILE scores a part of the table, that part is the space: regret is
+methods named `CLASSES` have pools of as many different classes. Where scores are of a part of the table, that part is the space: regret is
 that below its best cell, and what a sampler draws outside it is drawn again (for TPE see `InTable`; evolution mutates on until it is
 inside). The run can be stopped; run again it adds what is missing, also where weights or budgets have changed
 since; rows of other weights stay and are not shown.
@@ -43,12 +44,15 @@ from capnas.objective import Objective
 from capnas.objective.gates import RANKED_BY
 from capnas.objective.history import find_twin, take_over
 from capnas.objective.targets import WEIGHTS, value_of
-from capnas.profile import profile_model
+from capnas.profile import INITIALIZATIONS, profile_model
 from capnas.scoring import CAPACITY_WEIGHTS, score
 from capnas.search.export import write_environment
 from capnas.search.samplers import make_sampler
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "ranking"))
+from run import records_of  # noqa: E402
+
 RAW, SPACE = HERE / "raw" / "tabular.jsonl", HERE / "raw" / "tabular_space.json"
 TIMES, FITS = HERE / "raw" / "score_seconds.jsonl", HERE.parent / "ranking" / "fit.json"
 SEEDS, BUDGET, SHORT = 100, 100, 25  # budgets in mean trainings; the short one where a score leads: such searches settle sooner
@@ -301,7 +305,7 @@ def work(task):
     data, scores, method, seed = task
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    table = TABLES.setdefault((data, scores), None) or Table(data, read(scores))
+    table = TABLES.setdefault((data, scores), None) or Table(data, scored(scores))
     TABLES[data, scores] = table
     found = runs(table, method, seed)
     return {"method": method, "seed": seed, "classes": len(table.rows)} | settings_of(method) | {
@@ -323,12 +327,14 @@ def settings_of(method):
     """What the result of a search depends on beside the table: other rows are run again."""
     ranked = CAPACITY_WEIGHTS if score_of(method) == RANKED_BY and "gate" in METHODS[method] else {}
     summed = WEIGHTS if METHODS[method].get("values") == "combined" else {}
-    return {"score": score_of(method), "budget": METHODS[method].get("budget", BUDGET), "weights": {**ranked, **summed}}
+    draws = {"draws": INITIALIZATIONS} if ranked or summed else {}
+    return {"score": score_of(method), "budget": METHODS[method].get("budget", BUDGET), "weights": {**ranked, **summed}, **draws}
 
 
 def is_of(row, classes):
     """Whether a stored search is one of today's settings."""
     mine = {"score": row["score"], "budget": row.get("budget", BUDGET), "weights": row.get("weights", {})}
+    mine |= {"draws": row["draws"]} if "draws" in row else {}
     return row["method"] in METHODS and row["classes"] == classes and mine == settings_of(row["method"])
 
 
@@ -338,9 +344,14 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def scored(path):
+    """Cells with their scores: of a file, or those of the ranking study."""
+    return records_of("nasbench201") if path is None else read(path)
+
+
 def search(data, scores, seeds, methods, processes):
     """Run what is missing, one JSON line a search."""
-    table = Table(data, read(scores))
+    table = Table(data, scored(scores))
     space = {"classes": len(table.rows), "cells": len(table.unique), "best": table.best, "unit_seconds": round(table.unit, 2),
              "score_seconds": {name: round(seconds, 4) for name, seconds in table.seconds.items()}, "score": RANKED_BY,
              "blind": round(table.best - float(np.mean([table.rows[u]["c10_200"] for u in table.unique.values()])), 4)}  # fmt: skip
@@ -364,7 +375,8 @@ def time_scores(data, count=30):
     torch.set_num_threads(1)
     cells = pd.read_csv(Path(data) / "nasbench201_cifar10_dev.csv.gz").drop_duplicates("unique").sample(count + 1, random_state=0)
     images, targets, rows = torch.randn(64, 3, 32, 32), torch.arange(64) % 10, []
-    ways = {RANKED_BY: lambda model: score(profile_model(model, images, targets, mode="train", measures=("saturation", "structure"))),
+    how = {"mode": "train", "measures": ("saturation", "structure"), "initialize": INITIALIZATIONS}
+    ways = {RANKED_BY: lambda model: score(profile_model(model, images, targets, **how)),
             "naswot": lambda model: naswot(model, images), "synflow": lambda model: synflow(model, images)}  # fmt: skip
     for arch in cells["arch"]:
         operations = {(int(k[3]), int(k[5])): v for k, v in nasbench201.parameters(arch).items()}
@@ -567,9 +579,7 @@ TABLES = {}
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of nasbench201_cifar10_dev.csv.gz")
-    parser.add_argument(
-        "--scores", default=str(HERE.parent / "ranking" / "raw" / "nasbench201.jsonl"), help="JSON lines: arch, the score, seconds"
-    )
+    parser.add_argument("--scores", help="JSON lines: arch, the score, seconds; those of the ranking study when absent")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--methods", default=";".join(METHODS), help="some of them, with semicolons between")
     parser.add_argument("--processes", type=int, default=1)
@@ -580,8 +590,8 @@ if __name__ == "__main__":
     if given.time_scores:
         sys.exit(time_scores(given.data))
     if given.pools:
-        pools(Table(given.data, read(given.scores)))
+        pools(Table(given.data, scored(given.scores)))
     elif not given.derive_only:
-        pools(Table(given.data, read(given.scores)))
+        pools(Table(given.data, scored(given.scores)))
         search(given.data, given.scores, given.seeds, [m for m in METHODS if m in given.methods.split(";")], given.processes)
     derive()

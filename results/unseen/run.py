@@ -15,10 +15,10 @@ apart, which unites more cells than the published ones do. One untrained network
 accuracy that torchvision states for them; without networks that the ranking study's rows of timm hold too (with as many parameters).
 Newer families were trained by longer recipes, which the accuracy follows as well: `RECIPES` parts them.
 
-Untrained networks are measured at torch's default initialization in train mode, cells on 64 and others on 16 images: of CIFAR-10
-with `--cifar` (JPEG, train/CLASS), else of the embedded set in three equal channels. Beside the score are naswot and synflow of the same
-networks on the same images, MACs and parameters. raw/cells.jsonl and raw/torchvision.jsonl hold a network a line; what is there is not
-measured again.
+Untrained networks are measured at torch's default initialization, one draw of it, in train mode, cells on 64 and others on 16 images: of
+CIFAR-10 with `--cifar` (JPEG, train/CLASS), else of the embedded set in three equal channels. Beside the score are naswot and synflow of
+the the same networks on the same images, MACs and parameters. raw/cells.jsonl and raw/torchvision.jsonl hold a network a line; what is
+there is not measured again.
 """
 
 import argparse
@@ -39,8 +39,7 @@ from capnas.search_spaces import nasbench201
 from capnas._timm import import_timm
 from capnas.data import load_data
 from capnas.measures.proxies import naswot, synflow
-from capnas.profile import profile_model
-from capnas.profile.reading import at_default_initialization
+from capnas.profile import at_default_initialization, profile_model
 from capnas.scoring import CAPACITY_WEIGHTS, measures_for, score
 from capnas.search.export import write_environment
 
