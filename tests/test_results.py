@@ -16,17 +16,21 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from capnas.excess import read_study
 from capnas.measures.ranking import spearman
 from capnas.objective.gates import RANKED_BY
 from capnas.objective.targets import PRINCIPLED, WEIGHTS
-from capnas.scoring import CAPACITY_WEIGHTS
+from capnas.profile import INITIALIZATIONS, profile_model
+from capnas.scoring import CAPACITY_WEIGHTS, score
 from capnas.search import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -471,6 +475,20 @@ def test_the_results_tell_what_recording_costs() -> None:
     worst = max(abs(s - layer["every_row"]) for case in differences.values() for layer in case.values() for s in layer["sampled"])
     check_says(section("saturation_overhead"), "move saturation by at most {} on any layer", worst)
     assert worst <= 0.02
+
+
+def test_rows_of_two_draws_hold_what_a_search_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RANKING))  # the study's own modules
+    study = module_of(RANKING / "run.py")
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(16, 24, 3)), nn.ReLU(), nn.Conv2d(24, 9, 3))
+    x = nn.functional.avg_pool2d(torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(0)), 5, 1)
+    read = partial(profile_model, model, mode="train", measures=("saturation",), blocks="[01]")
+    first, second = read(x, initialize=1), read(x[::2], initialize=1, seed=1)
+    row = {"scores": score(first, study.DRAWN), "blocks": [[r.saturation] for r in first.blocks], "seconds": 1}
+    again = {"scores": score(second, study.DRAWN), "blocks": [r.saturation for r in second.blocks], "seconds": 2}
+    assert study.averaged(row, again)["scores"] == pytest.approx(score(read(x, initialize=INITIALIZATIONS), study.DRAWN))
+    assert study.averaged(row, again)["seconds"] == 3
+    assert row["scores"] != pytest.approx(again["scores"], rel=1e-3)
 
 
 def test_the_results_tell_what_the_score_is_sensitive_to() -> None:
