@@ -29,11 +29,13 @@ def net() -> nn.Sequential:
 def test_saturations_are_means_over_copies_of_which_the_first_reads_all_images(images: int, step: int) -> None:
     x = noise(images, 3, 8, 8)
     copies = [at_default_initialization(net(), seed=seed) for seed in (5, 6, 7)]
-    alone = [profile_model(c, x[:: step if i else 1], mode="train", seed=5 + i).saturations() for i, c in enumerate(copies)]
+    alone = [profile_model(c, x[:: step if i else 1], mode="train", seed=5 + i) for i, c in enumerate(copies)]
     found = profile_model(net(), x, mode="train", initialize=3, seed=5)
     assert found.initializations == 3
-    assert found.saturations() == pytest.approx([math.fsum(values) / 3 for values in zip(*alone)])
-    assert alone[0] != alone[1]
+    assert found.saturations() == pytest.approx([math.fsum(values) / 3 for values in zip(*(p.saturations() for p in alone))])
+    ranks = [math.fsum(row.effective_rank for row in rows) / 3 for rows in zip(*(p.layers for p in alone))]
+    assert [row.effective_rank for row in found.layers] == pytest.approx(ranks)
+    assert alone[0].saturations() != alone[1].saturations()
 
 
 def test_what_cannot_be_set_again_is_named_however_many_copies() -> None:
