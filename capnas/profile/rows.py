@@ -225,23 +225,27 @@ def averaged(profiles: Sequence[Profile]) -> Profile:
 
     Averaged are the saturations, the intrinsic dimension (rounded), the effective rank and its inverse; the margin is the smallest, and a
     row is finite if all are, of few rows if any is. One copy's weights are a draw, of which scores of an untrained network shall not speak.
+    A layer that a copy skipped, as some networks do at random while they train, is averaged over the others.
 
     Raises:
-        UsageError: no profile, or profiles of different layers.
+        UsageError: no profile.
 
     >>> row = LayerProfile(name="a", kind="Linear", reading="modules", width=4, params=4, rows=64, rows_seen=64, k=2, saturation=0.5)
     >>> pair = [Profile(layers=(r,), blocks=(), skipped={}, mode="train") for r in (row, replace(row, k=4, saturation=1.0))]
     >>> averaged(pair).layers[0].k, averaged(pair).layers[0].saturation, averaged(pair).initializations
     (3, 0.75, 2)
     """
-    names = {tuple((r.name, r.reading) for r in (*p.layers, *p.blocks)) for p in profiles}
-    if len(names) != 1:
-        raise UsageError(f"profiles must be one or more of the same layers, got {len(profiles)} of {len(names)} sets of layers.")
-    rows = {reading: tuple(map(_mean, zip(*(p.reading(reading) for p in profiles), strict=True))) for reading in ("modules", "blocks")}
-    return replace(profiles[0], layers=rows["modules"], blocks=rows["blocks"], initializations=len(profiles))
+    if not profiles:
+        raise UsageError("profiles must be one or more, got none.")
+    read = [{(r.name, r.reading): r for r in (*p.layers, *p.blocks)} for p in profiles]
+    layers, blocks = (
+        tuple(_mean([rows[key] for rows in read if (key := (row.name, row.reading)) in rows]) for row in of)
+        for of in (profiles[0].layers, profiles[0].blocks)
+    )
+    return replace(profiles[0], layers=layers, blocks=blocks, initializations=len(profiles))
 
 
-def _mean(rows: tuple[LayerProfile, ...]) -> LayerProfile:
+def _mean(rows: Sequence[LayerProfile]) -> LayerProfile:
     def of(column: str) -> float | None:
         values = [getattr(row, column) for row in rows]
         return None if None in values else math.fsum(values) / len(values)

@@ -103,13 +103,30 @@ def test_means_are_of_what_the_weights_decide() -> None:
     assert math.isnan(row.saturation or 0)
 
 
+def test_a_layer_that_a_copy_skipped_is_averaged_over_the_others() -> None:
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return x if self.training and torch.rand(()) < 0.5 else self.b(x)
+
+    x = noise(8, 3, 8, 8)
+    ran = [len(profile_model(Skipping(), x, mode="train", measures=("saturation",), initialize=1, seed=s).layers) for s in range(8)]
+    assert set(ran) == {1, 2}
+    first = ran.index(2)
+    found = profile_model(Skipping(), x, mode="train", measures=("saturation",), initialize=8 - first, seed=first)
+    assert [row.name for row in found.layers] == ["a", "b"]
+    rows = [profile_model(Skipping(), x, mode="train", measures=("saturation",), initialize=1, seed=s).layers for s in range(first, 8)]
+    values = [r[1].saturation for r in rows if len(r) == 2]
+    assert found.layers[1].saturation == pytest.approx(math.fsum(values) / len(values))
+
+
 def test_what_cannot_be_averaged_is_refused() -> None:
-    x = noise(16, 3, 8, 8)
-    profile = profile_model(net(), x, mode="train")
-    with pytest.raises(UsageError, match="got 2 of 2 sets of layers"):
-        averaged([profile, replace(profile, layers=profile.layers[1:])])
-    with pytest.raises(UsageError, match="got 0 of 0"):
+    with pytest.raises(UsageError, match="profiles must be one or more, got none"):
         averaged([])
     for wrong in (-1, 1.5):
         with pytest.raises(UsageError, match="initialize must be a number of copies, 0 or more"):
-            profile_model(net(), x, initialize=wrong)  # type: ignore[arg-type]
+            profile_model(net(), noise(16, 3, 8, 8), initialize=wrong)  # type: ignore[arg-type]
