@@ -129,7 +129,7 @@ def profile_model(
             model = copied(model)
             kept = restart(model, seed + initialize - 1)
             for later in range(seed + initialize - 1, seed, -1):  # down to the first, which stays for the other measures
-                others.append(read(model, [_some(batch) for batch in batches], later)[0])
+                others.append(read(model, [some(batch) for batch in batches], later)[0])
                 restart(model, later - 1)
         profile, fast = read(model, batches, seed)
         profile = averaged([profile, *others]) if others else profile
@@ -150,8 +150,12 @@ def profile_model(
     )  # fmt: skip
 
 
-def _some(batch: Tensor) -> Tensor:
-    """Every second image, or all where that would leave few."""
+def some(batch: Tensor) -> Tensor:
+    """What a copy after the first reads of a batch: every second image, or all where that would leave few.
+
+    >>> len(some(torch.zeros(64, 1, 2, 2))), len(some(torch.zeros(16, 1, 2, 2)))
+    (32, 16)
+    """
     return batch[::2] if len(batch) >= 2 * FEWEST_IMAGES else batch
 
 

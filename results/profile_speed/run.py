@@ -38,7 +38,7 @@ SETS = {  # measures, and whether capacity is swept down to the pixels (for the 
     "saturation + structure + capacity": (("saturation", "structure", "capacity"), False),
     "saturation + structure + capacity with coverage": (("saturation", "structure", "capacity"), True),
 }
-SEARCH, SEARCHED = f"as a search measures {INITIALIZATIONS} draws of the weights", ("saturation", "structure")
+SEARCH = f"as a search measures {INITIALIZATIONS} draws of the weights"
 SHAPE = (1, 3, 32, 32)
 SEARCH_ROUNDS, FULL_ROUNDS, MEMORY_ROUNDS = 5, 3, 5
 
@@ -92,7 +92,7 @@ def search():
         works = {"naswot + synflow": both, "trace": partial(trace, model, SHAPE)}
         for key, (measures, pixels) in SETS.items():
             works[key] = partial(profile_model, model, x, y, measures=measures, mode="train", graph=graph, pixels=pixels)
-        works[SEARCH] = partial(profile_model, model, x, y, measures=SEARCHED, mode="train", graph=graph, initialize=INITIALIZATIONS)
+        works[SEARCH] = partial(works["saturation + structure"], initialize=INITIALIZATIONS)
         for work in works.values():
             work()
         for _ in range(SEARCH_ROUNDS):

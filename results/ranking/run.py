@@ -35,7 +35,7 @@ from capnas.measures.ranking import partial_spearman
 from capnas.objective.gates import UNTRAINED
 from capnas.objective.targets import WEIGHTS
 from capnas.profile import at_default_initialization, profile_model
-from capnas.profile.reading import FEWEST_IMAGES
+from capnas.profile.reading import some
 from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
 
 HERE = Path(__file__).resolve().parent
@@ -98,52 +98,48 @@ def measure(space, folder, count, measures, seed, label, images=None, size=None,
         (HERE / "raw" / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 
 
+def unmeasured(space, folder, records, path):
+    """Records that a file of rows does not hold yet, each with its network's row of the table, its side in pixels and the probe batch."""
+    images, size = IMAGES.get(space, (64, 32))
+    published = {key_of(r): r for _, r in benchmarks.table(space, folder).iterrows()}
+    probe = functools.cache(lambda side: benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, 0, side)[0])
+    known = {key_of(r) for r in map(json.loads, path.open())} if path.exists() else set()
+    for record in records:
+        if key_of(record) not in known and key_of(record) in published:
+            side = size or int(record["img_size"])
+            yield record, published[key_of(record)], side, probe(side)
+
+
 def second(space, folder, others):
     """The terms of the sums that depend on the weights, from the next seed: of every row that the space holds."""
     torch.set_num_threads(1)
     name = space + "-others" * others
-    images, size = IMAGES.get(space, (64, 32))
-    published = {key_of(r): r for _, r in benchmarks.table(space, folder).iterrows()}
-    step = 2 if images >= 2 * FEWEST_IMAGES else 1
-    probe = functools.cache(lambda side: benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, 0, side)[0][::step])
     path = HERE / "raw" / f"{name}-second.jsonl"
-    known = {key_of(r) for r in map(json.loads, path.open())} if path.exists() else set()
-    with path.open("a") as out:
-        for record in records_of(name, draws=1):
-            if key_of(record) in known or key_of(record) not in published:
-                continue
-            side = size or int(record["img_size"])
-            model = built(space, published[key_of(record)], side, 1)
-            start = time.process_time()
-            found = profile_model(model, probe(side), mode="train", measures=("saturation",), seed=1, initialize=space in OWN)
-            row = {"seconds": round(time.process_time() - start, 3), "scores": score(found, DRAWN),
-                   "blocks": [round(r.saturation, 4) for r in found.blocks]}  # fmt: skip
+    for record, published, side, x in unmeasured(space, folder, records_of(name, draws=1), path):
+        model = built(space, published, side, 1)
+        start = time.process_time()
+        found = profile_model(model, some(x), mode="train", measures=("saturation",), seed=1, initialize=space in OWN)
+        row = {"seconds": round(time.process_time() - start, 3), "scores": score(found, DRAWN),
+               "blocks": [round(r.saturation, 4) for r in found.blocks]}  # fmt: skip
+        with path.open("a") as out:
             out.write(json.dumps({k: record[k] for k in ("arch", "img_size") if k in record} | row) + "\n")
-            out.flush()
 
 
 def baselines(space, folder, count):
     """naswot and synflow alone, beside the scores that the rows of the space hold."""
     torch.set_num_threads(1)
-    images, size = IMAGES.get(space, (64, 32))
-    published = {key_of(r): r for _, r in benchmarks.table(space, folder).iterrows()}
     path, rows = HERE / "raw" / f"{space}-baselines.jsonl", records_of(space, draws=1)
-    probe = functools.cache(lambda side: benchmarks.cifar(Path(folder) / "cifar10_jpeg.zip", images, 0, side))
-    known = {key_of(r) for r in map(json.loads, path.open())} if path.exists() else set()
-    with path.open("a") as out:
-        for record in (rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:count]):
-            if key_of(record) in known or key_of(record) not in published:
-                continue
-            side = size or int(record["img_size"])
-            x, model = probe(side)[0], built(space, published[key_of(record)], side, 0)
-            model = at_default_initialization(model, seed=0) if space in OWN else model
-            start = time.process_time()
-            found = {"naswot": naswot(model, x).value, "synflow": synflow(model, x[:1]).value}
-            seconds = time.process_time() - start
-            found = {name: value if np.isfinite(value) else None for name, value in found.items()}
-            row = {k: v for k, v in record.items() if k != "seconds"} | {"scores": record["scores"] | found}
+    drawn = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:count]]
+    for record, published, side, x in unmeasured(space, folder, drawn, path):
+        model = built(space, published, side, 0)
+        model = at_default_initialization(model, seed=0) if space in OWN else model
+        start = time.process_time()
+        found = {"naswot": naswot(model, x).value, "synflow": synflow(model, x[:1]).value}
+        seconds = time.process_time() - start
+        found = {name: value if np.isfinite(value) else None for name, value in found.items()}
+        row = {k: v for k, v in record.items() if k != "seconds"} | {"scores": record["scores"] | found}
+        with path.open("a") as out:
             out.write(json.dumps(row | {"proxy_seconds": round(seconds, 3)}) + "\n")
-            out.flush()
 
 
 def key_of(record):

@@ -17,7 +17,7 @@ Newer families were trained by longer recipes, which the accuracy follows as wel
 
 Untrained networks are measured at torch's default initialization, one draw of it, in train mode, cells on 64 and others on 16 images: of
 CIFAR-10 with `--cifar` (JPEG, train/CLASS), else of the embedded set in three equal channels. Beside the score are naswot and synflow of
-the the same networks on the same images, MACs and parameters. raw/cells.jsonl and raw/torchvision.jsonl hold a network a line; what is
+the same networks on the same images, MACs and parameters. raw/cells.jsonl and raw/torchvision.jsonl hold a network a line; what is
 there is not measured again.
 """
 
