@@ -1,18 +1,12 @@
-"""What the command line shows: numbers short enough to read, tables, progress, and JSON for machines.
-
-Results go to stdout and progress to stderr. Progress is one live line on a terminal and one plain line per trial elsewhere.
-"""
+"""What the command line shows: numbers short enough to read, tables, and JSON for machines. Results go to stdout, advice to stderr."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from types import TracebackType
 from typing import Any
 
 from capnas.documents import json_text
@@ -150,7 +144,10 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: 
 
 def run_document(result: Any) -> dict[str, Any]:
     """A `capnas.search.RunResult` for machines."""
-    front = [{"trial": t.number, "values": dict(zip(result.config.values, t.values)), "params": t.params} for t in result.front]
+
+    def shown(trial: Any) -> dict[str, Any]:
+        return {"trial": trial.number, "values": dict(zip(result.config.values, trial.values)), "params": trial.params}
+
     best = result.best
     return {
         "study": result.config.name,
@@ -160,8 +157,9 @@ def run_document(result: Any) -> dict[str, Any]:
         "finished_before": result.finished_before,
         "complete": result.n_complete,
         "interrupted": result.interrupted,
-        "best": next((f for f in front if best is not None and f["trial"] == best.number), None),
-        "front": front,
+        "best": None if best is None else shown(best),
+        "front": [shown(trial) for trial in result.front],
+        "finals": [{"trial": trial.number, **final} for trial, final in result.finals],
         "outcomes": _outcomes(result),
         "at_chance": guess(result, _accuracies(result)) is not None,
     }
@@ -258,18 +256,35 @@ def show_run(result: Any) -> None:
     numbers = ((t, [*t.values, *(result.evaluation(t.number).metrics.get(n) for n in beside)]) for t in result.front[:20])
     rows = [[str(t.number), *map(short, values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t, values in numbers]
     several = f"Pareto set, {counted(len(result.front), 'trial')}"
-    show_table(["trial", *names, *beside, "parameters"], rows, title="best trial" if len(names) == 1 else several, texts=["parameters"])
+    title = ("best value" if result.finals else "best trial") if len(names) == 1 else several
+    show_table(["trial", *names, *beside, "parameters"], rows, title=title, texts=["parameters"])
+    if result.finals:
+        show_finals(result)
     print(f"best architecture: capnas best {where}\nreport: capnas report {where} --html report.html")
 
 
+def show_finals(result: Any) -> None:
+    """What the final trainings of a `capnas.search.RunResult` gave, best first value first, and who is named."""
+    left, named = result.n_finals_left, f"trial {result.best.number} is named"
+    told = ("accuracy", "val_loss", "train_loss")
+    rows = [
+        [str(trial.number), short(trial.values[0]), *(short(final[name]) for name in told), final["status"]]
+        for trial, final in result.finals
+    ]
+    title = f"finals, {counted(result.config.finals_epochs, 'epoch')} each: {f'{left} still to be trained' if left else named}"
+    show_table(["trial", result.config.values[0], *(f"final {name}" for name in told), "outcome"], rows, title=title, texts=["outcome"])
+
+
 def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code: str) -> None:
-    """One trial: values, parameters, metrics, its code, and last the result of its final training."""
+    """One trial: values, parameters, metrics, its accuracy in the finals, its code, and last the result of its retraining."""
     print(f"trial {document['trial']} of {document['study']}: {document['status']}, {document['image_size']} px")
     metrics = {k: v for k, v in document["metrics"].items() if v is not None and not k.startswith("init_")}
     for name, rows in (("value", document["values"]), ("parameter", document["params"]), ("metric (see capnas scores)", metrics)):
         texts = [[k, short(v) if isinstance(v, int | float) and not isinstance(v, bool) else str(v)] for k, v in rows.items()]
         if texts:
             show_table([name, ""], texts)
+    if (final := document.get("final")) is not None and final["status"] == "complete":
+        print(f"accuracy {final['accuracy']:.4f} on validation after the {counted(final['epochs'], 'epoch')} of the finals")
     print(code)
     if test is not None and test["status"] == "complete":
         trained = f"{counted(test['epochs'], 'epoch')} on train + validation (seed {test['seed']})"
@@ -277,76 +292,3 @@ def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code:
         print(f"trained network: {test['model']}" if test.get("model") else test["reason"])
     elif test is not None:
         print(f"the final training ended as {test['status']}: {test['reason']}")
-
-
-class Progress:
-    """Progress of a study, as a context manager: trials, best so far, time left. Give `on_trial` and `on_epoch` to `capnas.run_study`.
-
-    Args:
-        total: trials of the whole study.
-        names: of the values.
-        directions: of the values.
-        workers: processes whose trials are told here, some time after they end. Of several, only trials told so far count.
-        epochs: of a trial.
-    """
-
-    def __init__(self, *, total: int, names: Sequence[str], directions: Sequence[str], workers: int = 1, epochs: int = 1) -> None:
-        self.total, self.names, self.workers, self.epochs = total, names, workers, epochs
-        self.signs = [1 if direction == "maximize" else -1 for direction in directions]
-        self.start, self.began, self.ran = time.monotonic(), datetime.now(), 0
-        self._told: set[int] = set()
-        self._live: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Live
-
-            columns = (SpinnerColumn(), TextColumn("trials"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn())
-            self._live = Live(*columns, TextColumn("{task.fields[state]}"), console=Console(stderr=True), transient=True)
-            self._live.start()
-            self._task = self._live.add_task("", total=self.total, state="")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def on_epoch(self, number: int, epoch: int, row: dict[str, Any]) -> None:
-        """A trial has trained another epoch; shown on a terminal until the trial ends."""
-        if self._live is not None:
-            self._live.update(self._task, state=f"trial {number}: epoch {epoch}/{self.epochs}")  # short: a line has 80 columns
-
-    def on_trial(self, study: Any, trial: Any) -> None:
-        """A trial of the study ended."""
-        from capnas.objective.evaluation import Evaluation
-        from capnas.search.runs import is_finished
-
-        self._told.add(trial.number)
-        trials = [t for t in study.get_trials(deepcopy=False) if self._counts(t)]
-        finished = sum(map(is_finished, trials))
-        self.ran += is_finished(trial)
-        if (found := Evaluation.of(trial)) is None:
-            return
-        shown = {**found.values} | {n: a for n in ("accuracy",) if found.values and (a := found.metrics.get(n)) is not None}
-        what = ", ".join(f"{name} {short(value)}" for name, value in shown.items()) or found.reason
-        line = f"trial {trial.number:>3}  {found.status:<11} {what}  ({duration(sum(found.seconds.values()))})"
-        left = time_left(time.monotonic() - self.start, self.ran, self.total - finished)
-        state = "  ".join(filter(None, (self._best(trials), left)))
-        if self._live is None:
-            say(f"[{finished}/{max(finished, self.total)}] {line}" + (f"  {state}" if state else ""))
-        else:
-            self._live.console.print(line, highlight=False, markup=False)
-            self._live.update(self._task, completed=finished, state=state)
-
-    def _counts(self, trial: Any) -> bool:
-        """Whether a trial was told, or never will be: it ended before the start, or in another process beside the only one here."""
-        end = trial.datetime_complete
-        return self.workers == 1 or trial.number in self._told or (end is not None and end < self.began)
-
-    def _best(self, trials: Sequence[Any]) -> str:
-        usable = [t for t in trials if t.state.name == "COMPLETE" and all(v <= 0 for v in t.constraints.values())]
-        best = max(usable, key=lambda t: ([s * v for s, v in zip(self.signs, t.values)], -t.number), default=None)
-        return "" if best is None else f"best {self.names[0]} {short(best.values[0])} (trial {best.number})"

@@ -12,7 +12,6 @@ import pytest
 from tiny_space import images
 
 from capnas.console import (
-    Progress,
     closing,
     duration,
     guess,
@@ -28,6 +27,8 @@ from capnas.console import (
 from capnas.data import load_data
 from capnas.errors import UsageError
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.finals import KEY
+from capnas.progress import Progress
 from capnas.search.config import StudyConfig
 from capnas.search.opening import DATA, data_facts
 from capnas.search.runs import RunResult
@@ -289,3 +290,48 @@ def test_accuracy_stands_beside_another_value(capsys: pytest.CaptureFixture[str]
 def test_a_column_of_texts_stands_left(capsys: pytest.CaptureFixture[str]) -> None:
     show_table(["trial", "parameters"], [["1", "depth=2"], ["2", "depth=2, width=4"]], texts=["parameters"])
     assert len({line.index("depth=2") for line in capsys.readouterr().out.splitlines() if "depth" in line}) == 1
+
+
+def test_finals_are_shown_with_who_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    result = _result([("complete", 0.5), ("complete", 0.4), ("complete", 0.3)], finalists=2, final_epochs=7)
+    progress = Progress(total=3, names=["accuracy"], directions=["maximize"])
+
+    def hold(number: int, accuracy: float, left: int) -> None:
+        final = {"epochs": 7, "status": "complete", "accuracy": accuracy, "val_loss": 0.5, "train_loss": 0.25, "reason": "", "seconds": 3.0}
+        result.study.set_user_attr(f"{KEY}{number}", final)
+        progress.on_final(result.study.trials[number], final, left)
+
+    hold(0, 0.75, 1)
+    show_run(result)
+    out, err = capsys.readouterr()
+    assert err == "[final] trial   0  complete    accuracy 0.7500, val_loss 0.5000, train_loss 0.2500  (7 epochs, 3 s)  1 left\n"
+    assert "finals, 7 epochs each: 1 still to be trained" in out
+    assert run_document(result)["best"]["trial"] == 0
+    hold(1, 0.875, 0)
+    show_run(result)
+    lines = capsys.readouterr().out.splitlines()
+    assert "best value" in lines[0]
+    assert any(line.startswith("finals, 7 epochs each: trial 1 is named") for line in lines)
+    assert ["1", "0.4000", "0.8750", "0.5000", "0.2500", "complete"] in map(str.split, lines)
+    document = run_document(result)
+    assert document["best"] == {"trial": 1, "values": {"accuracy": 0.4}, "params": {}}
+    assert [final["trial"] for final in document["finals"]] == [0, 1]
+    assert [trial["trial"] for trial in document["front"]] == [0]
+
+
+def test_a_final_that_failed_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    study = optuna.create_study(directions=["maximize"])
+    final = dict.fromkeys(("accuracy", "val_loss", "train_loss")) | {
+        "epochs": 1,
+        "status": "failed",
+        "reason": "ValueError: no",
+        "seconds": 0,
+    }
+    Progress(total=1, names=["accuracy"], directions=["maximize"]).on_final(_ended(study, "complete", 0.5), final, 0)
+    assert capsys.readouterr().err == "[final] trial   0  failed      ValueError: no  (1 epoch, 0 s)  0 left\n"
+
+
+def test_the_best_shows_its_accuracy_in_the_finals(capsys: pytest.CaptureFixture[str]) -> None:
+    trial = {"trial": 3, "study": "told", "status": "complete", "image_size": 8, "metrics": {}, "values": {}, "params": {}}
+    show_best(trial | {"final": {"status": "complete", "accuracy": 0.5, "epochs": 8}}, None, "import timm")
+    assert capsys.readouterr().out.splitlines()[1] == "accuracy 0.5000 on validation after the 8 epochs of the finals"

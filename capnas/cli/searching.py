@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from capnas.cli.app import Blocks, Count, Device, Json, app, quiet, sizes, whole
-from capnas.console import Progress, closing, no_value, out_json, pairs, run_document, say, show_run
+from capnas.console import closing, no_value, out_json, pairs, run_document, say, show_run
 from capnas.errors import UsageError, counted
+from capnas.progress import Progress
 
 
 @app.command()
@@ -24,7 +25,9 @@ def search(
     epochs: Annotated[int, whole("Of the short training.")] = 3,
     values: Annotated[
         str,
-        typer.Option(help="What to optimize: combined (accuracy and scores in one sum) or names like accuracy,saturation_evenness,macs."),
+        typer.Option(
+            help="What to optimize: combined (accuracy, losses, scores in one sum) or names like accuracy,saturation_evenness,macs."
+        ),
     ] = "combined",
     weights: Annotated[str | None, typer.Option(metavar="NAME=W,...", help="Weights of the scores in combined or principled.")] = None,
     max_macs: Count = None,
@@ -39,6 +42,10 @@ def search(
     pool: Annotated[int | None, whole("With --gate best: untrained candidates to measure before the first training.")] = None,
     resolutions: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to search jointly.")] = None,
     blocks: Blocks = None,
+    finalists: Annotated[
+        int | None, whole("Train as many of the best again at the end, for longer, and name the one that does best.")
+    ] = None,
+    final_epochs: Annotated[int | None, whole("Of the finalists; four times --epochs without.")] = None,
     sampler: Annotated[str, typer.Option(help="tpe, random, nsga2, nsga3, gp, qmc or cmaes.")] = "tpe",
     pruner: Annotated[str, typer.Option(help="median, hyperband or off.")] = "median",
     seed: Annotated[int, whole("Of everything random.")] = 0,
@@ -82,6 +89,8 @@ def search(
             pool=pool,
             resolutions=None if resolutions is None else sizes(resolutions, "--resolutions"),
             blocks=blocks,
+            finalists=finalists,
+            final_epochs=final_epochs,
             sampler=sampler,
             pruner=pruner,
             seed=seed,
@@ -97,7 +106,14 @@ def search(
         start += f"{', '.join(config.values)}, into {config.folder}"
         progress = Progress(total=trials, names=config.values, directions=config.directions, workers=workers, epochs=epochs)
         with progress:
-            result = run_study(config, enqueue=first, on_start=lambda: say(start), on_trial=progress.on_trial, on_epoch=progress.on_epoch)
+            result = run_study(
+                config,
+                enqueue=first,
+                on_start=lambda: say(start),
+                on_trial=progress.on_trial,
+                on_epoch=progress.on_epoch,
+                on_final=progress.on_final,
+            )
     if json:
         out_json(run_document(result))
         if not result.front:

@@ -48,8 +48,8 @@ class Objective:
     Args:
         space: a search space, or what `capnas.load_space` takes.
         data: images, or what `capnas.load_data` takes.
-        values: what to optimize, one value each, see `capnas.objective.targets`; ``"combined"`` is accuracy plus weighted scores.
-        weights: of the scores in ``combined``; defaults in `capnas.objective.targets.WEIGHTS`, see ``objective.weights``.
+        values: what to optimize, one value each, see `capnas.objective.targets`; ``"combined"`` is accuracy less losses plus scores.
+        weights: of the losses and scores in ``combined``; defaults in `capnas.objective.targets.WEIGHTS`, see ``objective.weights``.
         epochs: of the short training; that of ``train`` where None.
         max_params: most parameters, or None.
         max_macs: most multiply-accumulates of one image, or None.

@@ -1,9 +1,9 @@
 """What a search optimizes: the value names with their directions, and the combined value.
 
-Values are ``accuracy`` (on validation), ``val_loss``, ``params``, ``macs``, every name of `capnas.scoring.SCORES`, the same with the prefix
-``init_`` for the structure before training, ``combined`` and ``principled``. The latter is the idea that capnas is built on: accuracy
-after a short training with one capacity-allocation, one saturation and one excess-capacity score; ``principled-pareto`` stands for
-five values.
+Values are ``accuracy`` (on validation), ``val_loss``, ``train_loss`` (mean over the last epoch, as it trained), ``params``, ``macs``, every
+name of `capnas.scoring.SCORES`, the same with the prefix ``init_`` for the structure before training, ``combined`` and ``principled``. The
+latter is the idea that capnas is built on: accuracy after a short training with one capacity-allocation, one saturation and one
+excess-capacity score; ``principled-pareto`` stands for five values.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from capnas.objective.gates import SUMS, UNTRAINED, BestShare, or_nan
 from capnas.scoring import COSTS, PROFILED, SCORES, Direction
 
 INIT = "init_"
-# Calibrated on short trainings of two published benchmarks and a timm space, see results/ranking/combined.md: a short training undervalues
-# size, above all where it is in use, and overvalues depth without shortcuts. Within one space these terms add more to it than
-# `capacity_score`, which has to compare families too.
-WEIGHTS: Mapping[str, float] = {
-    "init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003
-}  # fmt: skip
+# Calibrated on short trainings, see results/ranking/combined.md and losses.md: an accuracy counts right answers of few images, where the
+# losses weigh each answer and that of the training is of many more; and a short training undervalues size and what it can do with it.
+WEIGHTS: Mapping[str, float] = {"train_loss": 1.0, "val_loss": 1.0, "init_log2_macs": 0.04, "init_capacity_score": 0.04}
 _SCORES = (*PROFILED, *(INIT + name for name in UNTRAINED))
 # One score of each theory, chosen and weighted on short trainings of two spaces, see results/ranking/principled.md.
 PRINCIPLED: Mapping[str, float] = {"init_block_saturation_evenness": 0.05, "depth_evenness": 0.02, "capacity_slack": 0.02}
 PARETO = ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
-NAMES = ("accuracy", "val_loss", *COSTS, *SUMS, *_SCORES)
-_WORST = {"accuracy": 0.0, "combined": 0.0, "principled": 0.0, "val_loss": 100.0, "params": 1e9, "macs": 1e11}  # before any was seen
+LOSSES = ("val_loss", "train_loss")
+LEARNED = ("accuracy", *LOSSES, *SUMS)  # values that a training tells, and that a longer one tells better
+NAMES = (*LEARNED[:3], *COSTS, *SUMS, *_SCORES)
+_WORST = {"accuracy": 0.0, "combined": -10.0, "principled": 0.0, "params": 1e9, "macs": 1e11} | dict.fromkeys(LOSSES, 100.0)  # none seen
 _FAR = 1e3  # stands for the worst of an unbounded score until one has been seen
 
 
@@ -75,11 +74,11 @@ def check_weights(
     """The weights of the sum among the values or in the gate, see `summed`: given ones, else `PRINCIPLED` or `WEIGHTS`.
 
     Raises:
-        UsageError: an unknown score or cost, a weight that is not finite, or weights where nothing is a sum.
+        UsageError: an unknown score, loss or cost, a weight that is not finite, or weights where nothing is a sum.
     """
     for name, weight in (weights or {}).items():
-        if name not in (*COSTS, *_SCORES):
-            raise UsageError(one_of("weights", name, (*COSTS, *_SCORES)))
+        if name not in (*LOSSES, *COSTS, *_SCORES):
+            raise UsageError(one_of("weights", name, (*LOSSES, *COSTS, *_SCORES)))
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise UsageError(f"the weight of {name} must be a finite number, got {weight!r}.")
     sums = summed(names, share)
@@ -135,22 +134,24 @@ def direction_of(name: str) -> Direction:
     """
     if name in ("accuracy", *SUMS):
         return "maximize"
-    return "minimize" if name == "val_loss" else SCORES[name.removeprefix(INIT)].direction
+    return "minimize" if name in LOSSES else SCORES[name.removeprefix(INIT)].direction
 
 
 def value_of(name: str, metrics: Mapping[str, float | None], weights: Mapping[str, float]) -> float:
     """One objective value from a trial's metrics; NaN where a metric is missing.
 
-    ``combined`` and ``principled`` are the accuracy plus the weighted scores and costs, each oriented so that higher is better (what is to
-    be minimized counts negatively).
+    ``combined`` and ``principled`` are the accuracy plus the weighted scores, losses and costs, each oriented so that higher is better
+    (what is to be minimized counts negatively). Losses that nobody stored, as of a table of accuracies, are left out.
 
     >>> value_of("combined", {"accuracy": 0.9, "tail_fraction": 0.5}, {"tail_fraction": 0.1})
     0.85
     >>> value_of("combined", {"accuracy": 0.75, "macs": 2_000_000}, {"macs": 0.125e-6})
     0.5
     """
-    accuracy = or_nan(metrics.get("accuracy"))
-    return accuracy + weighted(metrics, weights) if name in SUMS else or_nan(metrics.get(name))
+    if name not in SUMS:
+        return or_nan(metrics.get(name))
+    known = {term: weight for term, weight in weights.items() if term not in LOSSES or term in metrics}
+    return or_nan(metrics.get("accuracy")) + weighted(metrics, known)
 
 
 def weighted(metrics: Mapping[str, float | None], weights: Mapping[str, float]) -> float:

@@ -42,14 +42,19 @@ _SETTINGS = (
     "gate",
     "pool",
     "resolutions",
+    "finalists",
+    "final_epochs",
     "seed",
     "train",
 )
 _EMPTY = "No trial has given a value yet; the outcomes say why."
 _RETRAINED = ("trial", "epochs", "seed", "status", "test_accuracy", "test_images", "n_params", "macs")
+_FINALS = ("epochs", "status", "accuracy", "val_loss", "train_loss", "seconds")
 _FEW = 10  # complete trials below which nothing is said about correlations at equal size
 _NOTES = {
     "Best trials": "Accuracy is on the validation split after the short training; it ranks candidates and is not the accuracy to quote.",
+    "Finals": "The best trials trained again from their first weights, for longer; named as the best trial is the one with the "
+    "highest accuracy less its losses on validation and in training. As the winner of several it is flattered: the test split tells.",
     "What went with accuracy": "Spearman rank correlations over complete trials that are no duplicates; partial: at equal parameters "
     "and MACs (partial rank correlation). Values below chance, in size, are what unrelated numbers give in 19 of 20 studies. "
     "`init_` is read before training; a score that the search rewards is not tested by it.",
@@ -135,10 +140,12 @@ def summary(run: RunResult) -> dict[str, Any]:
     Returns:
         study: name, trials asked for and finished, and the settings.
         environment: versions and hardware, as the run stored them.
+        named: number of the best trial, by the finals where they were held; None without any.
         best: the Pareto set, or with one value the ten best trials; best first value first.
         outcomes: status, number of trials, the reason of the first such trial; one row per kind of reason.
         seconds: per stage the number of trials, their sum and median.
         correlations: per score its Spearman correlation with accuracy, the partial one, what chance gives, and the number of trials.
+        finals: the finalists with what their final training gave, best first value first; see `capnas.objective.finals`.
         retrained: see `capnas.search.trials.retrain_trial`, without curves.
         checklist: what a reader needs to judge the study (after Lindauer & Hutter 2020), question to answer.
     """
@@ -149,7 +156,9 @@ def summary(run: RunResult) -> dict[str, Any]:
         "study": {"name": run.config.name, "asked": run.config.trials, "finished": run.n_finished, "complete": run.n_complete}
         | {name: config[name] for name in _SETTINGS if name in config},
         "environment": json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {},
+        "named": None if run.best is None else run.best.number,
         "best": [_trial_row(t, e) for t, e in _front(run)],
+        "finals": [{"trial": trial.number} | {name: final[name] for name in _FINALS} for trial, final in run.finals],
         "outcomes": _outcomes(rows),
         "seconds": _seconds(rows),
         "correlations": _correlations([e for _, e in rows if e.status == "complete"]),
@@ -166,6 +175,7 @@ def tables(data: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     )
     found = {
         "Best trials": data["best"],
+        "Finals": data["finals"],
         "Retrained": [{k: r[k] for k in _RETRAINED} for r in data["retrained"]],
         "Outcomes": data["outcomes"],
         "Seconds by stage": data["seconds"],
@@ -199,13 +209,18 @@ def _sum(study: Mapping[str, Any]) -> str:
 def _cards(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not data["best"]:
         return []
-    best = data["best"][0]
+    best = next((row for row in data["best"] if row["trial"] == data["named"]), data["best"][0])
     cards = [
         (name, _cell(best[name]))
         for name in dict.fromkeys([*data["study"]["values"], "accuracy", "params", "macs"])
         if best.get(name) is not None
     ]
     final = [r for r in data["retrained"] if r["trial"] == best["trial"] and r["status"] == "complete"]
+    cards += [
+        (f"accuracy on validation, {counted(row['epochs'], 'epoch')}", _cell(row["accuracy"]))
+        for row in data["finals"]
+        if row["trial"] == best["trial"]
+    ]
     if final:
         longest = max(r["epochs"] for r in final)
         tests = [r["test_accuracy"] for r in final if r["epochs"] == longest]

@@ -18,21 +18,21 @@ import torch
 import capnas.errors
 from capnas.documents import write_whole
 from capnas.errors import CapnasError, StudyError
+from capnas.objective import Objective
 from capnas.objective.claims import sweep
+from capnas.objective.finals import EpochCallback, FinalCallback, hold_finals, pending
 from capnas.search.config import StudyConfig
 from capnas.search.enqueuing import begun, check_parameters, enqueue_new
 from capnas.search.export import write_environment, write_trials
 from capnas.search.opening import ATTRIBUTE, SCORE, check_folder, discard, open_study, opened_here
 from capnas.search.runs import RunResult, count_finished, open_run
 from capnas.search.signals import no_sigint, sigterm_interrupts, whole
-from capnas.search.working import MAX_FAILURES, TrialCallback, ended, failures_in_a_row, make_objective, work
+from capnas.search.working import MAX_FAILURES, TrialCallback, check_unchanged, ended, failures_in_a_row, make_objective, work
 from capnas.spaces import load_space
 
 __all__ = ["ATTRIBUTE", "SCORE", "RunResult", "StudyConfig", "open_run", "run_study", "sweep", "worker"]
 
 _POLL = 0.3  # seconds
-
-EpochCallback = Callable[[int, int, dict[str, Any]], None]
 
 
 def run_study(
@@ -44,8 +44,9 @@ def run_study(
     on_start: Callable[[], None] | None = None,
     on_trial: TrialCallback | None = None,
     on_epoch: EpochCallback | None = None,
+    on_final: FinalCallback | None = None,
 ) -> RunResult:
-    """Run a study until it has ``config.trials`` finished trials, or resume one.
+    """Run a study until it has ``config.trials`` finished trials, or resume one; then hold its finals, where some are asked for.
 
     The same call again resumes: finished trials are kept, those of killed processes are given up (`sweep`), and with one worker the
     trials are those that an uninterrupted study would have had. SIGINT (Ctrl-C) and SIGTERM abandon the running trials and return.
@@ -58,7 +59,9 @@ def run_study(
             sessions. What a dictionary leaves out is drawn.
         on_start: called once before the first trial, when space, images and storage are there and nothing stands against it.
         on_trial: called with the study and each trial that ends, in this process.
-        on_epoch: called after each epoch of a trial, with its number, the epoch and its row of the curve; with one worker only.
+        on_epoch: called after each epoch of a trial, with its number, the epoch and its row of the curve; with one worker only, but in
+            the finals always.
+        on_final: called with each finalist and what its training gave, see `capnas.objective.finals.hold_finals`.
 
     Returns:
         The run, also after a signal (``interrupted``) and when nothing was left to do (``finished_before >= config.trials``).
@@ -114,6 +117,8 @@ def run_study(
                 work(study, config, objective, parallel=False, on_start=on_start, on_trial=on_trial, go_on=go_on)
             else:
                 _launch(study, config, on_start, on_trial)
+            if config.finalists is not None and count_finished(study) >= config.trials:
+                _hold_finals(study, config, objective, space=space, data=data, on_epoch=on_epoch, on_final=on_final, go_on=go_on)
     except KeyboardInterrupt:
         interrupted = True
     except Exception:
@@ -132,6 +137,15 @@ def _leave(study: optuna.Study, config: StudyConfig) -> None:
     sweep(study, stale_after=config.stale_after)
     write_environment(config.folder / "environment.json", workers=config.workers, device=config.device)
     write_trials(config.folder / "trials.csv", study, config.values)
+
+
+def _hold_finals(study: optuna.Study, config: StudyConfig, objective: Objective | None, *, space: Any, data: Any, **how: Any) -> None:
+    """The finals of a study whose trials are finished; images are loaded only where somebody is still to be trained."""
+    count, epochs = config.finalists or 0, config.finals_epochs
+    if pending(study, count, epochs):
+        objective = objective or make_objective(config, space, data)
+        check_unchanged(study, config, objective)
+        hold_finals(study, objective, count=count, epochs=epochs, **how)
 
 
 def worker(

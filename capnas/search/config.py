@@ -15,6 +15,7 @@ import numpy as np
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED, TIMM_PREFIXES
 from capnas.errors import StudyError, UsageError, check_names, check_types, one_of
+from capnas.objective.finals import check_finals
 from capnas.objective.gates import best_share, parse_gate
 from capnas.objective.pool import check_pool
 from capnas.objective.targets import check_values, check_weights, direction_of, ranking, summed, wanted
@@ -30,7 +31,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
 VERSION = 1
-_FREE = ("trials", "workers", "device", "out", "stale_after", "reuse")  # may change when a study is resumed
+_FREE = ("trials", "workers", "device", "out", "stale_after", "reuse", "finalists", "final_epochs")  # may change when a study is resumed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class StudyConfig:
         trials: finished trials in all, over all sessions and workers. With a gate that asks for a share only trained ones
             count, not those that are too large, infeasible or merely measured.
         epochs, values, weights, max_params, max_macs, gate, pool, resolutions, blocks, seed, device, reuse: see `capnas.Objective`.
+        finalists: how many of the best trials are trained again at the end, for longer, and the best of which is named; none if not
+            said. See `capnas.objective.finals`.
+        final_epochs: of those trainings; four times ``epochs`` where None.
         sampler: one of tpe, random, nsga2, nsga3, gp, qmc, cmaes (cmaes with one value only).
         pruner: "median", "hyperband" (one value only) or "off".
         storage: None for a journal in the run's folder; else an Optuna storage URL, ``grpc://host:port``, or the path of a
@@ -76,6 +80,8 @@ class StudyConfig:
     pool: int | None = None
     resolutions: tuple[int, ...] | None = None
     blocks: str | None = None
+    finalists: int | None = None
+    final_epochs: int | None = None
     sampler: str = "tpe"
     pruner: str = "median"
     seed: int = 0
@@ -135,6 +141,15 @@ class StudyConfig:
         if self.weights is None and summed(self.values, share):  # stored with the study: later defaults leave it alone
             object.__setattr__(self, "weights", weights)
         self.training()
+        if self.finalists is not None:
+            check_finals(self.finalists, self.finals_epochs, self.values)
+        elif self.final_epochs is not None:
+            raise UsageError("final_epochs are those of finalists: say how many there are as well.")
+
+    @property
+    def finals_epochs(self) -> int:
+        """Of a final training."""
+        return 4 * self.epochs if self.final_epochs is None else self.final_epochs
 
     @property
     def name(self) -> str:

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from capnas.errors import StudyError
 from capnas.objective.evaluation import Evaluation, stored_with
+from capnas.objective.finals import finalists, pending, results, winner
 from capnas.objective.pool import is_untrained
 from capnas.search.config import StudyConfig
 from capnas.search.storages import HIDDEN, find_study
@@ -61,8 +64,24 @@ class RunResult:
         return [t for t, e in found if e is None or e.status != "duplicate"]
 
     @property
+    def finals(self) -> list[tuple[FrozenTrial, Mapping[str, Any]]]:
+        """The finalists that were trained so far, with what that gave, best first value first; see `capnas.objective.finals`."""
+        if self.config.finalists is None:
+            return []
+        known = results(self.study, self.config.finals_epochs)
+        return [(t, known[t.number]) for t in finalists(self.study, self.config.finalists) if t.number in known]
+
+    @property
+    def n_finals_left(self) -> int:
+        """How many finalists are still to be trained."""
+        return 0 if self.config.finalists is None else len(pending(self.study, self.config.finalists, self.config.finals_epochs))
+
+    @property
     def best(self) -> FrozenTrial | None:
-        """The trial of the front with the best first value; None without any."""
+        """The winner of the finals, where all were held; else the trial of the front with the best first value; None without any."""
+        count = self.config.finalists
+        if count is not None and (named := winner(self.study, count, self.config.finals_epochs)) is not None:
+            return named
         sign = 1 if self.config.directions[0] == "maximize" else -1
         return max(self.front, key=lambda t: (sign * t.values[0], -t.number), default=None)
 

@@ -92,11 +92,16 @@ class Rebuilt:
         return standalone_script(self.space, self.candidate.params, **self.shape, guard=None, title=title)
 
     def summary(self) -> dict[str, Any]:
-        """Number, status, values, parameters and metrics in plain JSON types."""
-        stored = self.evaluation.to_dict()
-        return {"study": self.run.config.name, "trial": self.number} | {
-            name: stored[name] for name in ("status", "values", "params", "metrics", "n_params", "macs", "image_size", "hash", "seconds")
-        }
+        """Number, status, values, parameters, metrics and what a final training gave, if there was one, in plain JSON types."""
+        stored, finals = self.evaluation.to_dict(), {trial.number: dict(final) for trial, final in self.run.finals}
+        return (
+            {"study": self.run.config.name, "trial": self.number}
+            | {
+                name: stored[name]
+                for name in ("status", "values", "params", "metrics", "n_params", "macs", "image_size", "hash", "seconds")
+            }
+            | {"final": finals.get(self.number)}
+        )
 
 
 def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: ImageData | None = None) -> Rebuilt:

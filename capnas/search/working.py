@@ -112,9 +112,7 @@ def work(
             time.sleep(_POLL)
             continue
         if ran == 0:
-            check_settings(study, config)
-            check_data(study, objective)
-            check_architectures(study, objective)
+            check_unchanged(study, config, objective)
             check_candidates(objective, seed=config.seed)
         settled = sum(map(is_settled, trials))
         study.sampler = sampler(settled, own, ran) if parallel else sampler(settled)
@@ -138,6 +136,17 @@ def work(
             raise error
         ran += 1
     return ran
+
+
+def check_unchanged(study: optuna.Study, config: StudyConfig, objective: Objective) -> None:
+    """Refuse to go on with a study on other images, or with a space that builds other networks than it did.
+
+    Raises:
+        StudyError: the text says what has changed.
+    """
+    check_settings(study, config)
+    check_data(study, objective)
+    check_architectures(study, objective)
 
 
 def check_candidates(objective: Objective, *, seed: int) -> None:

@@ -2,17 +2,17 @@
 
     python results/ranking/combine.py
 
-Spaces whose short trainings are known: 12 of 200 epochs on NAS-Bench-201, 12 of 108 on NAS-Bench-101, 1 of 6 on `mbconv`, and one epoch of
-our own on 6,000 images for a hundred cells of NAS-Bench-201. Maximized is the mean over spaces of the correlation with the ranks of final
-accuracy, over all and over the better half, by gradients; reported is Spearman's, and by how many points of final accuracy the network
-that the value names among 20 drawn at random is behind the best of the space. Each space is left out once (both samples of NAS-Bench-201
-together), each term too. Shipped are about a quarter of the fitted weights. They rank a little worse and name as good a network; chosen
-were at first their doubles, and halved after a real search with these on CIFAR-10 ended badly on the test images: a choice after the fact,
-which three seeds of each on two sets bear out (results/search). Beside them, what the same signals hold at most: gradient-boosted
-trees fitted on the space itself, out of fold. A gate `combined:best:...` ranks by the sum without the accuracy, before any training: that
-part alone is shown beside `capacity_score` and the MACs, on all spaces of the ranking study; on the rows of the sum it and
-`capacity_score` stand in the first table too, as choices without a training. Writes combined.md, combined.json and
-untrained.json. Needs scikit-learn.
+Of a table a training has an accuracy and no losses, so that the sum stands here without them; with them see ../search/losses.py, on short
+trainings of our own. Spaces whose short trainings are known: 12 of 200 epochs on NAS-Bench-201, 12 of 108 on NAS-Bench-101, 1 of 6 on
+`mbconv`, and one epoch of our own on 6,000 images for a hundred cells of NAS-Bench-201. Maximized is the mean over spaces of the
+correlation with the ranks of final accuracy, over all and over the better half, by gradients; reported is Spearman's, and by how many
+points of final accuracy the network that the value names among 20 drawn at random is behind the best of the space. Each space is left out
+once (both samples of NAS-Bench-201 together), each term too. Shipped are less than the fitted weights: beside losses, and on networks
+under a limit on MACs, less is better (../search/losses.md). The four terms were the default before; where only accuracies are known they
+rank better by these weights, and name worse networks. Beside them, what the same signals hold at most: gradient-boosted trees fitted on
+the space itself, out of fold. A gate `combined:best:...` ranks by the sum without the accuracy, before any training: that part alone is
+shown beside `capacity_score` and the MACs, on all spaces of the ranking study; on the rows of the sum it and `capacity_score` stand in
+the first table too, as choices without a training. Writes combined.md, combined.json and untrained.json. Needs scikit-learn.
 """
 
 import json
@@ -30,14 +30,13 @@ from capnas.scoring import SCORES
 
 HERE = Path(__file__).resolve().parent
 SPACES = ("nasbench201", "nasbench101", "mbconv", "nasbench201-1-epoch")
-TERMS = tuple(name.removeprefix("init_") for name in WEIGHTS)
-# what follows TERMS did not earn its place
-TRIED = (*TERMS, "capacity_score", "block_saturation_evenness", "dimension", "block_log2_activations")
+SHIPPED = {name.removeprefix("init_"): weight for name, weight in WEIGHTS.items() if name.startswith("init_")}  # the rest are losses
+TERMS = tuple(SHIPPED)
+FOUR = {"log2_macs": 0.035, "block_saturation90_mean": 0.15, "params_in_use": 0.25, "shortest_depth": 0.003}  # the default before
+TRIED = tuple(dict.fromkeys([*TERMS, *FOUR, "block_saturation_evenness", "dimension", "block_log2_activations"]))
 BEFORE = ("combined, untrained part", "capacity_score", "macs")
 NETWORKS = "networks"
-FORMER = {"capacity_score": 0.02, "log2_macs": 0.04}
-ALONE = {"untrained part of shipped alone": {name.removeprefix("init_"): w for name, w in WEIGHTS.items()},
-         "capacity_score alone": {"capacity_score": 1.0}}  # fmt: skip
+ALONE = {"untrained part of shipped alone": SHIPPED, "capacity_score alone": {"capacity_score": 1.0}}
 
 
 def records(space):
@@ -122,16 +121,16 @@ def choices(data):
     everything = list(data.values())
     yield "accuracy alone", given({})
     for label, factor in (("shipped", 1), ("shipped, halved", 0.5), ("shipped, doubled", 2)):
-        yield label, given({name.removeprefix("init_"): weight * factor for name, weight in WEIGHTS.items()})
+        yield label, given({name: weight * factor for name, weight in SHIPPED.items()})
     for label, weights in ALONE.items():
         yield label, given(weights)
-    yield "capacity_score and MACs", given(FORMER)
+    yield "four terms", given(FOUR)
     yield "fitted on all", fit(everything, TERMS)
     for left in ("nasbench201", "nasbench101", "mbconv"):
         yield f"fitted on all but {left}", fit([s for name, s in data.items() if not name.startswith(left)], TERMS)
     for term in TERMS:
         yield f"without {term}", fit(everything, [name for name in TERMS if name != term])
-    yield "capacity_score and MACs, fitted", fit(everything, FORMER)
+    yield "four terms, fitted", fit(everything, FOUR)
     for extra in TRIED[len(TERMS) :]:
         yield f"with {extra}", fit(everything, (*TERMS, extra))
 
@@ -142,7 +141,7 @@ def untrained():
     for space in ("nasbench201", "nasbench101", "macro", "timm", "mbconv"):
         rows = records_of(space)
         signals, final = sized(columns(rows)), np.array([r["accuracy"] for r in rows], dtype=float)
-        signals["combined, untrained part"] = sum(weight * signals[name.removeprefix("init_")] for name, weight in WEIGHTS.items())
+        signals["combined, untrained part"] = sum(weight * signals[name] for name, weight in SHIPPED.items())
         found[space] = {NETWORKS: len(rows)} | {name: ranked(signals[name], final) for name in BEFORE}
     return found
 

@@ -191,7 +191,7 @@ def columns(records):
     if all(costs(r)[1] for r in records):
         found["macs"] = np.array([costs(r)[1] for r in records])
     parts = sized(found)
-    terms = {name.removeprefix("init_"): weight for name, weight in WEIGHTS.items()}
+    terms = {name.removeprefix("init_"): weight for name, weight in WEIGHTS.items() if name.startswith("init_")}  # no table has losses
     if all(r.get("short_accuracy") is not None for r in records) and set(terms) <= set(parts):
         short = np.array([r["short_accuracy"] for r in records])
         found["combined"] = short / (100 if short.max() > 1 else 1) + sum(weight * parts[name] for name, weight in terms.items())

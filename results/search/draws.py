@@ -5,8 +5,9 @@
     python results/search/draws.py table                               # draws.md and draws.json from raw/ again
 
 Draws are of the space, the data and the limit on MACs of real.py. For each: scores before training, accuracy on the validation images
-after the short training of a search and the scores then, and, as a benchmark, the accuracy of the full training from new weights on 10,000
-images that neither the searches nor the final evaluations see. One JSON line a draw in raw/draws-CASE.jsonl; goes on where it stopped.
+after one epoch and the scores then, and, as a benchmark, the accuracy of the full training from new weights on 10,000 images that neither
+the searches nor the final evaluations see. One JSON line a draw in raw/draws-CASE.jsonl; goes on where it stopped. The short training of a
+search, 3 epochs with one seed for all draws, is that of losses.py (raw/losses.jsonl).
 Draws of mbconv come from the same seeds as those of the ranking study (train.py there), so that many of them are architectures that the
 weights of `combined` were fitted on; the table tells how many, and the correlations without them.
 """
@@ -34,8 +35,10 @@ from capnas.training import TrainConfig, evaluate, train
 
 FRESH, POOL = 10_000, 10  # images of the benchmark; draws of which one is named
 FINAL_EPOCHS = {"fashion": 6, "cifar10": 10}
-RANKING = HERE.parent / "ranking" / "raw"
-SHORT = "accuracy of the short training"
+RANKING, LOSSES = HERE.parent / "ranking" / "raw", HERE / "raw" / "losses.jsonl"
+SHORT, ONE = "accuracy of the short training", "accuracy after one epoch, each draw with weights of its own"
+EPOCHS = TrainConfig().epochs  # of the short training
+TOLD = ("accuracy", "val_loss", "train_loss")
 MEASURES = ("saturation", "structure", "capacity")
 NAMES = [n for n in UNTRAINED if set(measures_for([n])) <= {*MEASURES}]
 
@@ -118,20 +121,21 @@ else sees; and that accuracy, in points, of the draw that a signal names out of 
 
 def signals(rows):
     """Signal name to one value a draw, higher expected better; where all draws have one and it varies."""
-    found = {SHORT: [r["short_accuracy"] for r in rows], "macs": [r["macs"] for r in rows],
+    found = {SHORT: [r["short"]["accuracy"] for r in rows], ONE: [r["short_accuracy"] for r in rows], "macs": [r["macs"] for r in rows],
              "params": [r["params"] for r in rows], "combined": [combined(r) for r in rows],
-             "combined, what it knows before training": [combined(r) - r["short_accuracy"] for r in rows]}  # fmt: skip
-    for label, part in (("", "scores"), ("after: ", "scores_after")):
+             "accuracy less both losses": [combined(r) - combined(r, short=False) for r in rows],
+             "combined, what it knows before training": [combined(r, short=False) for r in rows]}  # fmt: skip
+    for label, part in (("", "scores"), ("after one epoch: ", "scores_after")):
         for name in rows[0][part]:
             sign = 1 if SCORES[name].direction == "maximize" else -1
             found[label + name] = [None if r[part][name] is None else sign * r[part][name] for r in rows]
     return {name: np.array(v) for name, v in found.items() if None not in v and np.ptp(v) > 0}
 
 
-def combined(row):
-    """The default value of a search."""
-    known = {f"init_{name}": value for name, value in row["scores"].items()} | row["scores_after"] | {"accuracy": row["short_accuracy"]}
-    return value_of("combined", known | {"macs": row["macs"], "params": row["params"]}, WEIGHTS)
+def combined(row, short=True):
+    """The default value of a search, or what it knows before a training."""
+    known = {f"init_{name}": value for name, value in row["scores"].items()} | {"macs": row["macs"], "params": row["params"]}
+    return value_of("combined", known | (row["short"] if short else {"accuracy": 0.0}), WEIGHTS)
 
 
 def picked(values, accuracy, pool=POOL, draws=5000):
@@ -164,6 +168,8 @@ def table():
         rows = [r for r in read(HERE / "raw" / f"draws-{case}.jsonl") if r["status"] == ["complete"] * 2]
         if not rows:
             continue
+        told = {r["arch"]: {name: r[name] for name in TOLD} for r in read(LOSSES) if (r["case"], r["epochs"]) == (case, EPOCHS)}
+        rows = [row | {"short": told[f"draw {row['draw']}"]} for row in rows]
         accuracy = np.array([r["accuracy"] for r in rows])
         best = picked(accuracy, accuracy)
         spread = f"Accuracy {100 * accuracy.min():.1f} to {100 * accuracy.max():.1f}, standard deviation {100 * accuracy.std(ddof=1):.2f}"

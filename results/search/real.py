@@ -5,9 +5,13 @@
     python results/search/real.py --derive-only                        # real.md from raw/real.jsonl and raw/real_retrained.jsonl again
     python results/search/real.py --runs FOLDER --methods "capnas, gate" --seeds 0    # a method of `METHODS`; all but that one if not said
 
-The committed rows are of --budget 240 --final-epochs 6, on CIFAR-10 --final-epochs 10, and, for three methods, of --budget 900
---retrainings 3 (two trainings of a network differ), on CIFAR-10 --test-images 10000 (a test split of 2,000 images has a standard error of
-1.1 points at 55 %). Rows of one budget are compared.
+The committed rows are of --final-epochs 6, on CIFAR-10 of --final-epochs 10, and of
+    --budget 450 --epochs 3 --retrainings 3 --test-images 10000 --methods capnas "TPE on accuracy" random
+    --budget 240
+    --budget 900 --retrainings 3 --methods capnas "TPE on accuracy" random    # on CIFAR-10 --test-images 10000
+Two trainings of a network differ, and a test split of 2,000 images has a standard error of 1.1 points at 55 %. Rows of one budget are
+compared. `combined` is of today's weights in the first only, whose rows tell them; before, it was the accuracy after one epoch and four
+untrained terms ("the four terms of before, without losses" in losses.py).
 
 Each search has the same seconds of processor time (all threads; waiting for others does not count) under one limit on MACs, whatever it
 spends them on. What is measured before training is charged to capnas and spared the others. The winner is the trial that the search
@@ -29,8 +33,10 @@ from capnas.candidates import build_candidate, build_model
 from capnas.data import load_data
 from capnas.objective import Objective
 from capnas.objective.claims import sweep
-from capnas.objective.evaluation import Evaluation
+from capnas.objective.evaluation import Evaluation, stored_with
+from capnas.objective.finals import finalists, hold_finals, results
 from capnas.objective.targets import WEIGHTS
+from capnas.profile import INITIALIZATIONS
 from capnas.scoring import score
 from capnas.search.export import write_environment
 from capnas.search.runs import is_settled
@@ -46,6 +52,7 @@ CASES = {
     "fashion": {"space": "resnet", "data": "fashion-mnist-12k", "max_macs": 4_000_000},
     "cifar10": {"space": "mbconv", "data": "6,000 training images of CIFAR-10", "max_macs": 4_000_000},
 }
+FINALS = {"count": 8, "epochs": 5}
 METHODS = {  # capnas: as released
     "capnas": {"sampler": "tpe", "values": ("combined",)},
     "capnas, gate by combined": {"sampler": "tpe", "values": ("combined",), "gate": "combined:best:20%", "pool": 80},
@@ -54,6 +61,7 @@ METHODS = {  # capnas: as released
     "capnas, principled": {"sampler": "tpe", "values": ("principled",)},
     "TPE on accuracy": {"sampler": "tpe", "values": ("accuracy",)},
     "random": {"sampler": "random", "values": ("accuracy",)},
+    "capnas, finals": {"sampler": "tpe", "values": ("combined",), "finals": FINALS},
 }
 STANDARD = tuple(name for name in METHODS if name != "capnas, gate")  # that one was tried on one seed
 
@@ -73,8 +81,18 @@ def images(case, archive, folder, test_images=2000):
     return load_data(str(target), validation=0.15)
 
 
+def judging(case, data, test_images):
+    """The data for the retrainings: of Fashion-MNIST the same training images with all 10,000 test images, where these are asked for."""
+    if case != "fashion" or test_images == 2000:
+        return data
+    every, rows = load_data("fashion-mnist"), torch.cat([data.index["train"], data.index["validation"]])
+    parts = {"train": (data.pool, rows), "test": (every.pool, every.index["test"])}
+    arrays = {name: (pool.images[i].squeeze(1).numpy(), pool.labels[i].numpy()) for name, (pool, i) in parts.items()}
+    return load_data(arrays, mean=data.mean, std=data.std)
+
+
 def search(case, method, seed, data, given):
-    """One search until its processor time is spent; the finished study."""
+    """One search until its processor time is spent; the finished study and its winner."""
     setting, how = CASES[case], METHODS[method]
     measured = any(how.get(name) for name in ("gate", "pool")) or how["values"] != ("accuracy",)
     objective = Objective(
@@ -89,12 +107,14 @@ def search(case, method, seed, data, given):
         device="cpu",
         train=TrainConfig(epochs=given.epochs, record=measured),
         probe_images=64 if measured else 2,  # the others need no look at the untrained network
+        initializations=INITIALIZATIONS if measured else 1,
     )
     folder = Path(given.runs) / f"{case}-{given.budget:g}-{method.replace(', ', '-').replace(' ', '_')}-{seed}"
     pruner = make_pruner("median", epochs=given.epochs)
     study = optuna.create_study(study_name="real", storage=open_storage(None, folder), directions=objective.directions,
                                 pruner=pruner, load_if_exists=True)  # fmt: skip
-    while (spent := study.user_attrs.get("seconds", 0.0)) < given.budget:
+    finals = how.get("finals")
+    while (spent := study.user_attrs.get("seconds", 0.0)) + expected(study, finals) < given.budget:
         start = time.process_time()
         sweep(study)
         if objective.selection is not None:
@@ -103,22 +123,43 @@ def search(case, method, seed, data, given):
         study.sampler = make_sampler(how["sampler"], seed=seed, draws=(settled,), pool=how.get("pool", 0))
         study.optimize(objective, n_trials=1)
         study.set_user_attr("seconds", spent + time.process_time() - start)
-    return study
+    best = study.best_trial
+    if finals:
+        start = time.process_time()
+        best = hold_finals(study, objective, **finals)
+        study.set_user_attr("seconds", spent + time.process_time() - start)
+    return study, best
 
 
-def summary(case, method, seed, study, given):
+def expected(study, finals):
+    """Seconds that the finals of a study will take, as its trials so far tell."""
+    seconds = [stored_with(t)["seconds"]["training"] for t in finalists(study, finals["count"])] if finals else []
+    return finals["epochs"] * finals["count"] * statistics.mean(seconds) if seconds else 0.0
+
+
+def summary(case, method, seed, study, best, given):
     """What a search spent and found."""
     found = [e for t in study.trials if t.state.is_finished() and (e := Evaluation.of(t)) is not None]
     outcomes = {status: sum(e.status == status for e in found) for status in sorted({e.status for e in found})}
     if not any(e.status == "complete" for e in found):
         raise SystemExit(f"{case}, {method}, seed {seed}: no trial was trained within {given.budget:g} s; give a larger --budget.")
-    best = Evaluation.of(study.best_trial)
+    best, how = Evaluation.of(best), METHODS[method]
     return {
         "case": case, "method": method, "seed": seed, "budget": given.budget, "epochs": given.epochs,
         "processor_seconds": round(study.user_attrs["seconds"], 1), "outcomes": outcomes,
         "trained": sum(bool(e.curve) and e.status != "duplicate" for e in found), "params": dict(best.params), "n_params": best.n_params,
         "macs": best.macs, "accuracy": best.metrics["accuracy"], "values": dict(best.values),
-    }  # fmt: skip
+        **({"weights": dict(how.get("weights") or WEIGHTS)} if "combined" in how["values"] else {}),
+    } | finals_of(study, METHODS[method].get("finals"))  # fmt: skip
+
+
+def finals_of(study, finals):
+    """What the finals of a search found, best value first, and what it would name without them."""
+    if not finals:
+        return {}
+    known, first = results(study, finals["epochs"]), study.best_trial
+    held = [{"trial": t.number, "value": t.value, **known[t.number]} for t in finalists(study, finals["count"])]
+    return {"finals": held, "first": {"trial": first.number, "params": dict(first.params), "macs": Evaluation.of(first).macs}}
 
 
 def retrained(case, row, seed, data, given):
@@ -152,17 +193,18 @@ def append(path, row):
 def run(given):
     """What is missing, seed after seed, so that every method has as many."""
     data = images(given.case, given.cifar, given.runs, given.test_images)
+    final = judging(given.case, data, given.test_images)
     for seed in given.seeds:
         for method in given.methods:
             mine = (given.case, given.budget, method, seed)
             done = [r for r in read(RAW) if (r["case"], r["budget"], r["method"], r["seed"]) == mine]
             if not done:
-                done = [summary(given.case, method, seed, search(given.case, method, seed, data, given), given)]
+                done = [summary(given.case, method, seed, *search(given.case, method, seed, data, given), given)]
                 append(RAW, done[0])
             again = {(r["case"], r["budget"], r["method"], r["seed"], r["retrained"]) for r in read(RETRAINED)}
             for weights in (100 * (i + 1) + seed for i in range(given.retrainings)):
                 if (*mine, weights) not in again:
-                    append(RETRAINED, retrained(given.case, done[0], weights, data, given))
+                    append(RETRAINED, retrained(given.case, done[0], weights, final, given))
             print(given.case, method, seed, "done", flush=True)
 
 
@@ -213,7 +255,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(STANDARD))
     parser.add_argument("--retrainings", type=int, default=1, help="of each winner, from new weights each")
-    parser.add_argument("--test-images", type=int, default=2000, help="of CIFAR-10")
+    parser.add_argument("--test-images", type=int, default=2000, help="2000 or 10000")
     parser.add_argument("--derive-only", action="store_true")
     options = parser.parse_args()
     if not options.derive_only:

@@ -57,6 +57,7 @@ RAW, SPACE = HERE / "raw" / "tabular.jsonl", HERE / "raw" / "tabular_space.json"
 TIMES, FITS = HERE / "raw" / "score_seconds.jsonl", HERE.parent / "ranking" / "fit.json"
 SEEDS, BUDGET, SHORT = 100, 100, 25  # budgets in mean trainings; the short one where a score leads: such searches settle sooner
 IDLE = 200  # draws in a row that cost nothing after which a search ends: a sampler may settle on cells that it knows
+SUMMED = {name: weight for name, weight in WEIGHTS.items() if name.startswith("init_")}  # of combined; the table has no losses
 UNSEEN = "unseen"  # capacity_score with weights of the other spaces
 POOL, SHARE = 400, 5  # candidates measured ahead; percent of all seen that may be trained
 OPERATIONS = nasbench201.OPERATIONS
@@ -92,7 +93,7 @@ class Table:
         first = cells.drop_duplicates("unique").set_index("unique")
         known = [row["scores"] | {"log2_macs": np.log2(row["n_macs"])} for row in scores]
         known = [values | {RANKED_BY: weighted(values, CAPACITY_WEIGHTS)} for values in known]  # today's weights
-        terms = [RANKED_BY, *(term.removeprefix("init_") for term in WEIGHTS)]
+        terms = dict.fromkeys([RANKED_BY, *(term.removeprefix("init_") for term in SUMMED)])
         elsewhere = unseen()
         found = pd.DataFrame([{"arch": row["arch"], "seconds": row["seconds"], RANKED_BY: values[RANKED_BY],
                                UNSEEN: weighted(values, elsewhere),
@@ -326,7 +327,7 @@ def score_of(method):
 def settings_of(method):
     """What the result of a search depends on beside the table: other rows are run again."""
     ranked = CAPACITY_WEIGHTS if score_of(method) == RANKED_BY and "gate" in METHODS[method] else {}
-    summed = WEIGHTS if METHODS[method].get("values") == "combined" else {}
+    summed = SUMMED if METHODS[method].get("values") == "combined" else {}
     draws = {"draws": INITIALIZATIONS} if ranked or summed else {}
     return {"score": score_of(method), "budget": METHODS[method].get("budget", BUDGET), "weights": {**ranked, **summed}, **draws}
 

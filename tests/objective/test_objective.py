@@ -22,6 +22,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
 from capnas.objective.evaluation import Evaluation
+from capnas.objective.targets import value_of
 from capnas.profile import INITIALIZATIONS, profile_model
 from capnas.scoring import score
 from capnas.training import TrainConfig
@@ -153,9 +154,37 @@ def test_combined_value_is_accuracy_plus_weighted_scores(data: ImageData) -> Non
     assert study.best_value == pytest.approx(m["accuracy"] + scores - 1e-5 * m["params"])
     assert study.trials[0].intermediate_values[2] == study.best_value
     assert m["params"] > 100
-    assert objective(data, values="combined").weights == {
-        "init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003
-    }  # fmt: skip
+
+
+def test_the_default_sum_weighs_losses_size_and_the_capacity_score(data: ImageData) -> None:
+    o = objective(data, values="combined")
+    assert o.weights == {"train_loss": 1.0, "val_loss": 1.0, "init_log2_macs": 0.04, "init_capacity_score": 0.04}
+    study = run(o, LARGE)
+    found = evaluations(study)[0]
+    m, last = found.metrics, found.curve[-1]
+    before = 0.04 * math.log2(m["macs"]) + 0.04 * m["init_capacity_score"]
+    assert study.best_value == pytest.approx(last["accuracy"] - last["train_loss"] - last["val_loss"] + before)
+    assert study.trials[0].intermediate_values[1] == pytest.approx(
+        found.curve[0]["accuracy"] - found.curve[0]["train_loss"] - found.curve[0]["val_loss"] + before
+    )
+
+
+@pytest.mark.parametrize("name", ["train_loss", "val_loss"])
+def test_a_loss_is_a_value_and_a_term(data: ImageData, name: str) -> None:
+    o = objective(data, values=(name, "combined"), weights={name: 0.5})
+    assert o.directions == ["minimize", "maximize"]
+    study = run(o, LARGE)
+    m = evaluations(study)[0].metrics
+    assert study.trials[0].values == pytest.approx([m[name], m["accuracy"] - 0.5 * m[name]])
+
+
+def test_losses_that_nobody_stored_are_left_out_of_a_sum() -> None:
+    weights = {"train_loss": 1.0, "val_loss": 1.0, "macs": 1e-9}
+    metrics: dict[str, float | None] = {"accuracy": 0.5, "macs": 1e8}
+    assert value_of("combined", metrics, weights) == pytest.approx(0.4)
+    assert value_of("combined", metrics | {"val_loss": 0.25}, weights) == pytest.approx(0.15)
+    assert math.isnan(value_of("combined", metrics | {"val_loss": None}, weights))
+    assert math.isnan(value_of("combined", {"accuracy": 0.5, "val_loss": 0.25}, weights))
 
 
 def test_blocks_go_by_the_pattern_before_and_after_training(data: ImageData) -> None:

@@ -20,6 +20,7 @@ from capnas.data import load_data
 from capnas.errors import MissingDependencyError
 from capnas.measures.ranking import partial_spearman
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.finals import KEY
 from capnas.report import Report
 from capnas.search import open_run, run_study
 from capnas.search.config import StudyConfig
@@ -284,3 +285,22 @@ def test_missing_plotly_names_the_extra(run: RunResult, monkeypatch: pytest.Monk
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingDependencyError, match=r"pip install 'capnas\[report\]'"):
         Report.of(run).figures()
+
+
+def test_a_report_names_the_winner_of_the_finals(tmp_path: Path) -> None:
+    plain = told(tmp_path, ("accuracy",))
+    run = dataclasses.replace(plain, config=dataclasses.replace(plain.config, finalists=3, final_epochs=6))
+    assert (Report.of(run).to_dict()["named"], Report.of(run).to_dict()["finals"]) == (0, [])
+    for number, accuracy in ((0, 0.8), (1, 0.95), (8, 0.9)):  # the three best
+        final = {"epochs": 6, "status": "complete", "accuracy": accuracy, "val_loss": 0.5, "train_loss": 0.4, "seconds": 2.0}
+        run.study.set_user_attr(f"{KEY}{number}", final)
+    data = Report.of(run).to_dict()
+    assert data["named"] == 1
+    assert [row["trial"] for row in data["finals"]] == [0, 1, 8]
+    text = Report.of(run).to_markdown()
+    assert "| 1 | 6 | complete | 0.95 | 0.5 | 0.4 | 2 |" in text
+    page = Report.of(run).write_html(tmp_path / "report.html").read_text()
+    assert re.search(r"<b>1</b><span>best trial</span>", page)
+    assert re.search(r"<b>0.95</b><span>accuracy on validation, 6 epochs</span>", page)
+    assert Report.of(plain).to_dict()["named"] == 0
+    assert "Finals" not in Report.of(plain).to_markdown()

@@ -206,10 +206,33 @@ def test_the_defaults_are_the_same_from_python_and_from_the_command() -> None:
 
 def test_the_weights_of_a_sum_are_stored_with_the_study() -> None:
     assert StudyConfig(space="resnet").to_dict()["weights"] == {
-        "init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003
+        "train_loss": 1.0, "val_loss": 1.0, "init_log2_macs": 0.04, "init_capacity_score": 0.04
     }  # fmt: skip
     assert "weights" not in StudyConfig(space="resnet", values=("accuracy",)).to_dict()
     gated = StudyConfig(space="resnet", values=("accuracy",), gate="combined:best:10%")
     assert gated.to_dict()["weights"] == StudyConfig(space="resnet").to_dict()["weights"]
-    assert not gated.rates_capacity
+    assert gated.rates_capacity  # which the sum holds
     assert StudyConfig(space="resnet", values=("accuracy",), gate="combined:best:10%", weights={"init_capacity_score": 1}).rates_capacity
+
+
+def test_finals_are_checked_and_stored_only_where_asked_for() -> None:
+    plain = StudyConfig(space="resnet")
+    assert not {"finalists", "final_epochs"} & plain.to_dict().keys()
+    asked = StudyConfig(space="resnet", finalists=3, epochs=2)
+    assert asked.finals_epochs == 8
+    assert StudyConfig.from_toml(asked.to_toml()) == replace(asked, study=asked.name)
+    assert replace(asked, final_epochs=5).finals_epochs == 5
+    for given, text in (
+        ({"finalists": 0}, "finalists must be a whole number of at least 1, got 0"),
+        ({"finalists": 2, "final_epochs": 0}, "final_epochs must be a whole number of at least 1, got 0"),
+        ({"final_epochs": 9}, "say how many"),
+        ({"finalists": 2, "values": "macs,accuracy"}, "the first value must be one of accuracy"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            StudyConfig(space="resnet", **given)
+
+
+def test_finals_may_be_asked_for_when_a_study_is_resumed() -> None:
+    plain = StudyConfig(space="resnet")
+    assert replace(plain, finalists=3).conflicts(plain.to_dict()) == []
+    assert plain.conflicts(replace(plain, finalists=3, final_epochs=4).to_dict()) == []

@@ -30,6 +30,7 @@ from torch import nn
 from capnas.data import ImageData, load_data
 from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.finals import finalists, standing
 from capnas.objective.stopping import MedianRule
 from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, worker
 from capnas.search.export import trial_rows
@@ -829,3 +830,77 @@ def test_a_search_with_a_founding_preset_on_real_images(tmp_path: Path, preset: 
         assert 0 <= evaluation.metrics["capacity_slack"] <= 1
         assert list(trial.values) == list(evaluation.values.values())
         assert len(trial.values) == (1 if preset == "principled" else 5)
+
+
+def test_finals_are_held_at_the_end_and_resumed(tmp_path: Path, data: ImageData) -> None:
+    asked = config(tmp_path / "a", trials=12, seed=1, values="accuracy", finalists=2)
+    told: list[tuple[int, int]] = []
+    result = run_study(asked, space=space, data=data, on_final=lambda trial, record, left: told.append((trial.number, left)))
+    finals = {trial.number: dict(final) for trial, final in result.finals}
+    assert told == [(number, left) for number, left in zip(finals, (1, 0))]
+    assert {final["epochs"] for final in finals.values()} == {4}
+    assert result.best is not None
+    assert standing(finals[result.best.number]) == max(map(standing, finals.values()))
+    assert (result.n_finals_left, result.n_finished) == (0, 12)
+    told.clear()
+    again = run_study(asked, space=space, data=data, on_final=lambda trial, record, left: told.append((trial.number, left)))
+    assert (told, again.best) == ([], result.best)
+    assert open_run(tmp_path / "a").best == result.best
+    more = run_study(
+        replace(asked, finalists=3), space=space, data=data, on_final=lambda trial, record, left: told.append((trial.number, left))
+    )
+    assert [number for number, _ in told] == [trial.number for trial, _ in more.finals if trial.number not in finals]
+    assert len(told) == 1
+
+
+def test_without_finals_the_best_value_is_named(tmp_path: Path, data: ImageData) -> None:
+    asked = config(tmp_path / "a", trials=12, seed=1, values="accuracy")
+    plain = run_study(asked, space=space, data=data)
+    assert plain.best is not None
+    assert (plain.finals, plain.n_finals_left) == ([], 0)
+    assert "finalists" not in (tmp_path / "a" / "study.toml").read_text()
+    half = replace(plain, config=replace(asked, finalists=2))
+    assert half.best == plain.best  # until they were held
+    assert half.n_finals_left == 2
+    first, second = finalists(plain.study, 2)
+    for trial, accuracy in ((first, 0.1), (second, 0.2)):
+        record = {
+            "epochs": 4,
+            "settings": "",
+            "status": "complete",
+            "accuracy": accuracy,
+            "val_loss": 1.0,
+            "train_loss": 1.0,
+            "reason": "",
+            "seconds": 1.0,
+        }
+        plain.study.set_user_attr(f"capnas:final:{trial.number}", record)
+    assert half.best == second != plain.best
+
+
+def test_a_signal_in_the_finals_leaves_what_was_trained(tmp_path: Path, data: ImageData) -> None:
+    asked = config(tmp_path / "a", trials=12, seed=1, values="accuracy", finalists=3)
+
+    def stop(trial: optuna.trial.FrozenTrial, record: Any, left: int) -> None:
+        raise KeyboardInterrupt
+
+    result = run_study(asked, space=space, data=data, on_final=stop)
+    assert (result.interrupted, len(result.finals), result.n_finals_left) == (True, 1, 2)
+    assert run_study(asked, space=space, data=data).n_finals_left == 0
+
+
+def test_finals_on_other_images_are_refused(tmp_path: Path, data: ImageData) -> None:
+    run_study(config(tmp_path / "a", values="accuracy"), space=space, data=data)
+    other = load_data(images(120, seed=5), validation=0.2, test=0.2)
+    with pytest.raises(StudyError, match="images"):
+        run_study(config(tmp_path / "a", values="accuracy", finalists=1), space=space, data=other)
+
+
+def test_several_workers_leave_the_finals_to_the_one_that_started_them(home: Path, tmp_path: Path) -> None:
+    asked = config(
+        tmp_path / "a", space=FILE, data=str(home / "images"), trials=4, workers=2, values="accuracy", finalists=1,
+        data_options={"validation": 0.2, "test": 0.2},
+    )  # fmt: skip
+    result = run_study(asked)
+    assert len(result.finals) == 1
+    assert result.best == result.finals[0][0]

@@ -1,0 +1,186 @@
+"""The finals of a study: its best candidates are trained again, for longer, and the one that does best is named.
+
+A short training orders candidates that lie close together little better than chance, and the best of many values is as much luck as merit.
+Finalists are compared by what their trainings tell alone, accuracy less both losses (`standing`): what a sum adds to a short training,
+because that says little, a longer one no longer needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from capnas.candidates import build_model
+from capnas.documents import plain
+from capnas.errors import UsageError
+from capnas.objective.evaluation import fingerprint, stored_with
+from capnas.objective.targets import LEARNED
+from capnas.profile import Profile
+from capnas.training import TrainConfig, train
+
+if TYPE_CHECKING:
+    from capnas.objective import Objective
+
+KEY = "capnas:final:"  # and the trial's number: key of an attribute of the study
+_TOLD = ("accuracy", "val_loss", "train_loss")
+
+EpochCallback = Callable[[int, int, dict[str, Any]], None]
+FinalCallback = Callable[[FrozenTrial, Mapping[str, Any], int], None]
+
+
+def check_finals(count: int, epochs: int, values: Sequence[str]) -> None:
+    """Refuse finals that cannot be held.
+
+    Raises:
+        UsageError: a number below 1, or a first value that is not accuracy, a sum with it, or a loss.
+    """
+    for name, given in (("finalists", count), ("final_epochs", epochs)):
+        if not (isinstance(given, Integral) and given >= 1):
+            raise UsageError(f"{name} must be a whole number of at least 1, got {given!r}.")
+    if values[0] not in LEARNED:
+        text = f"finalists are compared by what longer trainings tell, so that the first value must be one of {', '.join(LEARNED)}"
+        raise UsageError(f"{text}; got {values[0]!r}.")
+
+
+def finalists(study: optuna.Study, count: int) -> list[FrozenTrial]:
+    """The trained candidates with the best first value, best first; of a study of several values those of its front.
+
+    A duplicate of a trial stands for no candidate of its own.
+
+    >>> study = optuna.create_study(direction="maximize")
+    >>> for value in (0.2, 0.9, 0.5):
+    ...     study.add_trial(optuna.trial.create_trial(value=value, user_attrs={"capnas": {"status": "complete"}}))
+    >>> [trial.number for trial in finalists(study, 2)]
+    [1, 2]
+    """
+    several = len(study.directions) > 1
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = study.best_trials if several and complete else complete
+    trained = [t for t in trials if stored_with(t).get("status") == "complete"]
+    sign = -1 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
+    return sorted(trained, key=lambda t: (sign * t.values[0], t.number))[:count]
+
+
+def results(study: optuna.Study, epochs: int) -> dict[int, Mapping[str, Any]]:
+    """What finals of this length have found so far, by the number of the trial."""
+    found = {int(key.removeprefix(KEY)): value for key, value in study.user_attrs.items() if key.startswith(KEY)}
+    return {number: record for number, record in sorted(found.items()) if record["epochs"] == epochs}
+
+
+def pending(study: optuna.Study, count: int, epochs: int) -> list[FrozenTrial]:
+    """The finalists that no final training of this length was made of yet, best first."""
+    known = results(study, epochs)
+    return [trial for trial in finalists(study, count) if trial.number not in known]
+
+
+def standing(final: Mapping[str, Any]) -> float:
+    """What the finals go by: the accuracy less the losses on validation and in the last epoch of the training.
+
+    On 1,000 images an accuracy of 0.85 has a standard error of 0.011, as much as candidates differ by. The losses weigh each answer, and
+    the one of the training is of all its images: it alone orders architectures better than the accuracy does (Ru et al., 2021,
+    arXiv 2006.04492), as long as they do not learn them by heart; then the loss on validation tells.
+
+    >>> round(standing({"accuracy": 0.75, "val_loss": 0.5, "train_loss": 0.5}), 6)
+    -0.25
+    """
+    return float(final["accuracy"] - final["val_loss"] - final["train_loss"])
+
+
+def winner(study: optuna.Study, count: int, epochs: int) -> FrozenTrial | None:
+    """The finalist with the best `standing`, the first of equals; None while one of them is still to be trained.
+
+    Args:
+        study: whose finals were held.
+        count: how many finalists it has.
+        epochs: of their training.
+    """
+    if pending(study, count, epochs):
+        return None
+    known = results(study, epochs)
+    able = [trial for trial in finalists(study, count) if known[trial.number]["status"] == "complete"]
+    return max(able, key=lambda t: standing(known[t.number]), default=None)
+
+
+def hold_finals(
+    study: optuna.Study,
+    objective: Objective,
+    *,
+    count: int = 5,
+    epochs: int | None = None,
+    on_epoch: EpochCallback | None = None,
+    on_final: FinalCallback | None = None,
+    go_on: Callable[[], bool] = lambda: True,
+) -> FrozenTrial | None:
+    """Train the best candidates of a study again from their first weights, for longer, and name the one that does best.
+
+    They are trained on the training split and compared on the validation split, as in the search; the test split stays unread. Results are
+    kept with the study, so that the same call again trains nothing, and one with a larger ``count``, or after more trials, only who is new.
+
+    Args:
+        study: with trials of the objective.
+        objective: of those trials; its recipe is kept but for the epochs.
+        count: how many candidates, see `finalists`.
+        epochs: of a final training; four times those of the search where None.
+        on_epoch: called after each epoch with the trial's number, the epoch and its row of the curve, which holds ``epochs`` as well.
+        on_final: called with each trial, what its training gave (epochs, settings, accuracy, val_loss, train_loss, status, reason,
+            seconds) and how many are still to be trained.
+        go_on: asked before each training; where it says no, None is returned.
+
+    Returns:
+        The winner (`winner`), or None where no finalist could be trained.
+
+    Raises:
+        UsageError: see `check_finals`.
+
+    >>> import numpy as np
+    >>> from capnas import Objective, TrainConfig
+    >>> images = np.random.default_rng(0).integers(0, 256, (60, 16, 16), dtype=np.uint8)
+    >>> objective = Objective("vgg", (images, np.arange(60) % 2), values="accuracy", train=TrainConfig(epochs=1, device="cpu"))
+    >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+    >>> study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    >>> study.optimize(objective, n_trials=2)
+    >>> hold_finals(study, objective, count=2, epochs=2).number in (0, 1)
+    True
+    """
+    epochs = 4 * objective.train.epochs if epochs is None else epochs
+    check_finals(count, epochs, objective.names)
+    config = dataclasses.replace(objective.train, epochs=epochs, record=False)
+    settings = fingerprint(config, objective.data)
+    known = results(study, epochs)
+    left = [t for t in finalists(study, count) if known.get(t.number, {}).get("settings") != settings]
+    for place, trial in enumerate(left, 1):
+        if not go_on():
+            return None
+        record = {"epochs": epochs, "settings": settings} | _trained(trial, objective, config, on_epoch)
+        study.set_user_attr(f"{KEY}{trial.number}", record)
+        if on_final is not None:
+            on_final(trial, record, len(left) - place)
+    return winner(study, count, epochs)
+
+
+def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_epoch: EpochCallback | None) -> dict[str, Any]:
+    """What the final training of one candidate gave, in JSON types; its errors are results, so that one does not end the finals."""
+    data, size, start = objective.data, stored_with(trial)["image_size"], time.perf_counter()
+    found: dict[str, Any] = dict.fromkeys(_TOLD)
+
+    def tell(epoch: int, row: dict[str, Any], profile: Profile | None) -> None:
+        if on_epoch is not None:
+            on_epoch(trial.number, epoch, row | {"epochs": config.epochs})
+
+    try:
+        model = build_model(
+            objective.space, trial.params, num_classes=data.num_classes, in_chans=data.in_chans, image_size=size, seed=config.seed
+        )
+        result = train(model, data, config, image_size=size, on_epoch=tell)
+    except Exception as error:
+        found |= {"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+    else:
+        found |= {"status": result.status, "reason": result.reason}
+        found |= {name: result.curve[-1][name] for name in _TOLD if result.curve}
+    return plain(found | {"seconds": round(time.perf_counter() - start, 2)})

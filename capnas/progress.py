@@ -1,0 +1,99 @@
+"""Progress of a search on stderr: one live line on a terminal and one plain line per trial elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import Any
+
+from capnas.console import duration, say, short, time_left
+from capnas.errors import counted
+
+
+class Progress:
+    """Progress of a study, as a context manager: trials, best so far, time left. Give `on_trial`, `on_epoch` and
+    `on_final` to `capnas.run_study`.
+
+    Args:
+        total: trials of the whole study.
+        names: of the values.
+        directions: of the values.
+        workers: processes whose trials are told here, some time after they end. Of several, only trials told so far count.
+        epochs: of a trial.
+    """
+
+    def __init__(self, *, total: int, names: Sequence[str], directions: Sequence[str], workers: int = 1, epochs: int = 1) -> None:
+        self.total, self.names, self.workers, self.epochs = total, names, workers, epochs
+        self.signs = [1 if direction == "maximize" else -1 for direction in directions]
+        self.start, self.began, self.ran = time.monotonic(), datetime.now(), 0
+        self._told: set[int] = set()
+        self._live: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Live
+
+            columns = (SpinnerColumn(), TextColumn("trials"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn())
+            self._live = Live(*columns, TextColumn("{task.fields[state]}"), console=Console(stderr=True), transient=True)
+            self._live.start()
+            self._task = self._live.add_task("", total=self.total, state="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def on_epoch(self, number: int, epoch: int, row: dict[str, Any]) -> None:
+        """A trial has trained another epoch, a finalist of as many as its row holds; shown on a terminal until the next one."""
+        if self._live is not None:
+            state = f"trial {number}: epoch {epoch}/{row.get('epochs', self.epochs)}"  # short: a line has 80 columns
+            self._live.update(self._task, state=state)
+
+    def on_trial(self, study: Any, trial: Any) -> None:
+        """A trial of the study ended."""
+        from capnas.objective.evaluation import Evaluation
+        from capnas.search.runs import is_finished
+
+        self._told.add(trial.number)
+        trials = [t for t in study.get_trials(deepcopy=False) if self._counts(t)]
+        finished = sum(map(is_finished, trials))
+        self.ran += is_finished(trial)
+        if (found := Evaluation.of(trial)) is None:
+            return
+        shown = {**found.values} | {n: a for n in ("accuracy",) if found.values and (a := found.metrics.get(n)) is not None}
+        what = ", ".join(f"{name} {short(value)}" for name, value in shown.items()) or found.reason
+        line = f"trial {trial.number:>3}  {found.status:<11} {what}  ({duration(sum(found.seconds.values()))})"
+        left = time_left(time.monotonic() - self.start, self.ran, self.total - finished)
+        state = "  ".join(filter(None, (self._best(trials), left)))
+        if self._live is None:
+            say(f"[{finished}/{max(finished, self.total)}] {line}" + (f"  {state}" if state else ""))
+        else:
+            self._live.console.print(line, highlight=False, markup=False)
+            self._live.update(self._task, completed=finished, state=state)
+
+    def on_final(self, trial: Any, final: Mapping[str, Any], left: int) -> None:
+        """A finalist was trained."""
+        values = ", ".join(f"{name} {short(final[name])}" for name in ("accuracy", "val_loss", "train_loss"))
+        what = values if final["status"] == "complete" else final["reason"]
+        line = f"trial {trial.number:>3}  {final['status']:<11} {what}  ({counted(final['epochs'], 'epoch')}, {duration(final['seconds'])})"
+        if self._live is None:
+            say(f"[final] {line}  {left} left")
+        else:
+            self._live.console.print(f"final {line}", highlight=False, markup=False)
+            self._live.update(self._task, state=f"finals: {left} left")
+
+    def _counts(self, trial: Any) -> bool:
+        """Whether a trial was told, or never will be: it ended before the start, or in another process beside the only one here."""
+        end = trial.datetime_complete
+        return self.workers == 1 or trial.number in self._told or (end is not None and end < self.began)
+
+    def _best(self, trials: Sequence[Any]) -> str:
+        usable = [t for t in trials if t.state.name == "COMPLETE" and all(v <= 0 for v in t.constraints.values())]
+        best = max(usable, key=lambda t: ([s * v for s, v in zip(self.signs, t.values)], -t.number), default=None)
+        return "" if best is None else f"best {self.names[0]} {short(best.values[0])} (trial {best.number})"

@@ -1,0 +1,175 @@
+"""The finals of a study: who is in them, what their trainings are, and who is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import optuna
+import pytest
+from tiny_space import images, space
+
+from capnas.candidates import build_model
+from capnas.data import ImageData, load_data
+from capnas.errors import UsageError
+from capnas.objective import Objective, finals
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.finals import KEY, finalists, hold_finals, pending, results, winner
+from capnas.training import TrainConfig, train
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return load_data(images(120), validation=0.2, test=0.2)
+
+
+def objective_of(data: ImageData, **changes: Any) -> Objective:
+    config = TrainConfig(epochs=1, batch_size=32, lr=0.01, device="cpu")
+    return Objective(space, data, **{"values": "accuracy", "train": config, "stopping": None} | changes)
+
+
+def searched(objective: Objective, trials: int = 14) -> optuna.Study:
+    study = optuna.create_study(directions=objective.directions, sampler=optuna.samplers.RandomSampler(seed=1))
+    study.optimize(objective, n_trials=trials)
+    return study
+
+
+def told(*values: tuple[float, ...], statuses: dict[int, str] | None = None, directions: tuple[str, ...] = ("maximize",)) -> optuna.Study:
+    """A study of given values, complete but for the statuses."""
+    study = optuna.create_study(directions=directions)
+    for number, given in enumerate(values):
+        found = Evaluation(status=(statuses or {}).get(number, "complete"), values={"accuracy": given[0]})
+        study.add_trial(optuna.trial.create_trial(values=given, user_attrs={ATTRIBUTE: found.to_dict()}))
+    return study
+
+
+def final(study: optuna.Study, number: int, accuracy: float | None, loss: float | None = 1.0, epochs: int = 4) -> None:
+    status = "diverged" if accuracy is None else "complete"
+    study.set_user_attr(f"{KEY}{number}", {"epochs": epochs, "status": status, "accuracy": accuracy, "val_loss": loss, "train_loss": 0.5})
+
+
+def numbers(trials: list[optuna.trial.FrozenTrial]) -> list[int]:
+    return [trial.number for trial in trials]
+
+
+def test_finalists_are_the_best_trained_ones_the_first_of_equals_first() -> None:
+    study = told((0.5,), (0.9,), (0.9,), (0.7,), (0.9,), statuses={2: "duplicate"})
+    assert numbers(finalists(study, 3)) == [1, 4, 3]
+    assert numbers(finalists(study, 9)) == [1, 4, 3, 0]
+    assert numbers(finalists(told((0.5,), (0.1,), directions=("minimize",)), 1)) == [1]
+    assert finalists(optuna.create_study(directions=["maximize", "minimize"]), 3) == []
+
+
+def test_finalists_of_several_values_are_of_the_front() -> None:
+    study = told((0.9, 100.0), (0.8, 120.0), (0.7, 50.0), (0.2, 10.0), directions=("maximize", "minimize"))
+    assert numbers(finalists(study, 2)) == [0, 2]
+    assert numbers(finalists(study, 9)) == [0, 2, 3]
+
+
+def test_the_finalist_that_does_best_is_named_once_all_were_trained() -> None:
+    study = told((0.9,), (0.8,), (0.7,), (0.1,))
+    assert winner(study, 3, 4) is None
+    final(study, 0, 0.91)
+    final(study, 1, 0.95, epochs=9)  # another length counts for itself
+    assert numbers(pending(study, 3, 4)) == [1, 2]
+    assert list(results(study, 9)) == [1]
+    final(study, 1, 0.93, loss=0.4)
+    final(study, 2, 0.93, loss=0.3)
+    assert [getattr(winner(study, n, 4), "number", None) for n in (1, 2, 3, 4)] == [0, 1, 2, None]
+    final(study, 2, None)
+    assert getattr(winner(study, 3, 4), "number", None) == 1
+    for number in range(3):
+        final(study, number, None)
+    assert winner(study, 3, 4) is None
+    assert pending(study, 3, 4) == []
+
+
+def test_a_final_training_is_the_short_one_made_longer(data: ImageData) -> None:
+    objective = objective_of(data)
+    study = searched(objective)
+    heard: list[tuple[int, dict[str, Any], int]] = []
+    epochs: list[tuple[int, int, int]] = []
+    named = hold_finals(
+        study, objective, count=2, epochs=3,
+        on_final=lambda trial, record, left: heard.append((trial.number, dict(record), left)),
+        on_epoch=lambda number, epoch, row: epochs.append((number, epoch, row["epochs"])),
+    )  # fmt: skip
+    chosen = finalists(study, 2)
+    assert [number for number, _, _ in heard] == numbers(chosen)
+    assert [left for _, _, left in heard] == [1, 0]
+    assert epochs == [(trial.number, epoch, 3) for trial in chosen for epoch in (1, 2, 3)]
+    again = {}
+    for trial in chosen:
+        model = build_model(space, trial.params, num_classes=3, in_chans=1, image_size=8, seed=0)
+        again[trial.number] = train(model, data, dataclasses.replace(objective.train, epochs=3, record=False))
+        record = results(study, 3)[trial.number]
+        assert record["accuracy"] == again[trial.number].accuracy
+        assert record["val_loss"] == pytest.approx(again[trial.number].curve[-1]["val_loss"], rel=1e-5)
+    assert named is not None
+    merits = {n: found.curve[-1]["accuracy"] - found.curve[-1]["val_loss"] - found.curve[-1]["train_loss"] for n, found in again.items()}
+    assert merits[named.number] == max(merits.values())
+    assert [t.number for t in study.trials] == list(range(14))  # no trial more
+
+
+def test_finals_go_on_where_they_stopped(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_of(data)
+    study = searched(objective)
+    trained: list[Any] = []
+    monkeypatch.setattr(finals, "train", lambda *args, **more: trained.append(args) or train(*args, **more))
+    answers = iter((True, False))
+    assert hold_finals(study, objective, count=3, epochs=2, go_on=lambda: next(answers)) is None
+    assert len(trained) == 1
+    first = hold_finals(study, objective, count=3, epochs=2)
+    assert len(trained) == 3
+    assert hold_finals(study, objective, count=3, epochs=2) == first
+    assert len(trained) == 3
+    hold_finals(study, objective, count=4, epochs=2)
+    assert len(trained) == 4
+    other = objective_of(data, train=dataclasses.replace(objective.train, lr=0.02))
+    hold_finals(study, other, count=4, epochs=2)  # what was trained otherwise does not compare
+    assert len(trained) == 8
+
+
+def test_by_default_four_times_as_many_epochs(data: ImageData) -> None:
+    objective = objective_of(data)
+    study = searched(objective, 2)
+    hold_finals(study, objective, count=1)
+    assert list(results(study, 4)) == numbers(finalists(study, 1))
+
+
+def test_one_that_cannot_be_trained_loses(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_of(data)
+    study = searched(objective)
+    first = finalists(study, 2)[0]
+
+    def broken(*args: Any, **more: Any) -> Any:
+        if not results(study, 2):
+            raise ValueError("no such\nlayer")
+        return train(*args, **more)
+
+    monkeypatch.setattr(finals, "train", broken)
+    named = hold_finals(study, objective, count=2, epochs=2)
+    assert named is not None
+    assert named.number != first.number
+    record = results(study, 2)[first.number]
+    assert (record["status"], record["reason"], record["accuracy"]) == ("failed", "ValueError: no such layer", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"count": 0}, "finalists must be a whole number of at least 1, got 0"),
+        ({"count": 1.5}, "finalists must be a whole number of at least 1, got 1.5"),
+        ({"epochs": 0}, "final_epochs must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_finals_that_cannot_be_held_are_refused(data: ImageData, given: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        hold_finals(told((0.5,)), objective_of(data), **given)
+
+
+def test_finals_need_a_value_that_a_training_tells(data: ImageData) -> None:
+    with pytest.raises(UsageError, match="must be one of accuracy, val_loss, train_loss, combined, principled; got 'saturation_mean'"):
+        hold_finals(told((0.5,)), objective_of(data, values="saturation_mean,accuracy"))
