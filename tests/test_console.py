@@ -27,7 +27,7 @@ from capnas.console import (
 from capnas.data import load_data
 from capnas.errors import UsageError
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
-from capnas.objective.finals import KEY
+from capnas.objective.finals import key_of
 from capnas.progress import Progress
 from capnas.search.config import StudyConfig
 from capnas.search.opening import DATA, data_facts
@@ -298,7 +298,7 @@ def test_finals_are_shown_with_who_is_named(capsys: pytest.CaptureFixture[str]) 
 
     def hold(number: int, accuracy: float, left: int) -> None:
         final = {"epochs": 7, "status": "complete", "accuracy": accuracy, "val_loss": 0.5, "train_loss": 0.25, "reason": "", "seconds": 3.0}
-        result.study.set_user_attr(f"{KEY}{number}", final)
+        result.study.set_user_attr(key_of(number, 7), final)
         progress.on_final(result.study.trials[number], final, left)
 
     hold(0, 0.75, 1)

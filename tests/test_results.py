@@ -730,12 +730,10 @@ def test_the_texts_tell_how_real_searches_ended() -> None:
 LONGER = {"cifar10": ("CIFAR-10", 10_000), "fashion": ("Fashion-MNIST", 2_000)}  # test images
 
 
-@pytest.mark.parametrize("case", list(LONGER))
-def test_the_texts_tell_how_longer_real_searches_ended(case: str) -> None:
-    (data, images), names = LONGER[case], {"capnas": "capnas (four terms)", "TPE on accuracy": "TPE on accuracy", "random": "random"}
-    longer = [[row for row in lines_of(SEARCHES / f"{name}.jsonl") if (row["budget"], row["case"]) == (900, case)]
-              for name in ("real_retrained", "real")]  # fmt: skip
-    networks, spent = longer
+def ended(budget: int, case: str, names: dict[str, str], images: int) -> tuple[dict[str, tuple[Cell, ...]], dict[str, list[float]], float]:
+    """Rows of the table of real searches, by method the mean test accuracy of each seed's winner, and how trainings of one winner vary."""
+    networks, spent = ([row for row in lines_of(SEARCHES / f"{name}.jsonl") if (row["budget"], row["case"]) == (budget, case)]
+                       for name in ("real_retrained", "real"))  # fmt: skip
     assert {row["test_images"] for row in networks} == {images}
     assert {row["status"] for row in networks} == {"complete"}
     seeds = sorted(set.intersection(*({row["seed"] for row in networks if row["method"] == method} for method in names)))
@@ -753,13 +751,21 @@ def test_the_texts_tell_how_longer_real_searches_ended(case: str) -> None:
             statistics.mean(row["macs"] for row in mine) / 1e6,
             ("{}, {}", *(statistics.mean(row[name] for row in again) for name in ("evenness", "block_evenness"))),
         )
+    return expected, each, statistics.mean(statistics.stdev(group) for group in groups.values())
+
+
+@pytest.mark.parametrize("case", list(LONGER))
+def test_the_texts_tell_how_longer_real_searches_ended(case: str) -> None:
+    (data, images), names = LONGER[case], {"capnas": "capnas (four terms)", "TPE on accuracy": "TPE on accuracy", "random": "random"}
+    expected, each, deviation = ended(900, case, names, images)
+    seeds = each["capnas"]
     text = section("search").partition(f"### Real trainings: 900 s of processor time a search, {data}\n")[2].partition("\n### ")[0]
     check_table(text, "method", expected)
     mean = {method: statistics.mean(values) for method, values in each.items()}
     best = sum(max(values) == values[0] for values in zip(*each.values()))
     widest = max(max(values) - min(values) for values in each.values())
     check_says(text, "differ by a standard deviation of {} points on average, winners of one method from seed to seed by up to {}",
-               statistics.mean(statistics.stdev(group) for group in groups.values()), widest)  # fmt: skip
+               deviation, widest)  # fmt: skip
     place = list(LONGER)[::-1].index(case)  # in the headline Fashion-MNIST comes first
     found = re.findall(r"[\d.]+ ± [\d.]+, [\d.]+ ± [\d.]+", headline("real searches of 15 minutes"))
     told = " ".join(pair.split(", ")[place] for pair in found)

@@ -27,7 +27,7 @@ from capnas.training import TrainConfig, train
 if TYPE_CHECKING:
     from capnas.objective import Objective
 
-KEY = "capnas:final:"  # and the trial's number: key of an attribute of the study
+_KEY = "capnas:final:"
 _TOLD = ("accuracy", "val_loss", "train_loss")
 
 EpochCallback = Callable[[int, int, dict[str, Any]], None]
@@ -67,10 +67,20 @@ def finalists(study: optuna.Study, count: int) -> list[FrozenTrial]:
     return sorted(trained, key=lambda t: (sign * t.values[0], t.number))[:count]
 
 
+def key_of(number: int, epochs: int) -> str:
+    """Under which user attribute of the study the final training of a trial is kept.
+
+    >>> key_of(7, 12)
+    'capnas:final:12:7'
+    """
+    return f"{_KEY}{epochs}:{number}"
+
+
 def results(study: optuna.Study, epochs: int) -> dict[int, Mapping[str, Any]]:
     """What finals of this length have found so far, by the number of the trial."""
-    found = {int(key.removeprefix(KEY)): value for key, value in study.user_attrs.items() if key.startswith(KEY)}
-    return {number: record for number, record in sorted(found.items()) if record["epochs"] == epochs}
+    start = f"{_KEY}{epochs}:"
+    found = ((int(key.removeprefix(start)), value) for key, value in study.user_attrs.items() if key.startswith(start))
+    return dict(sorted(found))
 
 
 def pending(study: optuna.Study, count: int, epochs: int) -> list[FrozenTrial]:
@@ -120,7 +130,8 @@ def hold_finals(
     """Train the best candidates of a study again from their first weights, for longer, and name the one that does best.
 
     They are trained on the training split and compared on the validation split, as in the search; the test split stays unread. Results are
-    kept with the study, so that the same call again trains nothing, and one with a larger ``count``, or after more trials, only who is new.
+    kept with the study, so that the same call again trains nothing, and one with a larger ``count``, or after more trials, only who is new;
+    those of another recipe or other images are replaced.
 
     Args:
         study: with trials of the objective.
@@ -158,7 +169,7 @@ def hold_finals(
         if not go_on():
             return None
         record = {"epochs": epochs, "settings": settings} | _trained(trial, objective, config, on_epoch)
-        study.set_user_attr(f"{KEY}{trial.number}", record)
+        study.set_user_attr(key_of(trial.number, epochs), record)
         if on_final is not None:
             on_final(trial, record, len(left) - place)
     return winner(study, count, epochs)

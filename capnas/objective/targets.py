@@ -25,7 +25,7 @@ PRINCIPLED: Mapping[str, float] = {"init_block_saturation_evenness": 0.05, "dept
 PARETO = ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
 LOSSES = ("val_loss", "train_loss")
 LEARNED = ("accuracy", *LOSSES, *SUMS)  # values that a training tells, and that a longer one tells better
-NAMES = (*LEARNED[:3], *COSTS, *SUMS, *_SCORES)
+NAMES = ("accuracy", *LOSSES, *COSTS, *SUMS, *_SCORES)
 _WORST = {"accuracy": 0.0, "combined": -10.0, "principled": 0.0, "params": 1e9, "macs": 1e11} | dict.fromkeys(LOSSES, 100.0)  # none seen
 _FAR = 1e3  # stands for the worst of an unbounded score until one has been seen
 

@@ -14,7 +14,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
 from capnas.objective import Objective, finals
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
-from capnas.objective.finals import KEY, finalists, hold_finals, pending, results, winner
+from capnas.objective.finals import finalists, hold_finals, key_of, pending, results, winner
 from capnas.training import TrainConfig, train
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -47,7 +47,9 @@ def told(*values: tuple[float, ...], statuses: dict[int, str] | None = None, dir
 
 def final(study: optuna.Study, number: int, accuracy: float | None, loss: float | None = 1.0, epochs: int = 4) -> None:
     status = "diverged" if accuracy is None else "complete"
-    study.set_user_attr(f"{KEY}{number}", {"epochs": epochs, "status": status, "accuracy": accuracy, "val_loss": loss, "train_loss": 0.5})
+    study.set_user_attr(
+        key_of(number, epochs), {"epochs": epochs, "status": status, "accuracy": accuracy, "val_loss": loss, "train_loss": 0.5}
+    )
 
 
 def numbers(trials: list[optuna.trial.FrozenTrial]) -> list[int]:
@@ -75,6 +77,7 @@ def test_the_finalist_that_does_best_is_named_once_all_were_trained() -> None:
     final(study, 1, 0.95, epochs=9)  # another length counts for itself
     assert numbers(pending(study, 3, 4)) == [1, 2]
     assert list(results(study, 9)) == [1]
+    assert list(results(study, 4)) == [0]
     final(study, 1, 0.93, loss=0.4)
     final(study, 2, 0.93, loss=0.3)
     assert [getattr(winner(study, n, 4), "number", None) for n in (1, 2, 3, 4)] == [0, 1, 2, None]

@@ -20,7 +20,7 @@ from capnas.data import load_data
 from capnas.errors import MissingDependencyError
 from capnas.measures.ranking import partial_spearman
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
-from capnas.objective.finals import KEY
+from capnas.objective.finals import key_of
 from capnas.report import Report
 from capnas.search import open_run, run_study
 from capnas.search.config import StudyConfig
@@ -293,7 +293,7 @@ def test_a_report_names_the_winner_of_the_finals(tmp_path: Path) -> None:
     assert (Report.of(run).to_dict()["named"], Report.of(run).to_dict()["finals"]) == (0, [])
     for number, accuracy in ((0, 0.8), (1, 0.95), (8, 0.9)):  # the three best
         final = {"epochs": 6, "status": "complete", "accuracy": accuracy, "val_loss": 0.5, "train_loss": 0.4, "seconds": 2.0}
-        run.study.set_user_attr(f"{KEY}{number}", final)
+        run.study.set_user_attr(key_of(number, 6), final)
     data = Report.of(run).to_dict()
     assert data["named"] == 1
     assert [row["trial"] for row in data["finals"]] == [0, 1, 8]

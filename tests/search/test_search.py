@@ -30,7 +30,7 @@ from torch import nn
 from capnas.data import ImageData, load_data
 from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
-from capnas.objective.finals import finalists, standing
+from capnas.objective.finals import finalists, key_of, standing
 from capnas.objective.stopping import MedianRule
 from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, worker
 from capnas.search.export import trial_rows
@@ -874,7 +874,7 @@ def test_without_finals_the_best_value_is_named(tmp_path: Path, data: ImageData)
             "reason": "",
             "seconds": 1.0,
         }
-        plain.study.set_user_attr(f"capnas:final:{trial.number}", record)
+        plain.study.set_user_attr(key_of(trial.number, 4), record)
     assert half.best == second != plain.best
 
 
