@@ -1318,6 +1318,15 @@ def test_the_texts_tell_what_losses_add() -> None:
     assert mean["combined"] > max(mean.values()) - 0.01  # the defaults are what the table supports
     below = sum(row["the four terms of before, without losses"][0] < row["accuracy"][0] for row in rho.values())
     assert below == 5
+    held = found["finals"]["fashion"]
+    assert found["finals"]["cifar10"]["the best of the pool"] - found["finals"]["cifar10"]["combined"] < 0.05  # "or nearly so"
+    check_says(
+        text,
+        "Out of {} draws of `resnet` `combined` names one of {} by its 3 epochs, accuracy one of {}; the best has {}. Finals, "
+        "in which the best 5 are trained for 5 epochs, name one of {} after the accuracy and of {} after `combined`",
+        held["pool"],
+        *(held[name] for name in ("combined", "accuracy", "the best of the pool", "accuracy, then finals", "combined, then finals")),
+    )
     moved = [abs(mean[name] - mean["combined"]) for name in mean if name.startswith("combined, half") or name.startswith("combined, twice")]
     check_says(text, "Halving or doubling a weight moves the mean by at most {}.", max(moved))
 
