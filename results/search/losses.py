@@ -153,7 +153,7 @@ def table():
         "case, epochs of the training, networks. `fashion` and `cifar10` are draws under the limit on MACs of the real searches."
     )
     held = {case: finals(case, rows) for case in CASES}
-    lines += ["", "Final accuracy, in points, of the draw that is named out of some (means over 5,000 pools): by a training of 3 epochs, or",
+    lines += ["", "Final accuracy, in points, of the draw named out of some (means over 5,000 pools): by a training of 3 epochs, or",
               "by finals, in which the best 5 by that value are trained for 5 epochs and compared by their accuracy less both losses.", "",
               f"| named by | {' | '.join(f'{case}: {got[DRAWS]} draws, pools of {got[POOL]}' for case, got in held.items())} |",
               "| --- |" + " ---: |" * len(held)]  # fmt: skip
