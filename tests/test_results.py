@@ -1286,6 +1286,8 @@ def test_the_texts_tell_what_chooses_among_draws() -> None:
                "{} others `combined` has {}, the short training {}, MACs {}, `capacity_score` {}.",
                every - new["draws"], every, new["draws"],
                *(new["spearman"][n] for n in ("combined", *names[:1], *names[2:])))  # fmt: skip
+    check_says(headline("rank random networks under a limit on MACs"), "| {}, {} (`combined`) | its accuracy alone {}, {}; MACs {}, {} |",
+               *(rho[case][n] for n in ("combined", names[0], "macs") for case in ("fashion", "cifar10")))  # fmt: skip
     says = "({} on {} draws of `resnet`, {} on {} of `mbconv`), by what `combined` knows before a training at {} and {}: gate there"
     check_says(text, says, rho["fashion"]["capacity_score"], found["fashion"]["draws"], rho["cifar10"]["capacity_score"], every,
                rho["fashion"][early], rho["cifar10"][early])  # fmt: skip
