@@ -265,14 +265,15 @@ def show_run(result: Any) -> None:
 
 def show_finals(result: Any) -> None:
     """What the final trainings of a `capnas.search.RunResult` gave, best first value first, and who is named."""
+    from capnas.objective.targets import TOLD
+
     left, named = result.n_finals_left, f"trial {result.best.number} is named"
-    told = ("accuracy", "val_loss", "train_loss")
     rows = [
-        [str(trial.number), short(trial.values[0]), *(short(final[name]) for name in told), final["status"]]
+        [str(trial.number), short(trial.values[0]), *(short(final[name]) for name in TOLD), final["status"]]
         for trial, final in result.finals
     ]
     title = f"finals, {counted(result.config.finals_epochs, 'epoch')} each: {f'{left} still to be trained' if left else named}"
-    show_table(["trial", result.config.values[0], *(f"final {name}" for name in told), "outcome"], rows, title=title, texts=["outcome"])
+    show_table(["trial", result.config.values[0], *(f"final {name}" for name in TOLD), "outcome"], rows, title=title, texts=["outcome"])
 
 
 def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code: str) -> None:

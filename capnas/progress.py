@@ -79,7 +79,9 @@ class Progress:
 
     def on_final(self, trial: Any, final: Mapping[str, Any], left: int) -> None:
         """A finalist was trained."""
-        values = ", ".join(f"{name} {short(final[name])}" for name in ("accuracy", "val_loss", "train_loss"))
+        from capnas.objective.targets import TOLD
+
+        values = ", ".join(f"{name} {short(final[name])}" for name in TOLD)
         what = values if final["status"] == "complete" else final["reason"]
         line = f"trial {trial.number:>3}  {final['status']:<11} {what}  ({counted(final['epochs'], 'epoch')}, {duration(final['seconds'])})"
         if self._live is None:

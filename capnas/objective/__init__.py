@@ -29,7 +29,7 @@ from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
 from capnas.objective.history import find_twin, past, take_over
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
-from capnas.objective.targets import INIT, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
+from capnas.objective.targets import INIT, TOLD, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
 from capnas.profile import INITIALIZATIONS, Profile, enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, measures_for, score
 from capnas.size_survey import are_sizes
@@ -239,7 +239,7 @@ class Objective:
             result = train(model, data, self.train, image_size=size, on_epoch=self._judge(trial, found))
         found["curve"] = result.curve
         if result.curve:
-            metrics |= {name: result.curve[-1][name] for name in ("accuracy", "val_loss", "train_loss")}
+            metrics |= {name: result.curve[-1][name] for name in TOLD}
         if (profile := result.profile) is not None:
             if result.status == "complete" and (self.measures["after"] != ("saturation",) or start is not None):
                 with timed(found, "capacity"):

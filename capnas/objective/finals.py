@@ -20,7 +20,7 @@ from capnas.candidates import build_model
 from capnas.documents import plain
 from capnas.errors import UsageError
 from capnas.objective.evaluation import fingerprint, stored_with
-from capnas.objective.targets import LEARNED
+from capnas.objective.targets import LEARNED, TOLD
 from capnas.profile import Profile
 from capnas.training import TrainConfig, train
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from capnas.objective import Objective
 
 _KEY = "capnas:final:"
-_TOLD = ("accuracy", "val_loss", "train_loss")
+LONGER = 4  # times as many epochs as a trial has, unless told otherwise
 
 EpochCallback = Callable[[int, int, dict[str, Any]], None]
 FinalCallback = Callable[[FrozenTrial, Mapping[str, Any], int], None]
@@ -83,10 +83,10 @@ def results(study: optuna.Study, epochs: int) -> dict[int, Mapping[str, Any]]:
     return dict(sorted(found))
 
 
-def pending(study: optuna.Study, count: int, epochs: int) -> list[FrozenTrial]:
-    """The finalists that no final training of this length was made of yet, best first."""
+def held(study: optuna.Study, count: int, epochs: int) -> list[tuple[FrozenTrial, Mapping[str, Any] | None]]:
+    """The finalists, best first, each with what its final training gave; None where it is still to be trained."""
     known = results(study, epochs)
-    return [trial for trial in finalists(study, count) if trial.number not in known]
+    return [(trial, known.get(trial.number)) for trial in finalists(study, count)]
 
 
 def standing(final: Mapping[str, Any]) -> float:
@@ -110,11 +110,13 @@ def winner(study: optuna.Study, count: int, epochs: int) -> FrozenTrial | None:
         count: how many finalists it has.
         epochs: of their training.
     """
-    if pending(study, count, epochs):
-        return None
-    known = results(study, epochs)
-    able = [trial for trial in finalists(study, count) if known[trial.number]["status"] == "complete"]
-    return max(able, key=lambda t: standing(known[t.number]), default=None)
+    able: list[tuple[FrozenTrial, float]] = []
+    for trial, final in held(study, count, epochs):
+        if final is None:
+            return None
+        if final["status"] == "complete":
+            able.append((trial, standing(final)))
+    return max(able, key=lambda found: found[1], default=(None, 0.0))[0]
 
 
 def hold_finals(
@@ -159,12 +161,11 @@ def hold_finals(
     >>> hold_finals(study, objective, count=2, epochs=2).number in (0, 1)
     True
     """
-    epochs = 4 * objective.train.epochs if epochs is None else epochs
+    epochs = LONGER * objective.train.epochs if epochs is None else epochs
     check_finals(count, epochs, objective.names)
     config = dataclasses.replace(objective.train, epochs=epochs, record=False)
     settings = fingerprint(config, objective.data)
-    known = results(study, epochs)
-    left = [t for t in finalists(study, count) if known.get(t.number, {}).get("settings") != settings]
+    left = [trial for trial, final in held(study, count, epochs) if final is None or final["settings"] != settings]
     for place, trial in enumerate(left, 1):
         if not go_on():
             return None
@@ -178,7 +179,7 @@ def hold_finals(
 def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_epoch: EpochCallback | None) -> dict[str, Any]:
     """What the final training of one candidate gave, in JSON types; its errors are results, so that one does not end the finals."""
     data, size, start = objective.data, stored_with(trial)["image_size"], time.perf_counter()
-    found: dict[str, Any] = dict.fromkeys(_TOLD)
+    found: dict[str, Any] = dict.fromkeys(TOLD)
 
     def tell(epoch: int, row: dict[str, Any], profile: Profile | None) -> None:
         if on_epoch is not None:
@@ -193,5 +194,5 @@ def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_e
         found |= {"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
     else:
         found |= {"status": result.status, "reason": result.reason}
-        found |= {name: result.curve[-1][name] for name in _TOLD if result.curve}
+        found |= {name: result.curve[-1][name] for name in TOLD if result.curve}
     return plain(found | {"seconds": round(time.perf_counter() - start, 2)})

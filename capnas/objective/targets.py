@@ -16,16 +16,18 @@ from capnas.objective.gates import SUMS, UNTRAINED, BestShare, or_nan
 from capnas.scoring import COSTS, PROFILED, SCORES, Direction
 
 INIT = "init_"
-# Calibrated on short trainings, see results/ranking/combined.md and losses.md: an accuracy counts right answers of few images, where the
-# losses weigh each answer and that of the training is of many more; and a short training undervalues size and what it can do with it.
+# Calibrated on short trainings, see results/ranking/combined.md and results/search/losses.md: an accuracy counts right answers of few
+# images, where the losses weigh each answer and that of the training is of many more; and a short training undervalues size and what it
+# can do with it.
 WEIGHTS: Mapping[str, float] = {"train_loss": 1.0, "val_loss": 1.0, "init_log2_macs": 0.04, "init_capacity_score": 0.04}
 _SCORES = (*PROFILED, *(INIT + name for name in UNTRAINED))
 # One score of each theory, chosen and weighted on short trainings of two spaces, see results/ranking/principled.md.
 PRINCIPLED: Mapping[str, float] = {"init_block_saturation_evenness": 0.05, "depth_evenness": 0.02, "capacity_slack": 0.02}
 PARETO = ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack", "macs")
 LOSSES = ("val_loss", "train_loss")
-LEARNED = ("accuracy", *LOSSES, *SUMS)  # values that a training tells, and that a longer one tells better
-NAMES = ("accuracy", *LOSSES, *COSTS, *SUMS, *_SCORES)
+TOLD = ("accuracy", *LOSSES)  # what a training tells of itself
+LEARNED = (*TOLD, *SUMS)  # values that a training tells, and that a longer one tells better
+NAMES = (*TOLD, *COSTS, *SUMS, *_SCORES)
 _WORST = {"accuracy": 0.0, "combined": -10.0, "principled": 0.0, "params": 1e9, "macs": 1e11} | dict.fromkeys(LOSSES, 100.0)  # none seen
 _FAR = 1e3  # stands for the worst of an unbounded score until one has been seen
 

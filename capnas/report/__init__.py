@@ -23,7 +23,7 @@ from capnas.errors import MissingDependencyError, counted
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
 from capnas.objective.gates import UNTRAINED
-from capnas.objective.targets import direction_of, summed
+from capnas.objective.targets import TOLD, direction_of, summed
 from capnas.report.figures import figures
 from capnas.scoring import COSTS, PROFILED
 from capnas.search.runs import RunResult
@@ -49,7 +49,7 @@ _SETTINGS = (
 )
 _EMPTY = "No trial has given a value yet; the outcomes say why."
 _RETRAINED = ("trial", "epochs", "seed", "status", "test_accuracy", "test_images", "n_params", "macs")
-_FINALS = ("epochs", "status", "accuracy", "val_loss", "train_loss", "seconds")
+_FINALS = ("epochs", "status", *TOLD, "seconds")
 _FEW = 10  # complete trials below which nothing is said about correlations at equal size
 _NOTES = {
     "Best trials": "Accuracy is on the validation split after the short training; it ranks candidates and is not the accuracy to quote.",

@@ -15,7 +15,7 @@ import numpy as np
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED, TIMM_PREFIXES
 from capnas.errors import StudyError, UsageError, check_names, check_types, one_of
-from capnas.objective.finals import check_finals
+from capnas.objective.finals import LONGER, check_finals
 from capnas.objective.gates import best_share, parse_gate
 from capnas.objective.pool import check_pool
 from capnas.objective.targets import check_values, check_weights, direction_of, ranking, summed, wanted
@@ -149,7 +149,7 @@ class StudyConfig:
     @property
     def finals_epochs(self) -> int:
         """Of a final training."""
-        return 4 * self.epochs if self.final_epochs is None else self.final_epochs
+        return LONGER * self.epochs if self.final_epochs is None else self.final_epochs
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from capnas.errors import StudyError
 from capnas.objective.evaluation import Evaluation, stored_with
-from capnas.objective.finals import finalists, pending, results, winner
+from capnas.objective.finals import held, winner
 from capnas.objective.pool import is_untrained
 from capnas.search.config import StudyConfig
 from capnas.search.storages import HIDDEN, find_study
@@ -66,15 +66,17 @@ class RunResult:
     @property
     def finals(self) -> list[tuple[FrozenTrial, Mapping[str, Any]]]:
         """The finalists that were trained so far, with what that gave, best first value first; see `capnas.objective.finals`."""
-        if self.config.finalists is None:
-            return []
-        known = results(self.study, self.config.finals_epochs)
-        return [(t, known[t.number]) for t in finalists(self.study, self.config.finalists) if t.number in known]
+        return [(trial, final) for trial, final in self._finalists if final is not None]
 
     @property
     def n_finals_left(self) -> int:
         """How many finalists are still to be trained."""
-        return 0 if self.config.finalists is None else len(pending(self.study, self.config.finalists, self.config.finals_epochs))
+        return sum(final is None for _, final in self._finalists)
+
+    @property
+    def _finalists(self) -> list[tuple[FrozenTrial, Mapping[str, Any] | None]]:
+        count = self.config.finalists
+        return [] if count is None else held(self.study, count, self.config.finals_epochs)
 
     @property
     def best(self) -> FrozenTrial | None:

@@ -27,7 +27,7 @@ from scipy.stats import rankdata, spearmanr
 from capnas.candidates import Infeasible, build_candidate, build_model
 from capnas.data import load_data
 from capnas.objective.gates import UNTRAINED
-from capnas.objective.targets import WEIGHTS, value_of
+from capnas.objective.targets import TOLD, WEIGHTS, value_of
 from capnas.profile import profile_model
 from capnas.scoring import SCORES, measures_for, score
 from capnas.spaces import load_space
@@ -38,7 +38,6 @@ FINAL_EPOCHS = {"fashion": 6, "cifar10": 10}
 RANKING, LOSSES = HERE.parent / "ranking" / "raw", HERE / "raw" / "losses.jsonl"
 SHORT, ONE = "accuracy of the short training", "accuracy after one epoch, each draw with weights of its own"
 EPOCHS = TrainConfig().epochs  # of the short training
-TOLD = ("accuracy", "val_loss", "train_loss")
 MEASURES = ("saturation", "structure", "capacity")
 NAMES = [n for n in UNTRAINED if set(measures_for([n])) <= {*MEASURES}]
 

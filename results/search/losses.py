@@ -23,7 +23,7 @@ from real import CASES, HERE, images, read
 from scipy.stats import spearmanr
 
 from capnas.candidates import build_model
-from capnas.objective.targets import WEIGHTS, value_of
+from capnas.objective.targets import TOLD, WEIGHTS, value_of
 from capnas.spaces import load_space
 from capnas.training import TrainConfig, train
 
@@ -31,7 +31,6 @@ sys.path.append(str(HERE.parent / "ranking"))
 RAW = HERE / "raw" / "losses.jsonl"
 RANKED = {"mbconv": ("mbconv", "mbconv-trained"), "nasbench201": ("nasbench201", "nasbench201-1-epoch-trained")}  # space, file of rows
 ONE = ("mbconv",)  # cases whose training is stopped after its first epoch
-TOLD = ("accuracy", "val_loss", "train_loss")
 FORMER = {"init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003}
 DRAWS, POOL = "draws", "pool"
 LOSSES = {"train_loss": 1.0, "val_loss": 1.0}

@@ -33,8 +33,7 @@ from capnas.candidates import build_candidate, build_model
 from capnas.data import load_data
 from capnas.objective import Objective
 from capnas.objective.claims import sweep
-from capnas.objective.evaluation import Evaluation, stored_with
-from capnas.objective.finals import finalists, hold_finals, results
+from capnas.objective.evaluation import Evaluation
 from capnas.objective.targets import WEIGHTS
 from capnas.profile import INITIALIZATIONS
 from capnas.scoring import score
@@ -52,7 +51,6 @@ CASES = {
     "fashion": {"space": "resnet", "data": "fashion-mnist-12k", "max_macs": 4_000_000},
     "cifar10": {"space": "mbconv", "data": "6,000 training images of CIFAR-10", "max_macs": 4_000_000},
 }
-FINALS = {"count": 8, "epochs": 5}
 METHODS = {  # capnas: as released
     "capnas": {"sampler": "tpe", "values": ("combined",)},
     "capnas, gate by combined": {"sampler": "tpe", "values": ("combined",), "gate": "combined:best:20%", "pool": 80},
@@ -61,7 +59,6 @@ METHODS = {  # capnas: as released
     "capnas, principled": {"sampler": "tpe", "values": ("principled",)},
     "TPE on accuracy": {"sampler": "tpe", "values": ("accuracy",)},
     "random": {"sampler": "random", "values": ("accuracy",)},
-    "capnas, finals": {"sampler": "tpe", "values": ("combined",), "finals": FINALS},
 }
 STANDARD = tuple(name for name in METHODS if name != "capnas, gate")  # that one was tried on one seed
 
@@ -92,7 +89,7 @@ def judging(case, data, test_images):
 
 
 def search(case, method, seed, data, given):
-    """One search until its processor time is spent; the finished study and its winner."""
+    """One search until its processor time is spent; the finished study."""
     setting, how = CASES[case], METHODS[method]
     measured = any(how.get(name) for name in ("gate", "pool")) or how["values"] != ("accuracy",)
     objective = Objective(
@@ -113,8 +110,7 @@ def search(case, method, seed, data, given):
     pruner = make_pruner("median", epochs=given.epochs)
     study = optuna.create_study(study_name="real", storage=open_storage(None, folder), directions=objective.directions,
                                 pruner=pruner, load_if_exists=True)  # fmt: skip
-    finals = how.get("finals")
-    while (spent := study.user_attrs.get("seconds", 0.0)) + expected(study, finals) < given.budget:
+    while (spent := study.user_attrs.get("seconds", 0.0)) < given.budget:
         start = time.process_time()
         sweep(study)
         if objective.selection is not None:
@@ -123,43 +119,23 @@ def search(case, method, seed, data, given):
         study.sampler = make_sampler(how["sampler"], seed=seed, draws=(settled,), pool=how.get("pool", 0))
         study.optimize(objective, n_trials=1)
         study.set_user_attr("seconds", spent + time.process_time() - start)
-    best = study.best_trial
-    if finals:
-        start = time.process_time()
-        best = hold_finals(study, objective, **finals)
-        study.set_user_attr("seconds", spent + time.process_time() - start)
-    return study, best
+    return study
 
 
-def expected(study, finals):
-    """Seconds that the finals of a study will take, as its trials so far tell."""
-    seconds = [stored_with(t)["seconds"]["training"] for t in finalists(study, finals["count"])] if finals else []
-    return finals["epochs"] * finals["count"] * statistics.mean(seconds) if seconds else 0.0
-
-
-def summary(case, method, seed, study, best, given):
+def summary(case, method, seed, study, given):
     """What a search spent and found."""
     found = [e for t in study.trials if t.state.is_finished() and (e := Evaluation.of(t)) is not None]
     outcomes = {status: sum(e.status == status for e in found) for status in sorted({e.status for e in found})}
     if not any(e.status == "complete" for e in found):
         raise SystemExit(f"{case}, {method}, seed {seed}: no trial was trained within {given.budget:g} s; give a larger --budget.")
-    best, how = Evaluation.of(best), METHODS[method]
+    best, how = Evaluation.of(study.best_trial), METHODS[method]
     return {
         "case": case, "method": method, "seed": seed, "budget": given.budget, "epochs": given.epochs,
         "processor_seconds": round(study.user_attrs["seconds"], 1), "outcomes": outcomes,
         "trained": sum(bool(e.curve) and e.status != "duplicate" for e in found), "params": dict(best.params), "n_params": best.n_params,
         "macs": best.macs, "accuracy": best.metrics["accuracy"], "values": dict(best.values),
         **({"weights": dict(how.get("weights") or WEIGHTS)} if "combined" in how["values"] else {}),
-    } | finals_of(study, METHODS[method].get("finals"))  # fmt: skip
-
-
-def finals_of(study, finals):
-    """What the finals of a search found, best value first, and what it would name without them."""
-    if not finals:
-        return {}
-    known, first = results(study, finals["epochs"]), study.best_trial
-    held = [{"trial": t.number, "value": t.value, **known[t.number]} for t in finalists(study, finals["count"])]
-    return {"finals": held, "first": {"trial": first.number, "params": dict(first.params), "macs": Evaluation.of(first).macs}}
+    }  # fmt: skip
 
 
 def retrained(case, row, seed, data, given):
@@ -199,7 +175,7 @@ def run(given):
             mine = (given.case, given.budget, method, seed)
             done = [r for r in read(RAW) if (r["case"], r["budget"], r["method"], r["seed"]) == mine]
             if not done:
-                done = [summary(given.case, method, seed, *search(given.case, method, seed, data, given), given)]
+                done = [summary(given.case, method, seed, search(given.case, method, seed, data, given), given)]
                 append(RAW, done[0])
             again = {(r["case"], r["budget"], r["method"], r["seed"], r["retrained"]) for r in read(RETRAINED)}
             for weights in (100 * (i + 1) + seed for i in range(given.retrainings)):

@@ -14,7 +14,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
 from capnas.objective import Objective, finals
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
-from capnas.objective.finals import finalists, hold_finals, key_of, pending, results, winner
+from capnas.objective.finals import finalists, held, hold_finals, key_of, results, winner
 from capnas.training import TrainConfig, train
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -56,6 +56,11 @@ def numbers(trials: list[optuna.trial.FrozenTrial]) -> list[int]:
     return [trial.number for trial in trials]
 
 
+def left(study: optuna.Study, count: int) -> list[int]:
+    """Who is still to be trained."""
+    return [trial.number for trial, found in held(study, count, 4) if found is None]
+
+
 def test_finalists_are_the_best_trained_ones_the_first_of_equals_first() -> None:
     study = told((0.5,), (0.9,), (0.9,), (0.7,), (0.9,), statuses={2: "duplicate"})
     assert numbers(finalists(study, 3)) == [1, 4, 3]
@@ -75,7 +80,7 @@ def test_the_finalist_that_does_best_is_named_once_all_were_trained() -> None:
     assert winner(study, 3, 4) is None
     final(study, 0, 0.91)
     final(study, 1, 0.95, epochs=9)  # another length counts for itself
-    assert numbers(pending(study, 3, 4)) == [1, 2]
+    assert left(study, 3) == [1, 2]
     assert list(results(study, 9)) == [1]
     assert list(results(study, 4)) == [0]
     final(study, 1, 0.93, loss=0.4)
@@ -86,7 +91,7 @@ def test_the_finalist_that_does_best_is_named_once_all_were_trained() -> None:
     for number in range(3):
         final(study, number, None)
     assert winner(study, 3, 4) is None
-    assert pending(study, 3, 4) == []
+    assert left(study, 3) == []
 
 
 def test_a_final_training_is_the_short_one_made_longer(data: ImageData) -> None:
