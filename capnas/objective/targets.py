@@ -101,6 +101,15 @@ def wanted(names: Sequence[str], weights: Mapping[str, float]) -> set[str]:
     return (needed | set(names)) & set(_SCORES)
 
 
+def known_before(weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights of those terms of a sum that are known before a training.
+
+    >>> known_before(WEIGHTS)
+    {'init_log2_macs': 0.04, 'init_capacity_score': 0.04}
+    """
+    return {name: weight for name, weight in weights.items() if name.startswith(INIT) or name in COSTS}
+
+
 def ranking(share: BestShare | None, names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
     """The weights that a share goes by: 1 for one score, for a sum those of its terms that are known before training.
 
@@ -122,8 +131,7 @@ def ranking(share: BestShare | None, names: Sequence[str], weights: Mapping[str,
         return {INIT + share.name: 1.0}
     if others := summed(names) - {share.name}:
         raise UsageError(f"the gate {share.name}:best and the value {others.pop()} are different sums: name the same one.")
-    known = {name: weight for name, weight in weights.items() if name.startswith(INIT) or name in COSTS}
-    if not known:
+    if not (known := known_before(weights)):
         raise UsageError(f"the gate {share.name}:best needs a weight of a score before training, named {INIT}..., or of a cost.")
     return known
 

@@ -25,12 +25,12 @@ from scipy.stats import rankdata, spearmanr
 from sklearn.ensemble import GradientBoostingRegressor
 from sklearn.model_selection import cross_val_predict
 
-from capnas.objective.targets import WEIGHTS
+from capnas.objective.targets import WEIGHTS, known_before
 from capnas.scoring import SCORES
 
 HERE = Path(__file__).resolve().parent
 SPACES = ("nasbench201", "nasbench101", "mbconv", "nasbench201-1-epoch")
-SHIPPED = {name.removeprefix("init_"): weight for name, weight in WEIGHTS.items() if name.startswith("init_")}  # the rest are losses
+SHIPPED = {name.removeprefix("init_"): weight for name, weight in known_before(WEIGHTS).items()}  # the rest are losses
 TERMS = tuple(SHIPPED)
 FOUR = {"log2_macs": 0.035, "block_saturation90_mean": 0.15, "params_in_use": 0.25, "shortest_depth": 0.003}  # the default before
 TRIED = tuple(dict.fromkeys([*TERMS, *FOUR, "block_saturation_evenness", "dimension", "block_log2_activations"]))

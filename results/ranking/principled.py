@@ -16,7 +16,7 @@ import numpy as np
 from combine import ranked
 from run import columns, records_of, sized
 
-from capnas.objective.targets import PRINCIPLED, WEIGHTS
+from capnas.objective.targets import PRINCIPLED, WEIGHTS, known_before
 from capnas.scoring import SCORES
 
 HERE = Path(__file__).resolve().parent
@@ -24,7 +24,7 @@ SPACES = {"nasbench201": ("nasbench201", "nasbench201-all"), "mbconv": ("mbconv-
 SATURATION = ("saturation_evenness", "init_saturation_evenness", "init_block_saturation_evenness")
 CAPACITY = ("capacity_balance", "depth_evenness", "init_capacity_balance", "init_depth_evenness")
 SLACK = "capacity_slack"
-SUMMED = {name: weight for name, weight in WEIGHTS.items() if name.startswith("init_")}  # no table has losses
+SUMMED = known_before(WEIGHTS)  # no table has losses
 GRID = (0.02, 0.05, 0.1, 0.2, 0.4)  # all three take part
 
 

@@ -33,7 +33,7 @@ from capnas.measures.evenness import evenness
 from capnas.measures.proxies import naswot, synflow
 from capnas.measures.ranking import partial_spearman
 from capnas.objective.gates import UNTRAINED
-from capnas.objective.targets import WEIGHTS
+from capnas.objective.targets import WEIGHTS, known_before
 from capnas.profile import at_default_initialization, profile_model
 from capnas.profile.reading import some
 from capnas.scoring import CAPACITY_WEIGHTS, SCORES, measures_for, score
@@ -191,7 +191,7 @@ def columns(records):
     if all(costs(r)[1] for r in records):
         found["macs"] = np.array([costs(r)[1] for r in records])
     parts = sized(found)
-    terms = {name.removeprefix("init_"): weight for name, weight in WEIGHTS.items() if name.startswith("init_")}  # no table has losses
+    terms = {name.removeprefix("init_"): weight for name, weight in known_before(WEIGHTS).items()}  # no table has losses
     if all(r.get("short_accuracy") is not None for r in records) and set(terms) <= set(parts):
         short = np.array([r["short_accuracy"] for r in records])
         found["combined"] = short / (100 if short.max() > 1 else 1) + sum(weight * parts[name] for name, weight in terms.items())

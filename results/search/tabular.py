@@ -43,7 +43,7 @@ from capnas.measures.proxies import naswot, synflow
 from capnas.objective import Objective
 from capnas.objective.gates import RANKED_BY
 from capnas.objective.history import find_twin, take_over
-from capnas.objective.targets import WEIGHTS, value_of
+from capnas.objective.targets import WEIGHTS, known_before, value_of
 from capnas.profile import INITIALIZATIONS, profile_model
 from capnas.scoring import CAPACITY_WEIGHTS, score
 from capnas.search.export import write_environment
@@ -57,7 +57,7 @@ RAW, SPACE = HERE / "raw" / "tabular.jsonl", HERE / "raw" / "tabular_space.json"
 TIMES, FITS = HERE / "raw" / "score_seconds.jsonl", HERE.parent / "ranking" / "fit.json"
 SEEDS, BUDGET, SHORT = 100, 100, 25  # budgets in mean trainings; the short one where a score leads: such searches settle sooner
 IDLE = 200  # draws in a row that cost nothing after which a search ends: a sampler may settle on cells that it knows
-SUMMED = {name: weight for name, weight in WEIGHTS.items() if name.startswith("init_")}  # of combined; the table has no losses
+SUMMED = known_before(WEIGHTS)  # of combined; the table has no losses
 UNSEEN = "unseen"  # capacity_score with weights of the other spaces
 POOL, SHARE = 400, 5  # candidates measured ahead; percent of all seen that may be trained
 OPERATIONS = nasbench201.OPERATIONS
