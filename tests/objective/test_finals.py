@@ -181,3 +181,12 @@ def test_finals_that_cannot_be_held_are_refused(data: ImageData, given: dict[str
 def test_finals_need_a_value_that_a_training_tells(data: ImageData) -> None:
     with pytest.raises(UsageError, match="must be one of accuracy, val_loss, train_loss, combined, principled; got 'saturation_mean'"):
         hold_finals(told((0.5,)), objective_of(data, values="saturation_mean,accuracy"))
+
+
+def test_either_loss_can_decide_among_finalists() -> None:
+    for name in ("val_loss", "train_loss"):
+        study = told((0.9,), (0.8,))
+        for number, loss in enumerate((0.6, 0.5)):
+            found = {"epochs": 4, "status": "complete", "accuracy": 0.75, "val_loss": 0.55, "train_loss": 0.55} | {name: loss}
+            study.set_user_attr(key_of(number, 4), found)
+        assert getattr(winner(study, 2, 4), "number", None) == 1
