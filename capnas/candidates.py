@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capnas.devices import is_out_of_memory
-from capnas.errors import CapnasError, SpaceError, StudyError
+from capnas.errors import CapnasError, SpaceError, StudyError, one_line
 from capnas.graph.canonical import architecture_hash
 from capnas.graph.tracing import Trace, needs_values, trace
 from capnas.measures.probing import unwrap_model
@@ -226,7 +226,7 @@ def _reasons(space: Callable[..., Any]) -> Iterator[None]:
     try:
         yield
     except optuna.TrialPruned as error:
-        raise Infeasible(_line(error) or "pruned by the space without a reason") from error
+        raise Infeasible(one_line(error) or "pruned by the space without a reason") from error
     except SystemExit as error:
         advice = "raise optuna.TrialPruned(reason) for what cannot be built"
         raise SpaceError(f"the space {space_name(space)!r} ends the process (sys.exit): {advice}.") from error
@@ -234,17 +234,17 @@ def _reasons(space: Callable[..., Any]) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         if _unknown_to_timm(error):
-            text = f"the space {space_name(space)!r} asks timm for what it does not know: {_line(error).rstrip('.')}"
+            text = f"the space {space_name(space)!r} asks timm for what it does not know: {one_line(error).rstrip('.')}"
             raise SpaceError(f"{text}; timm.list_models() and timm.list_pretrained() list what it knows.") from error
         places = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not any(place.is_relative_to(_OPTUNA) for place in places):
-            raise Infeasible(f"{type(error).__name__}: {_line(error) or 'no message'}") from error
+            raise Infeasible(f"{type(error).__name__}: {one_line(error) or 'no message'}") from error
         if not isinstance(error, ValueError) or not places[-1].is_relative_to(_OPTUNA):
             raise
         if any(place.is_relative_to(_OPTUNA / "samplers") for place in places):
-            text = f"the sampler cannot be used: {_line(error).rstrip('.')}. Choose another, such as optuna.samplers.TPESampler."
+            text = f"the sampler cannot be used: {one_line(error).rstrip('.')}. Choose another, such as optuna.samplers.TPESampler."
             raise StudyError(text) from error
-        raise SpaceError(f"the space {space_name(space)!r} and its trial do not agree: {_parameter(error)}{_line(error)}") from error
+        raise SpaceError(f"the space {space_name(space)!r} and its trial do not agree: {_parameter(error)}{one_line(error)}") from error
 
 
 def _unknown_to_timm(error: BaseException) -> bool:
@@ -259,7 +259,3 @@ def _parameter(error: BaseException) -> str:
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     name = next((f.f_locals.get("name") for f in frames if f.f_code.co_name.startswith("suggest_")), None)
     return "" if name is None or repr(name) in str(error) else f"parameter {name!r}: "
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -39,6 +39,25 @@ class MissingDependencyError(CapnasError, ImportError):
     """An optional package is needed; the text names the extra that installs it."""
 
 
+def one_line(text: object, most: int | None = None) -> str:
+    r"""A text without line breaks, cut off after so many characters.
+
+    >>> one_line(ValueError("too small:\n  2"), 9)
+    'too small'
+    """
+    return " ".join(str(text).split())[:most]
+
+
+def described(error: BaseException, most: int = 160) -> str:
+    r"""The kind of an error and the start of its text, in one line.
+
+    >>> described(ValueError("too small:\n  2")), described(ValueError())
+    ('ValueError: too small: 2', 'ValueError')
+    """
+    text = one_line(error, most)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def is_disk_full(error: OSError) -> bool:
     """Whether a write failed because there is no room: on the disk, in the user's share of it, or below the largest size of a file.
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from capnas.errors import SpaceError, one_of
+from capnas.errors import SpaceError, described, one_of
 
 if TYPE_CHECKING:
     import optuna
@@ -104,7 +104,7 @@ def load_space(spec: str | os.PathLike[str] | Callable[..., Any]) -> SearchSpace
         try:
             function = points[spec].load()
         except (Exception, SystemExit) as error:
-            raise SpaceError(f"the entry point {spec} = {points[spec].value!r} cannot be loaded: {_line(error)}") from error
+            raise SpaceError(f"the entry point {spec} = {points[spec].value!r} cannot be loaded: {described(error, 500)}") from error
         return SpaceRef(name=spec, spec=spec, function=_checked(function, spec))
     raise SpaceError(
         f"{one_of('space', spec, [*_installed(), *points])} A file is given as path/to/file.py:function, a module as module:function."
@@ -122,7 +122,7 @@ def list_spaces() -> dict[str, str]:
         try:
             lines.setdefault(name, (inspect.getdoc(point.load()) or "").partition("\n")[0])
         except (Exception, SystemExit) as error:
-            lines[name] = f"(cannot be loaded: {_line(error)})"
+            lines[name] = f"(cannot be loaded: {described(error, 500)})"
     return dict(sorted(lines.items()))
 
 
@@ -196,7 +196,7 @@ def _load_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a script that ends itself
         del sys.modules[name]
-        raise SpaceError(f"{path} fails when it is imported: {_line(error)}") from error
+        raise SpaceError(f"{path} fails when it is imported: {described(error, 500)}") from error
     return module
 
 
@@ -208,9 +208,9 @@ def _import(name: str, spec: str) -> ModuleType:
             raise SpaceError(
                 f"the module {name!r} of the space {spec!r} is not installed; a file is given as path/to/file.py:function."
             ) from error
-        raise SpaceError(f"the module {name!r} fails when it is imported: {_line(error)}") from error
+        raise SpaceError(f"the module {name!r} fails when it is imported: {described(error, 500)}") from error
     except (Exception, SystemExit) as error:
-        raise SpaceError(f"the module {name!r} fails when it is imported: {_line(error)}") from error
+        raise SpaceError(f"the module {name!r} fails when it is imported: {described(error, 500)}") from error
 
 
 def _attribute(module: ModuleType, name: str, spec: str) -> Any:
@@ -226,10 +226,5 @@ def _checked(space: Any, label: str) -> SearchSpace:
     try:
         inspect.signature(space).bind(object(), **dict.fromkeys(_KEYWORDS, 1))
     except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature
-        raise SpaceError(f"{label} must be callable as {_FORM}: {_line(error)}") from error
+        raise SpaceError(f"{label} must be callable as {_FORM}: {described(error, 500)}") from error
     return space
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

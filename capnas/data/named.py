@@ -19,7 +19,7 @@ import torch
 
 from capnas.data.images import as_images, as_labels
 from capnas.data.sources import DatasetReader, Found, Pair, StreamReader, class_names, part
-from capnas.errors import DataError
+from capnas.errors import DataError, described
 
 EMBEDDED = "fashion-mnist-12k"
 _GIVE = "give root=DIR or download=True (in the command line --data-option root=DIR or --data-option download=true)"
@@ -106,8 +106,7 @@ def _explained(name: str, advice: str) -> Iterator[None]:
         packages = _PACKAGES.get(name.partition("/")[0].lower(), error.name or "the missing package")
         raise DataError(f"data {name!r} needs a package that is not installed ({error}); pip install {packages}.") from error
     except Exception as error:  # each library below timm raises its own kinds
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise DataError(f"data {name!r} cannot be opened: {type(error).__name__}: {reason}; {advice}.") from error
+        raise DataError(f"data {name!r} cannot be opened: {described(error, 500)}; {advice}.") from error
 
 
 def timm_named(name: str, root: str | Path | None = None, download: bool = False) -> Found:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capnas.errors import UsageError
+from capnas.errors import UsageError, described
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -63,15 +63,6 @@ def eagerly(model: nn.Module) -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks", UserWarning)
         yield
-
-
-def described(error: Exception) -> str:
-    r"""The kind of an error and the start of its text, in one line.
-
-    >>> described(ValueError("too small:\n  2"))
-    'ValueError: too small: 2'
-    """
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def reason(error: Exception) -> str:

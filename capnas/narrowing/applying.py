@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from capnas._timm import import_timm
+from capnas.errors import described
 from capnas.layers import CONVS, MEASURED
-from capnas.measures.probing import FAILURES, cloned, described
+from capnas.measures.probing import FAILURES, cloned
 from capnas.narrowing.attention import has_plain_heads
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, find_groups, layers_of
 from capnas.narrowing.refusing import CannotNarrow, check_network, differ

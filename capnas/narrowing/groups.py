@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from capnas.errors import described
 from capnas.layers import CONVS, MEASURED
-from capnas.measures.probing import described, untouched
+from capnas.measures.probing import untouched
 from capnas.narrowing.attention import has_plain_heads, head_units, is_attention
 from capnas.narrowing.following import followed, forgiving, torch_pruning
 from capnas.narrowing.refusing import CannotNarrow, why_uncalled

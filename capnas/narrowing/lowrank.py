@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from capnas.errors import UsageError
+from capnas.errors import UsageError, described
 from capnas.layers import MEASURED
 from capnas.measures.moments import Moments, covariance
-from capnas.measures.probing import FAILURES, cloned, described, unwrap_model
+from capnas.measures.probing import FAILURES, cloned, unwrap_model
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
 from capnas.narrowing.calibration import output_moments, pads_by_size, why_unreadable
 from capnas.narrowing.groups import CLASSES, run_order, shared_parameters

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from capnas.candidates import Cost, count_cost
-from capnas.errors import CapnasError
+from capnas.errors import CapnasError, described
 from capnas.graph.tracing import needs_values
 from capnas.layers import is_quantized
-from capnas.measures.probing import FAILURES, described, untouched, unwrap_model
+from capnas.measures.probing import FAILURES, untouched, unwrap_model
 
 
 class CannotNarrow(CapnasError):

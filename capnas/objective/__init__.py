@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
 from capnas.data import ImageData, load_data
 from capnas.devices import is_out_of_memory, resolve_device
-from capnas.errors import StudyError, UsageError
+from capnas.errors import StudyError, UsageError, described, one_line
 from capnas.graph.structure import structure
 from capnas.layers import has_block
 from capnas.measures.resolution import unusable
@@ -178,12 +178,10 @@ class Objective:
             try:
                 status, reason = self.stages(trial, found)
             except BaseException as error:
-                text = " ".join(str(error).split())[:500]
                 if not is_out_of_memory(error):
-                    status = "failed" if isinstance(error, Exception) else "interrupted"
-                    self._store(trial, found, status, f"{type(error).__name__}: {text}" if text else type(error).__name__)
+                    self._store(trial, found, "failed" if isinstance(error, Exception) else "interrupted", described(error, 500))
                     raise
-                status, reason = "out_of_memory", text
+                status, reason = "out_of_memory", one_line(error, 500)
             return self._settle(trial, found, status, reason)
 
     def stages(self, trial: Any, found: dict[str, Any]) -> tuple[str, str]:

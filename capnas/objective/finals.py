@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from capnas.candidates import build_model
 from capnas.documents import plain
-from capnas.errors import UsageError
+from capnas.errors import UsageError, described
 from capnas.objective.evaluation import fingerprint, stored_with
 from capnas.objective.targets import LEARNED, TOLD
 from capnas.profile import Profile
@@ -191,7 +191,7 @@ def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_e
         )
         result = train(model, data, config, image_size=size, on_epoch=tell)
     except Exception as error:
-        found |= {"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+        found |= {"status": "failed", "reason": described(error, 500)}
     else:
         found |= {"status": result.status, "reason": result.reason}
         found |= {name: result.curve[-1][name] for name in TOLD if result.curve}

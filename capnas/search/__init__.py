@@ -17,7 +17,7 @@ import torch
 
 import capnas.errors
 from capnas.documents import write_whole
-from capnas.errors import CapnasError, StudyError
+from capnas.errors import CapnasError, StudyError, one_line
 from capnas.objective import Objective
 from capnas.objective.claims import sweep
 from capnas.objective.finals import EpochCallback, FinalCallback, held, hold_finals
@@ -243,7 +243,7 @@ def _child(
     """The body of a worker process; its start, its warnings and its error go to the parent, each short enough to be written at once."""
 
     def send(kind: str, name: str, text: object) -> None:
-        messages.put((kind, name, " ".join(str(text).split())[:900]))
+        messages.put((kind, name, one_line(text, 900)))
 
     def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         send("warning", next(c.__name__ for c in category.__mro__ if c.__module__ == "builtins"), message)

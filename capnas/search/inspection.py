@@ -14,7 +14,7 @@ from torch import nn
 from capnas.candidates import cost_of
 from capnas.data import ImageData
 from capnas.devices import resolve_device
-from capnas.errors import StudyError, UsageError, counted, one_of
+from capnas.errors import StudyError, UsageError, counted, one_line, one_of
 from capnas.graph.tracing import trace
 from capnas.profile import INITIALIZATIONS, MEASURES, Profile, at_default_initialization, enrich, profile_model, with_macs
 from capnas.projection import ProjectionResult, project_model
@@ -308,7 +308,7 @@ def load_weights(model: nn.Module, found: Target, weights: str | Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        images, first = found.data, " ".join(str(error).split())[:300]
+        images, first = found.data, one_line(error, 300)
         shape = f"classes: {images.num_classes}, channels: {images.in_chans}"
         says = f"the weights in {path} do not fit {name} for {images.name} ({shape}); give the images of these weights as --data: {first}."
         raise UsageError(says) from None

@@ -23,22 +23,26 @@ from real import CASES, HERE, images, read
 from scipy.stats import spearmanr
 
 from capnas.candidates import build_model
-from capnas.objective.targets import TOLD, WEIGHTS, value_of
+from capnas.objective.targets import INIT, TOLD, WEIGHTS, known_before, value_of
+from capnas.scoring import SCORES
 from capnas.spaces import load_space
 from capnas.training import TrainConfig, train
 
 sys.path.append(str(HERE.parent / "ranking"))
+from combine import FOUR
+from run import columns, records_of, sized
+
 RAW = HERE / "raw" / "losses.jsonl"
 RANKED = {"mbconv": ("mbconv", "mbconv-trained"), "nasbench201": ("nasbench201", "nasbench201-1-epoch-trained")}  # space, file of rows
 ONE = ("mbconv",)  # cases whose training is stopped after its first epoch
-FORMER = {"init_log2_macs": 0.035, "init_block_saturation90_mean": 0.15, "init_params_in_use": 0.25, "init_shortest_depth": 0.003}
+FORMER = {INIT + name: weight for name, weight in FOUR.items()}
 DRAWS, POOL = "draws", "pool"
 LOSSES = {"train_loss": 1.0, "val_loss": 1.0}
 
 
 def size_and_score(log2_macs, capacity_score):
     """Weights of the two terms that are known before a training."""
-    return {"init_log2_macs": log2_macs, "init_capacity_score": capacity_score}
+    return {f"{INIT}log2_macs": log2_macs, f"{INIT}capacity_score": capacity_score}
 
 
 SUMS = {
@@ -60,24 +64,24 @@ SUMS = {
 
 
 def stored(case):
-    """Rows of the networks of a case: identity, parameters, final accuracy and untrained scores."""
+    """Rows of the networks of a case: identity, parameters, final accuracy and untrained scores, named as a trial names them."""
     if case in CASES:
         drawn = read(HERE / "raw" / f"draws-{case}.jsonl")
         rows = [r for r in drawn if r["status"] == ["complete"] * 2]
+        untrained = [{INIT + name: value for name, value in r["scores"].items()} for r in rows]
         return [
-            {"arch": f"draw {r['draw']}", "params_drawn": r["params_drawn"], "final": r["accuracy"], "scores": r["scores"]} for r in rows
+            {"arch": f"draw {r['draw']}", "params_drawn": r["params_drawn"], "final": r["accuracy"], "scores": found}
+            for r, found in zip(rows, untrained)
         ]
-    from run import columns, records_of, sized
-
     known = {r["arch"]: r for r in records_of(case)}
     rows = [r for r in read(HERE.parent / "ranking" / "raw" / f"{RANKED[case][1]}.jsonl") if r["arch"] in known]
     signals = sized(columns([known[r["arch"]] for r in rows]))
-    names = [name.removeprefix("init_") for name in (*FORMER, *WEIGHTS) if name.startswith("init_")]
-    signs = {"shortest_depth": -1}  # the columns hold what is better the higher
-    scores = [{n: signs.get(n, 1) * float(signals[n][i]) for n in names} for i in range(len(rows))]
+    names = [name.removeprefix(INIT) for name in (*FORMER, *known_before(WEIGHTS))]
+    # the columns hold what is better the higher; to turn twice is to turn back
+    untrained = [{INIT + n: SCORES[n].oriented(float(signals[n][i])) for n in names} for i in range(len(rows))]
     return [
         {"arch": r["arch"], "params_drawn": r["params_drawn"], "final": known[r["arch"]]["accuracy"], "scores": found}
-        for r, found in zip(rows, scores)
+        for r, found in zip(rows, untrained)
     ]
 
 
@@ -112,8 +116,7 @@ def finals(case, rows, short=3, long=5, count=5):
     final = np.array([100 * known[arch]["final"] for arch in draws])
 
     def values(epochs, weights):
-        scores = ({f"init_{n}": v for n, v in known[arch]["scores"].items()} for arch in draws)
-        return np.array([value_of("combined", s | told[arch, epochs], weights) for s, arch in zip(scores, draws)])
+        return np.array([value_of("combined", known[arch]["scores"] | told[arch, epochs], weights) for arch in draws])
 
     by = {"accuracy": values(short, {}), "combined": values(short, WEIGHTS)}
     longer, chance = values(long, LOSSES), np.random.default_rng(0)
@@ -134,7 +137,7 @@ def table():
         for epochs in sorted({r["epochs"] for r in rows if r["case"] == case}):
             mine = [r for r in rows if (r["case"], r["epochs"]) == (case, epochs)]
             final = np.array([known[r["arch"]]["final"] for r in mine])
-            metrics = [{f"init_{n}": v for n, v in known[r["arch"]]["scores"].items()} | {n: r[n] for n in TOLD} for r in mine]
+            metrics = [known[r["arch"]]["scores"] | {n: r[n] for n in TOLD} for r in mine]
             label = f"{case}, {mine[0]['trained']} of {epochs}" if mine[0]["trained"] < epochs else f"{case}, {epochs}"
             top = final >= np.median(final)
             found[label] = {"networks": len(mine)}
