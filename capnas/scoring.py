@@ -80,6 +80,7 @@ _CAPACITY: tuple[tuple[str, str], ...] = (
     ("capacity_slack", "share of the a-priori class of weights that a short training left unused (ours, a proxy of excess capacity)"),
 )
 COSTS = ("params", "macs")  # known of every candidate, measured or not
+SIZES = tuple(f"log2_{name}" for name in COSTS)  # so are these scores
 _BASELINES = ("synflow", "naswot", "zico", "snip", "grad_norm")
 
 # Weights of `capacity_score`, for every space: rounded from fits on three published benchmarks; the last term and its weight were chosen on
@@ -177,6 +178,15 @@ def _table() -> Mapping[str, Score]:
 
 SCORES: Mapping[str, Score] = _table()
 PROFILED = tuple(name for name in SCORES if name not in COSTS)  # what only a profile tells
+
+
+def sizes(costs: Mapping[str, float]) -> dict[str, float]:
+    """The scores of size alone, which need no look at the network: log2 of each of `COSTS`, NaN of none.
+
+    >>> sizes({"params": 1024, "macs": 0})
+    {'log2_params': 10.0, 'log2_macs': nan}
+    """
+    return {size: math.log2(costs[name]) if costs[name] else math.nan for size, name in zip(SIZES, COSTS)}
 
 
 def measures_for(names: Iterable[str]) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
 from capnas.objective.targets import INIT, TOLD, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
 from capnas.profile import INITIALIZATIONS, Profile, enrich, profile_model
-from capnas.scoring import COSTS, PROFILED, measures_for, score
+from capnas.scoring import COSTS, PROFILED, SIZES, measures_for, score, sizes
 from capnas.size_survey import are_sizes
 from capnas.spaces import load_space, space_name
 from capnas.training import TrainConfig, train
@@ -55,6 +55,7 @@ class Objective:
         max_macs: most multiply-accumulates of one image, or None.
         gate: who is trained after a look at the untrained network, none by default: ``"best:10%"`` trains a candidate if its score is
             among the best tenth of the candidates seen so far, ``"combined:best:10%"`` goes by what is known of that sum before training,
+            ``"log2_macs:best:10%"`` by size alone, for which nothing has to be measured,
             ``"saturation_evenness>=0.5"`` is a bound; see `capnas.objective.gates`. With a share ``study.optimize`` counts each candidate,
             trained or not, `capnas.run_study` the trained ones.
         pool: candidates that are measured before the first training; then the best of them are trained first. Needs a gate ``best``.
@@ -159,6 +160,8 @@ class Objective:
         self.selection = (
             None if share is None else Selection(gate=share, pool=pool or 0, costs=costs, settings=self.settings, weights=ranked)
         )
+        # a share by size alone needs no look at the network, unless bounds come first that do
+        self._by_size = share is not None and not self.bounds and ranked.keys() <= {*COSTS, *(INIT + name for name in SIZES)}
 
     def __repr__(self) -> str:
         limits = "".join(f", max_{name}={limit}" for name, limit in self.limits.items())
@@ -213,6 +216,10 @@ class Objective:
             twin = find_twin(trial, found, names=self.names, weights=self.weights, epochs=self.train.epochs) if self.reuse else None
             if twin is not None:
                 return take_over(found, *twin)
+            if self.selection is not None and self._by_size:
+                metrics |= {INIT + name: value for name, value in sizes(metrics).items()}
+                if (place := self.selection.judge(trial, found)) is not None:
+                    return MEASURED, place
         device = resolve_device(self.train.device)
         try:
             with timed(found, "structure"):
@@ -228,7 +235,7 @@ class Objective:
             refusals = [text for gate in self.bounds if (text := gate.refusal(scores)) is not None]
             if refusals:
                 return "gated", "; ".join(refusals)
-            if self.selection is not None and (place := self.selection.judge(trial, found)) is not None:
+            if self.selection is not None and not self._by_size and (place := self.selection.judge(trial, found)) is not None:
                 return MEASURED, place
         except Infeasible as error:  # what shapes alone do not tell
             return "infeasible", str(error)

@@ -147,7 +147,7 @@ class Selection:
         stored = stored_with(trial)
         if stored.get("version") != VERSION or stored["settings"] != self.settings:
             return None
-        known = stored["status"] not in ("gated", "interrupted") and all(name in stored["metrics"] for name in self.weights)
+        known = stored["status"] not in ("infeasible", "gated", "interrupted") and all(name in stored["metrics"] for name in self.weights)
         return self._measured(stored) if known else None
 
     def _measured(self, found: Mapping[str, Any]) -> Measured:

@@ -54,6 +54,7 @@ CASES = {
 METHODS = {  # capnas: as released
     "capnas": {"sampler": "tpe", "values": ("combined",)},
     "capnas, gate by combined": {"sampler": "tpe", "values": ("combined",), "gate": "combined:best:20%", "pool": 80},
+    "capnas, gate by size": {"sampler": "tpe", "values": ("combined",), "gate": "log2_macs:best:20%", "pool": 80},
     "capnas, gate": {"sampler": "tpe", "values": ("combined",), "gate": "best:20%", "pool": 80},
     "capnas, weights doubled": {"sampler": "tpe", "values": ("combined",), "weights": {name: 2 * w for name, w in WEIGHTS.items()}},
     "capnas, principled": {"sampler": "tpe", "values": ("principled",)},

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
 from optuna.trial import FixedTrial, TrialState
 from tiny_space import images, space
 
+from capnas.candidates import Infeasible
 from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
@@ -288,6 +291,31 @@ def test_a_share_by_a_sum_without_that_value_takes_the_default_weights(data: Ima
         selection = objective(data, gate=f"{name}:best:40%").selection
         assert selection is not None
         assert selection.weights == weights
+
+
+def test_a_share_by_size_looks_into_nothing_but_what_it_trains(data: ImageData) -> None:
+    study = run(objective(data, gate="log2_macs:best:40%", pool=4), net(2), net(8), net(4, 2), net(4), more=2)
+    found = [e for t in study.trials if (e := Evaluation.of(t)) is not None]
+    assert outcomes(study) == ["measured"] * 4 + ["complete"] * 2
+    macs = [e.macs or 0 for e in found[:4]]
+    assert [e.macs for e in found[4:]] == sorted(macs)[:1:-1]
+    assert [set(e.metrics) for e in found[:4]] == [{"params", "macs", "init_log2_params", "init_log2_macs"}] * 4
+    assert all(e.profile is None and "structure" not in e.seconds for e in found[:4])
+    for e in found:  # the trained ones' are of their profiles
+        assert e.metrics["init_log2_params"] == pytest.approx(math.log2(e.n_params or 0))
+        assert e.metrics["init_log2_macs"] == pytest.approx(math.log2(e.macs or 0))
+    looked = run(objective(data, gate="log2_macs:best:40%, log2_macs>=1"), net(2))
+    assert (Evaluation.of(looked.trials[0]) or found[0]).seconds.keys() >= {"structure"}
+
+
+def test_who_turns_out_infeasible_takes_no_place(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    o = objective(data, gate="log2_macs:best:30%")
+    with monkeypatch.context() as patched:
+        patched.setattr("capnas.objective.profile_model", Mock(side_effect=Infeasible("no")))
+        study = run(o, net(8))
+    study.enqueue_trial(net(4))
+    study.optimize(o, n_trials=1)
+    assert outcomes(study) == ["infeasible", "complete"]
 
 
 def test_limits_and_bounds_come_first_and_take_no_place(data: ImageData) -> None:
