@@ -175,7 +175,7 @@ class Items(torch.utils.data.Dataset):
 
 def as_pil(image: Any) -> Image.Image:
     """An item's image as PIL, arrays of bytes too; DataError for floats that bytes cannot hold."""
-    found = pixels_of(image)
+    found = pixels_of(image, deep=False)
     if isinstance(found, Image.Image):
         return found
     x = found[0]

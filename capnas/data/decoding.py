@@ -20,6 +20,7 @@ from capnas.errors import DataError
 
 _SAMPLE = 48
 _LARGEST_DEFAULT = 64
+_DEEPEST = 65535  # of 16 bits
 _AHEAD = 256
 _SURVEY = 2000
 
@@ -44,12 +45,18 @@ def opened(image: Any) -> contextlib.AbstractContextManager[Any]:
     return image if isinstance(image, Image.Image) else contextlib.nullcontext()
 
 
-def pixels_of(image: Any) -> Image.Image | torch.Tensor:
+def pixels_of(image: Any, *, deep: bool = True) -> Image.Image | torch.Tensor:
     """An item's image as PIL, or as (1, C, H, W): arrays, tensors and PIL's floats (mode "F"), which Pillow would clip to bytes.
+
+    Args:
+        image: the item's.
+        deep: whether integers of 16 bits come as floats, 65,535 as 1; else as PIL, of which `grey_or_rgb` keeps the upper byte.
 
     Raises:
         DataError: it is no image.
     """
+    if isinstance(image, Image.Image) and image.mode.startswith("I") and deep:
+        return as_images(np.asarray(image)[None] / np.float32(_DEEPEST), "image")
     if isinstance(image, Image.Image) and image.mode != "F":
         return image
     if not (hasattr(image, "__array__") or hasattr(image, "__array_interface__")):
@@ -59,28 +66,28 @@ def pixels_of(image: Any) -> Image.Image | torch.Tensor:
 
 def grey_or_rgb(image: Image.Image, in_chans: int) -> Image.Image:
     """A PIL image in bytes: grey for 1 channel, otherwise RGB."""
-    if image.mode.startswith("I"):  # 16 bits in a PNG or TIFF: Pillow would clip them at 255
-        deep = np.asarray(image)
-        image = Image.fromarray((deep >> 8 if deep.max() > 255 else deep).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16 bits in a PNG or TIFF: Pillow would clip them at 255; one scale for all, or images would not compare
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("L" if in_chans == 1 else "RGB")
 
 
-def fit(image: Any, size: int, in_chans: int) -> torch.Tensor:
+def fit(image: Any, size: int, in_chans: int, *, deep: bool = True) -> torch.Tensor:
     """One image as (C, size, size): the short side resized, the long side cropped in the middle (as `capnas.data.images.resize`).
 
     Args:
-        image: a PIL image (uint8 comes out, float32 of mode "F"), or an array or tensor (H, W), (H, W, C) or (C, H, W).
+        image: a PIL image (uint8 comes out, float32 of floats and of 16 bits), or an array or tensor (H, W), (H, W, C) or (C, H, W).
         size: pixels.
         in_chans: 1 or 3 for PIL images; arrays may also keep their own number.
+        deep: see `pixels_of`.
 
     Example:
         >>> fit(Image.new("L", (40, 30), 9), 16, 3).shape
         torch.Size([3, 16, 16])
     """
     with opened(image):
-        found = pixels_of(image)
+        found = pixels_of(image, deep=deep)
         if isinstance(found, torch.Tensor):
             return resize(to_channels(found, in_chans), size)[0]
         found.draft("L" if in_chans == 1 else "RGB", (2 * size, 2 * size))
@@ -123,7 +130,7 @@ def _sample(part: Reader, failed: list[str]) -> Iterator[tuple[int, int]]:
 
 def _channels_and_side(image: Any) -> tuple[int, int]:
     with opened(image):
-        found = pixels_of(image)
+        found = pixels_of(image, deep=False)
         if isinstance(found, torch.Tensor):
             return found.shape[1], min(found.shape[-2:])
         return (1 if found.mode in ("L", "1", "LA") or found.mode.startswith("I") else 3), min(found.size)
@@ -240,7 +247,7 @@ def survey(part: Reader, size: int, in_chans: int, *, seed: int = 0, workers: in
 
     def decodes(index: int) -> torch.Tensor | str:
         try:
-            return fit(part.read(index)[0], size, in_chans)
+            return fit(part.read(index)[0], size, in_chans, deep=False)  # what is streamed is read as bytes
         except Exception as error:
             return _named(part, index, error)
 

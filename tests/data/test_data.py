@@ -493,9 +493,24 @@ def test_odd_modes_are_read(tmp_path: Path) -> None:
     data = load_data(tmp_path, validation=0.2)
     assert sum(data.sizes.values()) == 16
     assert data.in_chans == 3
-    deep = data.pool.images.float().mean((1, 2, 3))  # type: ignore[union-attr]
-    assert (deep - 40000 / 256).abs().min() < 1
-    torch.testing.assert_close(load_data(tmp_path, validation=0.2, memory_limit=0, workers=0).probe(16), data.probe(16))
+    deep = data.pool.images.mean((1, 2, 3))  # type: ignore[union-attr]
+    assert ((deep - 40000 / 65535).abs() < 1e-6).sum() == 2
+    streamed, read = load_data(tmp_path, validation=0.2, memory_limit=0, workers=0), data.probe(16)
+    torch.testing.assert_close(streamed.probe(16)[1], read[1])
+    byte = 1 / 255 / min(data.std)  # a stream holds bytes: the upper ones of 16 bits
+    torch.testing.assert_close(streamed.probe(16)[0], read[0], atol=byte, rtol=0.02)
+
+
+def test_of_12_bits_in_16_nothing_is_lost_and_dark_images_stay_dark(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (20, 6, 6)).astype(np.uint16)
+    values[:10] //= 256
+    for i, pixels in enumerate(values):
+        (tmp_path / str(i % 2)).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / str(i % 2) / f"{i:02}.png")
+    data = load_data(tmp_path, image_size=6)
+    found = (data.pool.images * 65535).round().flatten(1).sort().values  # type: ignore[union-attr]
+    wanted = torch.from_numpy(values.astype(np.float32)).flatten(1).sort().values
+    assert sorted(map(tuple, found.tolist())) == sorted(map(tuple, wanted.tolist()))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])

@@ -40,9 +40,14 @@ def square(side: int, mode: str = "RGB") -> Image.Image:
     return Image.new(mode, (side, side))
 
 
-@pytest.mark.parametrize(("value", "byte"), [(200, 200), (255, 255), (40000, 40000 >> 8)])
-def test_images_of_16_bits_keep_bytes_and_lose_what_is_below_them(value: int, byte: int) -> None:
-    assert np.asarray(grey_or_rgb(Image.fromarray(np.full((2, 2), value, np.uint16)), 1)).tolist() == [[byte] * 2] * 2
+@pytest.mark.parametrize("value", [0, 200, 255, 257, 4000, 40000, 65535])
+def test_images_of_16_bits_have_one_scale_dark_and_bright(value: int) -> None:
+    image = Image.fromarray(np.full((2, 2), value, np.uint16))
+    assert np.asarray(grey_or_rgb(image, 1)).tolist() == [[value >> 8] * 2] * 2
+    pixels = fit(image, 2, 1)
+    read = pixels.float() / (1 if pixels.is_floating_point() else 255)
+    torch.testing.assert_close(read, torch.full((1, 2, 2), value / 65535))
+    assert fit(image, 2, 3, deep=False).tolist() == [[[value >> 8] * 2] * 2] * 3
 
 
 def test_a_large_jpeg_is_not_coarser_for_being_decoded_small(tmp_path: Path) -> None:
