@@ -66,7 +66,7 @@ def pixels_of(image: Any, *, deep: bool = True) -> Image.Image | torch.Tensor:
 
 def grey_or_rgb(image: Image.Image, in_chans: int) -> Image.Image:
     """A PIL image in bytes: grey for 1 channel, otherwise RGB."""
-    if image.mode.startswith("I"):  # 16 bits in a PNG or TIFF: Pillow would clip them at 255; one scale for all, or images would not compare
+    if image.mode.startswith("I"):  # 16 bits in a PNG or TIFF, which Pillow would clip at 255: one scale, so that images compare
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
