@@ -6,7 +6,7 @@ import errno
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _MANY = 30  # names, beyond which an error lists only the nearest
 
@@ -72,7 +72,8 @@ def check_types(settings: Any, *texts: str) -> None:
 
     Args:
         settings: the dataclass.
-        texts: its fields that must be texts; where others are declared as texts anything passes, since their own checks name the choices.
+        texts: its fields that must be texts; where others are declared as texts or literals anything passes, since their own checks name
+            the choices.
 
     Raises:
         UsageError: the first such field.
@@ -117,7 +118,7 @@ def _word(kind: Any) -> str:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    if kind in (Any, str):
+    if kind in (Any, str) or get_origin(kind) is Literal:
         return True
     if get_origin(kind) is tuple:
         return isinstance(value, tuple | list) and all(_fits(item, get_args(kind)[0]) for item in value)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -30,10 +32,21 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return own
 
 
+def unfilled(kind: type[nn.Module], **args: Any) -> Any:
+    """A layer on the CPU whose weights are to be filled: none are drawn, which would move torch's generator.
+
+    >>> unfilled(nn.Linear, in_features=3, out_features=2).weight.shape
+    torch.Size([2, 3])
+    """
+    with torch.device("meta"):
+        layer = kind(**args)
+    return layer.to_empty(device="cpu")
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether a layer holds its weight packed for integer products, as torch.ao's quantized layers do, and not as a parameter.
 
-    >>> import torch, warnings
+    >>> import warnings
     >>> with warnings.catch_warnings():
     ...     warnings.simplefilter("ignore")  # torch will leave quantization to torchao, whose weights are parameters
     ...     is_quantized(nn.Linear(3, 2)), is_quantized(torch.ao.nn.quantized.dynamic.Linear(3, 2))

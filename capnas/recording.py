@@ -23,7 +23,7 @@ from capnas.errors import UsageError, one_of
 from capnas.layers import CONVS, MEASURED, block_widths, feature_axis, find_blocks
 from capnas.measures.lattice import Lattice
 from capnas.measures.moments import Moments, Scratch, Sums
-from capnas.measures.probing import eagerly, unwrap_model
+from capnas.measures.probing import eagerly, first_tensor, unwrap_model
 
 Reading = Literal["modules", "blocks", "both"]
 Mode = Literal["train", "eval"]
@@ -168,7 +168,7 @@ class Recorder:
         if torch._C._current_graph_task_id() == -1:  # not the second run of a checkpointed forward
             self._passes += model.training
             self._reads = not model.training or self._passes % self.train_interval == 0
-            first = _first_tensor(args)
+            first = first_tensor(args)
             self._images = first.shape[0] if first is not None and first.dim() else None
 
     def _record(self, key: tuple[str, str, str]) -> LayerRecord:
@@ -206,7 +206,7 @@ class Recorder:
             # gradient checkpointing runs the forward again inside the backward pass: that is the same batch, not a new one
             if not (self._reads or name in self._few) or torch._C._current_graph_task_id() != -1:
                 return
-            tensor = _first_tensor(output)
+            tensor = first_tensor(output)
             if tensor is None or tensor.dim() < 2 or not tensor.is_floating_point() or tensor.numel() == 0:
                 return
             device = tensor.device.type
@@ -269,13 +269,3 @@ def _plainly(device: str) -> Iterator[None]:
 
 
 _autocasts = functools.cache(torch.amp.is_autocast_available)  # other devices have no such mode to ask for
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, (tuple, list)):
-        return next((t for t in map(_first_tensor, output) if t is not None), None)
-    if isinstance(output, dict):
-        return _first_tensor(list(output.values()))
-    return None

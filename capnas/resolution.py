@@ -22,18 +22,18 @@ from typing import Any
 
 from torch import nn
 
-from capnas.data import ImageData
+from capnas.data import ImageData, load_data
 from capnas.devices import resolve_device
 from capnas.errors import UsageError, counted
 from capnas.graph.structure import structure
 from capnas.measures import halving, receptive
 from capnas.measures import resolution as rule
-from capnas.measures.probing import cloned
+from capnas.measures.probing import cloned, why_no_logits
 from capnas.measures.resolution import Recommendation, SizeReading
 from capnas.mixed_sizes import SharedRun, train_together
 from capnas.profile import Profile
 from capnas.repair import Advice, advise
-from capnas.size_survey import Build, SizeSurvey, survey_resolutions, trace_size
+from capnas.size_survey import Build, SizeSurvey, are_sizes, survey_resolutions, trace_size
 from capnas.training import TrainConfig, TrainingResult, train
 
 __all__ = ["SHARE", "Build", "SizeRun", "SizeSurvey", "Tuning", "advise_resolution", "ladder", "survey_resolutions", "tune_resolution"]
@@ -118,7 +118,7 @@ def ladder(size: int) -> tuple[int, ...]:
 
 def tune_resolution(
     build: Build,
-    data: ImageData,
+    data: Any,
     candidates: Sequence[int],
     *,
     epochs: int = 10,
@@ -135,8 +135,8 @@ def tune_resolution(
 
     Args:
         build: gives the network for a size, the same weights at each call as far as shapes allow; what it gives is copied, not trained.
-        data: images, loaded at the largest candidate that is not refused, so that none is resized twice. Accuracies are those of the
-            validation split.
+        data: images, loaded at the largest candidate that is not refused, so that none is resized twice; or what `capnas.load_data` takes,
+            which is loaded so. Accuracies are those of the validation split.
         candidates: pixels.
         epochs: length of a full training, of which the cost is a share.
         share: most that all of it together may cost, as a share of training every size for `epochs`. Where a single size can be used there
@@ -150,8 +150,8 @@ def tune_resolution(
         on_pass: told of each pass of the shared training: its number, and of how many.
 
     Raises:
-        UsageError: as `survey_resolutions`; a device that is not here; a share that does not pay for one epoch of every size; a ``pay``
-            that is negative or not finite; no size could be trained.
+        UsageError: as `survey_resolutions`; a network whose outputs are no logits of the images; a device that is not here; a share that
+            does not pay for one epoch of every size; a ``pay`` that is negative or not finite; no size could be trained.
 
     >>> import numpy as np
     >>> from capnas.data import load_data
@@ -163,6 +163,11 @@ def tune_resolution(
     """
     if epochs < 1 or not 0 < share <= 1:
         raise UsageError(f"epochs must be at least 1 and share in (0, 1], got {epochs} and {share}.")
+    if isinstance(build, nn.Module):
+        raise UsageError(f"build must be a function of the size that gives a network, got a {type(build).__name__}: lambda size: network.")
+    if not isinstance(data, ImageData):
+        usable = [size for size in candidates if size not in (refused or {})] if are_sizes(candidates) else []
+        data = load_data(data, image_size=max(usable, default=None))
     surveys = survey_resolutions(build, candidates, in_chans=data.in_chans, budget=budget, refused=refused)
     rows = {s.size: s for s in surveys if not s.refusal and s.macs is not None}
     macs = _macs(rows)
@@ -172,6 +177,10 @@ def tune_resolution(
     base, pay = config or TrainConfig(), rule.price(pay, budget)
     resolve_device(base.device)
     networks = {size: cloned(build(size)) for size in rows}
+    for size, network in networks.items():
+        example = data.probe(2, device=next((p.device for p in network.parameters()), "cpu"), image_size=size)[0]
+        if (why := why_no_logits(network, example, data.num_classes)) is not None:
+            raise UsageError(f"the network at {size} px cannot be trained: {why}.")
     passes = halving.shared_passes(list(macs.values()), left=left, most=epochs)
     if on_start is not None:
         on_start()

@@ -22,7 +22,8 @@ from capnas._timm import import_timm, timm
 from capnas.candidates import build_model
 from capnas.devices import resolve_device
 from capnas.documents import write_whole
-from capnas.errors import CapnasError, UsageError
+from capnas.errors import CapnasError, UsageError, one_line
+from capnas.layers import unfilled
 from capnas.measures.probing import unwrap_model
 from capnas.spaces import load_space
 
@@ -215,7 +216,7 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.
     try:
         model.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise SavedModelError(f"{path} does not fit its manifest: {' '.join(str(error).split())[:300]}") from error
+        raise SavedModelError(f"{path} does not fit its manifest: {one_line(error, 300)}") from error
     return model.to(resolve_device(str(device))).eval()
 
 
@@ -242,7 +243,7 @@ def _assemble(manifest: Mapping[str, Any]) -> nn.Module:
 
 def _built(step: Any) -> nn.Module:
     """The layer of a `_step`."""
-    return nn.Sequential(*map(_built, step)) if isinstance(step, list) else _FACTORS[step["kind"]](**step["args"])
+    return nn.Sequential(*map(_built, step)) if isinstance(step, list) else unfilled(_FACTORS[step["kind"]], **step["args"])
 
 
 def _retype(model: nn.Module, dtypes: Mapping[str, str]) -> None:
@@ -261,7 +262,7 @@ def _differences(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
     before, now = dict(plain.named_modules()), dict(model.named_modules())
     replaced: dict[str, Any] = {}
     for name, module in now.items():
-        if name in before and type(before[name]) is not type(module):
+        if name and name in before and type(before[name]) is not type(module):
             standardized = type(module) in (nn.Conv2d, _CONV2D_SAME) and isinstance(before[name], nn.Conv2d)
             if isinstance(module, nn.Sequential) or standardized:
                 replaced[name] = _step(name, module)

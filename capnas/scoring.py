@@ -226,7 +226,7 @@ def score(profile: Profile, names: str | Sequence[str] | None = None) -> dict[st
         Name to value, NaN where the profile lacks what a score needs.
 
     Raises:
-        UsageError: an unknown name.
+        UsageError: an unknown name, or what is no profile.
 
     >>> import torch
     >>> from capnas.profile import profile_model
@@ -234,6 +234,8 @@ def score(profile: Profile, names: str | Sequence[str] | None = None) -> dict[st
     >>> 0 < score(profile_model(model, torch.randn(64, 4)), ["saturation_evenness"])["saturation_evenness"] <= 1
     True
     """
+    if not isinstance(profile, Profile):
+        raise UsageError(f"score takes a profile, got {type(profile).__name__}: capnas.profile_model(model, inputs) gives one.")
     chosen = list(SCORES) if names is None else [names] if isinstance(names, str) else list(names)
     for name in chosen:
         if name not in SCORES:

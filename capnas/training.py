@@ -229,7 +229,7 @@ def train(
             status, reason = "out_of_memory", str(error).splitlines()[0][:300]
     if status == "out_of_memory" and device.type == "cuda":
         torch.cuda.empty_cache()
-    model.eval()
+    model.to(memory_format=torch.contiguous_format if last else torch.preserve_format).eval()  # type: ignore[call-overload]
     return TrainingResult(
         status=status,
         reason=reason,

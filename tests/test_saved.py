@@ -88,6 +88,9 @@ def test_nothing_is_overwritten_unless_forced(tmp_path: Path) -> None:
 def test_a_model_of_another_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not build this model again"):
         save_model(nn.Linear(2, 3), tmp_path / "m", SPACE)
+    for other in (nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))):
+        with pytest.raises(UsageError, match="it is a Sequential, the recipe's is a ResNet"):
+            save_model(other, tmp_path / "m", {"timm": "resnet10t", "args": {"num_classes": 3}})
     assert not (tmp_path / "m").exists()
     with pytest.raises(UsageError, match="under 'timm' or a search space"):
         build_recipe({"params": {}})
@@ -236,7 +239,10 @@ def test_a_linear_layer_split_in_two_comes_back_beside_one_of_like_name(tmp_path
 def test_a_layer_split_twice_comes_back(tmp_path: Path) -> None:
     model = narrowed()
     model[2][0] = nn.Sequential(nn.Conv2d(4, 1, 3, padding=1, bias=False), nn.Conv2d(1, 2, 1))
-    again, x = load_model(save_model(model, tmp_path / "m", SPACE)), torch.randn(2, 1, 8, 8)
+    before = torch.get_rng_state()
+    again = load_model(save_model(model, tmp_path / "m", SPACE))
+    assert torch.equal(torch.get_rng_state(), before)
+    x = torch.randn(2, 1, 8, 8)
     assert torch.equal(again(x), model(x))
     assert again[2][0][0].padding == (1, 1)
 

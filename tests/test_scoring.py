@@ -151,3 +151,8 @@ def test_every_score_asks_for_the_measure_that_gives_it() -> None:
 def test_the_size_of_a_network_without_weights_is_no_number() -> None:
     free = replace(profile(0.5), network={"params": 0.0, "macs": 0.0})
     assert all(math.isnan(value) for value in score(free, ["log2_params", "log2_macs"]).values())
+
+
+def test_a_model_is_no_profile() -> None:
+    with pytest.raises(UsageError, match=r"score takes a profile, got Linear: capnas\.profile_model\(model, inputs\) gives one"):
+        score(torch.nn.Linear(2, 2))  # type: ignore[arg-type]

@@ -88,6 +88,37 @@ def test_a_size_that_memory_cannot_hold_is_set_aside(data: ImageData) -> None:
     assert tuned.macs_share <= 0.3  # of training the one size that could be
 
 
+class Dictionary(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.net = net(size)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": self.net(x)}
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (Dictionary, "the network at 8 px cannot be trained: its output is a dict; wrap it"),
+        (lambda size: net(size)[:-2], r"its output has the shape \(2, 6, 4, 1\), expected logits"),
+        (lambda size: nn.Sequential(net(size), nn.Linear(3, 2)), "it tells 2 classes apart and the images have 3"),
+        (lambda size: net(size).half(), "it does not run on images of shape"),
+        (net(8), "build must be a function of the size that gives a network, got a Sequential: lambda size: network"),
+    ],
+)
+def test_what_cannot_be_trained_on_the_images_is_said_before_any_training(data: ImageData, build: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        tune_resolution(build, data, (8, 12), config=CONFIG, on_start=lambda: pytest.fail("it trains"))
+
+
+def test_images_may_be_given_as_load_data_takes_them() -> None:
+    arrays, config = images(size=16), dataclasses.replace(CONFIG, seed=1)
+    loaded = load_data(arrays, image_size=12)
+    found, expected = (tune_resolution(net, given, (8, 12), epochs=4, config=config) for given in (arrays, loaded))
+    assert [r.reading for r in found.runs] == [r.reading for r in expected.runs]
+
+
 def test_tuning_stays_within_its_share_and_tells_every_run(data: ImageData) -> None:
     told: list[SizeRun] = []
     passes: list[tuple[int, int]] = []

@@ -24,7 +24,7 @@ from capnas.layers import MEASURED
 from capnas.measures import capacity_scores
 from capnas.measures.decoupling import Decoupling, coherent_error, gradient_pairs, pair_mean, shattering
 from capnas.measures.layer_capacity import common_ridge, kfac_capacity, over_wide, utilisation
-from capnas.measures.probing import gradable, unwrap_model
+from capnas.measures.probing import gradable, tensor_of, unwrap_model
 
 _NEAR_LINEAR = 0.5  # coherent share above which total decoupling is no approximation
 _SHARERS = 16  # samples that a projection needs for its coherent share
@@ -238,7 +238,7 @@ def _backward(
         given = leaf.clone()
         with taps, reader:
             out = model(given)
-        out = out if isinstance(out, Tensor) else next(o for o in out if isinstance(o, Tensor))
+        out = tensor_of(out)
         if not out.requires_grad or not bool(torch.isfinite(out).all()):
             raise UsageError("the model's outputs must be finite and depend on its input; check the weights and the batch.")
         pairs = _project(out, leaf, taps, projections, seed)

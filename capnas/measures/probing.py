@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -162,6 +164,8 @@ def cloned(model: nn.Module, *, share: bool = False) -> nn.Module:
 def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
     """A fixed seed inside, on the CPU and these devices alone (``torch.manual_seed`` would reseed all); on CPU and CUDA as before outside.
 
+    So are the generators of Python and NumPy, which a network of someone's own may draw from.
+
     >>> with seeded(1):
     ...     first = torch.rand(1)
     >>> with seeded(1):
@@ -170,13 +174,20 @@ def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
     """
     places = set(devices)
     cuda = sorted({torch.cuda.current_device() if d.index is None else d.index for d in places if d.type == "cuda"})
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         for index in cuda:
             torch.cuda.default_generators[index].manual_seed(seed)
         for kind in {d.type for d in places} - {"cpu", "cuda", "meta"}:
             torch.get_device_module(kind).manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 @contextlib.contextmanager
@@ -235,15 +246,56 @@ def linear_weights(model: nn.Module) -> list[Tensor]:
     return list({id(p): p for p in found}.values())
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The first tensor of a model's output, whatever it is wrapped in.
+def first_tensor(output: Any) -> Tensor | None:
+    """The first tensor in tuples, lists and dictionaries, or None where they hold none.
 
-    >>> first_tensor({"logits": (torch.ones(2), None)}).shape
+    >>> first_tensor({"aux": None, "logits": (torch.ones(2), None)}).shape
     torch.Size([2])
     """
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
+    if isinstance(output, Tensor):
+        return output
+    inside = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    return next((t for t in map(first_tensor, inside) if t is not None), None)
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The first tensor of what a model puts out.
+
+    Raises:
+        UsageError: it holds none.
+
+    >>> tensor_of((None, torch.ones(2))).shape
+    torch.Size([2])
+    """
+    if (found := first_tensor(output)) is None:
+        raise UsageError(f"the model must put out a tensor, alone or in tuples, lists and dictionaries; got {type(output).__name__}.")
+    return found
+
+
+def why_no_logits(model: nn.Module, images: Tensor, classes: int | None = None) -> str | None:
+    """Why what a model puts out in eval mode is no logits of the images, or None.
+
+    Args:
+        model: left as it is.
+        images: (B, C, H, W) on its device.
+        classes: how many the images have; None where that is not known.
+
+    >>> why_no_logits(nn.Flatten(), torch.zeros(2, 1, 1, 3), 4)
+    'it tells 3 classes apart and the images have 4'
+    """
+    try:
+        with untouched(model), torch.no_grad():
+            got = model(images)
+    except FAILURES as error:
+        return f"it does not run on images of shape {tuple(images.shape)} ({described(error)})"
+    if not isinstance(got, Tensor):
+        return f"its output is a {type(got).__name__}; wrap it so that it gives one tensor of logits (B, classes)"
+    if got.dim() != 2 or len(got) != len(images):
+        return f"its output has the shape {tuple(got.shape)}, expected logits ({len(images)}, classes)"
+    if not bool(torch.isfinite(got).all()):
+        return "its outputs are not finite on the images"
+    fewer = classes is not None and got.shape[1] < classes
+    return f"it tells {got.shape[1]} classes apart and the images have {classes}" if fewer else None
 
 
 def weight_gradients(
@@ -268,7 +320,7 @@ def weight_gradients(
     with torch.enable_grad():
         with forward or contextlib.nullcontext():
             # never channels last, where oneDNN overruns a buffer for weights of strided 1x1 convolutions (uxlfoundation/oneDNN#6035)
-            output = first_tensor(model(inputs.contiguous()))
+            output = tensor_of(model(inputs.contiguous()))
         if targets is None:
             targets = torch.randint(output.shape[1], (len(inputs),), generator=torch.Generator().manual_seed(seed)).to(output.device)
         value = (loss or nn.functional.cross_entropy)(output, targets)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from capnas.errors import UsageError, one_of
 from capnas.measures.activation_codes import CodeOverlap, all_finite
 from capnas.measures.applied_weights import WeightSwap, computing_layers, is_norm
-from capnas.measures.probing import FAILURES, Loss, first_tensor, gradable, linear_weights, reason, swapped, untouched, weight_gradients
+from capnas.measures.probing import FAILURES, Loss, gradable, linear_weights, reason, swapped, tensor_of, untouched, weight_gradients
 
 _IDENTITIES = re.compile(
     "(relu6?|leakyrelu|prelu|rrelu|c?elu|selu|(quick)?gelu(tanh)?|silu|swish|mish|hard_?(tanh|swish|mish))(me)?", re.IGNORECASE
@@ -336,7 +336,7 @@ def _flows(model: nn.Module, inputs: Tensor, dtype: torch.dtype, scale: float) -
         swap = WeightSwap(computing, magnitude) if computing else contextlib.nullcontext()
         with untouched(model), swapped(model, state), torch.enable_grad(), swap:
             ones = torch.full((1, *inputs.shape[1:]), scale, dtype=dtype, device=inputs.device)
-            out = first_tensor(model(ones))
+            out = tensor_of(model(ones))
             found = torch.autograd.grad(out.sum() * scale, flowing, allow_unused=True)
     finally:
         for handle in handles:

@@ -16,7 +16,7 @@ from capnas.layers import CONVS, MEASURED
 from capnas.measures.probing import FAILURES, cloned
 from capnas.narrowing.attention import has_plain_heads
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, find_groups, layers_of
-from capnas.narrowing.refusing import CannotNarrow, check_network, differ
+from capnas.narrowing.refusing import CannotNarrow, check_network, check_weights, differ
 from capnas.narrowing.selecting import place_width, select
 from capnas.projection import head_names
 
@@ -38,6 +38,7 @@ def narrowable(model: nn.Module, example: Tensor) -> Coupling:
         CannotNarrow: none can, or the network is no classifier that runs on the example: the text says why.
         MissingDependencyError: Torch-Pruning is not installed.
     """
+    check_weights(model)
     check_network(model, example)
     modules = dict(model.named_modules())
     found = find_groups(model, example)

@@ -178,7 +178,7 @@ def cannot_narrow(model: nn.Module, fixed: Mapping[str, str]) -> CannotNarrow:
 
 def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str, list[list[Atom]], bool]]:
     """Torch-Pruning's groups as units of atoms, named by their root layer, and whether each is whole."""
-    tp, widest = torch_pruning(), max(max(p.shape, default=1) for p in model.parameters())
+    tp, widest = torch_pruning(), max((max(p.shape, default=1) for p in model.parameters()), default=1)
     with warnings.catch_warnings(), untouched(model), torch.enable_grad(), forgiving():
         warnings.simplefilter("ignore")
         model.requires_grad_(True)

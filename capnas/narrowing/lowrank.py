@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from capnas.errors import UsageError, described
-from capnas.layers import MEASURED
+from capnas.layers import MEASURED, unfilled
 from capnas.measures.moments import Moments, covariance
 from capnas.measures.probing import FAILURES, cloned, unwrap_model
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
 from capnas.narrowing.calibration import output_moments, pads_by_size, why_unreadable
 from capnas.narrowing.groups import CLASSES, run_order, shared_parameters
 from capnas.narrowing.planning import check_target
-from capnas.narrowing.refusing import CannotNarrow, check_modules, differ, fixed_cost, why_uncalled
+from capnas.narrowing.refusing import CannotNarrow, check_modules, check_network, differ, why_uncalled
 from capnas.projection import head_names
 from capnas.recording import LayerRecord
 
@@ -87,8 +87,7 @@ def plan_ranks(model: nn.Module, images: Tensor, *, target_macs: float | None = 
         UsageError: the target is out of reach.
     """
     model = check_modules(model)
-    modules, heads = dict(model.named_modules()), head_names(model)
-    cost = fixed_cost(model, images)
+    modules, heads, cost = dict(model.named_modules()), head_names(model), check_network(model, images[:2])
     records = output_moments(model, images)
     fixed = _unfit(model, heads, records, images[:2])
     names = [n for n, m in modules.items() if isinstance(m, MEASURED) and n in cost.layers and n not in fixed]
@@ -255,12 +254,12 @@ def split_layer(layer: nn.Module, moments: Moments, rank: int) -> nn.Sequential:
     constant = vectors @ (vectors.T @ (bias - mean)) + mean
     squeezed = (vectors.T @ module.weight.detach().double().flatten(1)).unflatten(1, module.weight.shape[1:])
     if isinstance(layer, nn.Linear):
-        first: Any = nn.Linear(layer.in_features, rank, bias=False)
-        second: Any = nn.Linear(rank, layer.out_features)
+        first: Any = unfilled(nn.Linear, in_features=layer.in_features, out_features=rank, bias=False)
+        second: Any = unfilled(nn.Linear, in_features=rank, out_features=layer.out_features)
     else:
         settings = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-        first = nn.Conv2d(module.in_channels, rank, bias=False, **settings)
-        second = nn.Conv2d(rank, module.out_channels, 1)
+        first = unfilled(nn.Conv2d, in_channels=module.in_channels, out_channels=rank, bias=False, **settings)
+        second = unfilled(nn.Conv2d, in_channels=rank, out_channels=module.out_channels, kernel_size=1)
     with torch.no_grad():
         first.weight.copy_(squeezed)
         second.weight.copy_(vectors.reshape(second.weight.shape))

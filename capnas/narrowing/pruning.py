@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from capnas.candidates import count_cost
-from capnas.data import ImageData
+from capnas.data import ImageData, load_data
 from capnas.devices import resolve_device
-from capnas.errors import CapnasError, UsageError, check_names, one_of
+from capnas.errors import CapnasError, UsageError, check_names, check_types, one_of
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.guessing import no_better_than_a_guess
 from capnas.measures.probing import cloned, untouched
@@ -25,7 +25,7 @@ from capnas.narrowing.applying import narrowable
 from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.lowrank import RankPlan, factorized, plan_ranks
 from capnas.narrowing.planning import Allocation, Plan, check_division, check_growth, check_target, check_widths, plan_widths
-from capnas.narrowing.refusing import check_modules
+from capnas.narrowing.refusing import check_modules, check_network
 from capnas.narrowing.standardized import plain_convs
 from capnas.narrowing.survey import saturations, survey
 from capnas.projection import head_names
@@ -72,6 +72,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
+        check_types(self)
         if sum(goal is not None for goal in (self.target_macs, self.lossless, self.widths)) != 1:
             raise UsageError("give exactly one of --target-macs, --lossless and --plan.")
         if self.target_macs is not None:
@@ -85,6 +86,10 @@ class PruneConfig:
             raise UsageError(
                 "allocation and round_to are for the method channels; lowrank gives every layer the ranks of one share of its variance."
             )
+        if self.widths is not None and self.round_to not in (1, PruneConfig.round_to):  # 1 rounds nothing
+            raise UsageError("a plan of widths is carried out as it is: leave out --round-to, or round the widths in the plan.")
+        if self.target_macs is None and self.allocation != PruneConfig.allocation:
+            raise UsageError("an allocation says how a target of MACs is divided: give --target-macs, or leave out --allocation.")
         if self.lossless is not None and not 0 < self.lossless < 1:
             raise UsageError(f"lossless is the share of the variance to keep, in (0, 1), got {self.lossless}.")
         if self.images < 16:
@@ -117,25 +122,28 @@ def calibration_images(data: ImageData, count: int, image_size: int, *, seed: in
     return data.probe(min(count, fitting), seed=seed, device=device, image_size=image_size)[0]
 
 
-def propose(model: nn.Module, data: ImageData, config: PruneConfig, *, image_size: int | None = None) -> Plan | RankPlan:
+def propose(model: nn.Module, data: Any, config: PruneConfig, *, image_size: int | None = None) -> Plan | RankPlan:
     """The plan that `prune` would carry out; nothing is narrowed, and the network itself is not changed.
 
     Args:
         model: a classifier of the data's classes.
-        data: calibration images come from train.
+        data: images, or what `capnas.load_data` takes; calibration images come from train.
         config: what is wanted.
         image_size: pixels, where not the data's.
 
     Raises:
         CannotNarrow, UsageError: as `prune`.
     """
+    data = data if isinstance(data, ImageData) else load_data(data)
     return make_plan(*_to_measure(model, data, config, image_size or data.image_size), config)[0]
 
 
 def _to_measure(model: nn.Module, data: ImageData, config: PruneConfig, size: int) -> tuple[nn.Module, Tensor]:
     """A copy of the network on its device, in eval mode, and calibration images."""
     model, device = check_modules(model), resolve_device(config.device)
-    return cloned(model).to(device).eval(), calibration_images(data, config.images, size, seed=config.seed, device=device)
+    full, images = cloned(model).to(device).eval(), calibration_images(data, config.images, size, seed=config.seed, device=device)
+    check_network(full, images[:2], classes=data.num_classes)
+    return full, images
 
 
 def make_plan(model: nn.Module, images: Tensor, config: PruneConfig) -> tuple[Plan | RankPlan, Callable[[], nn.Module]]:
@@ -192,7 +200,7 @@ def pretrain(
 
 def prune(
     model: nn.Module,
-    data: ImageData,
+    data: Any,
     config: PruneConfig | None = None,
     *,
     image_size: int | None = None,
@@ -203,7 +211,8 @@ def prune(
 
     Args:
         model: a classifier of the data's classes.
-        data: calibration images come from train, accuracies from validation; the test split stays closed.
+        data: images, or what `capnas.load_data` takes; calibration images come from train, accuracies from validation; the test split
+            stays closed.
         config: what is wanted.
         image_size: pixels, where not the data's.
         say: told of each step.
@@ -224,6 +233,7 @@ def prune(
     """
     check_names("setting", settings, {f.name for f in fields(PruneConfig)})
     config = PruneConfig(**settings) if config is None else replace(config, **settings)
+    data = data if isinstance(data, ImageData) else load_data(data)
     tell = say or (lambda text: None)
     device, size = resolve_device(config.device), image_size or data.image_size
     full, images = _to_measure(model, data, config, size)

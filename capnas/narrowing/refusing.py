@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from capnas.candidates import Cost, count_cost
 from capnas.errors import CapnasError, described
 from capnas.graph.tracing import needs_values
 from capnas.layers import is_quantized
-from capnas.measures.probing import FAILURES, untouched, unwrap_model
+from capnas.measures.probing import FAILURES, untouched, unwrap_model, why_no_logits
 
 
 class CannotNarrow(CapnasError):
@@ -25,11 +27,13 @@ def check_modules(model: nn.Module) -> nn.Module:
         The model, of a compiled one what was compiled.
 
     Raises:
-        CannotNarrow: a ScriptModule, a quantized module, or a weight that another module or a hook computes.
+        CannotNarrow: a ScriptModule, a quantized or lazy module, or a weight that another module or a hook computes.
 
     >>> check_modules(nn.Linear(2, 2))
     Linear(in_features=2, out_features=2, bias=True)
     """
+    if lazy := [name for name, tensor in model.named_parameters() if is_lazy(tensor)]:
+        raise _refused(model, f"{lazy[0]} has no shape yet; run the lazy network on one batch first")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise _refused(model, f"{name or 'it'} is a ScriptModule; give the network that it was scripted or traced from")
@@ -48,24 +52,43 @@ def check_modules(model: nn.Module) -> nn.Module:
     return unwrap_model(model)
 
 
-def check_network(model: nn.Module, example: Tensor) -> None:
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that a parametrization computes from others: whoever changes their width would have to change those.
+
+    Raises:
+        CannotNarrow: it says how to make them parameters.
+
+    >>> check_weights(nn.Linear(2, 2))
+    """
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            leaf = next(iter(module.parametrizations))
+            how = f'torch.nn.utils.parametrize.remove_parametrizations(model.get_submodule("{name}"), "{leaf}") makes it a parameter'
+            raise _refused(model, f"{name}.{leaf} is computed by a parametrization; {how}")
+
+
+def check_network(model: nn.Module, example: Tensor, *, classes: int | None = None) -> Cost:
     """Refuse a network of which nothing could be measured.
 
     Args:
         model: not changed.
         example: (B, C, H, W) an input on the model's device.
+        classes: that its outputs must tell apart at least; None where that is not known.
+
+    Returns:
+        Its cost.
 
     Raises:
-        CannotNarrow: see `check_modules`; broken weights, weights of another type than the images, outputs that are no logits or that are
+        CannotNarrow: see `check_modules`; broken weights, weights of another type than the images, outputs that are no logits, too few or
             random, or a path that depends on the data.
     """
     check_modules(model)
-    if (reason := _unfit(model, example)) is not None:
+    if (reason := _unfit(model, example, classes)) is not None:
         raise _refused(model, reason)
-    fixed_cost(model, example)
+    return _fixed_cost(model, example)
 
 
-def fixed_cost(model: nn.Module, example: Tensor) -> Cost:
+def _fixed_cost(model: nn.Module, example: Tensor) -> Cost:
     """The cost of one image, of a network that executes the same operations for every image of a shape.
 
     Args:
@@ -119,7 +142,7 @@ def _refused(model: nn.Module, reason: str) -> CannotNarrow:
     return CannotNarrow(f"cannot narrow this {type(model).__name__}: {reason}.")
 
 
-def _unfit(model: nn.Module, example: Tensor) -> str | None:
+def _unfit(model: nn.Module, example: Tensor, classes: int | None) -> str | None:
     """Why nothing could be measured: broken weights, weights of another type than the images, outputs that are no logits; or None."""
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and tensor.dtype != example.dtype:
@@ -129,17 +152,10 @@ def _unfit(model: nn.Module, example: Tensor) -> str | None:
     for name, buffer in model.named_buffers():
         if bool(torch.isnan(buffer).any()):  # not infinity, which masks hold
             return f"{name} holds NaN; give weights of a training that did not diverge"
-    try:
-        with untouched(model), torch.no_grad():
-            got, again = model(example), model(example)
-    except FAILURES as error:
-        return f"it does not run on images of shape {tuple(example.shape)} ({described(error)})"
-    if not isinstance(got, Tensor):
-        return f"its output is a {type(got).__name__}; wrap it so that it gives one tensor of logits (B, classes)"
-    if got.dim() != 2 or len(got) != len(example):
-        return f"its output has the shape {tuple(got.shape)}, expected logits ({len(example)}, classes)"
-    if not bool(torch.isfinite(got).all()):
-        return "its outputs are not finite on the images"
+    if (why := why_no_logits(model, example, classes)) is not None:
+        return why
+    with untouched(model), torch.no_grad():
+        got, again = model(example), model(example)
     return "its outputs are random in eval mode: one image gives two; switch its noise off in eval mode" if differ(got, again) else None
 
 

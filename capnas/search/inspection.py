@@ -163,6 +163,8 @@ def inspect_target(
     trial = parse_trial(target)
     if trial is None:
         found = _model(target, data, image_size, weights, seed)
+        if initial and found.trained:
+            raise UsageError(f"initial is for a trial of a run, and {found.name} has {found.state}: leave it out, or the weights.")
     elif data is not None or weights is not None:
         raise UsageError("a trial uses the images of its run and weights trained as the search did: leave out data and weights.")
     elif initial:
@@ -304,13 +306,18 @@ def load_weights(model: nn.Module, found: Target, weights: str | Path) -> None:
     try:
         state = load_file(str(path))
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"weights must be a safetensors file, {path} cannot be read: {error}.") from None
+        how = "safetensors.torch.save_file(model.state_dict(), FILE) writes one"
+        raise UsageError(f"weights must be a safetensors file, {path} cannot be read: {one_line(error, 300)}; {how}.") from None
+    for prefix in ("module.", "_orig_mod."):  # of DataParallel, of torch.compile
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         images, first = found.data, one_line(error, 300)
         shape = f"classes: {images.num_classes}, channels: {images.in_chans}"
-        says = f"the weights in {path} do not fit {name} for {images.name} ({shape}); give the images of these weights as --data: {first}."
+        wanted = f"give a model of their architecture, and the images of these weights as --data: {first}"
+        says = f"the weights in {path} do not fit {name} for {images.name} ({shape}); {wanted}."
         raise UsageError(says) from None
 
 

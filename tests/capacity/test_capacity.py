@@ -451,6 +451,30 @@ def test_model_is_left_untouched(build) -> None:
     assert torch.equal(x, images())
 
 
+class Dressed(nn.Module):
+    """A network that hands its output on in some other way."""
+
+    def __init__(self, dress) -> None:
+        super().__init__()
+        self.net, self.dress = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), dress
+
+    def forward(self, x: Tensor):
+        return self.dress(self.net(x))
+
+
+@pytest.mark.parametrize("dress", [lambda y: {"aux": None, "out": y}, lambda y: ((y, y),), lambda y: [None, {"x": y}]])
+def test_outputs_in_dictionaries_and_tuples_are_read(dress) -> None:
+    torch.manual_seed(0)
+    plain = Dressed(lambda y: y)
+    dressed = Dressed(dress)
+    dressed.load_state_dict(plain.state_dict())
+    found, expected = (capacity_map(m, images(), mode="eval") for m in (dressed, plain))
+    assert found.utilisation == expected.utilisation
+    for nothing in (lambda y: None, lambda y: {"out": 3}):
+        with pytest.raises(UsageError, match="the model must put out a tensor, alone or in tuples, lists and dictionaries"):
+            capacity_map(Dressed(nothing), images(), mode="eval")
+
+
 def test_model_is_left_untouched_when_its_forward_raises() -> None:
     class Breaks(nn.Module):
         def __init__(self) -> None:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from capnas.measures.probing import cloned, first_tensor, linear_weights, reason, untouched, weight_gradients
+from capnas.errors import UsageError
+from capnas.measures.probing import cloned, linear_weights, reason, seeded, tensor_of, untouched, weight_gradients
 
 
 def test_everything_comes_back_after_an_error() -> None:
@@ -49,7 +53,9 @@ def test_gradients_of_weights_that_are_not_used_are_zero() -> None:
 
 
 def test_outputs_and_reasons() -> None:
-    assert first_tensor([(torch.ones(3), 1)]).shape == (3,)
+    assert tensor_of([None, (torch.ones(3), 1)]).shape == (3,)
+    with pytest.raises(UsageError, match="the model must put out a tensor, alone or in tuples, lists and dictionaries; got dict"):
+        tensor_of({"out": 3})
     assert reason(RuntimeError()) == "the model failed: RuntimeError"
     assert len(reason(RuntimeError("x" * 500))) < 200
 
@@ -76,3 +82,14 @@ def test_a_copy_has_containers_of_its_own() -> None:
     assert seen == []
     fresh(torch.ones(1, 2))
     assert seen == ["copy"]
+
+
+def test_a_seed_holds_for_python_and_numpy_too_and_their_states_come_back() -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()
+
+    def drawn() -> tuple[float, float, float]:
+        with seeded(3):
+            return random.random(), np.random.random(), torch.rand(1).item()
+
+    assert drawn() == drawn()
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before

@@ -4,14 +4,17 @@ import sys
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from tiny_space import FILE, images
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.nn.utils.prune import l1_unstructured
 
 from capnas.data import Augment, ImageData, load_data
 from capnas.errors import CapnasError, MissingDependencyError, UsageError
 from capnas.narrowing import CannotNarrow, narrowed, pruning
-from capnas.narrowing.pruning import PruneConfig, calibration_images, pretrain, prune
+from capnas.narrowing.pruning import PruneConfig, calibration_images, pretrain, propose, prune
 from capnas.saved import build_recipe
 from capnas.training import evaluate
 
@@ -109,6 +112,64 @@ def test_a_masked_network_is_refused_in_a_line(data: ImageData) -> None:
             prune(masked, data, PruneConfig(target_macs=0.5, method=method, **CALM))
 
 
+class Wrapped(torch.nn.Module):
+    """A network that hands its logits on in some other way."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.net, self.change = build_recipe(RECIPE), change
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.change(self.net(x))
+
+
+@pytest.mark.parametrize("method", ["channels", "lowrank"])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: build_recipe(RECIPE).half(), "0.weight is torch.float16 and the images are torch.float32"),
+        (lambda: Wrapped(lambda y: {"out": y}), "its output is a dict; wrap it"),
+        (lambda: Wrapped(lambda y: y[:, :, None, None]), r"its output has the shape \(2, 3, 1, 1\), expected logits"),
+        (lambda: Wrapped(lambda y: y[:, :2]), "it tells 2 classes apart and the images have 3"),
+        (lambda: Wrapped(lambda y: y + torch.rand_like(y)), "its outputs are random in eval mode"),
+        (lambda: torch.nn.Sequential(torch.nn.LazyConv2d(4, 3)), "0.weight has no shape yet; run the lazy network on one batch first"),
+    ],
+)
+def test_what_is_no_classifier_of_the_images_is_refused_before_it_is_measured(make: Any, reason: str, method: Any, data: ImageData) -> None:
+    with pytest.raises(CannotNarrow, match=reason):
+        prune(make(), data, target_macs=0.5, method=method, **CALM)
+
+
+def test_a_parametrized_weight_is_named_with_what_makes_it_a_parameter(data: ImageData) -> None:
+    model = build_recipe(RECIPE)
+    weight_norm(model[0])
+    with pytest.raises(CannotNarrow, match=r"0\.weight is computed by a parametrization; .*remove_parametrizations\(.*\"0\"\), \"weight\""):
+        prune(model, data, target_macs=0.5, **CALM)
+    assert prune(model, data, target_macs=0.7, method="lowrank", **CALM).report["macs"]["after"] > 0
+    remove_parametrizations(model[0], "weight")
+    assert prune(model, data, target_macs=0.7, **CALM).report["macs"]["after"] > 0
+
+
+def test_a_network_without_parameters_is_refused_in_a_line(data: ImageData) -> None:
+    with pytest.raises(CapnasError, match="cannot narrow this Sequential"):
+        prune(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d((1, 3)), torch.nn.Flatten()), data, target_macs=0.5, **CALM)
+
+
+def test_images_may_be_given_as_load_data_takes_them(trained: torch.nn.Module, data: ImageData) -> None:
+    arrays = images(360)
+    found = prune(trained, arrays, target_macs=0.6, **SHORT)
+    assert found.report["validation_images"] == load_data(arrays).sizes["validation"]
+    assert propose(trained, arrays, PruneConfig(target_macs=0.6, **SHORT)).to_dict() == found.plan.to_dict()
+
+
+@pytest.mark.parametrize("method", ["channels", "lowrank"])
+def test_torch_s_generator_is_where_it_was_and_the_weights_can_be_saved(trained: torch.nn.Module, data: ImageData, method: Any) -> None:
+    before = torch.get_rng_state()
+    found = prune(trained, data, target_macs=0.7, method=method, finetune_epochs=1, **CALM)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert safetensors.torch.save(found.model.state_dict())  # refuses tensors in another memory format
+
+
 def test_large_images_are_fewer(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calibration_images(data, 50, 8, seed=0, device=torch.device("cpu"))) == 50
     monkeypatch.setattr(pruning, "_PIXELS", 23 * 8 * 8)
@@ -127,6 +188,11 @@ def test_large_images_are_fewer(data: ImageData, monkeypatch: pytest.MonkeyPatch
         ({"target_macs": 0.5, "finetune_epochs": -1}, "must not be negative"),
         ({"target_macs": 0.5, "allocation": "bogus"}, "allocation must be one of loss, saturation; got 'bogus'"),
         ({"target_macs": 0.5, "round_to": 0}, "round_to must be at least 1, got 0"),
+        ({"widths": {"0": 1}, "round_to": 4}, "carried out as it is: leave out --round-to"),
+        ({"widths": {"0": 1}, "allocation": "saturation"}, "give --target-macs, or leave out --allocation"),
+        ({"lossless": 0.9, "allocation": "saturation"}, "give --target-macs, or leave out --allocation"),
+        ({"target_macs": "0.5"}, "target_macs must be a number or none, got '0.5'"),
+        ({"target_macs": 0.5, "images": 64.5}, "images must be a whole number, got 64.5"),
         ({"target_macs": 0.5, "method": "lowrank", "round_to": 4}, "allocation and round_to are for the method channels"),
         ({"target_macs": 0.5, "method": "lowrank", "allocation": "saturation"}, "allocation and round_to are for the method channels"),
     ],

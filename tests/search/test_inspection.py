@@ -198,8 +198,21 @@ def test_weights_of_a_timm_model_from_a_file(tmp_path: Path) -> None:
         inspect_target("resnet10t", batch=4, weights=tmp_path / "headless.safetensors")
     (tmp_path / "text.safetensors").write_text("no numbers")
     for bad in ("text.safetensors", "absent.safetensors"):
-        with pytest.raises(UsageError, match="must be a safetensors file"):
+        with pytest.raises(UsageError, match=r"must be a safetensors file.*save_file\(model.state_dict\(\), FILE\) writes one"):
             inspect_target("resnet10t", batch=4, weights=tmp_path / bad)
+    with pytest.raises(UsageError, match=r"initial is for a trial of a run, and resnet10t has weights of w\.safetensors"):
+        inspect_target("resnet10t", batch=4, weights=tmp_path / "w.safetensors", initial=True)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_weights_of_a_wrapped_model_are_those_of_the_model(tmp_path: Path, prefix: str) -> None:
+    from safetensors.torch import save_file
+
+    model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
+    model.fc.weight.data.fill_(0.5)
+    save_file({prefix + name: value for name, value in model.state_dict().items()}, tmp_path / "w.safetensors")
+    found = inspect_target("resnet10t", batch=4, image_size=32, weights=tmp_path / "w.safetensors", measures=("norms",))
+    assert found.profile.layers[-1].norm == pytest.approx(0.5 * (10 * 512) ** 0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize(
