@@ -25,11 +25,24 @@ from capnas.layers import has_block
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
 from capnas.objective.evaluation import Evaluation, fingerprint, timed
-from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
-from capnas.objective.history import find_twin, past, take_over
+from capnas.objective.gates import UNTRAINED, Bound, best_share, or_nan, parse_gate
+from capnas.objective.history import find_twin, ignores_pruned, past, take_over
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, Rival
-from capnas.objective.targets import INIT, TOLD, check_values, check_weights, direction_of, ranking, value_of, wanted, worst_value
+from capnas.objective.targets import (
+    INIT,
+    LEARNED,
+    TOLD,
+    check_values,
+    check_weights,
+    costs_before,
+    direction_of,
+    is_known_before,
+    ranking,
+    value_of,
+    wanted,
+    worst_value,
+)
 from capnas.profile import INITIALIZATIONS, Profile, enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, SIZES, measures_for, score, sizes
 from capnas.size_survey import are_sizes
@@ -145,21 +158,21 @@ class Objective:
         self.limits = {name: limit for name, limit in (("params", max_params), ("macs", max_macs)) if limit is not None}
         self.resolutions = None if resolutions is None else tuple(map(int, resolutions))
         self.stopping = stopping
-        self.probe_images = probe_images
-        self.initializations = int(initializations)
-        self.reuse = reuse
+        self.probe_images, self.initializations, self.reuse = probe_images, int(initializations), reuse
         self.on_epoch: Callable[[int, int, dict[str, Any]], None] | None = None
         base = train or TrainConfig()
         epochs, blocks = base.epochs if epochs is None else epochs, base.blocks if blocks is None else blocks
         self.train = dataclasses.replace(base, epochs=epochs, blocks=blocks, seed=seed, device=device)
+        if unread := sorted(name for name in needed if not name.startswith(INIT) and not self.train.record):
+            raise UsageError(f"{unread[0]} is measured while a network trains, which record=False leaves out: leave record as it is.")
         resolve_device(device)
         self.space: Callable[..., Any] = load_space(space)
         self.data = data if isinstance(data, ImageData) else load_data(data)
         self.settings = fingerprint(self.train, self.data)
         costs = tuple(name for name in self.names if name in COSTS) if len(self.names) > 1 else ()
-        self.selection = (
-            None if share is None else Selection(gate=share, pool=pool or 0, costs=costs, settings=self.settings, weights=ranked)
-        )
+        self.selection: Selection | None = None
+        if share is not None:
+            self.selection = Selection(gate=share, pool=pool or 0, costs=costs, settings=self.settings, weights=ranked)
         # a share by size alone needs no look at the network, unless bounds come first that do
         self._by_size = share is not None and not self.bounds and ranked.keys() <= {*COSTS, *(INIT + name for name in SIZES)}
 
@@ -254,6 +267,8 @@ class Objective:
                     )  # fmt: skip
             found["profile"] = profile
             metrics |= score(profile, PROFILED)
+        elif not self.train.record:
+            found["profile"] = None  # that of the untrained network would pass for one of a training
         if result.status == "complete":
             missing = [n for n in self.names if not math.isfinite(value_of(n, metrics, self.weights))]
             if missing:
@@ -272,38 +287,35 @@ class Objective:
         """What to say after each epoch: with one value Optuna's pruner decides, with several the median rule."""
         accuracy: list[float] = []
         single = self.names[0] if len(self.names) == 1 else None
-        rivals = None if single or self.stopping is None else self._rivals(trial)
+        rivals = None if single or self.stopping is None or {*LEARNED}.isdisjoint(self.names) else self._rivals(trial)
 
         def judge(epoch: int, row: dict[str, Any], profile: Profile | None) -> str | None:
             accuracy.append(row["accuracy"])
             if self.on_epoch is not None:
                 self.on_epoch(trial.number, epoch, row)
             last = epoch == self.train.epochs
-            if single is not None and single not in COSTS and not single.startswith(INIT):
+            if single is not None and not is_known_before(single):
                 now = found["metrics"] | row | ({} if profile is None else score(profile, PROFILED))
                 # what is measured only at the end is left out for every trial alike, so that curves compare
-                known = {name: weight for name, weight in self.weights.items() if math.isfinite(now.get(name) or math.nan)}
+                known = {name: weight for name, weight in self.weights.items() if math.isfinite(or_nan(now.get(name)))}
                 value = value_of(single, now, known)
                 if math.isfinite(value):
                     trial.report(value, epoch)
                     if not last and trial.should_prune():
                         return f"pruned by {type(trial.study.pruner).__name__} after epoch {epoch}: {single} {value:.4f}"
             if rivals is not None and self.stopping is not None and not last:
-                return self.stopping.verdict(accuracy, rivals, costs=self._costs(found["metrics"]))
+                return self.stopping.verdict(accuracy, rivals, costs=costs_before(self.names, found["metrics"]))
             return None
 
         return judge
 
-    def _costs(self, metrics: Mapping[str, Any]) -> tuple[float, ...]:
-        return tuple(float(metrics[name]) for name in COSTS if name in self.names)
-
     def _rivals(self, trial: Any) -> list[Rival]:
         done = [s for _, s in past(trial, TrialState.COMPLETE) if s["status"] == "complete" and s["settings"] == self.settings]
-        return [Rival(accuracy=tuple(row["accuracy"] for row in s["curve"]), costs=self._costs(s["metrics"])) for s in done]
+        return [Rival(accuracy=tuple(row["accuracy"] for row in s["curve"]), costs=costs_before(self.names, s["metrics"])) for s in done]
 
     def _settle(self, trial: Any, found: dict[str, Any], status: str, reason: str) -> float | tuple[float, ...]:
         """Constraints first, then the attribute, then the values or the end: Optuna accepts neither after a trial ended."""
-        blind = _ignores_pruned(trial)
+        blind = ignores_pruned(trial)
         valid = status in _FEASIBLE and not (blind and status == "stopped")
         for name, limit in self.limits.items():
             trial.set_constraint(name, found["metrics"].get(name, limit) / limit - 1)
@@ -338,11 +350,3 @@ class Objective:
                     f"the study's directions are {given}, the objective's values {', '.join(self.names)} need {self.directions}: "
                     "create the study with optuna.create_study(directions=objective.directions)."
                 )
-
-
-def _ignores_pruned(trial: Any) -> bool:
-    """Whether the study's sampler learns from complete trials only."""
-    sampler = trial.study.sampler if isinstance(trial, optuna.Trial) else None
-    while isinstance(sampler, optuna.samplers.PartialFixedSampler):
-        sampler = getattr(sampler, "_base_sampler", None)  # no public name tells it
-    return isinstance(sampler, optuna.samplers.BaseGASampler | optuna.samplers.GPSampler)

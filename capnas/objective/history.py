@@ -22,6 +22,14 @@ def past(trial: Any, *states: TrialState) -> Iterator[tuple[int, Mapping[str, An
                 yield earlier.number, stored
 
 
+def ignores_pruned(trial: Any) -> bool:
+    """Whether the study's sampler learns from complete trials only; no for a trial outside a study."""
+    sampler = trial.study.sampler if isinstance(trial, optuna.Trial) else None
+    while isinstance(sampler, optuna.samplers.PartialFixedSampler):
+        sampler = getattr(sampler, "_base_sampler", None)  # no public name tells it
+    return isinstance(sampler, optuna.samplers.BaseGASampler | optuna.samplers.GPSampler)
+
+
 def find_twin(
     trial: Any, found: Mapping[str, Any], *, names: Sequence[str], weights: Mapping[str, float], epochs: int
 ) -> tuple[int, Mapping[str, Any]] | None:

@@ -1,8 +1,9 @@
 """When to stop a training early in a search with several objectives, where Optuna's pruners do not work.
 
 The rule is ours: the median rule (Golovin et al. 2017, Vizier), applied among rivals that cost no more. A small network that
-learns slowly may still belong on the front, so its accuracy is compared only with earlier trials that are no worse in every cost
-known before training (MACs, parameters); the cheapest candidates have few such rivals and always run to the end.
+learns slowly may still belong on the front, so its accuracy is compared only with earlier trials that are no worse in every value
+known before training (MACs, parameters, scores of the untrained network); who is best there has few such rivals and always runs to
+the end. Where nothing among the values is learned as the accuracy is, nobody is stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from capnas.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """An earlier trial that trained to the end: its accuracy after each epoch and its costs (lower is better)."""
+    """An earlier trial that trained to the end: its accuracy after each epoch, and its costs: what is known before, lower is better."""
 
     accuracy: tuple[float, ...]
     costs: tuple[float, ...] = ()

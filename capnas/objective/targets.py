@@ -101,13 +101,32 @@ def wanted(names: Sequence[str], weights: Mapping[str, float]) -> set[str]:
     return (needed | set(names)) & set(_SCORES)
 
 
+def is_known_before(name: str) -> bool:
+    """Whether a value or a term of a sum is known before a training: a cost, or a score of the untrained network.
+
+    >>> [is_known_before(name) for name in ("macs", "init_rank_mean", "rank_mean", "accuracy")]
+    [True, True, False, False]
+    """
+    return name.startswith(INIT) or name in COSTS
+
+
 def known_before(weights: Mapping[str, float]) -> dict[str, float]:
     """The weights of those terms of a sum that are known before a training.
 
     >>> known_before(WEIGHTS)
     {'init_log2_macs': 0.04, 'init_capacity_score': 0.04}
     """
-    return {name: weight for name, weight in weights.items() if name.startswith(INIT) or name in COSTS}
+    return {name: weight for name, weight in weights.items() if is_known_before(name)}
+
+
+def costs_before(names: Sequence[str], metrics: Mapping[str, float | None]) -> tuple[float, ...]:
+    """The values that are known before a training, turned so that lower is better; NaN for one that is missing.
+
+    >>> costs_before(("accuracy", "macs", "init_rank_mean"), {"accuracy": 0.9, "macs": 8, "init_rank_mean": 0.5})
+    (8.0, -0.5)
+    """
+    known = [(name, or_nan(metrics.get(name))) for name in names if is_known_before(name)]
+    return tuple(value if direction_of(name) == "minimize" else -value for name, value in known)
 
 
 def ranking(share: BestShare | None, names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:

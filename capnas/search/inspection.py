@@ -251,7 +251,7 @@ def _train_again(trial: Rebuilt, asked: _Asked, device: str, tell: Tell | None) 
         return "as far as the search went" if epoch == epochs else None
 
     config = trial.run.config.training()
-    config = dataclasses.replace(config, device=device, blocks=asked.blocks or config.blocks)
+    config = dataclasses.replace(config, device=device, blocks=asked.blocks or config.blocks, record=True)
     result = train(model, trial.data, config, image_size=trial.candidate.image_size, on_epoch=stop)
     if result.profile is None or len(result.curve) < epochs:
         raise StudyError(f"training {name} again ended as {result.status}: {result.reason}.")

@@ -22,6 +22,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
 from capnas.objective.evaluation import Evaluation
+from capnas.objective.stopping import MedianRule
 from capnas.objective.targets import value_of
 from capnas.profile import INITIALIZATIONS, profile_model
 from capnas.scoring import score
@@ -504,6 +505,44 @@ def test_with_several_values_the_median_rule_stops(data: ImageData) -> None:
     assert "after epoch 1 is below 1.1000, the median of 3 earlier trials that cost no more" in found[3].reason
     assert len(found[3].curve) == 1
     assert study.trials[3].state == TrialState.PRUNED
+
+
+@pytest.mark.parametrize(
+    ("values", "statuses"),
+    [
+        (("saturation_mean", "init_shortest_depth"), ["complete"] * 3),  # nobody asked for accuracy
+        (("accuracy", "init_shortest_depth"), ["complete", "complete", "stopped"]),  # the flatter one leads, the deeper one does not
+    ],
+)
+def test_the_median_rule_compares_nobody_with_who_is_worse_before_training(
+    data: ImageData, values: tuple[str, ...], statuses: list[str]
+) -> None:
+    o = objective(data, values=values, epochs=2, stopping=MedianRule(warmup_epochs=0, min_rivals=1), reuse=False)
+    study = optuna.create_study(directions=o.directions)
+    study.enqueue_trial({"width": 4, "depth": 2, "kind": "plain"})
+    study.optimize(o, n_trials=1)
+    stored = study.trials[0].user_attrs["capnas"]
+    stored["curve"] = [row | {"accuracy": 1.1} for row in stored["curve"]]
+    rival = optuna.trial.create_trial(state=TrialState.COMPLETE, values=study.trials[0].values, user_attrs={"capnas": stored})
+    study = optuna.create_study(directions=o.directions)
+    study.add_trial(rival)
+    for depth in (1, 3):
+        study.enqueue_trial({"width": 4, "depth": depth, "kind": "plain"})
+    study.optimize(o, n_trials=2)
+    assert [e.status for e in evaluations(study)] == statuses
+
+
+def test_without_a_record_no_profile_passes_for_one_of_the_training(data: ImageData) -> None:
+    plain = TrainConfig(batch_size=32, record=False)
+    o = objective(data, values=("accuracy", "init_saturation_mean"), train=plain)
+    study = optuna.create_study(directions=o.directions)
+    study.enqueue_trial({"width": 4, "depth": 1, "kind": "plain"})
+    study.optimize(o, n_trials=1)
+    (found,) = evaluations(study)
+    assert (found.status, found.profile) == ("complete", None)
+    for values, name in ((("saturation_evenness",), "saturation_evenness"), (("principled",), "capacity_slack")):
+        with pytest.raises(UsageError, match=f"({name}|depth_evenness) is measured while a network trains, which record=False leaves out"):
+            objective(data, values=values, train=plain)
 
 
 def test_the_median_rule_compares_trials_of_one_training(data: ImageData) -> None:
