@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -1330,9 +1331,28 @@ def test_the_texts_tell_what_chooses_among_draws() -> None:
                *(new["spearman"][n] for n in ("combined", *names[:1], *names[2:])))  # fmt: skip
     check_says(headline("rank random networks under a limit on MACs"), "| {}, {} (`combined`) | its accuracy alone {}, {}; MACs {}, {} |",
                *(rho[case][n] for n in ("combined", names[0], "macs") for case in ("fashion", "cifar10")))  # fmt: skip
-    says = "({} on {} draws of `resnet`, {} on {} of `mbconv`), by what `combined` knows before a training at {} and {}: gate there"
-    check_says(text, says, rho["fashion"]["capacity_score"], found["fashion"]["draws"], rho["cifar10"]["capacity_score"], every,
-               rho["fashion"][early], rho["cifar10"][early])  # fmt: skip
+    says = "({} on {} draws of `resnet`, {} on {} of `mbconv`), by what `combined` knows before a training at {} and {}, by MACs at {} and"
+    told = [x for case, draws in (("fashion", found["fashion"]["draws"]), ("cifar10", every)) for x in (rho[case]["capacity_score"], draws)]
+    check_says(text, says + " {}: gate there by size", *told,
+               *(rho[case][name] for name in (early, "macs") for case in ("fashion", "cifar10")))  # fmt: skip
+    gates = ("the best 4 by macs", "all 14", "4 random ones", f"the best 4 by {early}", "the best 4 by capacity_score")
+    told = [100 * found[case]["gated"][gate]["combined"] for gate in gates for case in ("fashion", "cifar10")]
+    check_says(study, "Out of 14 draws the 4 of most MACs are trained: `combined` names one of {} (`resnet`) and {} (`mbconv`), after all "
+               "14 trainings one of {} and {}, of 4 random ones {} and {}, of the best 4 by what it knows before a training {} and {}, by "
+               "`capacity_score` {} and {}.", *told)  # fmt: skip
+
+
+def test_a_gate_leaves_the_best_few_of_each_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "real", module_of(SEARCHES.parent / "real.py"))  # which the study imports by this name
+    draws = module_of(SEARCHES.parent / "draws.py")
+    accuracy = numpy.arange(20.0)
+    found = {"macs": accuracy, draws.EARLY: -accuracy, "capacity_score": accuracy, draws.SHORT: accuracy, "combined": -accuracy}
+    got = draws.gated(found, accuracy, draws=4000)
+    best, worst = got["the best 4 by macs"], got[f"the best 4 by {draws.EARLY}"]
+    assert best[draws.SHORT] == got["all 14"][draws.SHORT] == pytest.approx(14 / 15 * 21 - 1, abs=0.1)  # the greatest of 14 out of 1 to 20
+    assert best["combined"] == pytest.approx(11 / 15 * 21 - 1, abs=0.15)  # their fourth greatest
+    assert worst["combined"] == got["all 14"]["combined"] == pytest.approx(1 / 15 * 21 - 1, abs=0.1)
+    assert got["4 random ones"][draws.SHORT] == pytest.approx(4 / 5 * 21 - 1, abs=0.15)
 
 
 def test_the_studies_run_in_the_environment_of_the_tests() -> None:

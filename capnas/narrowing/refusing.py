@@ -156,6 +156,8 @@ def _unfit(model: nn.Module, example: Tensor, classes: int | None) -> str | None
         return why
     with untouched(model), torch.no_grad():
         got, again = model(example), model(example)
+    if not bool(torch.isfinite(got).all()):
+        return "its outputs are not finite on the images"
     return "its outputs are random in eval mode: one image gives two; switch its noise off in eval mode" if differ(got, again) else None
 
 
