@@ -257,7 +257,8 @@ def price(pay: float | None, budget: int | None) -> float:
     (0.0025, 0.0, 0.01)
     """
     if pay is not None and not 0 <= pay < math.inf:
-        raise UsageError(f"pay must be the accuracy that a doubling of MACs has to bring, a number and not negative, got {pay} ({100 * pay:g} points).")
+        got = f"{pay} ({100 * pay:g} points)"
+        raise UsageError(f"pay must be the accuracy that a doubling of MACs has to bring, a number and not negative, got {got}.")
     return pay if pay is not None else PAY if budget is None else 0.0
 
 

@@ -24,7 +24,7 @@ from capnas.graph.structure import structure
 from capnas.layers import has_block
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
-from capnas.objective.evaluation import Evaluation, fingerprint, timed
+from capnas.objective.evaluation import LOOKED, Evaluation, fingerprint, timed
 from capnas.objective.gates import UNTRAINED, Bound, best_share, or_nan, parse_gate
 from capnas.objective.history import find_twin, ignores_pruned, past, take_over
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
@@ -43,7 +43,7 @@ from capnas.objective.targets import (
     wanted,
     worst_value,
 )
-from capnas.profile import INITIALIZATIONS, Profile, enrich, profile_model
+from capnas.profile import Profile, enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, SIZES, measures_for, score, sizes
 from capnas.size_survey import are_sizes
 from capnas.spaces import load_space, space_name
@@ -132,8 +132,8 @@ class Objective:
         device: str = "auto",
         train: TrainConfig | None = None,
         stopping: MedianRule | None = MedianRule(),  # noqa: B008
-        probe_images: int = 64,
-        initializations: int = INITIALIZATIONS,
+        probe_images: int = LOOKED["probe_images"],
+        initializations: int = LOOKED["initializations"],
         reuse: bool = True,
     ) -> None:
         counts = (("probe_images", probe_images), ("initializations", initializations))
@@ -168,7 +168,7 @@ class Objective:
         resolve_device(device)
         self.space: Callable[..., Any] = load_space(space)
         self.data = data if isinstance(data, ImageData) else load_data(data)
-        self.settings = fingerprint(self.train, self.data)
+        self.settings = fingerprint(self.train, self.data, **dict(counts))
         costs = tuple(name for name in self.names if name in COSTS) if len(self.names) > 1 else ()
         self.selection: Selection | None = None
         if share is not None:

@@ -17,12 +17,13 @@ from optuna.trial import FrozenTrial
 from capnas.data import ImageData
 from capnas.documents import plain
 from capnas.errors import StudyError
-from capnas.profile import Profile
+from capnas.profile import INITIALIZATIONS, Profile
 from capnas.training import TrainConfig
 
 ATTRIBUTE = "capnas"  # key of the trial's user attribute
 SHOWN = ("accuracy", "params", "macs")  # metrics with an attribute of their own, ``capnas:accuracy`` and so on, beside ``capnas:status``
 VERSION = 1
+LOOKED: Mapping[str, int] = {"probe_images": 64, "initializations": INITIALIZATIONS}  # how the untrained network is read, usually
 STATUSES = (
     "complete", "duplicate", "stopped", "over_budget", "infeasible", "gated", "measured", "diverged", "out_of_memory", "failed",
     "interrupted",
@@ -137,12 +138,19 @@ def stored_with(trial: FrozenTrial) -> Mapping[str, Any]:
     return stored if isinstance(stored, Mapping) else {}
 
 
-def fingerprint(train: TrainConfig, data: ImageData) -> str:
-    """Of all that decides the outcome of a training besides the architecture; where it runs does not count."""
+def fingerprint(train: TrainConfig, data: ImageData, **looked: int) -> str:
+    """Of all that decides the outcome of a trial besides the architecture; where it runs does not count.
+
+    Args:
+        train: the training.
+        data: the images.
+        looked: how the untrained network is read, by name; only what is not usual (`LOOKED`) counts, so that earlier trials keep theirs.
+    """
     how = {k: v for k, v in dataclasses.asdict(train).items() if k not in ("device", "amp", "channels_last")}
     images = {"name": data.name, "sizes": dict(data.sizes), "mean": list(data.mean), "std": list(data.std)}
     images |= {key: value for key, value in data.digest.items() if key != "pixels"}  # which may differ a little on another machine
-    text = json.dumps([how, images], sort_keys=True, default=methodcaller("item"))  # a number of NumPy
+    unusual = {name: number for name, number in looked.items() if number != LOOKED[name]}
+    text = json.dumps([how, images, *([unusual] if unusual else [])], sort_keys=True, default=methodcaller("item"))  # a number of NumPy
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -21,7 +21,7 @@ from capnas.candidates import count_cost
 from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
-from capnas.objective.evaluation import Evaluation
+from capnas.objective.evaluation import Evaluation, fingerprint
 from capnas.objective.stopping import MedianRule
 from capnas.objective.targets import value_of
 from capnas.profile import INITIALIZATIONS, profile_model
@@ -530,6 +530,17 @@ def test_the_median_rule_compares_nobody_with_who_is_worse_before_training(
         study.enqueue_trial({"width": 4, "depth": depth, "kind": "plain"})
     study.optimize(o, n_trials=2)
     assert [e.status for e in evaluations(study)] == statuses
+
+
+def test_what_was_read_otherwise_before_training_is_no_twin(data: ImageData) -> None:
+    usual = objective(data, probe_images=64)
+    assert usual.settings == fingerprint(usual.train, usual.data)
+    assert len({usual.settings, objective(data).settings, objective(data, probe_images=64, initializations=1).settings}) == 3
+    study = run(usual, SMALL)
+    for other in (usual, objective(data, probe_images=32)):
+        study.enqueue_trial(SMALL)
+        study.optimize(other, n_trials=1)
+    assert [e.status for e in evaluations(study)] == ["complete", "duplicate", "complete"]
 
 
 def test_without_a_record_no_profile_passes_for_one_of_the_training(data: ImageData) -> None:
