@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,18 @@ def check_finals(count: int, epochs: int, values: Sequence[str]) -> None:
         raise UsageError(f"{text}; got {values[0]!r}.")
 
 
+def best_first(study: optuna.Study, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials with values in the order of the study's first one, the best first, of equals the first one first.
+
+    >>> study = optuna.create_study(direction="minimize")
+    >>> study.add_trials([optuna.trial.create_trial(value=value) for value in (3.0, 1.0, 3.0)])
+    >>> [trial.number for trial in best_first(study, study.trials)]
+    [1, 0, 2]
+    """
+    sign = -1 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
+    return sorted(trials, key=lambda trial: (sign * trial.values[0], trial.number))
+
+
 def finalists(study: optuna.Study, count: int) -> list[FrozenTrial]:
     """The trained candidates with the best first value, best first; of a study of several values those of its front.
 
@@ -62,9 +74,7 @@ def finalists(study: optuna.Study, count: int) -> list[FrozenTrial]:
     several = len(study.directions) > 1
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     trials = study.best_trials if several and complete else complete
-    trained = [t for t in trials if stored_with(t).get("status") == "complete"]
-    sign = -1 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
-    return sorted(trained, key=lambda t: (sign * t.values[0], t.number))[:count]
+    return best_first(study, (t for t in trials if stored_with(t).get("status") == "complete"))[:count]
 
 
 def key_of(number: int, epochs: int) -> str:

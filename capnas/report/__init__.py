@@ -22,6 +22,7 @@ from capnas.documents import write_whole
 from capnas.errors import MissingDependencyError, counted
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
+from capnas.objective.finals import best_first
 from capnas.objective.gates import UNTRAINED
 from capnas.objective.targets import TOLD, direction_of, summed
 from capnas.report.figures import figures
@@ -85,8 +86,7 @@ class Report:
     def to_markdown(self) -> str:
         """Headed tables."""
         data = self.to_dict()
-        lines = [f"# {data['study']['name']}", "", _lead(data), ""]
-        lines += [] if data["best"] else [_EMPTY, ""]
+        lines = [f"# {data['study']['name']}", "", _lead(data), "", _verdict(data), ""]
         for title, rows in tables(data).items():
             lines += [f"## {title}", "", *_markdown_table(rows), ""]
             lines += [_NOTES[title], ""] if title in _NOTES else []
@@ -120,12 +120,12 @@ class Report:
         page = template.render(
             study=data["study"],
             lead=_lead(data),
+            verdict=_verdict(data),
             cards=cards,
             tables=shown,
             notes=_NOTES,
             figures=parts,
             layers=layers,
-            empty=_EMPTY,
             folder=self.run.folder.name,
         )
         target = Path(path)
@@ -141,7 +141,8 @@ def summary(run: RunResult) -> dict[str, Any]:
         study: name, trials asked for and finished, and the settings.
         environment: versions and hardware, as the run stored them.
         named: number of the best trial, by the finals where they were held; None without any.
-        best: the Pareto set, or with one value the ten best trials; best first value first.
+        named_by_finals: whether it is their winner.
+        best: the Pareto set, or with one value the ten best trials and the one that is named; best first value first.
         outcomes: status, number of trials, the reason of the first such trial; one row per kind of reason.
         seconds: per stage the number of trials, their sum and median.
         correlations: per score its Spearman correlation with accuracy, the partial one, what chance gives, and the number of trials.
@@ -157,6 +158,7 @@ def summary(run: RunResult) -> dict[str, Any]:
         | {name: config[name] for name in _SETTINGS if name in config},
         "environment": json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {},
         "named": None if run.best is None else run.best.number,
+        "named_by_finals": run.named_by_finals,
         "best": [_trial_row(t, e) for t, e in _front(run)],
         "finals": [{"trial": trial.number} | {name: final[name] for name in _FINALS} for trial, final in run.finals],
         "outcomes": _outcomes(rows),
@@ -197,6 +199,13 @@ def _lead(data: Mapping[str, Any]) -> str:
     )
 
 
+def _verdict(data: Mapping[str, Any]) -> str:
+    if data["named"] is None:
+        return _EMPTY
+    how = "the winner of the finals" if data["named_by_finals"] else f"by {data['study']['values'][0]}"
+    return f"The best is trial {data['named']}, {how}."
+
+
 def _sum(study: Mapping[str, Any]) -> str:
     """What the sum among the values is made of, each term with the sign that it counts with."""
     if not (names := summed(study["values"])):
@@ -207,9 +216,9 @@ def _sum(study: Mapping[str, Any]) -> str:
 
 
 def _cards(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if not data["best"]:
+    if data["named"] is None:
         return []
-    best = next((row for row in data["best"] if row["trial"] == data["named"]), data["best"][0])
+    best: Mapping[str, Any] = next((row for row in data["best"] if row["trial"] == data["named"]), {"trial": data["named"]})
     cards = [
         (name, _cell(best[name]))
         for name in dict.fromkeys([*data["study"]["values"], "accuracy", "params", "macs"])
@@ -229,14 +238,12 @@ def _cards(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _front(run: RunResult) -> list[tuple[FrozenTrial, Evaluation]]:
-    """With several values the Pareto set; with one the ten best trials. Duplicates are left out."""
-    sign = 1 if run.config.directions[0] == "maximize" else -1
-    rows = [(t, e) for t, e in run.evaluations() if t.values and e.status == "complete"]
-    if len(run.config.values) > 1:
-        front = {t.number for t in run.front}
-        rows = [row for row in rows if row[0].number in front]
-    rows.sort(key=lambda row: (-sign * row[0].values[0], row[0].number))
-    return rows if len(run.config.values) > 1 else rows[:10]
+    """With several values the Pareto set; with one the ten best trials and the one that is named. Duplicates are left out."""
+    found = {t.number: (t, e) for t, e in run.evaluations() if t.values and e.status == "complete"}
+    shown = run.front if len(run.config.values) > 1 else best_first(run.study, (t for t, _ in found.values()))[:10]
+    if run.best is not None and run.best.number not in {t.number for t in shown}:  # what finals name may be no. 11 or later
+        shown.append(run.best)
+    return [found[t.number] for t in shown if t.number in found]
 
 
 def _trial_row(trial: FrozenTrial, found: Evaluation) -> dict[str, Any]:

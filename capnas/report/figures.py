@@ -129,10 +129,11 @@ def _scatter(graph: Any, done: Sequence[Row], metric: str) -> Any:
 def _profiles(graph: Any, done: Sequence[Row], best: int | None) -> Any:
     """Saturation of the study's best trial, and of the median and the worst by accuracy; blocks as lines, layers as dots."""
     order = sorted((r for r in done if r[1].profile is not None), key=_accuracy, reverse=True)
-    first = next((r for r in order if r[0].number == best), order[0])
-    chosen = {"best": first, "median": order[len(order) // 2], "worst": order[-1]}
+    chosen = [("best", row) for row in order if row[0].number == best]
+    chosen += [("median", order[len(order) // 2]), ("worst", order[-1])]
     figure = graph.Figure()
-    for (word, (trial, found)), color in zip(chosen.items(), (RED, BLUE, GREY)):
+    for word, (trial, found) in chosen:
+        color = {"best": RED, "median": BLUE, "worst": GREY}[word]
         name = f"{word}: trial {trial.number}, {_accuracy((trial, found)):.3f}"
         for reading in ("blocks", "modules"):
             rows = found.profile.reading(reading) if found.profile else ()

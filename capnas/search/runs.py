@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from capnas.errors import StudyError
 from capnas.objective.evaluation import Evaluation, stored_with
-from capnas.objective.finals import held, winner
+from capnas.objective.finals import best_first, held, winner
 from capnas.objective.pool import is_untrained
 from capnas.search.config import StudyConfig
 from capnas.search.storages import HIDDEN, find_study
@@ -57,11 +57,11 @@ class RunResult:
 
     @property
     def front(self) -> list[FrozenTrial]:
-        """The trials that no other is better than in every value; with one value, the best. Duplicates of a trial are left out."""
+        """The trials that no other is better than in every value, best first value first; with one value, the best. No duplicates."""
         if not any(t.state == TrialState.COMPLETE for t in self.study.get_trials(deepcopy=False)):
             return []
         found = [(t, Evaluation.of(t)) for t in self.study.best_trials]
-        return [t for t, e in found if e is None or e.status != "duplicate"]
+        return best_first(self.study, (t for t, e in found if e is None or e.status != "duplicate"))
 
     @property
     def finals(self) -> list[tuple[FrozenTrial, Mapping[str, Any]]]:
@@ -81,11 +81,17 @@ class RunResult:
     @property
     def best(self) -> FrozenTrial | None:
         """The winner of the finals, where all were held; else the trial of the front with the best first value; None without any."""
+        return self._winner or next(iter(self.front), None)
+
+    @property
+    def named_by_finals(self) -> bool:
+        """Whether `best` is the winner of the finals."""
+        return self._winner is not None
+
+    @property
+    def _winner(self) -> FrozenTrial | None:
         count = self.config.finalists
-        if count is not None and (named := winner(self.study, count, self.config.finals_epochs)) is not None:
-            return named
-        sign = 1 if self.config.directions[0] == "maximize" else -1
-        return max(self.front, key=lambda t: (sign * t.values[0], -t.number), default=None)
+        return None if count is None else winner(self.study, count, self.config.finals_epochs)
 
     def evaluations(self) -> list[tuple[FrozenTrial, Evaluation]]:
         """Every trial that has an evaluation, with it, in order."""

@@ -302,5 +302,23 @@ def test_a_report_names_the_winner_of_the_finals(tmp_path: Path) -> None:
     page = Report.of(run).write_html(tmp_path / "report.html").read_text()
     assert re.search(r"<b>1</b><span>best trial</span>", page)
     assert re.search(r"<b>0.95</b><span>accuracy on validation, 6 epochs</span>", page)
+    assert "\nThe best is trial 1, the winner of the finals.\n" in text
+    assert "The best is trial 1, the winner of the finals." in page
     assert Report.of(plain).to_dict()["named"] == 0
+    assert "\nThe best is trial 0, by accuracy.\n" in Report.of(plain).to_markdown()
     assert "Finals" not in Report.of(plain).to_markdown()
+
+
+def test_a_winner_that_the_short_training_placed_eleventh_is_the_one_shown(tmp_path: Path) -> None:
+    plain = told(tmp_path, ("accuracy",))
+    run = dataclasses.replace(plain, config=dataclasses.replace(plain.config, finalists=12, final_epochs=6))
+    order = sorted(range(12), key=lambda i: (-POINTS[i][0], i))
+    for number in order:
+        final = {"epochs": 6, "status": "complete", "accuracy": 0.5 + 0.25 * (number == order[10]), "val_loss": 0.5, "train_loss": 0.4}
+        run.study.set_user_attr(key_of(number, 6), final | {"seconds": 2.0})
+    data = Report.of(run).to_dict()
+    assert (data["named"], data["named_by_finals"]) == (order[10], True)
+    assert [row["trial"] for row in data["best"]] == order[:11]
+    page = Report.of(run).write_html(tmp_path / "report.html").read_text()
+    assert f"<b>{order[10]}</b><span>best trial</span>" in page
+    assert f"<b>{POINTS[order[10]][1]}</b><span>macs</span>" in page
