@@ -156,7 +156,8 @@ def _ended(study: optuna.Study, status: str, accuracy: float | None = None, hash
         status=status, values=dict(zip(("accuracy", "macs"), values)), hash=hash, metrics={} if accuracy is None else {"accuracy": accuracy}
     )
     state = optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.PRUNED
-    study.add_trial(optuna.trial.create_trial(state=state, values=values or None, user_attrs={ATTRIBUTE: found.to_dict()}))
+    drawn: dict[str, Any] = {"params": {"x": len(study.trials)}, "distributions": {"x": optuna.distributions.IntDistribution(0, 99)}}
+    study.add_trial(optuna.trial.create_trial(state=state, values=values or None, user_attrs={ATTRIBUTE: found.to_dict()}, **drawn))
     return study.trials[-1]
 
 
@@ -314,7 +315,7 @@ def test_finals_are_shown_with_who_is_named(capsys: pytest.CaptureFixture[str]) 
     assert any(line.startswith("finals, 7 epochs each: trial 1 is named") for line in lines)
     assert ["1", "0.4000", "0.8750", "0.5000", "0.2500", "complete"] in map(str.split, lines)
     document = run_document(result)
-    assert document["best"] == {"trial": 1, "values": {"accuracy": 0.4}, "params": {}}
+    assert document["best"] == {"trial": 1, "values": {"accuracy": 0.4}, "params": {"x": 1}}
     assert [final["trial"] for final in document["finals"]] == [0, 1]
     assert [trial["trial"] for trial in document["front"]] == [0]
 

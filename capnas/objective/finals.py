@@ -63,18 +63,23 @@ def best_first(study: optuna.Study, trials: Iterable[FrozenTrial]) -> list[Froze
 def finalists(study: optuna.Study, count: int) -> list[FrozenTrial]:
     """The trained candidates with the best first value, best first; of a study of several values those of its front.
 
-    A duplicate of a trial stands for no candidate of its own.
+    A duplicate of a trial stands for no candidate of its own, and of trials of the same parameters and image size the best stands for all:
+    their final trainings would be one. Equal hashes are no such sign: a space may draw initial weights, which they do not show.
 
-    >>> study = optuna.create_study(direction="maximize")
-    >>> for value in (0.2, 0.9, 0.5):
-    ...     study.add_trial(optuna.trial.create_trial(value=value, user_attrs={"capnas": {"status": "complete"}}))
+    >>> study, widths = optuna.create_study(direction="maximize"), {"w": optuna.distributions.IntDistribution(1, 9)}
+    >>> for width, value in ((4, 0.2), (8, 0.9), (8, 0.7), (6, 0.5)):
+    ...     trial = optuna.trial.create_trial(value=value, params={"w": width}, distributions=widths)
+    ...     trial.user_attrs = {"capnas": {"status": "complete"}}
+    ...     study.add_trial(trial)
     >>> [trial.number for trial in finalists(study, 2)]
-    [1, 2]
+    [1, 3]
     """
     several = len(study.directions) > 1
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     trials = study.best_trials if several and complete else complete
-    return best_first(study, (t for t in trials if stored_with(t).get("status") == "complete"))[:count]
+    trained = best_first(study, (t for t in trials if stored_with(t).get("status") == "complete"))
+    first = {(repr(sorted(t.params.items())), stored_with(t).get("image_size")): t for t in reversed(trained)}
+    return best_first(study, first.values())[:count]
 
 
 def key_of(number: int, epochs: int) -> str:

@@ -37,12 +37,19 @@ def searched(objective: Objective, trials: int = 14) -> optuna.Study:
 
 
 def told(*values: tuple[float, ...], statuses: dict[int, str] | None = None, directions: tuple[str, ...] = ("maximize",)) -> optuna.Study:
-    """A study of given values, complete but for the statuses."""
+    """A study of given values, complete but for the statuses; each trial has a width of its own."""
     study = optuna.create_study(directions=directions)
     for number, given in enumerate(values):
-        found = Evaluation(status=(statuses or {}).get(number, "complete"), values={"accuracy": given[0]})
-        study.add_trial(optuna.trial.create_trial(values=given, user_attrs={ATTRIBUTE: found.to_dict()}))
+        add(study, given, (statuses or {}).get(number, "complete"), width=number)
     return study
+
+
+def add(study: optuna.Study, values: tuple[float, ...], status: str = "complete", *, width: int, size: int = 8) -> None:
+    """One trial more."""
+    found = Evaluation(status=status, values={"accuracy": values[0]}, hash="equal", image_size=size)
+    widths = {"width": optuna.distributions.IntDistribution(0, 99)}
+    attributes = {ATTRIBUTE: found.to_dict()}
+    study.add_trial(optuna.trial.create_trial(values=values, params={"width": width}, distributions=widths, user_attrs=attributes))
 
 
 def final(study: optuna.Study, number: int, accuracy: float | None, loss: float | None = 1.0, epochs: int = 4) -> None:
@@ -67,6 +74,25 @@ def test_finalists_are_the_best_trained_ones_the_first_of_equals_first() -> None
     assert numbers(finalists(study, 9)) == [1, 4, 3, 0]
     assert numbers(finalists(told((0.5,), (0.1,), directions=("minimize",)), 1)) == [1]
     assert finalists(optuna.create_study(directions=["maximize", "minimize"]), 3) == []
+
+
+def test_a_candidate_that_was_drawn_and_trained_several_times_is_one_finalist() -> None:
+    study = told((0.5,), (0.9,))
+    for value, size in ((0.8, 8), (0.95, 8), (0.95, 8), (0.7, 16)):
+        add(study, (value,), width=1, size=size)
+    assert numbers(finalists(study, 9)) == [3, 5, 0]  # at another size it is another candidate
+
+
+def test_finals_of_a_search_without_reuse_train_each_candidate_once(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_of(data, reuse=False)
+    study = optuna.create_study(direction="maximize")
+    for depth in (1, 1, 2, 1):
+        study.enqueue_trial({"width": 4, "depth": depth, "kind": "plain"})
+    study.optimize(objective, n_trials=4)
+    trained: list[Any] = []
+    monkeypatch.setattr(finals, "train", lambda *args, **more: trained.append(args) or train(*args, **more))
+    hold_finals(study, objective, count=3, epochs=1)
+    assert len(trained) == 2
 
 
 def test_finalists_of_several_values_are_of_the_front() -> None:

@@ -52,7 +52,8 @@ def told(folder: Path, values: tuple[str, ...], sampler: str = "random", points:
         named = {"accuracy": accuracy, "macs": float(macs)}
         status, original = ("complete", None) if number < len(points) else ("duplicate", 0)
         found = Evaluation(status=status, duplicate_of=original, values={v: named[v] for v in values}, metrics=named, macs=macs, n_params=5)
-        study.add_trial(optuna.trial.create_trial(values=list(found.values.values()), user_attrs={ATTRIBUTE: found.to_dict()}))
+        drawn: dict[str, Any] = {"params": {"x": number}, "distributions": {"x": optuna.distributions.IntDistribution(0, 99)}}
+        study.add_trial(optuna.trial.create_trial(values=list(found.values.values()), user_attrs={ATTRIBUTE: found.to_dict()}, **drawn))
     over = Evaluation(status="over_budget", reason="5 MACs too many").to_dict()
     study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, user_attrs={ATTRIBUTE: over}))
     return RunResult(folder=folder, config=config, study=study)
