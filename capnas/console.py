@@ -267,7 +267,7 @@ def show_finals(result: Any) -> None:
     """What the final trainings of a `capnas.search.RunResult` gave, best first value first, and who is named."""
     from capnas.objective.targets import TOLD
 
-    left, named = result.n_finals_left, f"trial {result.best.number} is named"
+    left, named = result.n_finals_left, f"trial {result.best.number} is named" if result.named_by_finals else "none completed"
     rows = [
         [str(trial.number), short(trial.values[0]), *(short(final[name]) for name in TOLD), final["status"]]
         for trial, final in result.finals

@@ -336,3 +336,15 @@ def test_the_best_shows_its_accuracy_in_the_finals(capsys: pytest.CaptureFixture
     trial = {"trial": 3, "study": "told", "status": "complete", "image_size": 8, "metrics": {}, "values": {}, "params": {}}
     show_best(trial | {"final": {"status": "complete", "accuracy": 0.5, "epochs": 8}}, None, "import timm")
     assert capsys.readouterr().out.splitlines()[1] == "accuracy 0.5000 on validation after the 8 epochs of the finals"
+
+
+def test_finals_in_which_nobody_completed_name_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    result = _result([("complete", 0.5), ("complete", 0.4)], finalists=2, final_epochs=7)
+    for number in (0, 1):
+        final = {"epochs": 7, "status": "diverged", "accuracy": 0.75, "val_loss": 0.5, "train_loss": 0.25, "reason": "", "seconds": 3.0}
+        result.study.set_user_attr(key_of(number, 7), final)
+    show_run(result)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("finals, 7 epochs each: none completed") for line in lines)
+    assert ["0", "0.5000", "-", "-", "-", "diverged"] in map(str.split, lines)
+    assert not any("named" in line for line in lines)

@@ -92,10 +92,10 @@ def key_of(number: int, epochs: int) -> str:
 
 
 def results(study: optuna.Study, epochs: int) -> dict[int, Mapping[str, Any]]:
-    """What finals of this length have found so far, by the number of the trial."""
+    """What finals of this length have found so far, by the number of the trial; the values that a training told only where it completed."""
     start = f"{_KEY}{epochs}:"
     found = ((int(key.removeprefix(start)), value) for key, value in study.user_attrs.items() if key.startswith(start))
-    return dict(sorted(found))
+    return {number: final if final["status"] == "complete" else final | dict.fromkeys(TOLD) for number, final in sorted(found)}
 
 
 def held(study: optuna.Study, count: int, epochs: int) -> list[tuple[FrozenTrial, Mapping[str, Any] | None]]:
@@ -209,5 +209,6 @@ def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_e
         found |= {"status": "failed", "reason": described(error, 500)}
     else:
         found |= {"status": result.status, "reason": result.reason}
-        found |= {name: result.curve[-1][name] for name in TOLD if result.curve}
+        if result.status == "complete":  # else the last good epoch is not what all of them would have given
+            found |= {name: result.curve[-1][name] for name in TOLD}
     return plain(found | {"seconds": round(time.perf_counter() - start, 2)})

@@ -228,7 +228,7 @@ def _cards(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     cards += [
         (f"accuracy on validation, {counted(row['epochs'], 'epoch')}", _cell(row["accuracy"]))
         for row in data["finals"]
-        if row["trial"] == best["trial"]
+        if row["trial"] == best["trial"] and row["status"] == "complete"
     ]
     if final:
         longest = max(r["epochs"] for r in final)

@@ -191,6 +191,22 @@ def test_one_that_cannot_be_trained_loses(data: ImageData, monkeypatch: pytest.M
     assert (record["status"], record["reason"], record["accuracy"]) == ("failed", "ValueError: no such layer", None)
 
 
+def test_a_training_that_explodes_tells_no_accuracy_of_its_last_good_epoch(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_of(data)
+    study = searched(objective, 2)
+    heard: list[Any] = []
+
+    def explodes(*args: Any, **more: Any) -> Any:
+        return dataclasses.replace(train(*args, **more), status="diverged", reason="the loss is nan in epoch 2")
+
+    monkeypatch.setattr(finals, "train", explodes)
+    assert hold_finals(study, objective, count=1, epochs=2, on_final=lambda trial, record, left: heard.append(record)) is None
+    assert [(record["status"], record["accuracy"], record["val_loss"]) for record in heard] == [("diverged", None, None)]
+    final(study, 0, 0.75)
+    study.set_user_attr(key_of(1, 4), study.user_attrs[key_of(0, 4)] | {"status": "diverged"})  # as they were stored before
+    assert [record["accuracy"] for record in results(study, 4).values()] == [0.75, None]
+
+
 @pytest.mark.parametrize(
     ("given", "text"),
     [

@@ -323,3 +323,15 @@ def test_a_winner_that_the_short_training_placed_eleventh_is_the_one_shown(tmp_p
     page = Report.of(run).write_html(tmp_path / "report.html").read_text()
     assert f"<b>{order[10]}</b><span>best trial</span>" in page
     assert f"<b>{POINTS[order[10]][1]}</b><span>macs</span>" in page
+
+
+def test_a_final_that_did_not_complete_has_no_accuracy(tmp_path: Path) -> None:
+    plain = told(tmp_path, ("accuracy",))
+    run = dataclasses.replace(plain, config=dataclasses.replace(plain.config, finalists=1, final_epochs=6))
+    final = {"epochs": 6, "status": "diverged", "accuracy": 0.625, "val_loss": 0.5, "train_loss": 0.4, "seconds": 2.0}
+    run.study.set_user_attr(key_of(0, 6), final)
+    text, page = Report.of(run).to_markdown(), Report.of(run).write_html(tmp_path / "report.html").read_text()
+    assert "| 0 | 6 | diverged | - | - | - | 2 |" in text
+    assert "The best is trial 0, by accuracy." in text
+    assert "accuracy on validation, 6 epochs" not in page
+    assert "0.625" not in text + page.split("<h2>Finals</h2>")[1].split("</section>")[0]
