@@ -214,8 +214,9 @@ def at_chance(
     return f"{re.sub(' no$', ' not', what)} clearly {bar} on {counted(images, 'image')}: take more {split} images to tell; {advice}"
 
 
-def _accuracies(result: Any) -> list[float]:
-    return [a for _, e in result.evaluations() if (a := e.metrics.get("accuracy")) is not None]
+def _accuracies(result: Any) -> list[float | None]:
+    """Of the trials and of the finals, on validation."""
+    return [*(e.metrics.get("accuracy") for _, e in result.evaluations()), *(final["accuracy"] for _, final in result.finals)]
 
 
 def _outcomes(result: Any) -> dict[str, int]:

@@ -340,11 +340,22 @@ def test_the_best_shows_its_accuracy_in_the_finals(capsys: pytest.CaptureFixture
 
 def test_finals_in_which_nobody_completed_name_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     result = _result([("complete", 0.5), ("complete", 0.4)], finalists=2, final_epochs=7)
-    for number in (0, 1):
+    for trial in (0, 1):
         final = {"epochs": 7, "status": "diverged", "accuracy": 0.75, "val_loss": 0.5, "train_loss": 0.25, "reason": "", "seconds": 3.0}
-        result.study.set_user_attr(key_of(number, 7), final)
+        result.study.set_user_attr(key_of(trial, 7), final)
     show_run(result)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("finals, 7 epochs each: none completed") for line in lines)
     assert ["0", "0.5000", "-", "-", "-", "diverged"] in map(str.split, lines)
     assert not any("named" in line for line in lines)
+
+
+def test_finals_that_learned_are_better_than_a_guess() -> None:
+    result = _result([("complete", 0.1)], finalists=1, final_epochs=7)
+    assert run_document(result)["at_chance"]
+    final = {"epochs": 7, "status": "complete", "accuracy": 0.75, "val_loss": 0.5, "train_loss": 0.25, "reason": "", "seconds": 3.0}
+    result.study.set_user_attr(key_of(0, 7), final | {"status": "diverged"})
+    assert run_document(result)["at_chance"]
+    result.study.set_user_attr(key_of(0, 7), final)
+    assert not run_document(result)["at_chance"]
+    assert closing(result) == ["1 trial: 1 complete"]

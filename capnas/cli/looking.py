@@ -109,8 +109,9 @@ def best(
             )
             if test.get("model") is not None:
                 test = test | {"model": str(opened.folder / test["model"])}
-        tested = None if test is None else test["test_accuracy"]
-        accuracy, split = (document["metrics"].get("accuracy"), "validation") if tested is None else (tested, "test")
+        told = [document["metrics"].get("accuracy"), (document["final"] or {}).get("accuracy"), (test or {}).get("test_accuracy")]
+        accuracy = next((a for a in reversed(told) if a is not None), None)  # of the longest training that there was
+        split = "validation" if test is None or test["test_accuracy"] is None else "test"
         poor = guess(found.run, [accuracy], split)
     if json:
         out_json(document | {"at_chance": poor is not None, "code": script} | ({} if test is None else {"retrained": test}))

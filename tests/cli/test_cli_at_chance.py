@@ -13,6 +13,8 @@ from PIL import Image
 from tiny_space import FILE
 
 from capnas.cli.prune import guessed
+from capnas.objective.finals import key_of
+from capnas.search import open_run
 
 Run = Callable[..., tuple[int, str, str]]
 OPTIONS = ["--data-option", "image_size=8,in_chans=1,validation=0.4"]
@@ -55,6 +57,20 @@ def test_search_best_and_prune(run: Run, noise: Path, tmp_path: Path) -> None:
     code, out, err = run(*prune, "--out", tmp_path / "small", "--device", "cpu", "--force", "--json")
     assert json.loads(out)["report"]["at_chance"] == {"before": True, "pruned": True}
     assert GUESS in err.splitlines()[-1]
+
+
+def test_best_goes_by_the_accuracy_of_the_finals(run: Run, noise: Path, tmp_path: Path) -> None:
+    search = ["search", FILE, "--data", noise, "--out", tmp_path / "run", "--trials", 1, "--epochs", 1, "--device", "cpu", *OPTIONS]
+    assert run(*search, "--train", "batch_size=16", "--finalists", 1, "--final-epochs", 1)[0] == 0
+    study = open_run(tmp_path / "run").study
+    key = key_of(0, 1)
+    study.set_user_attr(key, study.user_attrs[key] | {"status": "complete", "accuracy": 0.98})
+    code, out, err = run("best", tmp_path / "run")
+    assert code == 0, err
+    assert "accuracy 0.9800 on validation after the 1 epoch of the finals" in out
+    assert "better than a guess" not in out
+    study.set_user_attr(key, study.user_attrs[key] | {"accuracy": 0.125})
+    assert "its accuracy on validation, 0.1250, is no better than a guess" in run("best", tmp_path / "run")[1]
 
 
 def test_progress_knows_of_several_workers(run: Run, noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
