@@ -42,13 +42,21 @@ class Decisions(dict):
 
     number = 0
 
+    @property
+    def params(self):
+        return dict(self)
+
     def suggest(self, name, *args, **kwargs):
         return self[name]
 
     def told(self, *args, **kwargs):
         pass
 
+    def should_prune(self):
+        return False
+
     suggest_int = suggest_float = suggest_categorical = suggest
+    suggest_uniform = suggest_loguniform = suggest_discrete_uniform = suggest
     set_user_attr = set_constraint = report = told
 
 
@@ -173,7 +181,9 @@ def _rewritten(source: str, guard: str) -> tuple[str, bool]:
     for node in ast.walk(tree):
         optuna_left = isinstance(node, ast.Name) and node.id == "optuna" and id(node) not in known
         owner = node.value if isinstance(node, ast.Attribute) else None
-        trial_left = isinstance(owner, ast.Name) and owner.id in trials and id(node) not in known
+        of_trial = isinstance(owner, ast.Name) and owner.id in trials
+        suggests = isinstance(node, ast.Attribute) and node.attr in _SUGGEST  # of whomever, called or handed on
+        trial_left = (of_trial or suggests) and id(node) not in known
         if optuna_left or trial_left or _is_from(node, "optuna"):
             return _edited(raw, always), False
     return _edited(raw, always + edits), True

@@ -60,6 +60,17 @@ if __name__ == "__main__":
 """
 
 
+HELD = """
+
+class Held:
+    def __init__(self, trial):
+        self.trial = trial
+
+    def low(self):
+        return self.trial.suggest_int("low", 2, 4)
+"""
+
+
 def script_of(source: str, tmp_path: Path) -> str:
     path = tmp_path / "mine.py"
     path.write_text(source, encoding="utf-8")
@@ -91,6 +102,21 @@ def test_suggestions_become_look_ups_wherever_the_trial_goes(tmp_path: Path) -> 
 )
 def test_what_asks_more_of_a_trial_gets_a_stand_in(tmp_path: Path, line: str) -> None:
     text = SPACES.replace("    if width > 90:", f"{line}\n    if width > 90:")
+    assert "class Decisions(dict)" in script_of(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('low = trial.suggest_int("low", 2, 4)', 'pick = trial.suggest_int\n    low = pick("low", 2, 4)'),
+        ('low = trial.suggest_int("low", 2, 4)', 'low = Held(trial).low()'),
+        ('low = trial.suggest_int("low", 2, 4)', 'low = trial.suggest_int("low", 2, 4)\n    assert trial.params["low"] == low'),
+        ('low = trial.suggest_int("low", 2, 4)', 'low = trial.suggest_int("low", 2, 4)\n    assert not trial.should_prune()'),
+    ],
+    ids=["a method under another name", "a trial in an object", "params", "should_prune"],
+)  # fmt: skip
+def test_what_suggests_in_another_way_gets_a_stand_in(tmp_path: Path, old: str, new: str) -> None:
+    text = SPACES.replace(old, new) + (HELD if "Held" in new else "")
     assert "class Decisions(dict)" in script_of(text, tmp_path)
 
 
