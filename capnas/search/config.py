@@ -182,7 +182,7 @@ class StudyConfig:
         return replace(self, study=self.name, out=str(self.folder.absolute()), **where)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values without those that are None or belong to one session (``out``).
+        """Plain values without those that are None, empty (but for ``weights``) or belong to one session (``out``).
 
         A password in the storage URL is hidden; paths of images and of a space's file are absolute, so that they hold in every directory.
         """
@@ -192,7 +192,8 @@ class StudyConfig:
         given |= {"space": _file(self.space), "data": _folder(self.data), "data_options": dict(self.data_options)}
         if isinstance(root := self.data_options.get("root"), str) and os.path.exists(os.path.expanduser(root)):
             given["data_options"]["root"] = _absolute(root)
-        return {"version": VERSION} | {k: _plain(v) for k, v in given.items() if v is not None and v != {}}
+        kept = {k: _plain(v) for k, v in given.items() if v is not None and (v != {} or k == "weights")}  # none is not the default ones
+        return {"version": VERSION} | kept
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], *, out: str | None = None) -> StudyConfig:

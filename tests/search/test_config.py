@@ -215,6 +215,14 @@ def test_the_weights_of_a_sum_are_stored_with_the_study() -> None:
     assert StudyConfig(space="resnet", values=("accuracy",), gate="combined:best:10%", weights={"init_capacity_score": 1}).rates_capacity
 
 
+def test_a_sum_without_further_terms_is_stored_as_that() -> None:
+    alone = StudyConfig(space="vgg", weights={})
+    assert alone.to_dict()["weights"] == {}
+    assert StudyConfig.from_dict(alone.to_dict()).weights == {}
+    assert StudyConfig.from_toml(alone.to_toml()).weights == {}
+    assert "train" not in alone.to_dict()
+
+
 def test_finals_are_checked_and_stored_only_where_asked_for() -> None:
     plain = StudyConfig(space="resnet")
     assert not {"finalists", "final_epochs"} & plain.to_dict().keys()
