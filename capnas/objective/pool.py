@@ -25,8 +25,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from capnas.errors import StudyError, UsageError
 from capnas.objective.evaluation import VERSION, stored_with
-from capnas.objective.gates import BestShare, Measured, best_share, parse_gate
-from capnas.objective.targets import weighted
+from capnas.objective.gates import SUMS, BestShare, Measured, best_share, or_nan, parse_gate
+from capnas.objective.targets import INIT, weighted
 
 MEASURED = "measured"  # status of a candidate that was measured and not trained
 GATE = "gate"  # constraint of every trial of a search with a share
@@ -80,7 +80,8 @@ class Selection:
         known = not math.isnan(candidate.score)  # else it is behind the last
         if QUEUED in trial.user_attrs and known:
             return None
-        place = f"{self.gate.name} before training is {candidate.score:.4g}"
+        told = candidate.score if self.gate.name in SUMS else or_nan(found["metrics"].get(INIT + self.gate.name))
+        place = f"{self.gate.name} before training is {told:.4g}"
         place += f", place {standing.better + 1} of {standing.rivals}" if known else ", which has no place"
         if isinstance(trial, optuna.Trial) and len(seen) < self.pool:
             return f"{place}: drawn for the pool of {self.pool}, of which the best {100 * self.gate.share:g} % are trained"

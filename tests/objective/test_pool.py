@@ -382,3 +382,14 @@ def test_gives_up_where_nothing_passes(data: ImageData) -> None:
 def test_refuses(data: ImageData, change: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         objective(data, **change)
+
+
+def test_a_reason_tells_the_score_itself_also_where_less_of_it_is_better(data: ImageData) -> None:
+    study = run(objective(data, gate="saturation_variation:best:20%", pool=2), net(4), net(2))
+    told = [e for t in study.trials if (e := Evaluation.of(t)) is not None]
+    assert [e.status for e in told] == ["measured", "measured"]
+    for found in told:
+        value = found.metrics["init_saturation_variation"]
+        assert value is not None
+        assert value > 0
+        assert found.reason.startswith(f"saturation_variation before training is {value:.4g}, place ")
