@@ -159,7 +159,7 @@ def run_document(result: Any) -> dict[str, Any]:
         "interrupted": result.interrupted,
         "best": None if best is None else shown(best),
         "front": [shown(trial) for trial in result.front],
-        "finals": [{"trial": trial.number, **final} for trial, final in result.finals],
+        **result.finals_document(),
         "outcomes": _outcomes(result),
         "at_chance": guess(result, _accuracies(result)) is not None,
     }
@@ -228,7 +228,7 @@ def _outcomes(result: Any) -> dict[str, int]:
 
 
 def closing(result: Any) -> list[str]:
-    """The last lines of a search: what came of the trials, what to do where most were refused, whether any is better than a guess."""
+    """The last lines of a search: what came of the trials, what to do where most were refused or finals are owed, who only guesses."""
     found, config = _outcomes(result), result.config
     if not found:
         return []
@@ -244,7 +244,7 @@ def closing(result: Any) -> list[str]:
         lines.append(f"the last {known} draws repeat {different} known architectures: the space, or the sampler, has little new to offer")
     if (poor := guess(result, _accuracies(result))) is not None:
         lines.append(at_chance("no trial is", **poor))
-    return lines
+    return lines + ([result.owed] if result.owed else [])
 
 
 def show_run(result: Any) -> None:
@@ -257,7 +257,7 @@ def show_run(result: Any) -> None:
     numbers = ((t, [*t.values, *(result.evaluation(t.number).metrics.get(n) for n in beside)]) for t in result.front[:20])
     rows = [[str(t.number), *map(short, values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t, values in numbers]
     several = f"Pareto set, {counted(len(result.front), 'trial')}"
-    title = ("best value" if result.finals else "best trial") if len(names) == 1 else several
+    title = ("best value" if result.finals or result.owed else "best trial") if len(names) == 1 else several
     show_table(["trial", *names, *beside, "parameters"], rows, title=title, texts=["parameters"])
     if result.finals:
         show_finals(result)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,8 @@ from capnas.cli.app import app
 from capnas.console import number
 from capnas.errors import CapnasError
 from capnas.scoring import SCORES
-from capnas.search import StudyConfig
+from capnas.search import StudyConfig, open_run
+from capnas.search.target import open_target
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = ["--train", "batch_size=16", "--pruner", "off", "--device", "cpu", "--data-option", "image_size=8", "--data-option", "augment=false"]
@@ -145,6 +147,33 @@ def test_a_worker_joins_by_folder_or_by_storage(run: Run, folder: Path, tmp_path
     code, _, err = run("worker", "other", "--storage", url)
     assert code == 2
     assert "no study of capnas named other" in err
+
+
+def test_finals_that_are_owed_are_told_by_every_command_that_goes_by_them(run: Run, folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    assert run("search", FILE, "--data", folder, "--epochs", "1", "--out", place, *TINY, "--trials", "1")[0] == 0
+    config = open_run(place).config
+    (place / "study.toml").write_text(dataclasses.replace(config, finalists=1).to_toml(), encoding="utf-8")
+    owed = "1 finalist is still to be trained: give the search command again."
+    for words in (("worker", place), ("best", place), ("report", place)):
+        assert owed in run(*words)[1]
+        _, out, err = run(*words, "--json")
+        assert owed in err
+        assert json.loads(out).get("finals_left", 1) == 1
+    assert owed not in run("best", place, "--trial", 0)[1]
+    with pytest.warns(UserWarning, match=owed):
+        open_target(f"{place}:best")
+
+
+def test_the_list_of_spaces_is_one_document_whatever_a_space_prints(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Point:
+        def load(self) -> Any:
+            print("a plugin says hello")
+            return len
+
+    monkeypatch.setattr("capnas.spaces._entry_points", lambda: {"loud": Point()})
+    code, out, err = run("spaces", "--json")
+    assert (code, "loud" in json.loads(out), "hello" in err) == (0, True, True)
 
 
 def test_best_writes_a_script_that_needs_no_capnas(run: Run, study: Path, tmp_path: Path) -> None:

@@ -359,3 +359,27 @@ def test_finals_that_learned_are_better_than_a_guess() -> None:
     result.study.set_user_attr(key_of(0, 7), final)
     assert not run_document(result)["at_chance"]
     assert closing(result) == ["1 trial: 1 complete"]
+
+
+def test_finals_that_are_owed_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    result = _result([("complete", 0.5), ("complete", 0.4)], finalists=2, final_epochs=7, trials=2)
+
+    def told() -> tuple[Any, ...]:
+        document = run_document(result)
+        return document["finals_left"], document["named_by_finals"], closing(result)[1:]
+
+    def hold(trial: int, status: str) -> None:
+        final = {"epochs": 7, "status": status, "accuracy": 0.75, "val_loss": 0.5, "train_loss": 0.25, "reason": "", "seconds": 3.0}
+        result.study.set_user_attr(key_of(trial, 7), final)
+
+    assert told() == (2, False, ["2 finalists are still to be trained: give the search command again."])
+    show_run(result)
+    assert "best value" in capsys.readouterr().out
+    hold(0, "complete")
+    assert told() == (1, False, ["1 finalist is still to be trained: give the search command again."])
+    hold(1, "failed")
+    assert told() == (0, True, ["1 finalist failed: give the search command again to train it once more."])
+    hold(1, "diverged")
+    assert told() == (0, True, [])
+    unfinished = _result([("complete", 0.5)], finalists=2, trials=2)
+    assert (run_document(unfinished)["finals_left"], closing(unfinished)[1:]) == (0, [])

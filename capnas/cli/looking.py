@@ -16,9 +16,10 @@ from capnas.documents import write_whole
 @app.command()
 def spaces(json: Json = False) -> None:
     """List the installed search spaces."""
-    from capnas.spaces import list_spaces
+    with quiet():
+        from capnas.spaces import list_spaces
 
-    found = list_spaces()
+        found = list_spaces()
     if json:
         out_json(found)
     else:
@@ -68,12 +69,15 @@ def report(
         from capnas.search import open_run
 
         found = Report.of(open_run(run))
+        owed = found.run.owed
         if html is not None:
             found.write_html(html)
     if json:
         out_json(found.to_dict() | ({} if html is None else {"html": str(html)}))
     else:
         typer.echo(found.to_markdown() if html is None else f"report: {html}")
+    if owed and (json or html is not None):  # the markdown says it
+        say(owed)
 
 
 @app.command()
@@ -120,3 +124,5 @@ def best(
     if poor is not None:
         line = at_chance(f"its accuracy on {split}, {accuracy:.4f}, is no", **poor)
         say(line) if json else print(line)
+    if trial is None and (owed := found.run.owed):
+        say(owed) if json else print(owed)

@@ -138,17 +138,23 @@ def worker(
 ) -> None:
     """Run trials of an existing study beside other workers, here or on another machine, until it has all of its trials."""
     with quiet():
+        from capnas.search import RunResult
         from capnas.search import worker as work
         from capnas.search.opening import stored_config
+        from capnas.search.storages import find_study
 
         config = stored_config(run, storage)
         progress = Progress(total=config.trials, names=config.values, directions=config.directions, epochs=config.epochs)
         with progress:
             ran = work(config, device=device, on_trial=progress.on_trial, on_epoch=progress.on_epoch)
+        study = find_study(config.name, config.storage, config.folder)
+        owed = "" if study is None else RunResult(folder=config.folder, config=config, study=study).owed
     if json:
         out_json({"study": config.name, "ran": ran})
     else:
         typer.echo(f"ran {counted(ran, 'trial')} of {config.name}")
+    if owed:
+        say(owed) if json else print(owed)
 
 
 def _command() -> str:

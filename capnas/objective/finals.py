@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from capnas.objective import Objective
 
 _KEY = "capnas:final:"
+RETRIED = ("failed", "out_of_memory")  # statuses that another day may mend: these are trained again when finals are held anew
 LONGER = 4  # times as many epochs as a trial has, unless told otherwise
 
 EpochCallback = Callable[[int, int, dict[str, Any]], None]

@@ -50,7 +50,7 @@ _SETTINGS = (
 )
 _EMPTY = "No trial has given a value yet; the outcomes say why."
 _RETRAINED = ("trial", "epochs", "seed", "status", "test_accuracy", "test_images", "n_params", "macs")
-_FINALS = ("epochs", "status", *TOLD, "seconds")
+_FINALS = ("trial", "epochs", "status", *TOLD, "seconds")
 _FEW = 10  # complete trials below which nothing is said about correlations at equal size
 _NOTES = {
     "Best trials": "Accuracy is on the validation split after the short training; it ranks candidates and is not the accuracy to quote.",
@@ -86,7 +86,7 @@ class Report:
     def to_markdown(self) -> str:
         """Headed tables."""
         data = self.to_dict()
-        lines = [f"# {data['study']['name']}", "", _lead(data), "", _verdict(data), ""]
+        lines = [f"# {data['study']['name']}", "", _lead(data), "", _verdict(self.run), ""]
         for title, rows in tables(data).items():
             lines += [f"## {title}", "", *_markdown_table(rows), ""]
             lines += [_NOTES[title], ""] if title in _NOTES else []
@@ -120,7 +120,7 @@ class Report:
         page = template.render(
             study=data["study"],
             lead=_lead(data),
-            verdict=_verdict(data),
+            verdict=_verdict(self.run),
             cards=cards,
             tables=shown,
             notes=_NOTES,
@@ -142,6 +142,7 @@ def summary(run: RunResult) -> dict[str, Any]:
         environment: versions and hardware, as the run stored them.
         named: number of the best trial, by the finals where they were held; None without any.
         named_by_finals: whether it is their winner.
+        finals_left: how many finalists a run of finished trials has still to train.
         best: the Pareto set, or with one value the ten best trials and the one that is named; best first value first.
         outcomes: status, number of trials, the reason of the first such trial; one row per kind of reason.
         seconds: per stage the number of trials, their sum and median.
@@ -158,9 +159,9 @@ def summary(run: RunResult) -> dict[str, Any]:
         | {name: config[name] for name in _SETTINGS if name in config},
         "environment": json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {},
         "named": None if run.best is None else run.best.number,
-        "named_by_finals": run.named_by_finals,
+        **(finals := run.finals_document()),
         "best": [_trial_row(t, e) for t, e in _front(run)],
-        "finals": [{"trial": trial.number} | {name: final[name] for name in _FINALS} for trial, final in run.finals],
+        "finals": [{name: final[name] for name in _FINALS} for final in finals["finals"]],
         "outcomes": _outcomes(rows),
         "seconds": _seconds(rows),
         "correlations": _correlations([e for _, e in rows if e.status == "complete"]),
@@ -199,11 +200,11 @@ def _lead(data: Mapping[str, Any]) -> str:
     )
 
 
-def _verdict(data: Mapping[str, Any]) -> str:
-    if data["named"] is None:
+def _verdict(run: RunResult) -> str:
+    if run.best is None:
         return _EMPTY
-    how = "the winner of the finals" if data["named_by_finals"] else f"by {data['study']['values'][0]}"
-    return f"The best is trial {data['named']}, {how}."
+    how = "the winner of the finals" if run.named_by_finals else f"by {run.config.values[0]}"
+    return f"The best is trial {run.best.number}, {how}. {run.owed}".strip()
 
 
 def _sum(study: Mapping[str, Any]) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from capnas.errors import StudyError
+from capnas.errors import StudyError, counted
 from capnas.objective.evaluation import Evaluation, stored_with
-from capnas.objective.finals import best_first, held, winner
+from capnas.objective.finals import RETRIED, best_first, held, winner
 from capnas.objective.pool import is_untrained
 from capnas.search.config import StudyConfig
 from capnas.search.storages import HIDDEN, find_study
@@ -72,6 +72,24 @@ class RunResult:
     def n_finals_left(self) -> int:
         """How many finalists are still to be trained."""
         return sum(final is None for _, final in self._finalists)
+
+    @property
+    def owed(self) -> str:
+        """What to say while finalists are still to be trained, or failed; empty before all trials are finished, and where none is."""
+        left, failed = self.n_finals_left, sum(final["status"] in RETRIED for _, final in self.finals)
+        if not self.finished or not left + failed:
+            return ""
+        if left:
+            return f"{counted(left, 'finalist')} {'is' if left == 1 else 'are'} still to be trained: give the search command again."
+        return f"{counted(failed, 'finalist')} failed: give the search command again to train {'it' if failed == 1 else 'them'} once more."
+
+    def finals_document(self) -> dict[str, Any]:
+        """What documents tell of the finals: those held, how many a run of finished trials still owes, whether they name the best."""
+        return {
+            "finals": [{"trial": trial.number, **final} for trial, final in self.finals],
+            "finals_left": self.n_finals_left if self.finished else 0,
+            "named_by_finals": self.named_by_finals,
+        }
 
     @property
     def _finalists(self) -> list[tuple[FrozenTrial, Mapping[str, Any] | None]]:

@@ -6,6 +6,7 @@ import difflib
 import math
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +243,8 @@ def _trial(
     place: str, which: int | Literal["best"], data: str | ImageData | None, image_size: int | None, options: dict[str, Any]
 ) -> Target:
     run = open_run(place)
+    if which == "best" and run.owed:
+        warnings.warn(f"the best of {run.config.name} may change: {run.owed}", stacklevel=2)
     images = run.config.images(**options) if data is None else _images(data, options)
     try:
         found = rebuild(run, which, data=images)

@@ -292,6 +292,10 @@ def test_a_report_names_the_winner_of_the_finals(tmp_path: Path) -> None:
     plain = told(tmp_path, ("accuracy",))
     run = dataclasses.replace(plain, config=dataclasses.replace(plain.config, finalists=3, final_epochs=6))
     assert (Report.of(run).to_dict()["named"], Report.of(run).to_dict()["finals"]) == (0, [])
+    assert (Report.of(run).to_dict()["finals_left"], Report.of(run).to_dict()["named_by_finals"]) == (3, False)
+    owed = "The best is trial 0, by accuracy. 3 finalists are still to be trained: give the search command again."
+    assert owed in Report.of(run).to_markdown()
+    assert owed in Report.of(run).write_html(tmp_path / "early.html").read_text()
     for number, accuracy in ((0, 0.8), (1, 0.95), (8, 0.9)):  # the three best
         final = {"epochs": 6, "status": "complete", "accuracy": accuracy, "val_loss": 0.5, "train_loss": 0.4, "seconds": 2.0}
         run.study.set_user_attr(key_of(number, 6), final)
