@@ -99,10 +99,23 @@ def results(study: optuna.Study, epochs: int) -> dict[int, Mapping[str, Any]]:
     return {number: final if final["status"] == "complete" else final | dict.fromkeys(TOLD) for number, final in sorted(found)}
 
 
+def unsettled(final: Mapping[str, Any] | None) -> bool:
+    """Whether a finalist is trained when finals are held anew: it was not so far, or failed, which may have been the machine's doing.
+
+    >>> unsettled(None), unsettled({"status": "out_of_memory"}), unsettled({"status": "diverged"})
+    (True, True, False)
+    """
+    return final is None or final["status"] in RETRIED
+
+
 def held(study: optuna.Study, count: int, epochs: int) -> list[tuple[FrozenTrial, Mapping[str, Any] | None]]:
-    """The finalists, best first, each with what its final training gave; None where it is still to be trained."""
-    known = results(study, epochs)
-    return [(trial, known.get(trial.number)) for trial in finalists(study, count)]
+    """The finalists, best first, each with what its final training gave; None where it is still to be trained.
+
+    Results of several recipes do not compare, so that none counts until all are of one.
+    """
+    known, trials = results(study, epochs), finalists(study, count)
+    recipes = {known[t.number].get("settings") for t in trials if t.number in known}
+    return [(trial, known.get(trial.number) if len(recipes) == 1 else None) for trial in trials]
 
 
 def standing(final: Mapping[str, Any]) -> float:
@@ -119,7 +132,7 @@ def standing(final: Mapping[str, Any]) -> float:
 
 
 def winner(study: optuna.Study, count: int, epochs: int) -> FrozenTrial | None:
-    """The finalist with the best `standing`, the first of equals; None while one of them is still to be trained.
+    """The finalist with the best `standing`, the first of equals; None while one of them is still to be trained, or by another recipe.
 
     Args:
         study: whose finals were held.
@@ -148,8 +161,9 @@ def hold_finals(
     """Train the best candidates of a study again from their first weights, for longer, and name the one that does best.
 
     They are trained on the training split and compared on the validation split, as in the search; the test split stays unread. Results are
-    kept with the study, so that the same call again trains nothing, and one with a larger ``count``, or after more trials, only who is new;
-    those of another recipe or other images are replaced.
+    kept with the study, so that the same call again trains only whose training failed or did not fit into memory, and one with a larger
+    ``count``, or after more trials, who is new as well; those of another recipe or other images are replaced. Where a training fails in
+    this call too, the others decide.
 
     Args:
         study: with trials of the objective.
@@ -165,7 +179,7 @@ def hold_finals(
         The winner (`winner`), or None where no finalist could be trained.
 
     Raises:
-        UsageError: see `check_finals`.
+        UsageError: see `check_finals`. An error of ``on_epoch`` or ``on_final`` passes through.
 
     >>> import numpy as np
     >>> from capnas import Objective, TrainConfig
@@ -181,7 +195,9 @@ def hold_finals(
     check_finals(count, epochs, objective.names)
     config = dataclasses.replace(objective.train, epochs=epochs, record=False)
     settings = fingerprint(config, objective.data)
-    left = [trial for trial, final in held(study, count, epochs) if final is None or final["settings"] != settings]
+    known = results(study, epochs)
+    same = {number for number, final in known.items() if final.get("settings") == settings}
+    left = [t for t in finalists(study, count) if t.number not in same or unsettled(known[t.number])]
     for place, trial in enumerate(left, 1):
         if not go_on():
             return None
@@ -193,13 +209,21 @@ def hold_finals(
 
 
 def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_epoch: EpochCallback | None) -> dict[str, Any]:
-    """What the final training of one candidate gave, in JSON types; its errors are results, so that one does not end the finals."""
+    """What the final training of one candidate gave, in JSON types; its errors are results, so that one does not end the finals.
+
+    Those of ``on_epoch`` are none of the candidate's: they pass through.
+    """
     data, size, start = objective.data, stored_with(trial)["image_size"], time.perf_counter()
     found: dict[str, Any] = dict.fromkeys(TOLD)
+    foreign: list[Exception] = []
 
     def tell(epoch: int, row: dict[str, Any], profile: Profile | None) -> None:
-        if on_epoch is not None:
-            on_epoch(trial.number, epoch, row | {"epochs": config.epochs})
+        try:
+            if on_epoch is not None:
+                on_epoch(trial.number, epoch, row | {"epochs": config.epochs})
+        except Exception as error:
+            foreign.append(error)
+            raise
 
     try:
         model = build_model(
@@ -212,4 +236,6 @@ def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_e
         found |= {"status": result.status, "reason": result.reason}
         if result.status == "complete":  # else the last good epoch is not what all of them would have given
             found |= {name: result.curve[-1][name] for name in TOLD}
+    if foreign:
+        raise foreign[0]
     return plain(found | {"seconds": round(time.perf_counter() - start, 2)})

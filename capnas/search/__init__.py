@@ -20,7 +20,7 @@ from capnas.documents import write_whole
 from capnas.errors import CapnasError, StudyError, one_line
 from capnas.objective import Objective
 from capnas.objective.claims import sweep
-from capnas.objective.finals import EpochCallback, FinalCallback, held, hold_finals
+from capnas.objective.finals import EpochCallback, FinalCallback, held, hold_finals, unsettled
 from capnas.search.config import StudyConfig
 from capnas.search.enqueuing import begun, check_parameters, enqueue_new
 from capnas.search.export import write_environment, write_trials
@@ -142,7 +142,7 @@ def _leave(study: optuna.Study, config: StudyConfig) -> None:
 def _hold_finals(study: optuna.Study, config: StudyConfig, objective: Objective | None, *, space: Any, data: Any, **how: Any) -> None:
     """The finals of a study whose trials are finished; images are loaded only where somebody is still to be trained."""
     count, epochs = config.finalists or 0, config.finals_epochs
-    if any(final is None for _, final in held(study, count, epochs)):
+    if any(unsettled(final) for _, final in held(study, count, epochs)):
         objective = objective or make_objective(config, space, data)
         check_unchanged(study, config, objective)
         hold_finals(study, objective, count=count, epochs=epochs, **how)

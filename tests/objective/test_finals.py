@@ -191,6 +191,76 @@ def test_one_that_cannot_be_trained_loses(data: ImageData, monkeypatch: pytest.M
     assert (record["status"], record["reason"], record["accuracy"]) == ("failed", "ValueError: no such layer", None)
 
 
+@pytest.mark.parametrize("status", ["failed", "out_of_memory"])
+def test_a_final_that_failed_is_tried_again_when_finals_are_held_anew(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    objective = objective_of(data)
+    study = searched(objective)
+    first, second = numbers(finalists(study, 2))
+    heard: list[tuple[int, str, int]] = []
+
+    def hold() -> optuna.trial.FrozenTrial | None:
+        heard.clear()
+        return hold_finals(
+            study, objective, count=2, epochs=1, on_final=lambda trial, record, left: heard.append((trial.number, record["status"], left))
+        )
+
+    def busy(*args: Any, **more: Any) -> Any:
+        if status == "failed":
+            raise OSError("the disk is away")
+        return dataclasses.replace(train(*args, **more), status=status, reason="the device is full")
+
+    monkeypatch.setattr(finals, "train", busy)
+    assert hold() is None
+    assert heard == [(first, status, 1), (second, status, 0)]  # each once
+    monkeypatch.setattr(finals, "train", train)
+    answers = iter((False,))
+    assert hold_finals(study, objective, count=2, epochs=1, go_on=lambda: next(answers)) is None
+    assert hold() is not None
+    assert heard == [(first, "complete", 1), (second, "complete", 0)]
+    hold()
+    assert heard == []
+
+
+@pytest.mark.parametrize("error", [ValueError("no such plot"), MemoryError("no room for the plot")])
+def test_an_error_of_the_callback_is_no_failure_of_the_finalist(data: ImageData, error: Exception) -> None:
+    objective = objective_of(data)
+    study = searched(objective, 2)
+
+    def plot(number: int, epoch: int, row: dict[str, Any]) -> None:
+        raise error
+
+    with pytest.raises(type(error), match="plot"):
+        hold_finals(study, objective, count=1, epochs=1, on_epoch=plot)
+    assert results(study, 1) == {}
+
+
+def test_finals_of_two_recipes_name_nobody() -> None:
+    study = told((0.9,), (0.8,), (0.7,))
+    final(study, 0, 0.75)
+    final(study, 1, 0.5)
+    assert getattr(winner(study, 2, 4), "number", None) == 0
+    study.set_user_attr(key_of(1, 4), study.user_attrs[key_of(1, 4)] | {"settings": "other"})
+    assert winner(study, 2, 4) is None
+    assert left(study, 2) == [0, 1]
+    assert getattr(winner(study, 1, 4), "number", None) == 0  # who is no finalist does not matter
+
+
+def test_finals_held_anew_by_another_recipe_go_on_where_they_stopped(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_of(data)
+    study = searched(objective)
+    hold_finals(study, objective, count=3, epochs=1)
+    other = objective_of(data, train=dataclasses.replace(objective.train, lr=0.02))
+    answers = iter((True, False))
+    hold_finals(study, other, count=3, epochs=1, go_on=lambda: next(answers))
+    assert winner(study, 3, 1) is None
+    trained: list[Any] = []
+    monkeypatch.setattr(finals, "train", lambda *args, **more: trained.append(args) or train(*args, **more))
+    assert hold_finals(study, other, count=3, epochs=1) == winner(study, 3, 1) is not None
+    assert len(trained) == 2
+
+
 def test_a_training_that_explodes_tells_no_accuracy_of_its_last_good_epoch(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = objective_of(data)
     study = searched(objective, 2)
