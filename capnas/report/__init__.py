@@ -59,7 +59,7 @@ _NOTES = {
     "What went with accuracy": "Spearman rank correlations over complete trials that are no duplicates; partial: at equal parameters "
     "and MACs (partial rank correlation). Values below chance, in size, are what unrelated numbers give in 19 of 20 studies. "
     "`init_` is read before training; a score that the search rewards is not tested by it.",
-    "Seconds by stage": "Wall-clock seconds of the trials that reached the stage.",
+    "Seconds by stage": "Wall-clock seconds of the trials that reached the stage, and of the trainings of finals.",
     "Retrained": "Trained anew on train and validation, evaluated once on the test split.",
 }
 
@@ -145,7 +145,7 @@ def summary(run: RunResult) -> dict[str, Any]:
         finals_left: how many finalists a run of finished trials has still to train.
         best: the Pareto set, or with one value the ten best trials and the one that is named; best first value first.
         outcomes: status, number of trials, the reason of the first such trial; one row per kind of reason.
-        seconds: per stage the number of trials, their sum and median.
+        seconds: per stage, the finals the last, the number of trials, their sum and median.
         correlations: per score its Spearman correlation with accuracy, the partial one, what chance gives, and the number of trials.
         finals: the finalists with what their final training gave, best first value first; see `capnas.objective.finals`.
         retrained: see `capnas.search.trials.retrain_trial`, without curves.
@@ -163,7 +163,7 @@ def summary(run: RunResult) -> dict[str, Any]:
         "best": [_trial_row(t, e) for t, e in _front(run)],
         "finals": [{name: final[name] for name in _FINALS} for final in finals["finals"]],
         "outcomes": _outcomes(rows),
-        "seconds": _seconds(rows),
+        "seconds": _seconds(rows, finals["finals"]),
         "correlations": _correlations([e for _, e in rows if e.status == "complete"]),
         "retrained": retrained,
     }
@@ -191,13 +191,17 @@ def tables(data: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _lead(data: Mapping[str, Any]) -> str:
-    study = data["study"]
-    total = sum(row["sum"] for row in data["seconds"])
+    study, (spent, what) = data["study"], _spent(data)
     return (
         f"Space {Path(study['space']).name} on {Path(study['data']).name}: {study['finished']} of {study['asked']} trials finished, "
-        f"{study['complete']} with a value, in {total / 60:.1f} minutes of trials; {counted(study['epochs'], 'epoch')} each, "
+        f"{study['complete']} with a value, in {spent / 60:.1f} minutes of {what}; {counted(study['epochs'], 'epoch')} each, "
         f"sampler {study['sampler']}, seed {study['seed']}, optimizing {', '.join(study['values'])}{_sum(study)}."
     )
+
+
+def _spent(data: Mapping[str, Any]) -> tuple[float, str]:
+    """Seconds in all, and on what."""
+    return sum(row["sum"] for row in data["seconds"]), "trials and finals" if data["finals"] else "trials"
 
 
 def _verdict(run: RunResult) -> str:
@@ -264,11 +268,13 @@ def _outcomes(rows: Sequence[tuple[FrozenTrial, Evaluation]]) -> list[dict[str, 
     return sorted(listed, key=lambda row: -row["trials"])
 
 
-def _seconds(rows: Sequence[tuple[FrozenTrial, Evaluation]]) -> list[dict[str, Any]]:
+def _seconds(rows: Sequence[tuple[FrozenTrial, Evaluation]], finals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     stages: dict[str, list[float]] = defaultdict(list)
     for _, found in rows:
         for stage, seconds in found.seconds.items():
             stages[stage].append(seconds)
+    for final in finals:
+        stages["finals"].append(final["seconds"])
     return [{"stage": s, "trials": len(v), "sum": round(sum(v), 2), "median": round(statistics.median(v), 3)} for s, v in stages.items()]
 
 
@@ -292,7 +298,7 @@ def _correlations(complete: Sequence[Evaluation]) -> list[dict[str, Any]]:
 def _checklist(data: Mapping[str, Any]) -> dict[str, str]:
     study, tested = data["study"], [r for r in data["retrained"] if r["status"] == "complete"]
     seeds = sorted({r["seed"] for r in tested})
-    total = sum(row["sum"] for row in data["seconds"])
+    spent, what = _spent(data)
     random = study["sampler"] == "random"
     return {
         "Same training for all candidates?": (
@@ -304,7 +310,7 @@ def _checklist(data: Mapping[str, Any]) -> dict[str, str]:
         if tested
         else "no: capnas best --retrain",
         "Test split unseen by the search?": "yes: opened by the final evaluation only",
-        "Cost?": f"{total / 3600:.2f} hours of trials"
+        "Cost?": f"{spent / 3600:.2f} hours of {what}"
         + (f" on {data['environment'].get('cpu')}" if data["environment"].get("cpu") else ""),
         "To repeat it?": "study.toml, seed and versions are in the run's folder; equal numbers need the same number of threads",
     }

@@ -304,6 +304,9 @@ def test_a_report_names_the_winner_of_the_finals(tmp_path: Path) -> None:
     assert [row["trial"] for row in data["finals"]] == [0, 1, 8]
     text = Report.of(run).to_markdown()
     assert "| 1 | 6 | complete | 0.95 | 0.5 | 0.4 | 2 |" in text
+    assert data["seconds"] == [{"stage": "finals", "trials": 3, "sum": 6.0, "median": 2.0}]
+    assert "in 0.1 minutes of trials and finals;" in text
+    assert "| Cost? | 0.00 hours of trials and finals |" in text
     page = Report.of(run).write_html(tmp_path / "report.html").read_text()
     assert re.search(r"<b>1</b><span>best trial</span>", page)
     assert re.search(r"<b>0.95</b><span>accuracy on validation, 6 epochs</span>", page)
