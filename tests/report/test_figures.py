@@ -102,6 +102,12 @@ def test_of_trials_at_one_cost_the_line_has_the_best_alone(run: RunResult, monke
     assert (list(line.x), list(line.y)) == ([1000], [rows[-1][1].metrics["accuracy"]])
 
 
+def test_no_other_trial_stands_in_for_a_best_one_without_a_profile(told: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunResult, "best", property(lambda run: run.study.trials[3]))
+    blocks = [trace for trace in figures(told)["Saturation through the network"].data if trace.showlegend]
+    assert [trace.name.partition(":")[0] for trace in blocks] == ["median", "worst"]
+
+
 def test_profiles_are_those_of_the_best_the_median_and_the_worst(run: RunResult) -> None:
     figure = figures(run)["Saturation through the network"]
     blocks = [trace for trace in figure.data if trace.showlegend]
