@@ -831,6 +831,50 @@ def test_the_texts_tell_how_real_searches_of_todays_sum_ended() -> None:
                *(f[case][method] for method in names for case in TODAY for f in (all_means, all_errors)))  # fmt: skip
 
 
+def winner_of(row: Mapping[str, Any]) -> tuple[str, float, str, int]:
+    """Which search a row of the real searches is of."""
+    return row["case"], row["budget"], row["method"], row["seed"]
+
+
+def test_the_texts_tell_how_real_searches_of_1000_s_ended() -> None:
+    names = {"capnas": "capnas (`combined`)", "TPE on accuracy": "TPE on accuracy", "random": "random"}
+    spent = [row for row in lines_of(SEARCHES / "real.jsonl") if row["budget"] == 1000]
+    assert all(row["weights"] == dict(WEIGHTS) for row in spent if row["method"] == "capnas")
+    assert ({row["epochs"] for row in spent}, {row["case"] for row in spent}) == ({3}, {"cifar10"})
+    expected, each, deviation = ended(1000, "cifar10", names, 10_000, retrainings=2)
+    text = section("search").partition("### Real trainings: 1,000 s of processor time a search, CIFAR-10\n")[2].partition("\n### ")[0]
+    check_table(text, "method", expected)
+    mean = {method: statistics.mean(values) for method, values in each.items()}
+    above = [mean["capnas"] - mean[method] for method in ("TPE on accuracy", "random")]
+    worst, best = min(each["capnas"]), max(each["TPE on accuracy"])
+    assert worst > best  # "beyond the spread"
+    assert max(each["random"]) == max(map(max, each.values()))  # "one of three random searches drew the best network"
+    evener = [statistics.mean(r["evenness"] for r in lines_of(SEARCHES / "real_retrained.jsonl") if (r["budget"], r["method"]) == (1000, m))
+              for m in names]  # fmt: skip
+    blocks = [values[-1][-1] for values in expected.values()]
+    assert evener[0] > evener[1]  # "and its layers are evener"
+    assert blocks[0] < blocks[1]  # "its blocks are not"
+    winners = [r for r in lines_of(SEARCHES / "real.jsonl")
+               if r["case"] == "cifar10" and r["budget"] in (450, 1000) and r["method"] in names]  # fmt: skip
+    scored = {key: statistics.mean(r["test_accuracy"] for r in again) for key, again in itertools.groupby(
+        sorted(lines_of(SEARCHES / "real_retrained.jsonl"), key=winner_of), winner_of)}  # fmt: skip
+    rho = spearman([r["macs"] for r in winners], [scored[winner_of(r)] for r in winners])
+    check_says(text, "Spearman of MACs with test accuracy {}, over the {} winners of these and of the 450 s", rho, len(winners))
+    check_says(text, "capnas is {} points above TPE on accuracy, beyond the spread: its worst seed ({}) is above the best of TPE ({}), and",
+               above[0], worst, best)  # fmt: skip
+    check_says(text, "It is {} points above random on average, within the spread", above[1])
+    leads = sum(max(values) == values[0] for values in zip(*each.values()))
+    widest = max(max(values) - min(values) for values in each.values())
+    check_says(text, "the best of the three on {} of {} seeds. Winners of one method differ by up to {} points from seed to seed, "
+               "trainings of one winner by a standard deviation of {}", leads, len(each["capnas"]), widest, deviation)  # fmt: skip
+    told = [number for method in names for number in (mean[method], standard_error(each[method]))]
+    for row in (table_row(STUDIES, "the same at 1,000 s, CIFAR-10"), headline("real searches of 1,000 s")):
+        check_says(row, "| {} ± {} | TPE on accuracy {} ± {}; random {} ± {} |", *told)
+    first = " ".join((ROOT / "README.md").read_text().split())
+    check_says(first, "in those of 1,000 s {} (`mbconv`), beyond it, and {} above random ones, within it", *above)
+    assert all(mine > other for mine, other in zip(each["capnas"], each["TPE on accuracy"]))  # "better on each seed"
+
+
 def test_the_texts_tell_what_evenness_gains() -> None:
     study = json.loads((RESULTS / "evenness" / "evenness.json").read_text())
     row, text = table_row(STUDIES, "[evenness]"), section("evenness")
