@@ -420,7 +420,7 @@ def test_any_error_and_the_warnings_of_workers_reach_the_parent(tmp_path: Path, 
         "if multiprocessing.parent_process() is not None:\n"
         "    import capnas.objective\n"
         "    warnings.warn('mind the\\n gap', RuntimeWarning)\n"
-        "    def broken(*settings): raise LookupError('no\\n luck')\n"
+        "    def broken(*settings, **looked): raise LookupError('no\\n luck')\n"
         "    capnas.objective.fingerprint = broken\n"
     )
     settings = config(tmp_path / "run", space=str(tmp_path / "sp.py"), data=str(home / "images"), workers=2)
