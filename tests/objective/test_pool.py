@@ -385,11 +385,11 @@ def test_refuses(data: ImageData, change: dict[str, Any], text: str) -> None:
 
 
 def test_a_reason_tells_the_score_itself_also_where_less_of_it_is_better(data: ImageData) -> None:
-    study = run(objective(data, gate="saturation_variation:best:20%", pool=2), net(8, 3), net(6, 3))
+    study = run(objective(data, gate="shortest_depth:best:20%", pool=2), net(4, 3), net(4, 1))
     told = [e for t in study.trials if (e := Evaluation.of(t)) is not None]
     assert [e.status for e in told] == ["measured", "measured"]
     for found in told:
-        value = found.metrics["init_saturation_variation"]
+        value = found.metrics["init_shortest_depth"]
         assert value is not None
         assert value > 0
-        assert found.reason.startswith(f"saturation_variation before training is {value:.4g}, place ")
+        assert found.reason.startswith(f"shortest_depth before training is {value:.4g}, place ")
