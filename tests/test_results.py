@@ -818,6 +818,12 @@ def test_the_texts_tell_how_real_searches_of_todays_sum_ended() -> None:
         layers = {method: statistics.mean(r["evenness"] for r in networks if r["method"] == method) for method in names}
         assert (layers["capnas"] > layers["TPE on accuracy"]) == (case == "cifar10")  # "on CIFAR-10 they are, on Fashion-MNIST not"
     check_table(text, "data: method", rows)
+    found, gated, _ = ended(450, "cifar10", {"capnas": "capnas", "capnas, gate by size": "by size"}, 10_000, retrainings=2)
+    own, large = gated["capnas"], gated["capnas, gate by size"]
+    check_says(text, "capnas ends on `mbconv` at {} ± {} ({}, {}, {}; on the other processor, see below), {} points below itself without a "
+               "gate: its winners are large ({} M MACs), but it trains {} networks instead of {}", statistics.mean(large),
+               standard_error(large), *large, statistics.mean(own) - statistics.mean(large), found["by size"][3], found["by size"][2],
+               found["capnas"][2])  # fmt: skip
     trained = [r["trained"] for r in sorted(spent, key=lambda r: r["seed"]) if (r["case"], r["method"]) == ("fashion", "capnas")]
     check_says(text, "({} networks trained on Fashion-MNIST, {} and {} in the others)", *trained)
     limits = " ".join((ROOT / "README.md").read_text().split())
@@ -1377,7 +1383,7 @@ def test_the_texts_tell_what_chooses_among_draws() -> None:
                *(rho[case][n] for n in ("combined", names[0], "macs") for case in ("fashion", "cifar10")))  # fmt: skip
     says = "({} on {} draws of `resnet`, {} on {} of `mbconv`), by what `combined` knows before a training at {} and {}, by MACs at {} and"
     told = [x for case, draws in (("fashion", found["fashion"]["draws"]), ("cifar10", every)) for x in (rho[case]["capacity_score"], draws)]
-    check_says(text, says + " {}: gate there by size", *told,
+    check_says(text, says + " {}. There a search is better without a gate", *told,
                *(rho[case][name] for name in (early, "macs") for case in ("fashion", "cifar10")))  # fmt: skip
     gates = ("the best 4 by macs", "all 14", "4 random ones", f"the best 4 by {early}", "the best 4 by capacity_score")
     told = [100 * found[case]["gated"][gate]["combined"] for gate in gates for case in ("fashion", "cifar10")]

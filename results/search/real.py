@@ -3,10 +3,11 @@
     python results/search/real.py --runs FOLDER                        # space resnet on the embedded Fashion-MNIST images
     python results/search/real.py --runs FOLDER --case cifar10 --cifar ZIP   # space mbconv on a part of CIFAR-10 (JPEG, {train,test}/CLASS)
     python results/search/real.py --derive-only                        # real.md from raw/real.jsonl and raw/real_retrained.jsonl again
-    python results/search/real.py --runs FOLDER --methods "capnas, gate" --seeds 0    # a method of `METHODS`; all but that one if not said
+    python results/search/real.py --runs FOLDER --methods "capnas, gate" --seeds 0    # else all of `METHODS` but those of `EXTRA`
 
 The committed rows are of --final-epochs 6, on CIFAR-10 of --final-epochs 10, and of
     --budget 450 --epochs 3 --retrainings 2 --test-images 10000 --methods capnas "TPE on accuracy" random
+    the same on CIFAR-10 with --methods "capnas, gate by size"
     --budget 1000 --epochs 3 --retrainings 2 --test-images 10000 --methods capnas "TPE on accuracy" random    # CIFAR-10 alone
     --budget 240
     --budget 900 --retrainings 3 --methods capnas "TPE on accuracy" random    # on CIFAR-10 --test-images 10000
@@ -62,7 +63,8 @@ METHODS = {  # capnas: as released
     "TPE on accuracy": {"sampler": "tpe", "values": ("accuracy",)},
     "random": {"sampler": "random", "values": ("accuracy",)},
 }
-STANDARD = tuple(name for name in METHODS if name != "capnas, gate")  # that one was tried on one seed
+EXTRA = ("capnas, gate", "capnas, gate by size")  # tried on one seed, on one data set
+STANDARD = tuple(name for name in METHODS if name not in EXTRA)
 
 
 def images(case, archive, folder, test_images=2000):
