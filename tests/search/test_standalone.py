@@ -108,16 +108,27 @@ def test_what_asks_more_of_a_trial_gets_a_stand_in(tmp_path: Path, line: str) ->
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('low = trial.suggest_int("low", 2, 4)', 'pick = trial.suggest_int\n    low = pick("low", 2, 4)'),
         ('low = trial.suggest_int("low", 2, 4)', 'low = Held(trial).low()'),
         ('low = trial.suggest_int("low", 2, 4)', 'low = trial.suggest_int("low", 2, 4)\n    assert trial.params["low"] == low'),
         ('low = trial.suggest_int("low", 2, 4)', 'low = trial.suggest_int("low", 2, 4)\n    assert not trial.should_prune()'),
     ],
-    ids=["a method under another name", "a trial in an object", "params", "should_prune"],
+    ids=["a trial in an object", "params", "should_prune"],
 )  # fmt: skip
 def test_what_suggests_in_another_way_gets_a_stand_in(tmp_path: Path, old: str, new: str) -> None:
     text = SPACES.replace(old, new) + (HELD if "Held" in new else "")
     assert "class Decisions(dict)" in script_of(text, tmp_path)
+
+
+def test_suggestions_under_another_name_alone_get_a_stand_in(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from torch import nn\n\ndef space(trial, *, num_classes, in_chans, image_size):\n    pick = trial.suggest_int\n"
+        '    return nn.Linear(pick("w", 2, 40), num_classes)\n'
+    )
+    script = standalone_script(load_space(path), {"w": 7}, num_classes=5, in_chans=1, image_size=4, guard=False)
+    names: dict[str, Any] = {"__name__": "loaded"}
+    exec(script, names)
+    assert names["build"]().in_features == 7
 
 
 def test_options_of_a_partial_space_are_kept() -> None:
