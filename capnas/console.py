@@ -125,6 +125,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def remark(text: str, *, json: bool) -> None:
+    """A closing line on stdout, or on stderr where that holds one document."""
+    say(text) if json else print(text)
+
+
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", left: int = 1, texts: Sequence[str] = ()) -> None:
     """A table on stdout; the first ``left`` columns and those named in ``texts`` are texts, the others numbers."""
     from rich import box

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from capnas.cli.app import Device, Json, app, decimal, quiet, whole
-from capnas.console import LONGER, at_chance, duration, out_json, pairs, say, short, show_table, time_left
+from capnas.console import LONGER, at_chance, duration, out_json, pairs, remark, say, short, show_table, time_left
 from capnas.errors import UsageError, check_names, counted
 
 
@@ -73,7 +73,7 @@ def excess(
         accuracy, images = 1 - reading.validation_error, study.header["data"]["sizes"]["validation"]
         what = f"the unconstrained network's accuracy on validation, {accuracy:.4f}, is no"
         line = at_chance(what, study.chance, f"{why}; {LONGER}", accuracy=accuracy, images=images)
-        say(line) if json else print(line)
+        remark(line, json=json)
 
 
 def _factors(text: str, option: str) -> list[float]:

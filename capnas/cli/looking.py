@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from capnas.cli.app import Device, Json, Run, app, quiet, seeding, whole
-from capnas.console import at_chance, duration, guess, out_json, say, show_best, show_table
+from capnas.console import at_chance, duration, guess, out_json, remark, say, show_best, show_table
 from capnas.documents import write_whole
 
 
@@ -123,6 +123,6 @@ def best(
         show_best(document, test, script if code is None else f"code: {code}")
     if poor is not None:
         line = at_chance(f"its accuracy on {split}, {accuracy:.4f}, is no", **poor)
-        say(line) if json else print(line)
+        remark(line, json=json)
     if trial is None and (owed := found.run.owed):
-        say(owed) if json else print(owed)
+        remark(owed, json=json)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capnas.cli.app import Device, Json, app, decimal, quiet, seeding, whole
-from capnas.console import LONGER, SAW_VALIDATION, at_chance, out_json, say, short, show_table
+from capnas.console import LONGER, SAW_VALIDATION, at_chance, out_json, remark, say, short, show_table
 from capnas.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def prune(
             say(SAW_VALIDATION)
         measured = found.data.sizes["validation"]
         if line := guessed(document["report"]["accuracy"], document["report"]["at_chance"], found.data.guess, measured):
-            say(line) if json else print(line)
+            remark(line, json=json)
 
 
 def _network(found: Target, config: PruneConfig, weights: Path | None, dry_run: bool) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from capnas.cli.app import Blocks, Count, Device, Json, app, quiet, sizes, whole
-from capnas.console import closing, no_value, out_json, pairs, run_document, say, show_run
+from capnas.console import closing, no_value, out_json, pairs, remark, run_document, say, show_run
 from capnas.errors import UsageError, counted
 from capnas.progress import Progress
 
@@ -121,7 +121,7 @@ def search(
     else:
         show_run(result)
     for line in closing(result):
-        say(line) if json else print(line)
+        remark(line, json=json)
     if result.interrupted:
         say(f"Interrupted with {result.n_finished} of {trials} trials finished. Resume with: {_command()}")
         raise SystemExit(130)  # not typer.Exit: `main` says "interrupted" after that one
@@ -147,14 +147,14 @@ def worker(
         progress = Progress(total=config.trials, names=config.values, directions=config.directions, epochs=config.epochs)
         with progress:
             ran = work(config, device=device, on_trial=progress.on_trial, on_epoch=progress.on_epoch)
-        study = find_study(config.name, config.storage, config.folder)
+        study = None if config.finalists is None else find_study(config.name, config.storage, config.folder)
         owed = "" if study is None else RunResult(folder=config.folder, config=config, study=study).owed
     if json:
         out_json({"study": config.name, "ran": ran})
     else:
         typer.echo(f"ran {counted(ran, 'trial')} of {config.name}")
     if owed:
-        say(owed) if json else print(owed)
+        remark(owed, json=json)
 
 
 def _command() -> str:

@@ -175,19 +175,19 @@ def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
     places = set(devices)
     cuda = sorted({torch.cuda.current_device() if d.index is None else d.index for d in places if d.type == "cuda"})
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        for index in cuda:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        for kind in {d.type for d in places} - {"cpu", "cuda", "meta"}:
-            torch.get_device_module(kind).manual_seed(seed)
-        try:
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            for index in cuda:
+                torch.cuda.default_generators[index].manual_seed(seed)
+            for kind in {d.type for d in places} - {"cpu", "cuda", "meta"}:
+                torch.get_device_module(kind).manual_seed(seed)
             yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @contextlib.contextmanager

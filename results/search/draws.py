@@ -128,8 +128,7 @@ def signals(rows):
              EARLY: [combined(r, short=False) for r in rows]}  # fmt: skip
     for label, part in (("", "scores"), ("after one epoch: ", "scores_after")):
         for name in rows[0][part]:
-            sign = 1 if SCORES[name].direction == "maximize" else -1
-            found[label + name] = [None if r[part][name] is None else sign * r[part][name] for r in rows]
+            found[label + name] = [None if r[part][name] is None else SCORES[name].oriented(r[part][name]) for r in rows]
     return {name: np.array(v) for name, v in found.items() if None not in v and np.ptp(v) > 0}
 
 
@@ -139,27 +138,30 @@ def combined(row, short=True):
     return value_of("combined", known | (row["short"] if short else {"accuracy": 0.0}), WEIGHTS)
 
 
+def pools_of(count, pool, draws):
+    """Some draws out of all, in random order, so many times: (draws, pool)."""
+    rng = np.random.default_rng(0)
+    return np.stack([rng.choice(count, pool, replace=False) for _ in range(draws)])
+
+
+def named_of(pools, values, accuracy):
+    """Mean accuracy of the draw of each pool that a signal names."""
+    return float(accuracy[pools[np.arange(len(pools)), values[pools].argmax(1)]].mean())
+
+
 def picked(values, accuracy, pool=POOL, draws=5000):
     """Mean accuracy of the draw that a signal names out of some."""
-    rng = np.random.default_rng(0)
-    pools = np.stack([rng.choice(len(values), pool, replace=False) for _ in range(draws)])
-    return float(accuracy[pools[np.arange(draws), values[pools].argmax(1)]].mean())
+    return named_of(pools_of(len(values), pool, draws), values, accuracy)
 
 
 def gated(found, accuracy, draws=5000):
     """Mean accuracy of the draw named by a short training of the few that a gate lets through, by who is trained and what names it."""
-    rng = np.random.default_rng(0)
-    pools = np.stack([rng.choice(len(accuracy), GATED, replace=False) for _ in range(draws)])  # in random order
+    pools = pools_of(len(accuracy), GATED, draws)
     gates = {f"{TRAINED} random ones": pools[:, :TRAINED], f"all {GATED}": pools}
     for name in ("macs", EARLY, "capacity_score"):
         best = np.argsort(-found[name][pools], axis=1, kind="stable")[:, :TRAINED]
         gates[f"the best {TRAINED} by {name}"] = np.take_along_axis(pools, best, 1)
-    return {
-        gate: {
-            value: float(accuracy[who[np.arange(draws), found[value][who].argmax(1)]].mean()) for value in (SHORT, "combined")
-        }
-        for gate, who in gates.items()
-    }  # fmt: skip
+    return {gate: {value: named_of(who, found[value], accuracy) for value in (SHORT, "combined")} for gate, who in gates.items()}
 
 
 def is_new(row, space):
