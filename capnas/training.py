@@ -226,7 +226,7 @@ def train(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            status, reason = "out_of_memory", str(error).splitlines()[0][:300]
+            status, reason = "out_of_memory", str(error).partition("\n")[0][:300] or type(error).__name__
     if status == "out_of_memory" and device.type == "cuda":
         torch.cuda.empty_cache()
     model.to(memory_format=torch.contiguous_format if last else torch.preserve_format).eval()  # type: ignore[call-overload]

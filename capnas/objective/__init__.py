@@ -197,7 +197,7 @@ class Objective:
                 if not is_out_of_memory(error):
                     self._store(trial, found, "failed" if isinstance(error, Exception) else "interrupted", described(error, 500))
                     raise
-                status, reason = "out_of_memory", one_line(error, 500)
+                status, reason = "out_of_memory", one_line(error, 500) or type(error).__name__
             return self._settle(trial, found, status, reason)
 
     def stages(self, trial: Any, found: dict[str, Any]) -> tuple[str, str]:

@@ -416,9 +416,10 @@ def test_divergence_ends_the_trial_with_its_reason_and_the_study_goes_on(data: I
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_out_of_memory_in_any_stage_ends_the_trial(data: ImageData, after: int) -> None:
-    study = run(objective(data, broken(torch.OutOfMemoryError("CUDA out of memory."), after)), SMALL, LARGE)
-    assert [(e.status, e.reason) for e in evaluations(study)] == [("out_of_memory", "CUDA out of memory.")] * 2
+@pytest.mark.parametrize(("error", "reason"), [(torch.OutOfMemoryError("CUDA is full."), "CUDA is full."), (MemoryError(), "MemoryError")])
+def test_out_of_memory_in_any_stage_ends_the_trial(data: ImageData, after: int, error: BaseException, reason: str) -> None:
+    study = run(objective(data, broken(error, after)), SMALL, LARGE)
+    assert [(e.status, e.reason) for e in evaluations(study)] == [("out_of_memory", reason)] * 2
 
 
 def test_out_of_memory_after_the_training_ends_the_trial(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
