@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from capnas.capacity.capture import LayerTaps, quiet
 from capnas.capacity.patches import arguments, groups_of, input_rows
 from capnas.measures.layer_capacity import exact_shares, population_ridge, scale_free
+from capnas.measures.probing import tensor_of
 
 PARAMS = 2048  # of all layers: one dense float64 solve of this size takes a second or two
 _ROWS = 8 * PARAMS  # samples times outputs; the memory of the tangents
@@ -61,8 +62,7 @@ def layer_tangents(model: nn.Module, inputs: Tensor, mode: str, *, revive: bool 
         leaf = inputs.detach().clone().requires_grad_()
         with taps:
             out = model(leaf.clone())
-        out = out if isinstance(out, Tensor) else next(o for o in out if isinstance(o, Tensor))
-        flat = out.reshape(batch, -1)
+        flat = tensor_of(out).reshape(batch, -1)
         for index in range(flat.shape[1]):
             torch.autograd.grad(flat[:, index].sum(), leaf, retain_graph=True)
             for call in taps.calls:

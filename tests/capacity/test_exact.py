@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +76,18 @@ def test_the_estimate_stands_in_where_the_exact_form_does_not_apply(model: nn.Mo
     found, plain = capacity_map(model, x, exact=True), capacity_map(model, x)
     assert found.method == "k-fac"
     assert dict(found.capacity) == dict(plain.capacity)
+
+
+@pytest.mark.parametrize("wrap", [lambda out: {"logits": out}, lambda out: (None, (out,))], ids=["a dictionary", "nested tuples"])
+def test_outputs_are_found_where_the_estimate_finds_them(wrap: Callable[[Tensor], object]) -> None:
+    class Wrapped(nn.Sequential):
+        def forward(self, x: Tensor) -> object:
+            return wrap(super().forward(x))
+
+    plain, x = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)), noise(90, 5)
+    found, expected = (capacity_map(m, x, mode="eval", exact=True) for m in (Wrapped(*plain), plain))
+    assert found.method == expected.method == "exact"
+    assert dict(found.capacity) == dict(expected.capacity)
 
 
 def test_a_head_of_zeros_is_looked_through_by_the_estimate() -> None:
