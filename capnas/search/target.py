@@ -24,6 +24,8 @@ from capnas.saved import MANIFEST, build_recipe, load_model, read_manifest
 from capnas.search.runs import open_run
 from capnas.search.trials import parse_trial, read_retrained, rebuild
 
+_SHAPE = ("num_classes", "in_chans")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -267,7 +269,7 @@ def _saved(folder: Path, data: str | ImageData | None, image_size: int | None, o
     known = extra.get("data") or {}
     images = _images(data or known.get("source") or EMBEDDED, (known.get("options") or {} if data is None else {}) | options)
     size = image_size or recipe.get("image_size") or images.image_size
-    shape = {k: (recipe.get("args") or recipe).get(k) for k in ("num_classes", "in_chans")}
+    shape = {k: (_timm_shape(recipe["timm"]) | recipe.get("args", {}) if "timm" in recipe else recipe)[k] for k in _SHAPE}
     if shape != {"num_classes": images.num_classes, "in_chans": images.in_chans}:
         raise UsageError(
             f"the model in {folder} takes images of {shape['in_chans']} channels and knows {shape['num_classes']} classes, "
@@ -276,6 +278,12 @@ def _saved(folder: Path, data: str | ImageData | None, image_size: int | None, o
     trained = extra.get("trained", True)
     saw = trained and bool(extra.get("retrained")) and data in (None, known.get("source"))
     return Target(name=str(folder), data=images, image_size=size, trained=trained, recipe=recipe, folder=folder, saw_validation=saw)
+
+
+def _timm_shape(name: str) -> dict[str, int]:
+    """Classes and channels of a timm model that is created without a word of them."""
+    config = timm.get_pretrained_cfg(name)
+    return {"num_classes": config.num_classes, "in_chans": config.input_size[0]}
 
 
 def _images(data: str | ImageData, options: dict[str, Any]) -> ImageData:

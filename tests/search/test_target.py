@@ -91,6 +91,17 @@ def test_a_saved_model_is_used_as_it_says(folder: Path, tmp_path: Path) -> None:
     assert open_target(str(place), data=source, data_options={"in_chans": 1}).data.image_size == 8  # pixels of its files
 
 
+def test_a_saved_model_may_leave_classes_and_channels_to_timm(tmp_path: Path) -> None:
+    recipe = {"timm": "resnet10t", "args": {"num_classes": 10}, "image_size": 28}
+    place = save_model(build_recipe(recipe), tmp_path / "m", recipe)
+    assert open_target(str(place), data="fashion-mnist-12k", data_options={"in_chans": 3}).data.in_chans == 3
+    with pytest.raises(UsageError, match=r"takes images of 3 channels and knows 10 classes, but .* has 1 and 10"):
+        open_target(str(place), data="fashion-mnist-12k")
+    place = save_model(build_recipe(every := {"timm": "resnet10t"}), tmp_path / "every", every)
+    with pytest.raises(UsageError, match="of 3 channels and knows 1000 classes"):
+        open_target(str(place), data="fashion-mnist-12k")
+
+
 def test_a_trial_at_another_size(folder: Path) -> None:
     target = open_target(f"{folder}:0", image_size=12)
     assert (target.image_size, target.recipe["image_size"], target.data.image_size) == (12, 12, 12)
