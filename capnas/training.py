@@ -150,17 +150,16 @@ def evaluate(
     split: str,
     *,
     batch_size: int = 256,
-    device: str = "auto",
     amp: str = "auto",
     channels_last: str = "auto",
     image_size: int | None = None,
 ) -> dict[str, float]:
-    """Accuracy in [0, 1] and mean cross-entropy over a split, in eval mode; the model's mode is put back.
+    """Accuracy in [0, 1] and mean cross-entropy over a split, in eval mode, on the model's device; the model's mode is put back.
 
     Raises:
         UsageError: ``split`` is "test" outside ``data.final_evaluation()``.
     """
-    where = resolve_device(device)
+    where = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     last = use_channels_last(channels_last, where, model)
     loss_sum = torch.zeros((), dtype=torch.float64, device=where)
     right = torch.zeros((), dtype=torch.int64, device=where)
@@ -261,9 +260,8 @@ def retrain(
     result = train(model, data, config, image_size=image_size, on_epoch=on_epoch, split="train+validation", evaluate_on=None)
     if result.status != "complete":
         return result, {}
-    settings: dict[str, Any] = {"device": config.device, "amp": config.amp, "channels_last": config.channels_last}
     with data.final_evaluation() as opened:
-        return result, evaluate(model, opened, "test", image_size=image_size, **settings)
+        return result, evaluate(model, opened, "test", amp=config.amp, channels_last=config.channels_last, image_size=image_size)
 
 
 def _epochs(
@@ -324,7 +322,7 @@ def _epochs(
                     recorder.pop("eval")  # these were training images
             if evaluate_on is not None:
                 switches: dict[str, Any] = {"amp": "on" if amp else "off", "channels_last": "on" if channels_last else "off"}
-                measured = evaluate(model, data, evaluate_on, device=str(device), image_size=image_size, **switches)
+                measured = evaluate(model, data, evaluate_on, image_size=image_size, **switches)
                 _check(measured["loss"], f"on {evaluate_on} after epoch {epoch + 1}")
                 row |= {"val_loss": measured["loss"], "accuracy": measured["accuracy"]}
             profile = None if recorder is None else _read(recorder, config.threshold, row)

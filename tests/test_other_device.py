@@ -92,6 +92,7 @@ def check_training() -> None:
     for key in set(expected.curve[0]) - {"seconds"}:
         same(found.curve[0][key], expected.curve[0][key])
     assert all(p.device.type == DEVICE for p in other.parameters())
+    same(evaluate(other, data(), "validation")["loss"], evaluate(ours, data(), "validation")["loss"])  # each where its network is
     options = {"amp": "on", "channels_last": "on", "label_smoothing": 0.1, "clip_grad": 1.0}
     assert train(net(), data(), replace(CONFIG, **options)).status == "complete"  # type: ignore[arg-type]
 
@@ -145,7 +146,7 @@ def check_projection() -> None:
     from capnas.projection import project_model
 
     def accuracy(model: nn.Module) -> float:
-        return evaluate(model, data(), "validation", device=DEVICE)["accuracy"]
+        return evaluate(model, data(), "validation")["accuracy"]
 
     found = project_model(net().to(DEVICE), batch(DEVICE)[0].split(8), accuracy)
     assert 0 <= found.projected <= 1

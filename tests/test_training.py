@@ -52,7 +52,7 @@ def test_learns_and_reports(data: ImageData) -> None:
     assert result.accuracy == result.curve[-1]["accuracy"] > 0.8
     assert result.curve[-1]["train_loss"] < result.curve[0]["train_loss"]
     assert not model.training
-    again = evaluate(model, data, "validation", device="cpu")
+    again = evaluate(model, data, "validation")
     assert again["accuracy"] == pytest.approx(result.accuracy)
     assert again["loss"] == pytest.approx(result.curve[-1]["val_loss"])
     assert (result.device, result.amp, result.channels_last) == ("cpu", use_amp("auto", torch.device("cpu"), model), True)
@@ -282,7 +282,7 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
 
 def test_evaluate_matches_a_plain_loop_and_restores_the_mode(data: ImageData) -> None:
     model = net().train()
-    found = evaluate(model, data, "validation", batch_size=7, device="cpu", amp="off")  # as the loop below
+    found = evaluate(model, data, "validation", batch_size=7, amp="off")  # as the loop below
     assert model.training
     x, y = next(data.batches("validation", 1000))
     model.eval()

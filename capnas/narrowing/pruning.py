@@ -252,7 +252,7 @@ def prune(
         tell(f"warning: on validation images the narrowed network puts out up to {outputs['after']:.3g}, the full one "
              f"{outputs['before']:.3g}; give more images (--calibration) or a larger target, or fine-tune")  # fmt: skip
     saturation = {name: _saturation(m, images, config.lossless or THRESHOLD) for name, m in (("before", full), ("after", small))}
-    accuracy = {name: evaluate(m, data, "validation", device=config.device, image_size=size)["accuracy"]
+    accuracy = {name: evaluate(m, data, "validation", image_size=size)["accuracy"]
                 for name, m in (("before", full), ("pruned", small))}  # fmt: skip
     tell(f"accuracy on validation: {accuracy['before']:.4f} before, {accuracy['pruned']:.4f} after narrowing, without training")
     curve: list[dict[str, Any]] = []

@@ -326,6 +326,6 @@ def _project(model: nn.Module, data: ImageData, share: float, size: int, seed: i
     x, _ = data.probe(_CALIBRATION, seed=seed, device=resolve_device(device), image_size=size)
 
     def accuracy(network: nn.Module) -> float:
-        return evaluate(network, data, "validation", device=device, amp="off", channels_last="off", image_size=size)["accuracy"]
+        return evaluate(network, data, "validation", amp="off", channels_last="off", image_size=size)["accuracy"]
 
     return project_model(model, x.split(256), accuracy, threshold=share, seed=seed)

@@ -157,7 +157,7 @@ class Bench:
 
     def accuracy(self, model):
         with self.data.final_evaluation() as opened:
-            return evaluate(model, opened, "test", device="cpu", amp="off")["accuracy"]
+            return evaluate(model, opened, "test", amp="off")["accuracy"]
 
     def kept(self, model):
         return count_cost(model, self.shape).macs / self.macs

@@ -80,7 +80,7 @@ def drawn(space, number, shape, limit):
 
 def accuracy(model, held_out):
     with held_out.final_evaluation() as opened:
-        return evaluate(model, opened, "test", device="cpu")["accuracy"]
+        return evaluate(model, opened, "test")["accuracy"]
 
 
 def run(given):

@@ -102,7 +102,7 @@ def test_trained_weights_of_a_timm_model(run: Run, tmp_path: Path) -> None:
     assert "or a timm model its --weights FILE.safetensors" in err
     code, out, err = run(*words, "--weights", tmp_path / "w.safetensors", "--out", tmp_path / "small", "--json")
     assert code == 0, err
-    accuracy = evaluate(model, images, "validation", device="cpu")["accuracy"]
+    accuracy = evaluate(model, images, "validation")["accuracy"]
     assert json.loads(out)["report"]["accuracy"]["before"] == pytest.approx(accuracy)
     assert sum(p.numel() for p in capnas.load_model(tmp_path / "small").parameters()) == json.loads(out)["plan"]["planned_params"]
     code, _, err = run("prune", tmp_path / "small", "--weights", tmp_path / "w.safetensors", "--target-macs", "0.9", "--dry-run")

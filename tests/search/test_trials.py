@@ -109,7 +109,7 @@ def test_retraining_reads_test_once_and_is_kept(run: RunResult, data: ImageData)
     assert seen == [1, 2]
     saved = load_model(run.folder / record["model"])
     with data.final_evaluation() as opened:
-        assert evaluate(saved, opened, "test", device="cpu")["accuracy"] == pytest.approx(record["test_accuracy"])
+        assert evaluate(saved, opened, "test")["accuracy"] == pytest.approx(record["test_accuracy"])
     assert not torch.equal(next(saved.parameters()), next(found.model(3).parameters()))
     assert open_target(str(run.folder / record["model"]), data=data).trained
     retrain_trial(found, epochs=1, seed=3, device="cpu")
