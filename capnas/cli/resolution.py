@@ -172,9 +172,15 @@ def _write(folder: Path, document: dict[str, Any], panels: dict[str, dict[str, l
 
 
 def _survey_panels(surveys: tuple[SizeSurvey, ...]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    border = [(float(s.size), len(s.unproductive) / len(s.looking)) for s in surveys if s.looking and not s.borderless]
+    border = _border_line(surveys)
     macs = [(float(s.size), float(s.macs)) for s in surveys if s.macs is not None]
-    return ({"idle layers (share)": {"past the border": border}} if border else {}) | {"MACs": {"one image": macs}}
+    return ({"idle layers (share)": border} if border else {}) | {"MACs": {"one image": macs}}
+
+
+def _border_line(surveys: tuple[SizeSurvey, ...]) -> dict[str, list[tuple[float, float]]]:
+    """The share of the layers past the border by size; nothing of a network without a border."""
+    points = [(float(s.size), len(s.unproductive) / len(s.looking)) for s in surveys if s.looking and not s.borderless]
+    return {"past the border": points} if points else {}
 
 
 def _panels(tuning: Tuning) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -182,9 +188,9 @@ def _panels(tuning: Tuning) -> dict[str, dict[str, list[tuple[float, float]]]]:
 
     last = [row for s in tuning.surveys if (row := tuning.last(s.size)) is not None]
     accuracy = {"measured": [(float(r.size), r.accuracy) for r in last]}
-    border = [(float(s.size), len(s.unproductive) / len(s.looking)) for s in tuning.surveys if s.looking]
+    tail = {"tail": [(float(r.size), tail_fraction(r.saturations)) for r in last]}
     return {
         "accuracy": accuracy | {"fitted": [(float(s), a) for s, a in tuning.recommendation.fitted.items()]},
         "mean saturation": {"measured": [(float(r.size), mean(r.saturations)) for r in last]},
-        "idle layers (share)": {"tail": [(float(r.size), tail_fraction(r.saturations)) for r in last], "past the border": border},
+        "idle layers (share)": tail | _border_line(tuning.surveys),
     }

@@ -85,6 +85,13 @@ def test_a_network_without_border_says_so(run: Run, folder: Path) -> None:
     assert "8 of 24 px are not read" in out
 
 
+def test_the_figure_of_a_network_without_border_shows_none(run: Run, folder: Path, tmp_path: Path) -> None:
+    words = ("resolution", "vit_tiny_patch16_224", "--candidates", "32", "--data", folder)
+    for place, more in (("looked", ("--dry-run",)), ("tuned", TINY)):
+        assert run(*words, *more, "--out", tmp_path / place)[0] == 0
+        assert "past the border" not in (tmp_path / place / "resolution.svg").read_text()
+
+
 def test_a_narrowed_model_is_tuned_as_narrow_as_it_is(run: Run, folder: Path, tmp_path: Path) -> None:
     from capnas.narrowing import narrowed, plan_widths, survey
     from capnas.saved import build_recipe, save_model
