@@ -13,7 +13,7 @@ from capnas.graph.structure_walk import Row, Walk
 from capnas.graph.tracing import Trace
 from capnas.measures import algebra, receptive
 from capnas.measures.algebra import PoolGain
-from capnas.measures.receptive import BorderRule, LayerField
+from capnas.measures.receptive import LayerField
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +83,6 @@ class StructureReport:
     shortest: int
 
     @property
-    def vc_order(self) -> float:
-        """``W L log2 W``, see `capnas.measures.algebra.vc_comparator`."""
-        return algebra.vc_comparator(self.weights, self.depth)
-
-    @property
     def fields(self) -> list[LayerField]:
         """Convolutions, dense layers, pools and attention over a model input with image axes, in the order of execution."""
         return [x.field for x in self.layers.values() if x.field is not None and x.kind != "activation"]
@@ -128,29 +123,6 @@ def structure(trace: Trace, *, pool_gain: PoolGain = "paths", gates: bool = Fals
         depth=max((s.depth for s in ends), default=0),
         shortest=min((s.shortest for s in ends), default=0),
     )
-
-
-def border_layers(report: StructureReport, image_size: int | tuple[int, ...], rule: BorderRule = "strict") -> tuple[str, ...]:
-    """Layers predicted to be unproductive at an image size; see `capnas.measures.receptive.border_layers` for the rules.
-
-    >>> from torch import nn
-    >>> from capnas.graph.tracing import trace
-    >>> report = structure(trace(nn.Sequential(*[nn.Conv2d(1, 1, 3) for _ in range(9)]), (1, 1, 32, 32)))
-    >>> border_layers(report, 15), border_layers(report, 15, rule="toolbox")
-    (('8',), ('7', '8'))
-    """
-    return receptive.border_layers(report.fields, image_size, rule)
-
-
-def feasible_resolutions(report: StructureReport, *, lower: str = "largest") -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Smallest and largest feasible image size along each axis; see `capnas.measures.receptive.feasible_range`.
-
-    >>> from torch import nn
-    >>> from capnas.graph.tracing import trace
-    >>> feasible_resolutions(structure(trace(nn.Conv2d(3, 8, 7), (1, 3, 32, 32))))
-    ((7.0, 7.0), (7.0, 7.0))
-    """
-    return receptive.feasible_range(report.fields, lower=lower)  # type: ignore[arg-type]
 
 
 def _freeze(name: str, row: Row) -> LayerStructure:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas._timm import import_timm, timm
-from capnas.graph.structure import StructureReport, border_layers, feasible_resolutions, structure
+from capnas.graph.structure import StructureReport, structure
 from capnas.graph.tracing import trace
 from capnas.measures import algebra, receptive
 from capnas.measures.algebra import concat, gate, linear_leaf, pool_leaf, residual, series
@@ -72,7 +72,7 @@ def test_reference_networks_at_224_pixels(net: str, networks: dict[str, dict]) -
     assert report.complexity_positions == pytest.approx(row["C_pos_bits"], abs=0.06)
     assert report.log2_paths == pytest.approx(row["log2_K"], abs=6e-5)
     assert report.log2_power == pytest.approx(row["log2_P"], abs=6e-5)
-    assert report.vc_order == pytest.approx(row["W_L_log2W"], rel=1e-9)
+    assert algebra.vc_comparator(report.weights, report.depth) == pytest.approx(row["W_L_log2W"], rel=1e-9)
     assert report.complexity == pytest.approx(math.fsum(x.complexity_bits for x in report.layers.values()))
 
 
@@ -87,7 +87,7 @@ def test_receptive_fields_of_vgg(net: str, fields: dict) -> None:
         assert layer.jump == (row["jump"], row["jump"])
     names = [x.name for x in convs]
     for size, border in fields[net]["border"].items():
-        flagged = [n for n in border_layers(report, int(size)) if n in names]
+        flagged = [n for n in receptive.border_layers(report.fields, int(size)) if n in names]
         assert (flagged[0] if flagged else None) == (names[int(border.removeprefix("conv")) - 1] if border else None), size
 
 
@@ -120,23 +120,23 @@ def test_receptive_fields_of_resnets(reference: str, net: str, options: dict, si
         assert next(iter(receptive.border_layers(main, int(pixels), "shortest_with_1x1")), None) == border, pixels
         inside = [i for i, row in enumerate(wide) if row["r_min"] <= int(pixels)]
         past = tuple(row["layer"] for row in wide[inside[-1] + 1 if inside else 0 :])
-        assert border_layers(report, int(pixels)) == past, pixels
+        assert receptive.border_layers(report.fields, int(pixels)) == past, pixels
     for pixels, border in fields[reference]["border_longest_path"].items():
         assert next(iter(receptive.border_layers(main, int(pixels), "longest_with_1x1")), None) == border, pixels
         past = tuple(row["layer"] for row in wide if row["r_in_max"] > int(pixels))
-        assert border_layers(report, int(pixels), "longest") == past, pixels
+        assert receptive.border_layers(report.fields, int(pixels), "longest") == past, pixels
 
 
 def test_toolbox_rule_and_ranges_on_traced_models(fields: dict) -> None:
     toolbox = fields["rfa_toolbox_1.7.0"]
     resnet = timm_report("resnet18", 224)
     main = [row["layer"] for row in fields["resnet18"]["layers"]]
-    assert border_layers(resnet, 32, "toolbox") == tuple(main[10:])
-    assert border_layers(resnet, 64, "toolbox") == tuple(main[-3:])
-    assert border_layers(resnet, 224, "toolbox") == ()
+    assert receptive.border_layers(resnet.fields, 32, "toolbox") == tuple(main[10:])
+    assert receptive.border_layers(resnet.fields, 64, "toolbox") == tuple(main[-3:])
+    assert receptive.border_layers(resnet.fields, 224, "toolbox") == ()
     ranges = toolbox["resnet18_input_resolution_range"]
-    assert feasible_resolutions(resnet) == tuple(map(tuple, ranges["default"]))
-    assert feasible_resolutions(resnet, lower="functional") == tuple(map(tuple, ranges["lower_bound"]))
+    assert receptive.feasible_range(resnet.fields) == tuple(map(tuple, ranges["default"]))
+    assert receptive.feasible_range(resnet.fields, lower="functional") == tuple(map(tuple, ranges["lower_bound"]))
 
 
 class Custom(nn.Module):
@@ -285,8 +285,8 @@ def test_functional_transposed_and_vector_models() -> None:
     dense = report_of(nn.Sequential(nn.Linear(10, 3), nn.ReLU(), nn.Linear(3, 10), nn.ReLU(), nn.Linear(10, 2)), (5, 10))
     assert dense.complexity == pytest.approx(3 + 7.459431618637297)
     assert dense.layers["0"].receptive_field == ()
-    assert feasible_resolutions(dense) is None
-    assert border_layers(dense, 32) == ()
+    assert receptive.feasible_range(dense.fields) is None
+    assert receptive.border_layers(dense.fields, 32) == ()
     nothing = report_of(nn.Identity(), (1, 3, 8, 8))
     assert (nothing.complexity, nothing.log2_paths, nothing.layers) == (0.0, 0.0, {})
 
@@ -309,6 +309,6 @@ def test_families_give_sane_values(name: str, size: int) -> None:
         assert layer.complexity_bits >= 0
         assert layer.field is not None
         assert all(f.low <= f.high and 1 <= f.jump <= 64 for f in (*layer.field.before, *layer.field.after)), layer
-    assert feasible_resolutions(report) is not None
+    assert receptive.feasible_range(report.fields) is not None
     for rule in get_args(receptive.BorderRule):
-        assert set(border_layers(report, 32, rule)) <= set(report.layers)  # type: ignore[arg-type]
+        assert set(receptive.border_layers(report.fields, 32, rule)) <= set(report.layers)  # type: ignore[arg-type]
