@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -20,7 +21,7 @@ def resolve_device(device: str) -> torch.device:
     """The device behind "auto" or a name of torch.
 
     Raises:
-        UsageError: a device that torch does not know or that this machine lacks.
+        UsageError: a device that torch does not know, that this machine lacks or that cannot compute in float64.
 
     Example:
         >>> resolve_device("cpu")
@@ -32,9 +33,20 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise UsageError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}.') from None
+    if found.type == "mps":  # sums of losses and moments are kept in float64
+        raise UsageError(f'device {device!r} does not compute in float64, which capnas needs: use "cpu" or a CUDA device.')
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f'device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; use "auto" or "cpu".')
     return found
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on, where the system tells; else all of the machine.
+
+    >>> 1 <= usable_cpus() <= (os.cpu_count() or 1)
+    True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_amp(switch: str, device: torch.device, model: nn.Module, *, trained_on: Iterable[tuple[int, ...]] = ()) -> bool:

@@ -386,6 +386,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert use_channels_last("auto", cpu, nn.Sequential(nn.Conv2d(16, 8, 1, stride=2), nn.Conv2d(8, 8, 1)))
     with pytest.raises(UsageError, match='device must be "auto", "cpu", "cuda" or "cuda:N", got \'gpu\''):
         resolve_device("gpu")
+    with pytest.raises(UsageError, match="'mps' does not compute in float64"):
+        resolve_device("mps")
     with pytest.raises(UsageError, match="'cuda:99' is not here: torch sees"):
         resolve_device("cuda:99")
 

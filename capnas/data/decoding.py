@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from capnas.data.images import as_images, as_label, resize, to_channels
 from capnas.data.sources import Pair, Reader, StreamReader, some
+from capnas.devices import usable_cpus
 from capnas.errors import DataError
 
 _SAMPLE = 48
@@ -212,8 +212,8 @@ def _in_order(work: Callable[[int], Any], indexes: Sequence[int], workers: int |
 
 
 def cores() -> int:
-    """Cores of this machine, at most 8: more do not help to decode."""
-    return min(os.cpu_count() or 1, 8)
+    """CPUs that may be used, at most 8: more do not help to decode."""
+    return min(usable_cpus(), 8)
 
 
 @dataclass(frozen=True, kw_only=True)

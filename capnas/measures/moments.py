@@ -174,9 +174,8 @@ class Sums:
         """Add the recent sums to those in float64."""
         if self._recent is None or not self._rows:
             return
-        double = torch.float64 if self._recent[0].device.type != "mps" else torch.float32
         if self._sums is None:
-            self._sums = self._recent[0].to(double, copy=True), self._recent[1].to(double, copy=True)
+            self._sums = self._recent[0].to(torch.float64, copy=True), self._recent[1].to(torch.float64, copy=True)
         else:
             for whole, part in zip(self._sums, self._recent):
                 whole.add_(part)

@@ -16,6 +16,7 @@ import optuna
 import torch
 
 import capnas.errors
+from capnas.devices import usable_cpus
 from capnas.documents import write_whole
 from capnas.errors import CapnasError, StudyError, one_line
 from capnas.objective import Objective
@@ -177,7 +178,7 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
     context = multiprocessing.get_context("spawn")
     messages = context.SimpleQueue()
     before = ended(study)
-    threads = max(1, len(os.sched_getaffinity(0)) // config.workers if hasattr(os, "sched_getaffinity") else 1)
+    threads = max(1, usable_cpus() // config.workers)
     children = [
         context.Process(
             target=_child, args=(config.to_dict(), config.storage, config.out, _device(config.device, i), threads, before, messages)

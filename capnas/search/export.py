@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import io
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import optuna
 import torch
 
 import capnas
-from capnas.devices import resolve_device
+from capnas.devices import resolve_device, usable_cpus
 from capnas.documents import json_text, write_whole
 from capnas.objective.evaluation import Evaluation
 
@@ -32,7 +31,7 @@ def environment(*, workers: int = 1, device: str = "auto") -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "cpu": _cpu(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": usable_cpus(),
         "workers": workers,
         "threads": max(1, torch.get_num_threads() // workers),
         "device": where.type,

@@ -119,7 +119,7 @@ def test_bytes_beside_floats_become_floats_up_to_one() -> None:
 
 
 def test_more_than_eight_cores_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("capnas.data.decoding.usable_cpus", lambda: 64)
     assert cores() == 8
 
 
