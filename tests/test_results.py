@@ -433,7 +433,7 @@ def test_the_texts_tell_how_the_score_ranks_what_nothing_was_chosen_on() -> None
     check_says(table_row(STUDIES, "[unseen]"), "cells of NAS-Bench-201 at {}, {} and {} for CIFAR-10, CIFAR-100 and ImageNet-16-120 "
                "(naswot {}, {}, {}); other families, torchvision's, at {} (naswot {}, MACs {})", *ranked[:6], *across)  # fmt: skip
     check_says((ROOT / "README.md").read_text(), "networks of many families (torchvision's) it ranks at {}, naswot at {}", *across[:2])
-    check_says(headline("other cells of NAS-Bench-201 yet"), "| {}, {}, {} | naswot {}, {}, {}; synflow {}, {}, {} |", *ranked)
+    check_says(headline("further cells of NAS-Bench-201"), "| {}, {}, {} | naswot {}, {}, {}; synflow {}, {}, {} |", *ranked)
 
 
 def test_the_texts_tell_how_the_score_ranks_a_space_that_it_was_not_fitted_on(summary: dict[str, Any]) -> None:
