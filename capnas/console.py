@@ -16,7 +16,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 WIDE, _NARROW = 160, 60  # columns of a table that goes into a file or a pipe; of a terminal below which a column would hold single letters
 _REFUSED = ("over_budget", "infeasible", "gated")  # ended before training
 LONGER = "train for more epochs, with a smaller batch_size or on more images"
-SAW_VALIDATION = "the network was trained on the validation images too: accuracies on them are of images that it knows"
+SAW_VALIDATION = "the network was trained on the validation images too: accuracies on them are of images that it has seen"
 
 
 def number(text: str, option: str = "") -> int:

@@ -59,7 +59,7 @@ def test_the_same_command_resumes_and_a_finished_study_says_so(run: Run, study: 
     same = ["search", FILE, "--data", folder, "--epochs", "1", "--out", study, "--seed", "1", *TINY]
     code, _, err = run(*same, "--trials", "3")
     assert code == 0
-    assert "finished before (3 trials)" in err
+    assert "already finished (3 trials)" in err
     code, out, _ = run(*same, "--trials", "4", "--json")
     assert code == 0
     assert json.loads(out)["finished"] == 4

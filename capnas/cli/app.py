@@ -21,9 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress on stderr.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Run = Annotated[str, typer.Argument(help="Folder of a run, or the name of a study under runs/.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, progress to stderr.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
+Run = Annotated[str, typer.Argument(help="A run's folder, or the name of a study under runs/.")]
 
 
 def whole(about: str, metavar: str = "N") -> Any:
@@ -73,9 +73,9 @@ def _seed(given: object) -> int:
 
 
 Blocks = Annotated[
-    str | None, typer.Option(metavar="PATTERN", help="Regular expression: names of the units to read as blocks; found without.")
+    str | None,
+    typer.Option(metavar="PATTERN", help="Names of the modules to read as blocks, a regular expression; default: found by rule."),
 ]
-Count = Annotated[int | None, whole("Limit per candidate: 8e6, 8M, 300k.")]
 
 
 def _version(asked: bool) -> None:

@@ -15,31 +15,38 @@ from capnas.errors import UsageError, check_names, counted
 
 @app.command()
 def excess(
-    model: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or file.py:function.")],
-    data: Annotated[str | None, typer.Option(help="Data set: a name or a folder of images; the run's, else fashion-mnist-12k.")] = None,
-    image_size: Annotated[int | None, whole("Pixels; the data's without.")] = None,
-    lipschitz: Annotated[str, typer.Option(metavar="F,F,...", help="Factors on the layers' norms.")] = "1,0.7,0.5,0.35",
-    distance: Annotated[str, typer.Option(metavar="F,F,...", help="Factors on the distances to initialization.")] = "1,0.5,0.25,0.125",
-    full_grid: Annotated[bool, typer.Option("--full-grid", help="Train also what is tighter than a setting that failed.")] = False,
-    seeds: Annotated[int, whole("Trainings of each setting.")] = 3,
-    epochs: Annotated[int, whole("Of each training.")] = 20,
-    tolerance: Annotated[float, decimal("Rise of the error that counts as holding it, a share of images.")] = 0.01,
-    hold: Annotated[str, typer.Option(help="Whose error has to hold: validation, train or both.")] = "validation",
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every run there; the same command again resumes.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, the folder of a saved model, or file.py:function.")
+    ],
+    data: Annotated[str | None, typer.Option(help="Images, a name or a folder; default: the run's, else fashion-mnist-12k.")] = None,
+    image_size: Annotated[int | None, whole("Image size in pixels; default: the data's.")] = None,
+    lipschitz: Annotated[str, typer.Option(metavar="F,F,...", help="Factors that limit the layers' norms.")] = "1,0.7,0.5,0.35",
+    distance: Annotated[
+        str, typer.Option(metavar="F,F,...", help="Factors that limit the distances to initialization.")
+    ] = "1,0.5,0.25,0.125",
+    full_grid: Annotated[bool, typer.Option("--full-grid", help="Also train settings tighter than one that failed.")] = False,
+    seeds: Annotated[int, whole("Number of trainings per setting.")] = 3,
+    epochs: Annotated[int, whole("Epochs of each training.")] = 20,
+    tolerance: Annotated[float, decimal("How much the error may rise and still count as held, as a share of images.")] = 0.01,
+    hold: Annotated[str, typer.Option(help="Which error has to hold: validation, train or both.")] = "validation",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every training there; the same command resumes.")] = None,
     train: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="More training settings: lr=0.05,batch_size=64,project_every=15.")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further training settings, e.g. lr=0.05,batch_size=64,project_every=15.")
     ] = None,
-    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More data settings: validation=0.3.")] = None,
+    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further data settings, e.g. validation=0.3.")] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure excess capacity: decades of the capacity bound to spare while the error holds. Trains seeds x settings networks."""
+    """Measure excess capacity: how many decades a network can give up of its capacity bound while its error holds.
+
+    Trains a network for each seed and setting.
+    """
     with quiet():
         from capnas.excess import excess_capacity
         from capnas.search.target import open_network
 
         if seeds < 1:
-            raise UsageError(f"seeds must be different numbers, at least one, so --seeds is at least 1, got {seeds}.")
+            raise UsageError(f"seeds must be at least 1, got {seeds}.")
         options = pairs(data_option or [], "--data-option")
         network, images, size, name = open_network(model, data=data, image_size=image_size, data_options=options)
         recipe = _recipe(epochs, pairs(train or [], "--train"))

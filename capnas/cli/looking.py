@@ -29,7 +29,7 @@ def spaces(json: Json = False) -> None:
 
 @app.command()
 def scores(json: Json = False) -> None:
-    """List the scores: which way is better, their range, and what they mean."""
+    """List the scores: which way each is better, its range and its meaning."""
     with quiet():
         from capnas.scoring import SCORES, measure_of
 
@@ -63,7 +63,7 @@ def report(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page with figures.")] = None,
     json: Json = False,
 ) -> None:
-    """Tables of a run in markdown, and a page with figures; nothing is trained."""
+    """Print the tables of a run as Markdown, or write a page with figures; nothing is trained."""
     with quiet():
         from capnas.report import Report
         from capnas.search import open_run
@@ -83,11 +83,13 @@ def report(
 @app.command()
 def best(
     run: Run,
-    trial: Annotated[int | None, whole("Another trial than the best.")] = None,
-    code: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the Python code to a file instead of showing it.")] = None,
-    retrain: Annotated[bool, typer.Option("--retrain", help="Train it longer on train + validation, test it once, keep it.")] = False,
-    epochs: Annotated[int, whole("Of --retrain.")] = 20,
-    seed: Annotated[int, seeding("Of --retrain.")] = 0,
+    trial: Annotated[int | None, whole("Show this trial instead of the best.")] = None,
+    code: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the Python code to a file instead of printing it.")] = None,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train it longer on train + validation, test it once and keep the network.")
+    ] = False,
+    epochs: Annotated[int, whole("Epochs of --retrain.")] = 20,
+    seed: Annotated[int, seeding("Seed of --retrain.")] = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

@@ -24,26 +24,28 @@ _LEGEND = {
 @app.command()
 def profile(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
-    data: Annotated[str | None, typer.Option(help="Images for a timm model; fashion-mnist-12k without.")] = None,
-    image_size: Annotated[int | None, whole("Pixels; the data's without.")] = None,
-    batch: Annotated[int, whole("Images to measure on.")] = 256,
+    data: Annotated[str | None, typer.Option(help="Images for a timm model; default: fashion-mnist-12k.")] = None,
+    image_size: Annotated[int | None, whole("Image size in pixels; default: the data's.")] = None,
+    batch: Annotated[int, whole("Number of images to measure on.")] = 256,
     measures: Annotated[
         str, typer.Option(metavar="NAME,...", help="What to measure: saturation, structure, norms, capacity, proxies or all.")
     ] = "saturation,structure",
-    mode: Annotated[str | None, typer.Option(help="train or eval; without, eval for trained weights, else train.")] = None,
+    mode: Annotated[str | None, typer.Option(help="train or eval; default: eval for trained weights, else train.")] = None,
     threshold: Annotated[float, decimal("Share of the variance that k explains.")] = 0.99,
-    reading: Annotated[str, typer.Option(help="Which rows: modules (single layers), blocks or both.")] = "both",
+    reading: Annotated[str, typer.Option(help="Rows to show: modules (single layers), blocks or both.")] = "both",
     blocks: Blocks = None,
-    initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network before training instead.")] = False,
-    weights: Annotated[str | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, in safetensors.")] = None,
-    project: Annotated[float | None, decimal("Accuracy when every layer but the head keeps this share of its variance.", "SHARE")] = None,
-    seed: Annotated[int, seeding("Of weights and choice of images.")] = 0,
+    initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network as it was before training.")] = False,
+    weights: Annotated[str | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, a safetensors file.")] = None,
+    project: Annotated[
+        float | None, decimal("Also the accuracy if every layer but the head keeps only this share of its variance.", "SHARE")
+    ] = None,
+    seed: Annotated[int, seeding("Seed of weights and of the choice of images.")] = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Show what each layer and block holds: dimension, saturation, receptive field, complexity, norm, capacity, cost.
+    """Show a network layer by layer: dimension, saturation, receptive field, complexity, norm, capacity, cost.
 
-    What needs the weights of a trial trains it again as the search did, since a search keeps none.
+    A search keeps no weights: where they are needed, the trial is trained again as the search did.
     """
     with quiet():
         from capnas.profile import MEASURES

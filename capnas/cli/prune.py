@@ -22,31 +22,34 @@ if TYPE_CHECKING:
 @app.command()
 def prune(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
-    data: Annotated[str | None, typer.Option(help="Images; the run's or the saved model's without, else fashion-mnist-12k.")] = None,
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, in safetensors.")] = None,
-    image_size: Annotated[int | None, whole("Pixels; the target's without.")] = None,
-    target_macs: Annotated[float | None, decimal("Keep this share of the multiply-accumulates.", "SHARE")] = None,
-    lossless: Annotated[float | None, decimal("As wide as this share of each layer's variance needs.", "SHARE")] = None,
+    data: Annotated[str | None, typer.Option(help="Images; default: those of the run or the saved model, else fashion-mnist-12k.")] = None,
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, a safetensors file.")] = None,
+    image_size: Annotated[int | None, whole("Image size in pixels; default: the target's.")] = None,
+    target_macs: Annotated[float | None, decimal("Share of the multiply-accumulates to keep.", "SHARE")] = None,
+    lossless: Annotated[float | None, decimal("Instead: keep the width that this share of each layer's variance needs.", "SHARE")] = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Widths: the JSON of --dry-run --json, with planned or widths edited; wider too.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Instead: widths from a file, the JSON of --dry-run --json after editing; wider is possible."),
     ] = None,
-    method: Annotated[str, typer.Option(help="channels, or lowrank: layers split in two by their eigenspaces.")] = "channels",
-    allocation: Annotated[str, typer.Option(help="Of a target: loss (least loss per MAC saved) or saturation (made even).")] = "loss",
-    round_to: Annotated[int, whole("Channels are a multiple of it.")] = 8,
-    calibration: Annotated[int, whole("Images that widths and corrections are measured on.", "IMAGES")] = 1024,
-    train_epochs: Annotated[int, whole("Train a target without weights first.")] = 0,
-    finetune_epochs: Annotated[int, whole("Train the narrowed network.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    method: Annotated[str, typer.Option(help="channels (remove them) or lowrank (split layers in two by their eigenspaces).")] = "channels",
+    allocation: Annotated[
+        str, typer.Option(help="How --target-macs is met: loss (least loss per MAC saved) or saturation (made even).")
+    ] = "loss",
+    round_to: Annotated[int, whole("Make channels a multiple of this.")] = 8,
+    calibration: Annotated[int, whole("Number of images to measure widths and corrections on.", "IMAGES")] = 1024,
+    train_epochs: Annotated[int, whole("Epochs to train a target without weights first.")] = 0,
+    finetune_epochs: Annotated[int, whole("Epochs to train the narrowed network.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the narrowed model and its report.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over a model saved there before.")] = False,
-    seed: Annotated[int, seeding("Of weights, sampling and training.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a model saved there before.")] = False,
+    seed: Annotated[int, seeding("Seed of weights, sampling and training.")] = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Narrow the over-wide layers of a network, correct what reads them, and save the narrower model.
+    """Narrow the over-wide layers of a network, correct the layers that read them, and save the narrower model.
 
-    Coupled layers share a width; what stays and how wide each group becomes is measured on images of train, and accuracy is reported on
-    validation. capnas.load_model reads the folder.
+    Coupled layers share a width. Which channels stay, and how many, is measured on training images; accuracy is reported on validation.
+    capnas.load_model reads the folder.
     """
     with quiet():
         from capnas.narrowing.planning import read_widths

@@ -21,25 +21,27 @@ DOCUMENT, FIGURE = "resolution.json", "resolution.svg"
 @app.command()
 def resolution(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
-    data: Annotated[str | None, typer.Option(help="Images; the run's, or fashion-mnist-12k for a timm model.")] = None,
-    candidates: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Sizes; half to twice the data's without.")] = None,
-    budget: Annotated[int | None, whole("Most multiply-accumulates of one image: 20M.", "MACS")] = None,
-    epochs: Annotated[int, whole("Of a full training of one size, of which the cost is a share.")] = 10,
-    share: Annotated[float, decimal("Most that all short runs cost, of training every size in full.")] = 0.3,
+    data: Annotated[str | None, typer.Option(help="Images; default: the run's, or fashion-mnist-12k for a timm model.")] = None,
+    candidates: Annotated[
+        str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to compare; default: from half to twice the data's.")
+    ] = None,
+    budget: Annotated[int | None, whole("Most multiply-accumulates per image, e.g. 20M.", "MACS")] = None,
+    epochs: Annotated[int, whole("Epochs of a full training at one size, which --share refers to.")] = 10,
+    share: Annotated[float, decimal("Most that all runs may cost, as a share of training every size in full.")] = 0.3,
     pay: Annotated[
-        float | None, decimal("Points of accuracy that a doubling of MACs has to bring; without, 0.25, and 0 within a --budget.")
+        float | None, decimal("Points of accuracy that a doubling of MACs has to bring; default: 0.25, with --budget 0.")
     ] = None,
     trained: Annotated[bool, typer.Option("--trained", help="Start every size from the trained weights of a saved model.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Borders, cost and advice only; nothing is trained.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show borders, cost and advice only; nothing is trained.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help=f"Write {DOCUMENT} and {FIGURE}.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite these files.")] = False,
-    seed: Annotated[int, seeding("Of weights, shuffling and augmentation, the same for every size.")] = 0,
+    seed: Annotated[int, seeding("Seed of weights, shuffling and augmentation, the same for every size.")] = 0,
     device: Device = "auto",
-    train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More training settings: batch_size=64.")] = None,
-    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More data settings: validation=0.2.")] = None,
+    train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further training settings, e.g. batch_size=64.")] = None,
+    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further data settings, e.g. validation=0.2.")] = None,
     json: Json = False,
 ) -> None:
-    """Find the smallest image size at which all layers work and accuracy has stopped paying for compute."""
+    """Find the smallest image size at which all layers work and a larger one is not worth its compute."""
     from dataclasses import fields
 
     from capnas.errors import UsageError, check_names

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from capnas.cli.app import Blocks, Count, Device, Json, app, quiet, sizes, whole
+from capnas.cli.app import Blocks, Device, Json, app, quiet, sizes, whole
 from capnas.console import closing, no_value, out_json, pairs, remark, run_document, say, show_run
-from capnas.errors import UsageError, counted
+from capnas.errors import counted
 from capnas.progress import Progress
 
 
@@ -19,62 +19,56 @@ from capnas.progress import Progress
 def search(
     space: Annotated[str, typer.Argument(help="Name of a space (see capnas spaces), file.py:function or module:function.")],
     data: Annotated[
-        str, typer.Option(help="A name or a folder of class folders; for its size --data-option image_size=64.")
+        str, typer.Option(help="A name, or a folder with one folder of images per class; --data-option image_size=64 sets their size.")
     ] = "fashion-mnist-12k",
-    trials: Annotated[int, whole("Finished trials in all (with a gate best: trained ones); a larger number continues a study.")] = 30,
-    epochs: Annotated[int, whole("Of the short training.")] = 3,
+    trials: Annotated[int, whole("Finished trials in all (with --gate best: trained ones); a larger number extends a study.")] = 30,
+    epochs: Annotated[int, whole("Epochs of the short training.")] = 3,
     values: Annotated[
         str,
         typer.Option(
-            help="What to optimize: combined (accuracy, losses, scores in one sum) or names like accuracy,saturation_evenness,macs."
+            help="What to optimize: combined (accuracy, losses and scores in one sum), or names such as accuracy,saturation_evenness,macs."
         ),
     ] = "combined",
     weights: Annotated[str | None, typer.Option(metavar="NAME=W,...", help="Weights of the scores in combined or principled.")] = None,
-    max_macs: Count = None,
-    max_params: Count = None,
+    max_macs: Annotated[int | None, whole("Most multiply-accumulates of a candidate for one image, e.g. 8e6 or 8M.")] = None,
+    max_params: Annotated[int | None, whole("Most parameters of a candidate, e.g. 300k.")] = None,
     gate: Annotated[
         str | None,
         typer.Option(
-            help="Who is trained after a look at the untrained network: best:10% (by its capacity score, among all seen so far), "
-            'naswot:best:10%, combined:best:10% (by what that sum knows before training), or a bound such as "saturation_evenness>=0.5".'
+            help="Which candidates are trained, judged by the untrained network: best:10% (the best tenth so far by capacity score), "
+            'naswot:best:10%, combined:best:10% (by the terms known before training), or a bound such as "saturation_evenness>=0.5".'
         ),
     ] = None,
     pool: Annotated[int | None, whole("With --gate best: untrained candidates to measure before the first training.")] = None,
-    resolutions: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to search jointly.")] = None,
+    resolutions: Annotated[str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to search over.")] = None,
     blocks: Blocks = None,
-    finalists: Annotated[
-        int | None, whole("Train as many of the best again at the end, for longer, and name the one that does best.")
-    ] = None,
-    final_epochs: Annotated[int | None, whole("Of the finalists; four times --epochs without.")] = None,
+    finalists: Annotated[int | None, whole("Train the N best again at the end, for longer, and name the one that does best.")] = None,
+    final_epochs: Annotated[int | None, whole("Epochs of the finalists' training; default: four times --epochs.")] = None,
     sampler: Annotated[str, typer.Option(help="tpe, random, nsga2, nsga3, gp, qmc or cmaes.")] = "tpe",
     pruner: Annotated[str, typer.Option(help="median, hyperband or off.")] = "median",
-    seed: Annotated[int, whole("Of everything random.")] = 0,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; a journal in the run's folder without one.")] = None,
-    study: Annotated[str | None, typer.Option(help="Name of the study; from space and data without one.")] = None,
-    out: Annotated[str | None, typer.Option(help="The run's folder; runs/STUDY without one.")] = None,
-    workers: Annotated[int, whole("Processes on this machine.")] = 1,
+    seed: Annotated[int, whole("Seed of everything random.")] = 0,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; default: a journal in the run's folder.")] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study; default: made from space and data.")] = None,
+    out: Annotated[str | None, typer.Option(help="The run's folder; default: runs/STUDY.")] = None,
+    workers: Annotated[int, whole("Worker processes on this machine.")] = 1,
     device: Device = "auto",
     enqueue: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What to begin with: a JSON list of parameters or what best --json prints.")
+        Path | None, typer.Option(metavar="FILE", help="Architectures to try first: a JSON list of parameters, or what best --json prints.")
     ] = None,
     no_reuse: Annotated[
-        bool, typer.Option("--no-reuse", help="Train every draw, also of an architecture trained before: initial weights may differ.")
+        bool, typer.Option("--no-reuse", help="Train every draw, even of an architecture trained before: initial weights may differ.")
     ] = False,
-    train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More training settings: lr=0.01.")] = None,
-    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="More data settings: image_size=32.")] = None,
+    train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further training settings, e.g. lr=0.01.")] = None,
+    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further data settings, e.g. image_size=32.")] = None,
     json: Json = False,
 ) -> None:
-    """Search for architectures; the same command again resumes."""
+    """Search for architectures; the same command resumes an interrupted search."""
     with quiet():
         from capnas.search import run_study
         from capnas.search.config import StudyConfig
         from capnas.search.enqueuing import read_parameters
 
         first = [] if enqueue is None else read_parameters(enqueue)
-        if study is not None and (study in ("", "..") or (out is None and Path(study).name != study)):
-            raise UsageError(
-                f"--study is the name of a folder under runs/, got {study!r}; give a name without slashes, or a folder as --out."
-            )
         config = StudyConfig(
             space=space,
             data=data,
@@ -126,17 +120,17 @@ def search(
         say(f"Interrupted with {result.n_finished} of {trials} trials finished. Resume with: {_command()}")
         raise SystemExit(130)  # not typer.Exit: `main` says "interrupted" after that one
     if result.finished_before >= trials:
-        say(f"The study was finished before ({counted(result.finished_before, 'trial')}); --trials with a larger number continues it.")
+        say(f"The study was already finished ({counted(result.finished_before, 'trial')}); a larger --trials extends it.")
 
 
 @app.command()
 def worker(
     run: Annotated[str, typer.Argument(help="Folder of a run, or the name of a study in --storage.")],
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL of the study, where there is no folder here.")] = None,
-    device: Annotated[str | None, typer.Option(help="Instead of the study's.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL of the study, if its folder is not on this machine.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device to use instead of the study's.")] = None,
     json: Json = False,
 ) -> None:
-    """Run trials of an existing study beside other workers, here or on another machine, until it has all of its trials."""
+    """Run trials of an existing study, alongside other workers on this or other machines, until all are done."""
     with quiet():
         from capnas.search import RunResult
         from capnas.search import worker as work

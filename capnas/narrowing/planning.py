@@ -113,7 +113,7 @@ def plan_widths(
         UsageError: not exactly one goal, a target that cannot be reached, or widths that do not fit the groups.
     """
     if (target_macs is not None) + lossless + (widths is not None) != 1:
-        raise UsageError("give exactly one goal: a target of MACs, lossless, or a plan of widths.")
+        raise UsageError("give exactly one goal: target_macs, lossless or widths.")
     check_division(allocation, round_to)
     options = [
         Widths(now=g.units, needed=n, choices=width_choices(g.units, g.unit_channels, round_to), losses=p.losses)

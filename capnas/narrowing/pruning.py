@@ -74,7 +74,7 @@ class PruneConfig:
         """Refuse what cannot be done."""
         check_types(self)
         if sum(goal is not None for goal in (self.target_macs, self.lossless, self.widths)) != 1:
-            raise UsageError("give exactly one of --target-macs, --lossless and --plan.")
+            raise UsageError("give exactly one goal: target_macs, lossless or widths (--target-macs, --lossless or --plan).")
         if self.target_macs is not None:
             check_target(self.target_macs)
         if self.method not in ("channels", "lowrank"):

@@ -164,7 +164,7 @@ class Objective:
         epochs, blocks = base.epochs if epochs is None else epochs, base.blocks if blocks is None else blocks
         self.train = dataclasses.replace(base, epochs=epochs, blocks=blocks, seed=seed, device=device)
         if unread := sorted(name for name in needed if not name.startswith(INIT) and not self.train.record):
-            raise UsageError(f"{unread[0]} is measured while a network trains, which record=False leaves out: leave record as it is.")
+            raise UsageError(f"{unread[0]} is measured during the training, and record=False switches that off: leave record on.")
         resolve_device(device)
         self.space: Callable[..., Any] = load_space(space)
         self.data = data if isinstance(data, ImageData) else load_data(data)

@@ -45,7 +45,7 @@ def check_finals(count: int, epochs: int, values: Sequence[str]) -> None:
         if not (isinstance(given, Integral) and given >= 1):
             raise UsageError(f"{name} must be a whole number of at least 1, got {given!r}.")
     if values[0] not in LEARNED:
-        text = f"finalists are compared by what longer trainings tell, so that the first value must be one of {', '.join(LEARNED)}"
+        text = f"finalists are compared after a longer training, so the first value must be one of {', '.join(LEARNED)}"
         raise UsageError(f"{text}; got {values[0]!r}.")
 
 

@@ -121,8 +121,8 @@ class StudyConfig:
         if not self.stale_after >= 0:
             raise UsageError(f"stale_after must be seconds, at least 0, got {self.stale_after}.")
         if self.study is not None and (self.study in ("", "..") or (self.out is None and Path(self.study).name != self.study)):
-            where = "study is the name of a folder under runs/"
-            raise UsageError(f"{where}, got {self.study!r}; give a name without slashes, or a folder as out.")
+            advice = "give a name without slashes, or a folder as out"
+            raise UsageError(f"study must be the name of a folder under runs/, got {self.study!r}; {advice}.")
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, got {self.seed}.")
         if self.seed >= 2**32:  # a limit of NumPy, which the samplers draw from
@@ -144,7 +144,7 @@ class StudyConfig:
         if self.finalists is not None:
             check_finals(self.finalists, self.finals_epochs, self.values)
         elif self.final_epochs is not None:
-            raise UsageError("final_epochs are those of finalists: say how many there are as well.")
+            raise UsageError("final_epochs needs finalists: say how many of them as well.")
 
     @property
     def finals_epochs(self) -> int:

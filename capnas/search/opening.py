@@ -100,7 +100,7 @@ def open_study(config: StudyConfig) -> optuna.Study:
         raise StudyError(f"the storage holds a study named {config.name} that is not of capnas; choose another name.")
     if stored is not None and (conflicts := config.conflicts(stored)):
         if not empty:
-            advice = "Choose another name or folder, or ask for the settings that it has to go on with it."
+            advice = "Choose another name or folder, or repeat the settings that it has to resume it."
             raise StudyError(f"the study {config.name} exists with other settings: {'; '.join(conflicts)}. {advice}")
         if not opened_here(study) and at_work(study.user_attrs[OPENER]):
             raise StudyError(_begun_by_another(config, conflicts))
@@ -110,7 +110,7 @@ def open_study(config: StudyConfig) -> optuna.Study:
         study.set_user_attr(SCORE, dict(CAPACITY_WEIGHTS))
     elif config.rates_capacity and study.user_attrs.get(SCORE) != dict(CAPACITY_WEIGHTS) and count_finished(study) < config.trials:
         advice = "Choose another name or folder, or go on with the version of capnas that began it (environment.json)."
-        raise StudyError(f"the study {config.name} has another definition of capacity_score: new trials would not compare. {advice}")
+        raise StudyError(f"the study {config.name} has another definition of capacity_score: new trials would not be comparable. {advice}")
     if empty and ((opener := study.user_attrs.get(OPENER)) is None or not at_work(opener)):
         study.set_user_attr(OPENER, own_claim())
     if stored is None:
@@ -163,7 +163,7 @@ def check_data(study: optuna.Study, objective: Objective) -> None:
     stored, trials = study.user_attrs.get(DATA), [t for t in study.get_trials(deepcopy=False) if is_settled(t)]
     if stored is not None and trials:
         if changed := data_changes(stored, objective.data):
-            advice = "New trials would not compare: bring the images back, or give another --study."
+            advice = "New trials would not be comparable: restore the images, or give another --study."
             raise StudyError(
                 f"the images {objective.data.name} have changed since the study {study.study_name} began: {'; '.join(changed)}. {advice}"
             )
@@ -193,7 +193,7 @@ def check_architectures(study: optuna.Study, objective: Objective) -> None:
         what = "no network" if built is None else "another architecture"
         raise StudyError(
             f"the space {space_name(objective.space)} has changed since the study {study.study_name} began: it builds {what} for trial "
-            f"{trial.number}. New trials would not compare: bring the space back, or give another --study."
+            f"{trial.number}. New trials would not be comparable: restore the space, or give another --study."
         )
 
 

@@ -39,7 +39,9 @@ def open_storage(url: str | None, folder: Path) -> Any:
             proxy.wait_server_ready(timeout=PATIENCE)
             return proxy
         if "://" not in url:
-            forms = "a URL such as sqlite:///study.db, postgresql://user@host/name or grpc://host:port, or the path of a journal file, *.log"
+            forms = (
+                "a URL such as sqlite:///study.db, postgresql://user@host/name or grpc://host:port, or the path of a journal file, *.log"
+            )
             raise StudyError(f"the storage {url or repr(url)} cannot be opened: expected {forms}.")
         return _database(url)
     except ImportError as error:

@@ -39,7 +39,7 @@ class Target:
         recipe: JSON values from which `capnas.saved.build_recipe` builds the architecture.
         folder: of a saved model, else None.
         saw_validation: whether its weights were trained on the validation images too, as `capnas.search.trials.retrain_trial` does:
-            accuracies on them are then of images that it knows.
+            accuracies on them are then of images that it has seen.
         retrained: of a trial, the folder of the network that `capnas.search.trials.retrain_trial` kept of it last; None without one.
     """
 

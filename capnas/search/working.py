@@ -100,7 +100,7 @@ def work(
         if len(failed := failures_in_a_row(trials, before)) >= MAX_FAILURES:
             raise StudyError(
                 f"{len(failed)} trials in a row ended in an error, the last: {_reason(failed[-1])}. They count as finished and are not run "
-                "again: when the cause is mended, ask for as many more --trials, or begin anew with another --study."
+                "again: once the cause is fixed, ask for that many more --trials, or start afresh with another --study."
             ) from error
         finished = sum(map(is_finished, trials))
         running = [t for t in trials if t.state == TrialState.RUNNING]

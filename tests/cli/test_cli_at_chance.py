@@ -41,7 +41,7 @@ def test_search_best_and_prune(run: Run, noise: Path, tmp_path: Path) -> None:
     code, out, err = run(*search, "--json")
     assert json.loads(out)["at_chance"]
     assert err.splitlines()[:2] == ["1 trial: 1 complete", f"no trial is {GUESS}{LONGER}"]
-    assert "finished before (1 trial);" in err
+    assert "already finished (1 trial);" in err
 
     code, out, _ = run("best", tmp_path / "run")
     assert out.splitlines()[-1].startswith("its accuracy on validation, 0.")

@@ -129,7 +129,7 @@ def test_what_is_kept_is_counted_and_what_is_not_is_said(run: Run, words: list[o
         ({"--tolerance": "2"}, "tolerance is a share of images"),
         ({"--hold": "test"}, "hold must be one of both, train, validation"),
         ({"--device": "cuda:77"}, "cuda:77"),
-        ({"--seeds": "0"}, "seeds must be different numbers, at least one"),
+        ({"--seeds": "0"}, "seeds must be at least 1, got 0"),
     ],
 )
 def test_errors_of_use_end_with_status_2_and_say_what_to_do(

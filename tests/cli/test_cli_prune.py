@@ -59,7 +59,7 @@ def test_plan_edit_prune_and_load(run: Run, saved: Path, tmp_path: Path) -> None
 def test_a_network_that_knows_the_validation_images_says_so_narrowed_too(run: Run, saved: Path, tmp_path: Path) -> None:
     extra = json.loads((saved / "manifest.json").read_text())["extra"] | {"retrained": {"epochs": 1}}
     known = save_model(build_recipe(RECIPE), tmp_path / "known", RECIPE, extra=extra)
-    says = "the network was trained on the validation images too: accuracies on them are of images that it knows"
+    says = "the network was trained on the validation images too: accuracies on them are of images that it has seen"
     for source, out in ((known, "small"), (tmp_path / "small", "smaller"), (saved, "other")):
         code, text, err = run("prune", source, "--target-macs", "0.8", "--out", tmp_path / out, "--json", *SHORT)
         assert code == 0, err
@@ -150,8 +150,8 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded(run: Run, saved: P
 def test_errors_of_use(run: Run, saved: Path) -> None:
     for words, reason in (
         (["prune", saved, "--target-macs", "0.5"], "give --out DIR"),
-        (["prune", saved, "--dry-run"], "exactly one of --target-macs, --lossless and --plan"),
-        (["prune", saved, "--target-macs", "0.5", "--lossless", "0.9", "--dry-run"], "exactly one of"),
+        (["prune", saved, "--dry-run"], "exactly one goal: target_macs, lossless or widths"),
+        (["prune", saved, "--target-macs", "0.5", "--lossless", "0.9", "--dry-run"], "exactly one goal"),
         (["prune", saved, "--plan", saved / "none.json", "--dry-run"], "cannot be read"),
     ):
         code, _, err = run(*words)

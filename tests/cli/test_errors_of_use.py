@@ -102,7 +102,7 @@ def test_images_that_changed_are_one_line(run: Run, tmp_path: Path) -> None:
     assert "the images images have changed since the study" in refused(run, *words, "--trials", 2, "--workers", 2)
     code, _, err = run(*words, "--trials", 1)
     assert (code, len(err.splitlines())) == (0, 1)
-    assert "finished before" in err
+    assert "already finished" in err
 
 
 def test_a_run_does_not_lie_in_its_images(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_names_unlike_all_others_are_told_few(run: Run, words: tuple[str, ...], 
 def test_a_study_is_a_name(run: Run, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     told = refused(run, "search", FILE, "--study", name)
-    assert told.startswith(f"error: --study is the name of a folder under runs/, got {name!r}; give a name without slashes")
+    assert told.startswith(f"error: study must be the name of a folder under runs/, got {name!r}; give a name without slashes")
     assert not any(tmp_path.iterdir())
 
 

@@ -84,7 +84,7 @@ def test_a_folder_that_takes_no_folders_is_told_before_the_work(run: Run) -> Non
      (("prune", "--seed", "1e30", "--lossless", "0.9"), "a seed must be at least 0 and below 2**32, got 10000"),
      (("profile", "--seed", "1e30"), "a seed must be"), (("resolution", "--seed", "1e30"), "a seed must be"),
      (("best", "--seed", "-1"), "a seed must be"),
-     (("excess", "--seeds", "0"), "so --seeds is at least 1, got 0."),
+     (("excess", "--seeds", "0"), "seeds must be at least 1, got 0."),
      (("excess", "--train", "lr=-1"), "weight_decay not negative; got -1, 0.9 and 0.0001."),
      (("prune", "--lossless", "0.9", "--out", "x", "--finetune-epochs", "-1"), "finetune_epochs must not be negative, got -1."),
      (("profile", "--batch", "1", "--measures", "capacity"), "batch must be at least 2 for capacity, got 1.")],

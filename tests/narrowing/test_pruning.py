@@ -179,8 +179,8 @@ def test_large_images_are_fewer(data: ImageData, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({}, "exactly one of --target-macs, --lossless and --plan"),
-        ({"target_macs": 0.5, "lossless": 0.9}, "exactly one of"),
+        ({}, "exactly one goal: target_macs, lossless or widths"),
+        ({"target_macs": 0.5, "lossless": 0.9}, "exactly one goal"),
         ({"target_macs": 0.5, "method": "magic"}, "method must be one of channels, lowrank"),
         ({"widths": {"0": 1}, "method": "lowrank"}, "a plan of widths is for the method channels"),
         ({"lossless": 1.5}, r"in \(0, 1\), got 1.5"),

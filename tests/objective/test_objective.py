@@ -553,7 +553,7 @@ def test_without_a_record_no_profile_passes_for_one_of_the_training(data: ImageD
     (found,) = evaluations(study)
     assert (found.status, found.profile) == ("complete", None)
     for values, name in ((("saturation_evenness",), "saturation_evenness"), (("principled",), "capacity_slack")):
-        with pytest.raises(UsageError, match=f"({name}|depth_evenness) is measured while a network trains, which record=False leaves out"):
+        with pytest.raises(UsageError, match=f"({name}|depth_evenness) is measured during the training, and record=False switches"):
             objective(data, values=values, train=plain)
 
 

@@ -137,7 +137,7 @@ def test_finished_says_so_and_trains_nothing_and_more_trials_extend_it(tmp_path:
 def test_other_settings_are_refused_and_named(tmp_path: Path, data: ImageData) -> None:
     run_study(config(tmp_path, trials=1), space=space, data=data)
     text = r"the study tiny exists with other settings: epochs was 1, now 2; max_macs was 'not set', now 9000. Choose another"
-    with pytest.raises(StudyError, match=f"{text} name or folder, or ask for the settings that it has"):
+    with pytest.raises(StudyError, match=f"{text} name or folder, or repeat the settings that it has"):
         run_study(config(tmp_path, trials=1, epochs=2, max_macs=9000), space=space, data=data)
     (tmp_path / "study.toml").unlink()  # the storage remembers
     with pytest.raises(StudyError, match="seed was 0, now 5"):
@@ -175,7 +175,7 @@ def test_images_that_changed_are_refused_before_a_new_trial(tmp_path: Path) -> N
     (folder / "3").mkdir()
     for path in list((folder / "0").iterdir())[:20]:
         path.rename(folder / "3" / path.name)
-    text = r"the images images have changed since the study tiny began: num_classes was 3, now 4.* New trials would not compare: bring"
+    text = r"the images images have changed since the study tiny began: num_classes was 3, now 4.* would not be comparable: restore"
     (tmp_path / "run" / "environment.json").write_text("of the last session")
     with pytest.raises(StudyError, match=text):
         run_study(replace(settings, trials=3))
@@ -189,7 +189,7 @@ def test_images_relabelled_or_repainted_in_place_are_refused(tmp_path: Path, dat
     x, y = images(120)
     other = load_data((x, 2 - y) if change == "labels" else (x[:, ::-1].copy(), y), validation=0.2, test=0.2)
     study = run_study(config(tmp_path, trials=1), space=space, data=data).study
-    text = rf"have changed since the study tiny began: the {change} differ.* New trials would not compare: bring the images back, or give"
+    text = rf"have changed since the study tiny began: the {change} differ.* would not be comparable: restore the images, or give"
     with pytest.raises(StudyError, match=text):
         run_study(config(tmp_path, trials=2), space=space, data=other)
     study.set_user_attr(DATA, {k: v for k, v in study.user_attrs[DATA].items() if k != "digest"})  # of an older capnas
@@ -482,7 +482,7 @@ def test_a_worker_that_ends_alone_is_told(tmp_path: Path, home: Path, ending: st
 def test_errors_in_a_row_are_counted_over_all_workers(tmp_path: Path, home: Path) -> None:
     (tmp_path / "sp.py").write_text("def space(trial, *, num_classes, in_chans, image_size):\n    raise TypeError('always')\n")
     settings = config(tmp_path / "run", space=str(tmp_path / "sp.py"), data=str(home / "images"), workers=2, trials=3)
-    text = r"trials in a row ended in an error, the last: TypeError: always. They count as finished and are not run again: when the"
+    text = r"trials in a row ended in an error, the last: TypeError: always. They count as finished and are not run again: once the"
     with pytest.raises(StudyError, match=text):
         run_study(settings)
     before = open_run(tmp_path / "run").n_finished
