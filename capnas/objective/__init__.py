@@ -66,25 +66,25 @@ class Objective:
         epochs: of the short training; that of ``train`` where None.
         max_params: most parameters, or None.
         max_macs: most multiply-accumulates of one image, or None.
-        gate: who is trained after a look at the untrained network, none by default: ``"best:10%"`` trains a candidate if its score is
-            among the best tenth of the candidates seen so far, ``"combined:best:10%"`` goes by what is known of that sum before training,
-            ``"log2_macs:best:10%"`` by size alone, for which nothing has to be measured,
-            ``"saturation_evenness>=0.5"`` is a bound; see `capnas.objective.gates`. With a share ``study.optimize`` counts each candidate,
-            trained or not, `capnas.run_study` the trained ones.
-        pool: candidates that are measured before the first training; then the best of them are trained first. Needs a gate ``best``.
-        resolutions: image sizes to search jointly, as the parameter ``image_size``. A size that leaves more than half of an architecture's
-            layers past the receptive-field border, where a larger one does not, is skipped for it: the trial ends as "infeasible".
+        gate: which candidates are trained, judged by the untrained network; all if None. ``"best:10%"`` trains a candidate whose score is
+            in the best tenth of those seen so far, ``"combined:best:10%"`` goes by the terms of that sum that are known before training,
+            ``"log2_macs:best:10%"`` by size alone, for which nothing has to be measured; ``"saturation_evenness>=0.5"`` is a bound. See
+            `capnas.objective.gates`. With a share, ``study.optimize`` counts every candidate, trained or not, `capnas.run_study` only
+            the trained ones.
+        pool: how many candidates are measured before the first training; the best of them are trained first. Needs a gate ``best``.
+        resolutions: image sizes to search over, as the parameter ``image_size``. If a size leaves more than half of an architecture's
+            layers past the receptive-field border and a larger one does not, the trial ends as "infeasible".
         blocks: regular expression of the units that are read as blocks, see `capnas.layers.find_blocks`; that of ``train`` where None.
             An architecture without such a unit ends as "infeasible".
-        seed: of weights, shuffling and augmentation, the same for every candidate: common random numbers make differences between
-            candidates less noisy than seeds of their own would. Threads (``n_jobs``) take turns; processes run side by side.
+        seed: of weights, shuffling and augmentation, the same for every candidate: with common random numbers, differences between
+            candidates are less noisy than with a seed for each. Threads (``n_jobs``) take turns; processes run side by side.
         device: see `capnas.training.TrainConfig`.
         train: all other settings of the training.
         stopping: the rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
         probe_images: size of the batch for the structure before training.
         initializations: draws of the untrained network's weights over which its saturations are means, see `capnas.profile_model`.
-        reuse: whether an architecture that was trained before in the study gets that result instead of a training. False trains every
-            draw: for spaces that draw what the graph does not show, such as initial weights (a pool still takes equal graphs for one).
+        reuse: whether an architecture that the study has trained before gets that result instead of a training. False trains every draw,
+            for spaces that draw what the graph does not show, such as initial weights (a pool still counts equal graphs as one).
 
     Attributes:
         names: value names in order.

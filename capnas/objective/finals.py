@@ -161,19 +161,19 @@ def hold_finals(
     """Train the best candidates of a study again from their first weights, for longer, and name the one that does best.
 
     They are trained on the training split and compared on the validation split, as in the search; the test split stays unread. Results are
-    kept with the study, so that the same call again trains only whose training failed or did not fit into memory, and one with a larger
-    ``count``, or after more trials, who is new as well; those of another recipe or other images are replaced. Where a training fails in
-    this call too, the others decide.
+    kept with the study: calling this again trains only finalists that are new (after more trials, or with a larger ``count``) or whose
+    training failed or ran out of memory. Results of another recipe or other images are replaced. If a training fails again, the winner is
+    chosen among the others.
 
     Args:
         study: with trials of the objective.
         objective: of those trials; its recipe is kept but for the epochs.
         count: how many candidates, see `finalists`.
-        epochs: of a final training; four times those of the search where None.
+        epochs: of a final training; four times those of the search if None.
         on_epoch: called after each epoch with the trial's number, the epoch and its row of the curve, which holds ``epochs`` as well.
         on_final: called with each trial, what its training gave (epochs, settings, accuracy, val_loss, train_loss, status, reason,
             seconds) and how many are still to be trained.
-        go_on: asked before each training; where it says no, None is returned.
+        go_on: asked before each training; if it returns False, the call ends and returns None.
 
     Returns:
         The winner (`winner`), or None where no finalist could be trained.

@@ -59,9 +59,9 @@ def profile_model(
         mode: "train" (batch statistics, the reading for networks at initialization) or "eval"; the model's own mode when absent.
         values_per_call: bound on what is read per layer and batch, see `Recorder`; every row when absent.
         initialize: how many copies at torch's default initialization to profile instead of the model, see `at_default_initialization`;
-            True is one. Scores of untrained networks that are to be compared need one way to start them; a search measures all its
-            candidates so, with `INITIALIZATIONS`. Several copies are of the seeds from `seed` on. The first reads all images, any other
-            every second, which costs half and averages the draw away as well (all, where that would leave fewer than `FEWEST_IMAGES`).
+            True is one. Scores of untrained networks compare only if all are initialized alike: a search measures all its candidates
+            this way, with `INITIALIZATIONS` copies. Copies have the seeds from `seed` on. The first reads all images, the others every
+            second one, which costs half and averages over the draw as well (all, if that would leave fewer than `FEWEST_IMAGES`).
             Saturations are means over the copies, see `capnas.profile.averaged`, other measures are of the first. The flag
             ``initialization`` names the parameters that kept their values.
         graph: the model's trace where it is already at hand.
