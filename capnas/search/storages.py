@@ -32,7 +32,7 @@ def open_storage(url: str | None, folder: Path) -> Any:
         MissingDependencyError: its driver is not installed.
     """
     try:
-        if url is None or url.endswith(".log"):
+        if _is_journal(url):
             return Records(_journal(_journal_path(url, folder)))
         if match := re.fullmatch(r"grpc://([^:/]+):(\d+)", url):
             proxy = optuna.storages.GrpcStorageProxy(host=match[1], port=int(match[2]))
@@ -64,12 +64,16 @@ def find_study(name: str, url: str | None, folder: Path) -> optuna.Study | None:
     Raises:
         StudyError, MissingDependencyError: see `open_storage`.
     """
-    if (url is None or url.endswith(".log")) and not _journal_path(url, folder).is_file():
+    if _is_journal(url) and not _journal_path(url, folder).is_file():
         return None
     try:
         return optuna.load_study(study_name=name, storage=open_storage(url, folder))
     except KeyError:
         return None
+
+
+def _is_journal(url: str | None) -> bool:
+    return url is None or (url.endswith(".log") and "://" not in url)
 
 
 def _journal_path(url: str | None, folder: Path) -> Path:

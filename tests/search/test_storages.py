@@ -154,6 +154,12 @@ def test_a_fresh_dangling_lock_that_its_owner_releases_is_waited_for_no_longer(t
     assert (tmp_path / "journal.log").is_file()
 
 
+def test_a_database_may_have_the_ending_of_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(open_storage("sqlite:///study.log", Path(".")), optuna.storages._CachedStorage)
+    assert [path.name for path in tmp_path.iterdir()] == ["study.log"]
+
+
 def test_a_storage_that_does_not_answer() -> None:
     with pytest.raises(StudyError, match=r"the storage sqlite:////no/such/folder/x.db cannot be opened: "):
         open_storage("sqlite:////no/such/folder/x.db", Path("."))
