@@ -21,6 +21,7 @@ from capnas.search.signals import whole
 HIDDEN = "***"
 GRACE = 10  # seconds after which the lock of a process that was killed is freed
 RECORD = b'{"op_code":'  # how Optuna begins every record of a journal
+_SQLITE = r"(sqlite(?:\+\w+)?:///)(?!file:)([^?]+)((?:\?.*)?)"  # a database in a file: what is before its path, the path, its settings
 PATIENCE = 10.0  # seconds for a proxy to answer; a call on a dead one has no end or a message for programmers
 
 
@@ -59,12 +60,13 @@ def open_storage(url: str | None, folder: Path) -> Any:
 
 
 def find_study(name: str, url: str | None, folder: Path) -> optuna.Study | None:
-    """A study to read; None where its storage holds none of this name. A journal that is not there is not begun.
+    """A study to read; None where its storage holds none of this name. A file that is not there is not begun.
 
     Raises:
         StudyError, MissingDependencyError: see `open_storage`.
     """
-    if _is_journal(url) and not _journal_path(url, folder).is_file():
+    file = _journal_path(url, folder) if _is_journal(url) else _database_path(url)
+    if file is not None and not file.is_file():
         return None
     try:
         return optuna.load_study(study_name=name, storage=open_storage(url, folder))
@@ -78,6 +80,12 @@ def _is_journal(url: str | None) -> bool:
 
 def _journal_path(url: str | None, folder: Path) -> Path:
     return folder / "journal.log" if url is None else Path(url)
+
+
+def _database_path(url: str | None) -> Path | None:
+    """The file of a database that is one, as far as its URL tells."""
+    match = re.fullmatch(_SQLITE, url or "")
+    return None if match is None else Path(match[2])
 
 
 def _database(url: str) -> Any:

@@ -232,11 +232,12 @@ def test_a_signal_while_records_are_read_loses_none(tmp_path: Path, monkeypatch:
     assert [t.value for t in study.get_trials()] == [0.0, 1.0]
 
 
-def test_a_journal_that_is_gone_is_not_begun_by_who_only_reads(tmp_path: Path) -> None:
-    gone = str(tmp_path / "gone" / "study.log")
+@pytest.mark.parametrize("form", ["{}/gone/study.log", "sqlite:///{}/gone.db", "sqlite+pysqlite:///{}/gone.db?timeout=9"])
+def test_a_file_that_is_gone_is_not_begun_by_who_only_reads(form: str, tmp_path: Path) -> None:
+    gone = form.format(tmp_path)
     with pytest.raises(StudyError, match="the storage holds no study of capnas named x"):
         stored_config("x", gone)
     (tmp_path / "study.toml").write_text(StudyConfig(space="resnet", storage=gone).to_toml())
     with pytest.raises(StudyError, match="holds no study named resnet-fashion-mnist-12k"):
         open_run(tmp_path)
-    assert not (tmp_path / "gone").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
