@@ -21,7 +21,7 @@ from capnas.objective.pool import check_pool
 from capnas.objective.targets import check_values, check_weights, direction_of, ranking, summed, wanted
 from capnas.scoring import Direction
 from capnas.search.samplers import PRUNERS, SAMPLERS, check_sampler
-from capnas.search.storages import hide_password, in_memory
+from capnas.search.storages import absolute_storage, hide_password, in_memory
 from capnas.size_survey import are_sizes
 from capnas.training import TrainConfig
 
@@ -179,15 +179,16 @@ class StudyConfig:
         """The same study with absolute paths, which hold also after a space has changed the working directory."""
         stored = self.to_dict()
         where = {"space": stored["space"], "data": stored["data"], "data_options": stored.get("data_options", {})}
-        return replace(self, study=self.name, out=str(self.folder.absolute()), **where)
+        return replace(self, study=self.name, out=str(self.folder.absolute()), storage=absolute_storage(self.storage), **where)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values without those that are None, empty (but for ``weights``) or belong to one session (``out``).
 
-        A password in the storage URL is hidden; paths of images and of a space's file are absolute, so that they hold in every directory.
+        A password in the storage URL is hidden; paths of images, of a space's file and of a storage's are absolute, so that they hold in
+        every directory.
         """
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
-        given |= {"study": self.name, "storage": hide_password(self.storage)}
+        given |= {"study": self.name, "storage": hide_password(absolute_storage(self.storage))}
         given["reuse"] = None if self.reuse else False  # older studies know no such setting
         given |= {"space": _file(self.space), "data": _folder(self.data), "data_options": dict(self.data_options)}
         if isinstance(root := self.data_options.get("root"), str) and os.path.exists(os.path.expanduser(root)):
@@ -288,6 +289,8 @@ def _anywhere(key: str, value: Any) -> Any:
     """A setting to compare: older studies hold relative paths, and a path that is gone is left as it was given."""
     if key in ("space", "data") and isinstance(value, str):
         return _absolute(value)
+    if key == "storage":
+        return absolute_storage(value)
     if key == "data_options" and isinstance(value, Mapping) and isinstance(value.get("root"), str):
         return {**value, "root": _absolute(value["root"])}
     return value

@@ -268,6 +268,20 @@ def hide_password(url: str | None) -> str | None:
     return None if url is None else re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url)
 
 
+def absolute_storage(url: str | None) -> str | None:
+    """A storage with the absolute path of its file, where it is one: it holds in every directory.
+
+    >>> absolute_storage("sqlite:////x/study.db"), absolute_storage("grpc://db:1")
+    ('sqlite:////x/study.db', 'grpc://db:1')
+    """
+    if url is not None and _is_journal(url):
+        return os.path.abspath(url)
+    match = re.fullmatch(_SQLITE, url or "")
+    if match is None or "?" in (path := os.path.abspath(match[2])):  # from there on SQLAlchemy reads settings
+        return url
+    return f"{match[1]}{path}{match[3]}"
+
+
 def in_memory(url: str | None) -> bool:
     """Whether a storage URL names a database that ends with its process.
 

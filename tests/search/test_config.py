@@ -25,7 +25,7 @@ def full() -> StudyConfig:
     return StudyConfig(
         space="my spaces/net.py:build", data="torch/cifar10", study='a "quoted" ä \\ 😀', trials=7, epochs=2, values=("combined", "macs"),
         weights={"saturation_evenness": 0.1, "tail_fraction": 1e-5}, max_params=10**6, max_macs=10**8, gate="saturation_mean>=0.2",
-        resolutions=(28, 32), blocks=r"layer\d\.\d", sampler="nsga2", pruner="off", seed=3, storage="sqlite:///x.db", workers=2,
+        resolutions=(28, 32), blocks=r"layer\d\.\d", sampler="nsga2", pruner="off", seed=3, storage="sqlite:////x.db", workers=2,
         device="cpu", train={"lr": 0.01, "clip_grad": 1.0, "record": True}, data_options={"download": False, "root": "x"},
         reuse=False,
     )  # fmt: skip
@@ -84,6 +84,22 @@ def test_paths_are_stored_absolute_and_names_are_not(tmp_path: Path, monkeypatch
     assert stored("./sp.py:make", "./torch", "nowhere") == ("HERE/sp.py:make", "HERE/torch", "nowhere")
     assert stored("resnet", "fashion-mnist", "/") == ("resnet", "fashion-mnist", "/")
     assert stored("no.py", "torch/cifar10", "../x") == ("no.py", "torch/cifar10", "../x")
+
+
+def test_the_file_of_a_storage_is_stored_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def stored(storage: str) -> str:
+        config = StudyConfig(space="resnet", storage=storage)
+        assert config.conflicts(config.to_dict() | {"storage": storage}) == []  # as older studies hold it
+        assert config.absolute().storage == config.to_dict()["storage"]
+        return config.to_dict()["storage"].replace(str(tmp_path), "HERE")
+
+    assert stored("sqlite:///x.db") == "sqlite:///HERE/x.db"
+    assert stored("sqlite+pysqlite:///./sub/x.db?timeout=9") == "sqlite+pysqlite:///HERE/sub/x.db?timeout=9"
+    assert stored("../x.log") == f"{tmp_path.parent}/x.log".replace(str(tmp_path), "HERE")
+    for same in ("sqlite:////x.db", "/x.log", "postgresql://me@db/x", "grpc://db:1", "sqlite:///file:x?uri=true"):
+        assert stored(same) == same
 
 
 def test_a_relative_path_of_an_older_study_is_the_same_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

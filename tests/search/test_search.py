@@ -349,6 +349,16 @@ def test_a_database_as_storage(tmp_path: Path, data: ImageData) -> None:
     assert open_run(tmp_path / "run").n_finished == 3
 
 
+def test_a_run_in_a_database_is_read_from_any_directory(tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_study(config(Path("run"), storage="sqlite:///study.db", trials=1), space=space, data=data)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert open_run(tmp_path / "run").n_finished == 1
+    again = config(tmp_path / "run", storage=f"sqlite:///{tmp_path}/study.db", trials=2)
+    assert run_study(again, space=space, data=data).n_finished == 2
+
+
 def test_another_program_s_study_is_not_touched(tmp_path: Path, data: ImageData) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     optuna.create_study(study_name="tiny", storage=url, directions=["maximize", "minimize"]).add_trial(
