@@ -254,11 +254,14 @@ class StudyConfig:
         return any(name.endswith("capacity_score") for name in names)
 
     def conflicts(self, stored: Mapping[str, Any]) -> list[str]:
-        """What differs from a stored study's settings and cannot be changed when it is resumed."""
-        return list(self.differences(stored).values())
+        """What differs from a stored study's settings and cannot be changed when it is resumed.
+
+        The storage can: that of the study is the one it was found in, by whatever name a host calls it.
+        """
+        return [text for name, text in self.differences(stored).items() if name != "storage"]
 
     def differences(self, stored: Mapping[str, Any]) -> dict[str, str]:
-        """`conflicts` by the setting that differs."""
+        """`conflicts` by the setting that differs, and the storage."""
         ours = self.to_dict()
         keys = [k for k in dict.fromkeys([*stored, *ours]) if k not in _FREE]
         return {

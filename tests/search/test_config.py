@@ -91,7 +91,7 @@ def test_the_file_of_a_storage_is_stored_absolute(tmp_path: Path, monkeypatch: p
 
     def stored(storage: str) -> str:
         config = StudyConfig(space="resnet", storage=storage)
-        assert config.conflicts(config.to_dict() | {"storage": storage}) == []  # as older studies hold it
+        assert config.differences(config.to_dict() | {"storage": storage}) == {}  # as older studies hold it
         assert config.absolute().storage == config.to_dict()["storage"]
         return config.to_dict()["storage"].replace(str(tmp_path), "HERE")
 

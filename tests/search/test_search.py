@@ -34,7 +34,7 @@ from capnas.objective.finals import finalists, key_of, standing
 from capnas.objective.stopping import MedianRule
 from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, worker
 from capnas.search.export import trial_rows
-from capnas.search.opening import DATA, open_study
+from capnas.search.opening import DATA, open_study, stored_config
 from capnas.search.runs import is_finished
 from capnas.search.working import failures_in_a_row, make_objective, work
 
@@ -373,6 +373,15 @@ def test_worker_joins_a_study(tmp_path: Path, home: Path) -> None:
     assert worker(settings) == 3
     assert worker(settings) == 0
     assert open_run_of(settings) == 3
+
+
+def test_a_worker_may_reach_the_storage_by_another_name(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "mounted").symlink_to(tmp_path)
+    named: dict[str, Any] = {"space": FILE, "data": str(home / "images"), "data_options": {"image_size": 8, "in_chans": 1}}
+    run_study(config(tmp_path / "run", storage=f"sqlite:///{tmp_path}/study.db", trials=1, **named))
+    there = stored_config("tiny", f"sqlite:///{tmp_path}/mounted/study.db")
+    assert worker(replace(there, trials=2)) == 1
+    assert open_run(tmp_path / "run").n_finished == 2
 
 
 def open_run_of(settings: StudyConfig) -> int:
