@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,4 +180,5 @@ def open_run(path: str | Path, *, storage: str | None = None) -> RunResult:
         raise StudyError(f"{folder} holds no journal.log: its trials are missing.")
     if (study := find_study(config.name, url, folder)) is None:
         raise StudyError(f"the storage of {folder} holds no study named {config.name}.")
+    config = replace(config, storage=url)  # with its password: a worker opens it again
     return RunResult(folder=folder, config=config, study=study, finished_before=count_finished(study))

@@ -232,6 +232,18 @@ def test_a_signal_while_records_are_read_loses_none(tmp_path: Path, monkeypatch:
     assert [t.value for t in study.get_trials()] == [0.0, 1.0]
 
 
+def test_a_worker_on_a_run_takes_the_password_from_where_the_run_was_opened_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, kept = "postgresql://me:secret@db/x", optuna.storages.InMemoryStorage()
+    monkeypatch.setattr(storages, "_database", {url: kept}.__getitem__)
+    optuna.create_study(study_name="s", storage=kept)
+    (tmp_path / "study.toml").write_text(StudyConfig(space="resnet", study="s", storage=url).to_toml())
+    monkeypatch.setenv("CAPNAS_STORAGE", url)
+    assert stored_config(str(tmp_path), None).storage == url
+    assert "secret" not in stored_config(str(tmp_path), None).to_toml()
+
+
 @pytest.mark.parametrize("form", ["{}/gone/study.log", "sqlite:///{}/gone.db", "sqlite+pysqlite:///{}/gone.db?timeout=9"])
 def test_a_file_that_is_gone_is_not_begun_by_who_only_reads(form: str, tmp_path: Path) -> None:
     gone = form.format(tmp_path)
