@@ -107,7 +107,7 @@ def parse_gate(gate: str | Mapping[str, float] | None) -> tuple[Bound | BestShar
     ``best=0.1`` is the same.
 
     Raises:
-        UsageError: text that is neither, an unknown score, a share outside (0, 1], or two shares.
+        UsageError: text that is neither, an unknown score, a bound that is no number, a share outside (0, 1], or two shares.
 
     Example:
         >>> parse_gate({"tail_fraction": 0.3}) == parse_gate("tail_fraction <= 0.3")
@@ -120,6 +120,8 @@ def parse_gate(gate: str | Mapping[str, float] | None) -> tuple[Bound | BestShar
     if isinstance(gate, Mapping):
         good = {name: ">=" if name in SCORES and SCORES[name].direction == "maximize" else "<=" for name in gate}
         return tuple(_bound(name, good[name], str(limit)) for name, limit in gate.items())
+    if not isinstance(gate, str):
+        raise UsageError(f"a gate is a text like best:10% or saturation_evenness>=0.5, or bounds by score, got {gate!r}.")
     gates = tuple(_gate(part) for part in gate.split(","))
     if sum(isinstance(g, BestShare) for g in gates) > 1:
         raise UsageError(f"a gate takes one share, got {gate!r}: rank candidates by one score and use bounds for others.")
@@ -150,7 +152,10 @@ def _bound(name: str, compare: str, text: str) -> Bound:
     if name in SUMS:
         raise UsageError(f"the gate takes {name} as a share only, {name}:best:10%: its scale before training is not that of the value.")
     _known(name)
-    return Bound(name=name, compare=compare, limit=_float(text, f"the gate on {name} needs a number, got {text!r}."))
+    limit = _float(text, message := f"the gate on {name} needs a number, got {text!r}.")
+    if math.isnan(limit):  # nothing would ever pass
+        raise UsageError(message)
+    return Bound(name=name, compare=compare, limit=limit)
 
 
 def _known(name: str, sums: tuple[str, ...] = ()) -> str:

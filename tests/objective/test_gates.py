@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 
@@ -79,8 +80,12 @@ def test_shares_and_bounds_together() -> None:
         ("capacity_slack:best:10%", "gate has no 'capacity_slack' among its"),
         ("combined>=0.5", "the gate takes combined as a share only, combined:best:10%"),
         ("best:10%,naswot:best:5%", "a gate takes one share, got 'best:10%,naswot:best:5%'"),
+        ("naswot>=nan", "the gate on naswot needs a number, got 'nan'"),
+        ({"naswot": math.nan}, "the gate on naswot needs a number, got 'nan'"),
+        (["best:10%"], r"a gate is a text like best:10% or .*, or bounds by score, got \['best:10%'\]"),
+        (0.1, r"a gate is a text like best:10% or .*, or bounds by score, got 0\.1"),
     ],
 )
-def test_refuses(text: str, message: str) -> None:
+def test_refuses(text: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_gate(text)
