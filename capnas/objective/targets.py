@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 
 from capnas.errors import UsageError, one_of
 from capnas.objective.gates import SUMS, UNTRAINED, BestShare, or_nan
@@ -78,10 +79,12 @@ def check_weights(
     Raises:
         UsageError: an unknown score, loss or cost, a weight that is not finite, or weights where nothing is a sum.
     """
+    if not isinstance(weights, Mapping | None):
+        raise UsageError(f"weights must be numbers by name, such as {{'tail_fraction': 0.1}}, got {weights!r}.")
     for name, weight in (weights or {}).items():
         if name not in (*LOSSES, *COSTS, *_SCORES):
             raise UsageError(one_of("weights", name, (*LOSSES, *COSTS, *_SCORES)))
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not isinstance(weight, Real) or not math.isfinite(weight):
             raise UsageError(f"the weight of {name} must be a finite number, got {weight!r}.")
     sums = summed(names, share)
     if weights is not None and not sums:

@@ -598,6 +598,7 @@ def test_wrong_directions_name_the_right_ones(data: ImageData) -> None:
         ({"values": ("macs", "macs")}, "values must be one or more different names"),
         ({"weights": {"saturation": 1}}, "weights has no 'saturation' among its"),
         ({"weights": {"tail_fraction": math.inf}}, "the weight of tail_fraction must be a finite number, got inf"),
+        ({"weights": [0.1]}, r"weights must be numbers by name, such as \{'tail_fraction': 0\.1\}, got \[0\.1\]"),
         ({"gate": "saturation_mean=1"}, "a gate is a comparison like .* or a share like best:10%, got 'saturation_mean=1'"),
         ({"gate": "saturation_men>1"}, "gate has no .*Did you mean 'saturation_mean'"),
         ({"gate": "saturation_mean>high"}, "the gate on saturation_mean needs a number, got 'high'"),
@@ -621,6 +622,8 @@ def test_numbers_of_numpy_are_as_good_in_any_storage(data: ImageData, tmp_path: 
     train = TrainConfig(batch_size=np.int64(32), lr=np.float64(0.01))
     made = objective(data, resolutions=np.array([12, 16]), seed=np.int64(0), epochs=np.int64(1), max_macs=np.int64(1), train=train)
     assert made.settings == objective(data, epochs=1).settings
+    weighed = objective(data, values="combined", weights={"macs": np.float32(0.5), "params": np.int64(2)})
+    assert weighed.weights == {"macs": 0.5, "params": 2}
     optuna.create_study(directions=made.directions, storage=f"sqlite:///{tmp_path / 'study.db'}").optimize(made, n_trials=1)
 
 
