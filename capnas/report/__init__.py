@@ -43,10 +43,13 @@ _SETTINGS = (
     "gate",
     "pool",
     "resolutions",
+    "blocks",
+    "reuse",
     "finalists",
     "final_epochs",
     "seed",
     "train",
+    "data_options",
 )
 _EMPTY = "No trial has given a value yet; the outcomes say why."
 _RETRAINED = ("trial", "epochs", "seed", "status", "test_accuracy", "test_images", "n_params", "macs")

@@ -145,6 +145,14 @@ def test_outcomes_are_listed_with_the_commonest_first(tmp_path: Path) -> None:
     assert [(row["outcome"], row["trials"]) for row in rows] == [("over_budget", 3), ("complete", 1), ("duplicate", 1)]
 
 
+def test_every_setting_that_changes_the_numbers_is_told(tmp_path: Path) -> None:
+    run = told(tmp_path, ("accuracy",), points=POINTS[:1])
+    asked = dataclasses.replace(run.config, blocks="stage", reuse=False, data_options={"image_size": 8, "augment": False})
+    text = Report.of(dataclasses.replace(run, config=asked)).to_markdown()
+    for row in ("| blocks | stage |", "| reuse | False |", "| data_options | image_size=8, augment=False |"):
+        assert row in text.split("## Settings")[1]
+
+
 def test_a_bar_in_a_reason_makes_no_column(tmp_path: Path) -> None:
     run = told(tmp_path, ("accuracy",), points=POINTS[:1])
     gated = Evaluation(status="gated", reason="below | the gate").to_dict()
