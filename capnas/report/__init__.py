@@ -5,7 +5,6 @@ Figures and the page need the extra ``report`` (plotly, jinja2); numbers and mar
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -27,6 +26,7 @@ from capnas.objective.gates import UNTRAINED
 from capnas.objective.targets import TOLD, direction_of, summed
 from capnas.report.figures import figures
 from capnas.scoring import COSTS, PROFILED
+from capnas.search.export import read_environment
 from capnas.search.runs import RunResult
 from capnas.search.trials import read_retrained
 
@@ -155,12 +155,11 @@ def summary(run: RunResult) -> dict[str, Any]:
         checklist: what a reader needs to judge the study (after Lindauer & Hutter 2020), question to answer.
     """
     rows, config = run.evaluations(), run.config.to_dict()
-    stored = run.folder / "environment.json"
     retrained = [{k: v for k, v in record.items() if k != "curve"} for record in read_retrained(run)]
     data = {
         "study": {"name": run.config.name, "asked": run.config.trials, "finished": run.n_finished, "complete": run.n_complete}
         | {name: config[name] for name in _SETTINGS if name in config},
-        "environment": json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {},
+        "environment": read_environment(run.folder / "environment.json"),
         "named": None if run.best is None else run.best.number,
         **(finals := run.finals_document()),
         "best": [_trial_row(t, e) for t, e in _front(run)],

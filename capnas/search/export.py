@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import io
+import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import capnas
 from capnas.devices import resolve_device, usable_cpus
 from capnas.documents import json_text, write_whole
+from capnas.errors import StudyError
 from capnas.objective.evaluation import Evaluation
 
 _PACKAGES = ("torch", "torchvision", "timm", "optuna", "numpy", "scipy")
@@ -43,6 +45,21 @@ def environment(*, workers: int = 1, device: str = "auto") -> dict[str, Any]:
 def write_environment(path: Path, *, workers: int = 1, device: str = "auto") -> None:
     """Write `environment` as JSON."""
     write_whole(path, json_text(environment(workers=workers, device=device), indent=2))
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """What `write_environment` wrote; empty where nothing is.
+
+    Raises:
+        StudyError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        advice = "remove it, the next session of the search writes it anew"
+        raise StudyError(f"{path} cannot be read, expected a JSON object of versions and hardware: {error}; {advice}.") from error
 
 
 def trial_rows(study: optuna.Study, names: Sequence[str]) -> list[dict[str, Any]]:

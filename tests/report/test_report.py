@@ -17,7 +17,7 @@ from scipy import stats
 from tiny_space import images
 
 from capnas.data import load_data
-from capnas.errors import MissingDependencyError
+from capnas.errors import MissingDependencyError, StudyError
 from capnas.measures.ranking import partial_spearman
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
 from capnas.objective.finals import key_of
@@ -143,6 +143,13 @@ def test_outcomes_are_listed_with_the_commonest_first(tmp_path: Path) -> None:
         run.study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, user_attrs={ATTRIBUTE: over}))
     rows = Report.of(run).to_dict()["outcomes"]
     assert [(row["outcome"], row["trials"]) for row in rows] == [("over_budget", 3), ("complete", 1), ("duplicate", 1)]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "7"])
+def test_a_damaged_environment_is_an_error_of_use(tmp_path: Path, text: str) -> None:
+    (tmp_path / "environment.json").write_text(text)
+    with pytest.raises(StudyError, match=r"environment\.json cannot be read, expected a JSON object .*; remove it, the next session"):
+        Report.of(told(tmp_path, ("accuracy",), points=POINTS[:1])).to_dict()
 
 
 def test_every_setting_that_changes_the_numbers_is_told(tmp_path: Path) -> None:
