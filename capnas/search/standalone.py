@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def standalone_script(
     given = {"num_classes": num_classes, "in_chans": in_chans, "image_size": image_size, **options}
     arguments = ", ".join([_NAME if rewritten else f"Decisions({_NAME})", *(f"{k}={v!r}" for k, v in given.items())])
     decisions = "".join(f"    {k!r}: {v!r},\n" for k, v in params.items())
-    needs = "torch and timm" if rewritten else "torch, timm and optuna (the space asks more of it than suggestions)"
+    needed = ["torch", "timm", *_further(source)] + ["optuna (the space asks more of it than suggestions)"] * (not rewritten)
+    needs = f"{', '.join(needed[:-1])} and {needed[-1]}"
     return (
         f"# {title}\n# It needs {needs}. Run it to see its size, or import `build` from it.\n\n"
         f"{source.strip()}\n\n\n{_NAME} = {{\n{decisions}}}\n\n\n{'' if rewritten else _STAND_IN}"
@@ -187,6 +189,17 @@ def _rewritten(source: str, guard: str) -> tuple[str, bool]:
         if optuna_left or trial_left or _is_from(node, "optuna"):
             return _edited(raw, always), False
     return _edited(raw, always + edits), True
+
+
+def _further(source: str) -> list[str]:
+    """The packages and modules that a script imports beside torch, timm, Optuna and what comes with Python."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or "").partition(".")[0])
+    return sorted(found - {"torch", "timm", "optuna"} - sys.stdlib_module_names)
 
 
 def _is_from(node: ast.AST, package: str) -> bool:

@@ -131,6 +131,17 @@ def test_suggestions_under_another_name_alone_get_a_stand_in(tmp_path: Path) -> 
     assert names["build"]().in_features == 7
 
 
+def test_a_script_says_what_else_it_needs(tmp_path: Path) -> None:
+    def needs(source: str) -> str:
+        return script_of(source, tmp_path).splitlines()[1]
+
+    assert needs(SPACES) == "# It needs torch and timm. Run it to see its size, or import `build` from it."
+    others = "\nimport os, numpy.linalg\n\ndef unused():\n    from einops.layers import torch\n"
+    assert needs(SPACES + others).startswith("# It needs torch, timm, einops and numpy. Run it")
+    asks_more = (SPACES + others).replace("    if width > 90:", "    print(trial.number)\n    if width > 90:")
+    assert needs(asks_more).startswith("# It needs torch, timm, einops, numpy and optuna (the space asks more of it than suggestions).")
+
+
 def test_options_of_a_partial_space_are_kept() -> None:
     space = functools.partial(load_space("vgg").function, heads=(7, 7))  # type: ignore[attr-defined]
     params = {"stages": 2, "act": "relu", "head": 32, "depth0": 1, "width0": 8, "depth1": 1, "width1": 16}
