@@ -135,3 +135,21 @@ def test_a_computed_weight_has_the_capacity_of_the_weight_it_gives() -> None:
     first, second = (capacity_map(m, x, mode="eval", exact=True) for m in (plain, normed))
     assert first.method == second.method == "exact"
     assert dict(first.capacity) == pytest.approx(dict(second.capacity), rel=1e-5)
+
+
+def test_the_exact_form_reads_the_first_output_wherever_it_lies() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, wrap) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.body, self.head, self.aux, self.wrap = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2), wrap
+
+        def forward(self, x: Tensor):
+            x = self.body(x).tanh()
+            return self.wrap(self.head(x), self.aux(x))
+
+    x = noise(40, 3)
+    expected = capacity_map(Wrapped(lambda y, aux: y), x, exact=True)
+    for wrap in (lambda y, aux: {"logits": y, "aux": aux}, lambda y, aux: ((y,), aux)):
+        found = capacity_map(Wrapped(wrap), x, exact=True)
+        assert (found.method, found.capacity) == ("exact", expected.capacity)
