@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from capnas.graph.dataflow import INPUT, Node, Trace, is_shape_only
-from capnas.measures.probing import eagerly, swapped, unwrap_model
+from capnas.measures.probing import eagerly, swapped, tensor_of, tensors_in, unwrap_model
 
 __all__ = ["INPUT", "Node", "Trace", "is_shape_only", "needs_values", "trace"]
 
@@ -287,7 +287,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
         dtype: of the input; the default is that of the first floating-point parameter.
 
     Raises:
-        UsageError: the model is a ``torch.jit.ScriptModule``.
+        UsageError: the model is a ``torch.jit.ScriptModule``, or puts out no tensor, alone or in tuples, lists and dictionaries.
 
     >>> graph = trace(nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()), (1, 3, 9, 9))
     >>> [(n.op, n.inputs, n.params, n.module, n.shape) for n in graph.nodes]  # doctest: +NORMALIZE_WHITESPACE
@@ -306,7 +306,10 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
             recorder.alive.append(x)
             with eagerly(model), recorder:
                 out = model(x)
-            outputs = [recorder.producer(t) for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+            # beyond what torch takes apart itself: also subclasses of its containers
+            outputs = [recorder.producer(t) for leaf in tree_flatten(out)[0] for t in tensors_in(leaf)]
+    if not outputs:
+        tensor_of(out)  # says what a model has to put out
     known = [(i, port) for i, port in outputs if i is not None]
     return Trace(
         nodes=tuple(recorder.nodes),

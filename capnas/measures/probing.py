@@ -252,10 +252,20 @@ def first_tensor(output: Any) -> Tensor | None:
     >>> first_tensor({"aux": None, "logits": (torch.ones(2), None)}).shape
     torch.Size([2])
     """
+    return output if isinstance(output, Tensor) else next(tensors_in(output), None)
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """All tensors in tuples, lists and dictionaries and in subclasses of these, in order.
+
+    >>> [len(t) for t in tensors_in({"logits": (torch.ones(2), None), "aux": torch.ones(3)})]
+    [2, 3]
+    """
     if isinstance(output, Tensor):
-        return output
-    inside = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
-    return next((t for t in map(first_tensor, inside) if t is not None), None)
+        yield output
+        return
+    for part in output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ():
+        yield from tensors_in(part)
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from capnas._timm import timm
+from capnas.errors import UsageError
 from capnas.graph.tracing import INPUT, Node, Trace, is_shape_only, trace
 
 FAMILIES = [
@@ -217,3 +220,21 @@ def test_a_convolution_without_padding_has_one_zero_for_each_axis_however_it_is_
         valid, zero = (trace(kind(2, 3, 3, padding=padding), shape).nodes[0].attrs for padding in ("valid", 0))
         assert valid == zero
         assert valid["padding"] == (0,) * (len(shape) - 2)
+
+
+def test_outputs_in_subclasses_of_containers_are_outputs() -> None:
+    class Output(OrderedDict):
+        pass
+
+    class Wrapped(nn.Module):
+        def __init__(self, wrap) -> None:
+            super().__init__()
+            self.head, self.wrap = nn.Linear(3, 2), wrap
+
+        def forward(self, x: torch.Tensor):
+            return self.wrap(self.head(x))
+
+    graph = trace(Wrapped(lambda y: Output(none=None, logits=[y])), (1, 3))
+    assert graph.output == trace(Wrapped(lambda y: y), (1, 3)).output != ()
+    with pytest.raises(UsageError, match="must put out a tensor"):  # else it would have no layers on the way, and no cost
+        trace(Wrapped(lambda y: SimpleNamespace(logits=y)), (1, 3))
