@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from capnas.graph.dataflow import INPUT, Node, Trace, is_shape_only
-from capnas.measures.probing import eagerly, swapped, tensor_of, tensors_in, unwrap_model
+from capnas.measures.probing import eagerly, seeded, swapped, tensor_of, tensors_in, unwrap_model
 
 __all__ = ["INPUT", "Node", "Trace", "is_shape_only", "needs_values", "trace"]
 
@@ -251,7 +251,7 @@ def _quiet(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer has no shape rule
         for module, _ in modes:
             module.training = False
-        with caches_kept(model), torch.random.fork_rng(devices=[]), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with caches_kept(model), seeded(0), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -278,8 +278,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
     """Record the dataflow graph of ``model(x)`` for an x of ``input_shape`` (B, C, H, W), in eval mode.
 
     Nothing is computed and nothing is allocated: the model runs with parameters and buffers on the meta device, and so alike on every
-    device. Fused attention appears decomposed (bmm, softmax, bmm). The model keeps its weights, buffers, modes, gradients and hooks,
-    also when its forward raises; that error is passed on as it is.
+    device. Fused attention appears decomposed (bmm, softmax, bmm). The model keeps its weights, buffers, modes, gradients and hooks, and
+    the generators of torch, NumPy and Python their state, also when its forward raises; that error is passed on as it is.
 
     Args:
         model: any module that takes one tensor; of a compiled one the names are those that it had before.

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import OrderedDict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cases import Attention, CalledTwice, Counts, Functional, InPlace, Raises, Residual, Shared, small_cnn
@@ -238,3 +240,13 @@ def test_outputs_in_subclasses_of_containers_are_outputs() -> None:
     assert graph.output == trace(Wrapped(lambda y: y), (1, 3)).output != ()
     with pytest.raises(UsageError, match="must put out a tensor"):  # else it would have no layers on the way, and no cost
         trace(Wrapped(lambda y: SimpleNamespace(logits=y)), (1, 3))
+
+
+def test_generators_that_a_network_draws_from_are_left_as_they_were() -> None:
+    class Draws(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * (random.random() + float(np.random.rand()))
+
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    trace(Draws(), (1, 3))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
