@@ -1,6 +1,6 @@
 """One name for every way of writing the same network: a canonical hash of its dataflow graph.
 
-A Merkle hash from the input to the output, over a graph in which dead code, copies and spellings of one rearrangement are gone, sums are
+A Merkle hash from the input to the output, over a graph in which dead code, copies and spellings of one view are gone, sums are
 multisets (a + b + c in any order and bracketing) and products commute. Parameters are numbered by their place in the graph, not by their
 names, so that two layers that share a weight differ from two layers with a weight each.
 """
@@ -35,7 +35,8 @@ def architecture_hash(trace: Trace) -> str:
     It depends on the input shape, operations, their attributes, the shapes and sharing of parameters, and rates that act in training alone
     (drop rates, which eval mode hides: see `Trace.training_only`). It does not depend on names, the order in which branches are written,
     parts that no output reads, or the values of parameters, buffers and outside tensors (so not on the initialization either). Two
-    isomorphic graphs may get different hashes where parameters are shared across symmetric branches; two different ones never get the same.
+    isomorphic graphs may get different hashes where parameters are shared across symmetric branches, and so may two operations of torch for
+    one thing (transpose and permute, a mean and pooling to one); two different ones never get the same.
 
     >>> from torch import nn
     >>> from capnas.graph.tracing import trace
@@ -104,7 +105,7 @@ def _is_identity(node: Node, kind: str) -> bool:
         return False
     same = node.shape == node.input_shapes[0] and len(node.shapes) == 1 and node.input_ports[0] == 0
     neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(kind, "none")
-    scalar = len(node.inputs) == 1 and node.attrs.get("other", "other") == neutral
+    scalar = len(node.inputs) == 1 and node.attrs.get("other", "other") == neutral and node.attrs.get("rounding_mode") is None
     relayout = node.op == "aten.as_strided_.default"  # a change of memory layout
     return same and (relayout or kind in _COPIES or kind in _NEUTRAL_AT_SAME_SHAPE or scalar)
 

@@ -110,6 +110,7 @@ DIFFERENT = [
     name(lambda m, x: x + m.d(m.a(x)), a=conv(), d=nn.Dropout(0.2)),
     name(lambda m, x: x + m.a(m.d(x)), a=conv(), d=nn.Dropout(0.1)),
     name(lambda m, x: m.d(x) + m.a(x), a=conv(), d=nn.Dropout(0.1)),
+    name(lambda m, x: torch.div(m.a(x), 1, rounding_mode="floor"), a=conv()),
     name(lambda m, x: m.d(m.b(m.c(m.a(x)))), a=conv(), b=conv(), c=Residual(6), d=nn.Dropout(0.1)),
     name(lambda m, x: m.b(m.c(m.d(m.a(x)))), a=conv(), b=conv(), c=Residual(6), d=nn.Dropout(0.1)),
 ]
