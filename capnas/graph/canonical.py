@@ -47,7 +47,8 @@ def architecture_hash(trace: Trace) -> str:
     True
     """
     terms, resolved = _canonical_terms(trace)
-    outputs = [(f"out{place}:{port}", resolved[i]) for place, (i, port) in enumerate(zip(trace.output, trace.output_ports))]
+    ends = enumerate(zip(trace.output, trace.output_ports, trace.output_places))
+    outputs = [(f"out{place}:{port}" + (f"{view}" if view else ""), resolved[i]) for place, (i, port, view) in ends]
     reached = _reached(terms, outputs)
     numbers = _parameter_numbers(terms, outputs, *_colours(terms, reached, outputs))
     final = _fold(terms, reached, {name: f"parameter {number}" for name, number in numbers.items()})
@@ -63,21 +64,21 @@ def _canonical_terms(trace: Trace) -> tuple[dict[int, _Term], dict[int, _Source]
     resolved: dict[int, _Source] = {INPUT: ("input", "")}
     for node in (n for n in trace.nodes if n.index in live):
         edges = [_edge(node, k, resolved) for k in range(len(node.inputs))]
-        kind = _kind(node)
-        if edges and _is_identity(node, kind):
+        kind, views = _kind(node), [view for view in node.input_places if view]  # of memory that was written through another view
+        if edges and not views and _is_identity(node, kind):
             resolved[node.index] = edges[0][1]
             continue
-        if kind in _VIEWS and edges and node.input_ports[0] == 0:
+        if kind in _VIEWS and edges and not views and node.input_ports[0] == 0:
             source = edges[0][1]
             if source[0] == "node" and (before := terms[int(source[1])]).label.startswith("view "):
                 edges = list(before.edges)
             term = _Term(f"view {node.shape}", tuple(edges), True)
-        elif _is_sum(node):
+        elif _is_sum(node) and not views:
             term = _sum(node, [source for _, source in edges], terms)
         else:
             op = ".".join([*node.op.split(".")[:1], kind, *node.op.split(".")[2:]])
-            label = f"{op} {sorted(node.attrs.items())} {node.shape} {node.dtype}"
-            ordered = op not in _COMMUTATIVE or node.attrs.get("alpha", 1) != 1
+            label = f"{op} {sorted(node.attrs.items())} {node.shape} {node.dtype}" + (f" {node.input_places}" if views else "")
+            ordered = op not in _COMMUTATIVE or node.attrs.get("alpha", 1) != 1 or bool(views)
             term = _Term(label, tuple(edges if ordered else sorted(edges, key=str)), ordered)
         resolved[node.index] = known.setdefault(term, ("node", node.index))
         terms[node.index] = term

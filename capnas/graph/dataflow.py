@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+Place = tuple[int, ...]
 INPUT = -1  # the producer index that stands for the model input
 
 _SHAPE_ONLY = frozenset(
@@ -33,8 +34,8 @@ def is_shape_only(op: str) -> bool:
 class Node:
     """One executed operation.
 
-    The tuples ``inputs``, ``input_ports``, ``input_params``, ``input_names`` and ``input_shapes`` are aligned: one entry for each tensor
-    argument, in the order of the operation's schema, lists of tensors flattened, absent optional tensors left out.
+    The tuples that are named after inputs are aligned: one entry for each tensor argument, in the order of the operation's schema, lists of
+    tensors flattened, absent optional tensors left out.
 
     Attributes:
         index: position in ``Trace.nodes``, which is the order of execution.
@@ -44,6 +45,8 @@ class Node:
         input_params: name of the parameter or buffer that the argument is, or is a rearranged view of (``weight.t()``); None otherwise.
         input_names: the argument's name in the schema, e.g. ``("input", "weight", "bias")``.
         input_shapes: shapes of the arguments.
+        input_places: offset and strides of an argument in its memory where another view of that was written last, and so stands as its
+            producer; None elsewhere.
         params: the distinct names in ``input_params``; a shared parameter has one name, the first that ``named_parameters`` gives.
         module: qualified name of the innermost module running, ``""`` is the model itself; a shared module has one name.
         call: how many times that module had been called before (0 in its first call).
@@ -63,6 +66,7 @@ class Node:
     input_params: tuple[str | None, ...]
     input_names: tuple[str, ...]
     input_shapes: tuple[tuple[int, ...], ...]
+    input_places: tuple[Place | None, ...]
     params: tuple[str, ...]
     module: str
     call: int
@@ -85,6 +89,7 @@ class Trace:
     Attributes:
         nodes: operations in the order of execution.
         output: producing node of each output tensor (-1: the input is returned as it is); ``output_ports`` says which output of it.
+        output_places: as ``Node.input_places``, of each output.
         input_shape: as given, batch axis first.
         modules: names of the modules in the order of their first call; what is missing was never called.
         training_only: module name -> rates that act in training alone and left no node, e.g. ``"dropout=0.1"`` of a fused attention.
@@ -94,6 +99,7 @@ class Trace:
     nodes: tuple[Node, ...]
     output: tuple[int, ...]
     output_ports: tuple[int, ...]
+    output_places: tuple[Place | None, ...]
     input_shape: tuple[int, ...]
     modules: tuple[str, ...]
     training_only: dict[str, str] = field(default_factory=dict)

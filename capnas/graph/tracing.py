@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from capnas.graph.dataflow import INPUT, Node, Trace, is_shape_only
+from capnas.graph.dataflow import INPUT, Node, Place, Trace, is_shape_only
 from capnas.measures.probing import eagerly, seeded, swapped, tensor_of, tensors_in, unwrap_model
 
 __all__ = ["INPUT", "Node", "Trace", "is_shape_only", "needs_values", "trace"]
@@ -58,13 +58,14 @@ class _Recorder(TorchDispatchMode):
             self.named_storage.setdefault(_storage(tensor), name)
             self.alive.append(tensor)
 
-    def producer(self, tensor: Tensor) -> tuple[int | None, int]:
+    def producer(self, tensor: Tensor) -> tuple[int | None, int, Place | None]:
+        """Who made a tensor, which output of it, and where the tensor lies if that is who wrote to another view of its memory."""
         storage = _storage(tensor)
         found = self.made.get(id(tensor)) or (None if id(tensor) in self.named else self.owner.get(storage))
         write = self.written.get(storage)
         if write is not None and write[1] != id(tensor) and (found is None or write[0] > found[0]):
-            return write[0], 0
-        return found if found is not None else (None, 0)
+            return write[0], 0, tuple(int(n) for n in (tensor.storage_offset(), *tensor.stride()))
+        return (*found, None) if found is not None else (None, 0, None)
 
     def name(self, tensor: Tensor) -> str | None:
         known = self.named.get(id(tensor))
@@ -93,8 +94,9 @@ class _Recorder(TorchDispatchMode):
             Node(
                 index=index,
                 op=op,
-                inputs=tuple(p for p, _ in producers),
-                input_ports=tuple(port for _, port in producers),
+                inputs=tuple(p for p, _, _ in producers),
+                input_ports=tuple(port for _, port, _ in producers),
+                input_places=tuple(place for *_, place in producers),
                 input_params=tuple(names),
                 input_names=tuple(n for n, _ in tensors),
                 input_shapes=tuple(tuple(t.shape) for _, t in tensors),
@@ -310,11 +312,12 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
             outputs = [recorder.producer(t) for leaf in tree_flatten(out)[0] for t in tensors_in(leaf)]
     if not outputs:
         tensor_of(out)  # says what a model has to put out
-    known = [(i, port) for i, port in outputs if i is not None]
+    known = [(i, port, place) for i, port, place in outputs if i is not None]
     return Trace(
         nodes=tuple(recorder.nodes),
-        output=tuple(i for i, _ in known),
-        output_ports=tuple(port for _, port in known),
+        output=tuple(i for i, _, _ in known),
+        output_ports=tuple(port for _, port, _ in known),
+        output_places=tuple(place for *_, place in known),
         input_shape=tuple(input_shape),
         modules=tuple(recorder.calls),
         training_only=recorder.unmarked(model),

@@ -45,6 +45,13 @@ def three(forward: Callable, drop: nn.Module | None = None) -> str:
     return name(forward, a=conv(1), b=conv(3), c=conv(5), act=nn.ReLU(), drop=drop or nn.Identity())
 
 
+def written_halves(x: Tensor) -> tuple[Tensor, ...]:
+    """Both halves of the channels, the first rectified in place: the other one is read from memory that was written since."""
+    halves = x.chunk(2, 1)
+    halves[0].relu_()
+    return halves
+
+
 SAME = {
     "names and order of definition": (
         name(lambda m, x: m.q(m.p(x)), p=conv(1), q=conv()),
@@ -111,6 +118,11 @@ DIFFERENT = [
     name(lambda m, x: x + m.a(m.d(x)), a=conv(), d=nn.Dropout(0.1)),
     name(lambda m, x: m.d(x) + m.a(x), a=conv(), d=nn.Dropout(0.1)),
     name(lambda m, x: torch.div(m.a(x), 1, rounding_mode="floor"), a=conv()),
+    name(lambda m, x: written_halves(m.a(x))[1], a=conv()),
+    *(name(lambda m, x, i=i: written_halves(m.a(x))[i].sigmoid(), a=conv()) for i in (0, 1)),
+    *(name(lambda m, x, i=i: written_halves(m.a(x))[i].clone().tanh(), a=conv()) for i in (0, 1)),
+    *(name(lambda m, x, i=i: torch.cat(written_halves(m.a(x))[:: 1 - 2 * i], 1), a=conv()) for i in (0, 1)),
+    *(name(lambda m, x, i=i: written_halves(m.a(x))[0] + written_halves(m.a(x))[i], a=conv()) for i in (0, 1)),
     name(lambda m, x: m.d(m.b(m.c(m.a(x)))), a=conv(), b=conv(), c=Residual(6), d=nn.Dropout(0.1)),
     name(lambda m, x: m.b(m.c(m.d(m.a(x)))), a=conv(), b=conv(), c=Residual(6), d=nn.Dropout(0.1)),
 ]
