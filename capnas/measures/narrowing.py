@@ -21,6 +21,8 @@ from capnas.errors import UsageError
 from capnas.measures.saturation import leading_eigenvectors
 from capnas.measures.singular import EXACT_EIGENVALUES
 
+_LEAST = 1e-12  # added to every relative ridge, against covariances that are singular to rounding
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
@@ -104,7 +106,7 @@ class _Elimination:
 
     def __init__(self, reader: Reader, ridge: float) -> None:
         cov = reader.covariance.double()
-        damp = ridge * float(cov.diagonal().mean()) + 1e-12
+        damp = _damp(cov, ridge + _LEAST)
         self.inverse = torch.linalg.inv((cov + cov.T) / 2 + damp * torch.eye(len(cov), dtype=cov.dtype, device=cov.device))
         weight = reader.weight.double()
         weight = weight if reader.curvature is None else factor(reader.curvature) @ weight
@@ -135,6 +137,12 @@ class _Elimination:
         self.inverse[cols], self.inverse[:, cols] = 0, 0
         self.inverse[cols, cols] = 1
         return spent
+
+
+def _damp(cov: Tensor, ridge: float) -> float:
+    """A ridge relative to the mean diagonal, so that the scale of the inputs has no say; next to nothing where all inputs are dead."""
+    level = float(cov.diagonal().mean())
+    return ridge * level if level > 0 else _LEAST
 
 
 def _solve(blocks: Tensor, right: Tensor) -> Tensor:
@@ -191,7 +199,7 @@ def refit(inputs: Tensor, targets: Tensor, prior: Tensor, *, ridge: float = 1e-3
     x_mean, y_mean = inputs.double().mean(0), targets.double().mean(0)
     x, y = inputs - x_mean.to(inputs), targets - y_mean.to(targets)
     cov, cross = gram(x) / len(x), gram(x, y) / len(x)
-    damp = ridge * float(cov.diagonal().mean()) + 1e-12
+    damp = _damp(cov, ridge + _LEAST)
     right = cross - cov @ prior.double().T
     change = torch.linalg.solve(cov + damp * torch.eye(len(cov), dtype=cov.dtype, device=cov.device), right).T
     weight = prior.double() + change
@@ -238,7 +246,7 @@ def mixture(second: Tensor, kept: Tensor, *, ridge: float = 1e-3) -> Tensor:
     """
     a = second.double()
     inner = a[kept][:, kept]
-    damp = ridge * float(a.diagonal().mean())
+    damp = _damp(a, ridge)
     found = torch.linalg.solve(inner + damp * torch.eye(len(inner), dtype=a.dtype, device=a.device), a[kept]).T
     found[kept] = torch.eye(len(kept), dtype=a.dtype, device=a.device)
     return found

@@ -143,3 +143,22 @@ def test_losses_of_readers_of_one_and_of_several_columns_a_unit_add_up() -> None
 
 def test_mixtures_of_kept_channels_that_are_the_same_are_finite() -> None:
     assert mixture(torch.ones(3, 3), torch.tensor([0, 1]))[2].tolist() == pytest.approx([0.5, 0.5], abs=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e8])
+def test_the_scale_of_the_inputs_has_no_say(scale: float) -> None:
+    given, x = reader(5, 1, 3, seed=4), torch.randn(60, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scaled = removal_path([Reader(weight=given.weight, covariance=scale**2 * given.covariance, columns=given.columns)])
+    plain = removal_path([Reader(weight=given.weight, covariance=given.covariance, columns=given.columns)])
+    torch.testing.assert_close(scaled.losses / scale**2, plain.losses)
+    assert scaled.order == plain.order
+    targets, prior = x @ torch.ones(4, 2, dtype=torch.float64), torch.zeros(2, 4)
+    weight, bias = refit(scale * x, targets, prior)
+    expected = refit(x, targets, prior)
+    torch.testing.assert_close((scale * weight, bias), expected)
+
+
+def test_dead_inputs_are_mixed_from_nothing_and_cost_nothing() -> None:
+    assert mixture(torch.zeros(2, 2), torch.tensor([1])).tolist() == [[0.0], [1.0]]
+    dead = Reader(weight=torch.ones(1, 3), covariance=torch.zeros(3, 3), columns=torch.arange(3)[:, None])
+    assert float(removal_path([dead]).losses[-1]) < 1e-9
