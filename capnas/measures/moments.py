@@ -7,6 +7,7 @@ a float32 mean-of-squares loses every digit once the mean is large beside the sp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from capnas.errors import UsageError
 
 _PANEL = 64  # features whose products are taken at once
 _RECENT = 2**17  # rows after which products are added to the float64 sums
+_ORDINARY = 1e-9, 1e9  # sizes whose squares single precision holds with room to spare
 _MERGED = 16  # spacings of float64 that equal rows may seem to vary by once batches are merged
 
 
@@ -71,7 +73,10 @@ def moments_of(samples: Tensor, shift: Tensor | None = None) -> Moments:
     if shift is None:
         shift = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
     centred = rows - shift.to(rows.dtype)
-    found = from_shifted_sums(len(rows), shift.double(), centred.sum(0, dtype=torch.float64), (centred.T @ centred).double())
+    scale = _scale_of(centred)
+    scaled = centred if scale == 1 else centred * scale
+    products = (scaled.T @ scaled).double() / scale**2
+    found = from_shifted_sums(len(rows), shift.double(), centred.sum(0, dtype=torch.float64), products)
     return _less_rounding(found, torch.finfo(rows.dtype).eps)
 
 
@@ -128,6 +133,7 @@ class Sums:
         self.kept: list[Tensor] = []
         self.shift: Tensor | None = None
         self._scratch = Scratch() if scratch is None else scratch
+        self._scale = 1.0  # that rows are multiplied with before their products are taken
         self._rows = 0  # since the recent sums, in the rows' own precision, went into those in float64
         self._recent: tuple[Tensor, Tensor] | None = None  # total and products
         self._sums: tuple[Tensor, Tensor] | None = None
@@ -149,9 +155,12 @@ class Sums:
 
     def _take(self, rows: Tensor, shift: Tensor) -> None:
         if self._recent is None:
+            self._scale = _scale_of(rows - shift)
             self._recent = shift.new_zeros(self.width), shift.new_zeros(self.width, self.width)
         copy, flat, ones, panels = self._views.get(rows.shape) or self._views.setdefault(rows.shape, self._views_for(rows, shift.dtype))
         torch.sub(rows, shift, out=copy)
+        if self._scale != 1:
+            copy.mul_(self._scale)
         self._recent[0].addmv_(flat, ones)
         for products, some, rest in panels:
             products.addmm_(some, rest)
@@ -192,7 +201,8 @@ class Sums:
             return shift + offset[:, 0], rows - offset
         self._fold()
         total, upper = self._sums  # type: ignore[misc]
-        moments = from_shifted_sums(self.count, shift, total, upper.triu() + upper.triu(1).T)
+        products = (upper.triu() + upper.triu(1).T) / self._scale**2
+        moments = from_shifted_sums(self.count, shift, total / self._scale, products)
         return moments.mean, moments.scatter
 
 
@@ -250,6 +260,14 @@ def _less_rounding(moments: Moments, spacing: float) -> Moments:
     """Moments without the scatter of features whose standard deviation is below a spacing, relative to their mean."""
     still = moments.scatter.diagonal() < moments.count * (moments.mean * spacing).square()
     return replace(moments, scatter=moments.scatter.masked_fill(still[:, None] | still, 0.0)) if bool(still.any()) else moments
+
+
+def _scale_of(centred: Tensor) -> float:
+    """A power of two that brings numbers, whose squares would overflow or vanish in single precision, near 1; else 1."""
+    size = float(centred.abs().amax()) if centred.numel() else 0.0
+    if _ORDINARY[0] < size < _ORDINARY[1] or size == 0 or not math.isfinite(size):
+        return 1.0
+    return 2.0 ** max(-100, min(100, -round(math.log2(size))))
 
 
 def _check_rows(samples: Tensor) -> None:

@@ -97,3 +97,14 @@ def test_wrong_shapes_say_what_came() -> None:
         update(Moments.empty(3), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="one width, got 3 and 2"):
         merge(Moments.empty(3), Moments.empty(2))
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e20, 1e35])
+def test_no_scale_of_single_precision_overflows_or_vanishes(scale: float) -> None:
+    x = rows(60, 4, mean=0.5).double() * scale
+    expected = np.cov(x.float().double().numpy().T / scale, bias=True)
+    np.testing.assert_allclose(covariance(moments_of(x.float())).numpy() / scale / scale, expected, rtol=1e-4, atol=1e-4)
+    sums = Sums(4)
+    for part in x.float().T.split((3, 27, 30), 1):  # the first as few rows as are kept
+        sums.add(part, seen=part.shape[1])
+    np.testing.assert_allclose(sums.mean_and_spread()[1].numpy() / 60 / scale / scale, expected, rtol=1e-4, atol=1e-4)
