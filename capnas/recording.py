@@ -46,7 +46,7 @@ class LayerRecord:
         rows_seen: rows (samples times positions) of the passes that were read.
         calls: forward calls read.
         positions: rows that one image gives in one call (height times width of a map, tokens of a sequence, 1 of a vector).
-        finite: False when an output held NaN or infinite values.
+        finite: False when an output held NaN or infinite values, or grew by ten decades since the first pass.
         mean: (D,) float64, of the rows used.
         spread: (D, D) float64, their scatter around the mean; (D, S), the centred rows themselves, where S is below D.
     """
@@ -177,7 +177,8 @@ class Recorder:
         few = spread.shape[1] < sums.width
         variation = float(torch.linalg.vector_norm(spread).square() if few else spread.diagonal().sum())  # finite where every entry is
         level = sums.count * float(mean.square().sum())
-        if variation <= _FLOAT32_NOISE * level < math.inf:
+        coarser = torch.finfo(sums.shift.dtype).eps / torch.finfo(torch.float32).eps  # type: ignore[union-attr]
+        if variation <= _FLOAT32_NOISE * coarser**2 * level < math.inf:
             spread = torch.zeros_like(spread)
         return LayerRecord(name=name, kind=type(self._modules[name]).__name__, reading=reading, width=sums.width,  # type: ignore[arg-type]
                            rows=sums.count, rows_seen=sums.seen, calls=sums.calls, positions=self._positions.pop(key),

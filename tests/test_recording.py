@@ -424,3 +424,14 @@ def test_a_compiled_model_is_recorded_as_it_was_before_and_a_scripted_one_is_ref
     assert not hooks(model)
     with pytest.raises(UsageError, match=r"got a torch\.jit\.ScriptModule"):
         Recorder(torch.jit.script(model))
+
+
+def test_double_precision_far_from_zero_is_not_constant() -> None:
+    layer = nn.Linear(3, 4).double()
+    nn.init.constant_(layer.bias, 1e8)
+    with torch.no_grad():
+        output = layer(noise(100, 3).double())
+    got = record(nn.Sequential(layer), noise(100, 3).double())["0"]
+    np.testing.assert_allclose(got.covariance.numpy(), np.cov(output.numpy().T, bias=True), atol=1e-6)
+    nn.init.zeros_(layer.weight)
+    assert not record(nn.Sequential(layer), noise(100, 3).double())["0"].covariance.any()
