@@ -54,7 +54,7 @@ def constraint_basis(
 ) -> Tensor:
     """Orthonormal basis Q (D * M, K) of the constraints (our equation 4): left singular vectors above ``tolerance`` of the largest.
 
-    Arguments as for :func:`constraint_matrix`.
+    Arguments as for :func:`constraint_matrix`; ``tolerance`` as for :func:`total_capacity`.
 
     Raises:
         UsageError: see :func:`constraint_matrix`.
@@ -62,7 +62,7 @@ def constraint_basis(
     >>> constraint_basis(torch.tensor([[1.0, 2.0], [0.0, 0.0]])).abs().tolist()
     [[1.0], [0.0]]
     """
-    left, _, _ = _thin_svd(constraint_matrix(jacobian, covariance, convention=convention), tolerance)
+    left, _, _ = _thin_svd(constraint_matrix(jacobian, covariance, convention=convention), _told(jacobian, tolerance))
     return left
 
 
@@ -76,7 +76,8 @@ def total_capacity(jacobian: Tensor, covariance: Tensor | None = None, *, mu: fl
         jacobian: (D, P) or (D, M, P).
         covariance: (D, D), the identity when None.
         mu: ridge, same unit as squared entries of the whitened Jacobian; 0 for the exact rank.
-        tolerance: singular values below this share of the largest count as zero.
+        tolerance: singular values below this share of the largest count as zero; so do those below the rounding of a Jacobian in single
+            or half precision.
 
     Returns:
         A number in [0, min(D * M, P)]; a whole one when ``mu`` is 0.
@@ -90,7 +91,7 @@ def total_capacity(jacobian: Tensor, covariance: Tensor | None = None, *, mu: fl
         >>> total_capacity(torch.tensor([[3.0, 2.0], [6.0, 4.0]]))
         1.0
     """
-    _, values, _ = _thin_svd(constraint_matrix(jacobian, covariance), tolerance)
+    _, values, _ = _thin_svd(constraint_matrix(jacobian, covariance), _told(jacobian, tolerance))
     return float(_shrink(values, mu).sum())
 
 
@@ -109,7 +110,7 @@ def spatial_allocation(
         covariance: (D, D), the identity when None (all conventions then agree).
         convention: see :func:`constraint_matrix`; report which one was used.
         mu: ridge of the soft version.
-        tolerance: singular values below this share of the largest count as zero.
+        tolerance: as for :func:`total_capacity`.
 
     Raises:
         UsageError: see :func:`constraint_matrix`; and for a negative ``mu``.
@@ -123,7 +124,7 @@ def spatial_allocation(
     _known(convention)
     blocks = _as_blocks(jacobian)
     inputs, outputs, _ = blocks.shape
-    left, values, right = _thin_svd(constraint_matrix(jacobian, covariance, convention=convention), tolerance)
+    left, values, right = _thin_svd(constraint_matrix(jacobian, covariance, convention=convention), _told(jacobian, tolerance))
     weights = _shrink(values, mu)
     if convention == "O" and covariance is not None:
         root = _root(covariance, inputs, "W")
@@ -152,7 +153,7 @@ def subspace_capacity(
         covariance: (D, D), the identity when None.
         convention: an orthogonal one, ``W``, ``C`` or ``R``.
         mu: ridge of the soft version.
-        tolerance: singular values below this share of the largest count as zero.
+        tolerance: as for :func:`total_capacity`.
 
     Raises:
         UsageError: when the columns of ``basis`` are not orthonormal, or the convention is the oblique one.
@@ -169,7 +170,7 @@ def subspace_capacity(
         raise UsageError(f"basis must have shape ({inputs}, A), got {tuple(basis.shape)}; pass one column per direction.")
     if not torch.allclose(columns.T @ columns, torch.eye(columns.shape[1], dtype=torch.float64), atol=1e-6):
         raise UsageError("basis must have orthonormal columns; pass torch.linalg.qr(basis).Q instead.")
-    left, values, _ = _thin_svd(constraint_matrix(jacobian, covariance, convention=convention), tolerance)
+    left, values, _ = _thin_svd(constraint_matrix(jacobian, covariance, convention=convention), _told(jacobian, tolerance))
     inside = torch.einsum("da,dmk->amk", columns, left.unflatten(0, (inputs, outputs)))
     return float((inside.square() * _shrink(values, mu)).sum())
 
@@ -186,7 +187,7 @@ def parameter_leverage(jacobian: Tensor, covariance: Tensor | None = None, *, mu
     >>> [round(value, 6) for value in parameter_leverage(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 2.0]])).tolist()]
     [0.5, 0.5, 1.0]
     """
-    _, values, right = _thin_svd(constraint_matrix(jacobian, covariance), tolerance)
+    _, values, right = _thin_svd(constraint_matrix(jacobian, covariance), _told(jacobian, tolerance))
     return right.square() @ _shrink(values, mu)
 
 
@@ -223,6 +224,13 @@ def _root(covariance: Tensor, inputs: int, convention: str) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
+def _told(jacobian: Tensor, tolerance: float) -> float:
+    """The tolerance, or the rounding of the Jacobian where that is more: it would count as constraints."""
+    if jacobian.dtype == torch.float64 or not jacobian.is_floating_point():
+        return tolerance
+    return max(tolerance, max(jacobian.flatten(0, -2).shape) * torch.finfo(jacobian.dtype).eps)
+
+
 def _thin_svd(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     keep = values > tolerance * values[:1].sum()
@@ -232,4 +240,5 @@ def _thin_svd(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]
 def _shrink(values: Tensor, mu: float) -> Tensor:
     if mu < 0:
         raise UsageError(f"mu must be 0 or positive, got {mu}.")
-    return values.square() / (values.square() + mu)
+    # the squares of kept values may overflow or vanish
+    return values.square() / (values.square() + mu) if mu else torch.ones_like(values)

@@ -169,3 +169,19 @@ def test_degenerate_inputs() -> None:
 def test_errors_say_what_to_do(call, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         call()
+
+
+def test_rounding_of_single_precision_is_no_constraint() -> None:
+    generator = torch.Generator().manual_seed(0)
+    jacobian = torch.randn(60, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
+    assert total_capacity(jacobian) == total_capacity(jacobian.double(), tolerance=1e-5) == 3
+    assert constraint_basis(jacobian).shape == (60, 3)
+    for values in (spatial_allocation(jacobian), parameter_leverage(jacobian)):
+        assert float(values.sum()) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_no_scale_is_too_small_or_large_to_count(scale: float) -> None:
+    jacobian = scale * torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert total_capacity(jacobian) == 4
+    torch.testing.assert_close(spatial_allocation(jacobian), spatial_allocation(jacobian / scale))
