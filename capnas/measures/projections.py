@@ -36,14 +36,14 @@ def project_group_ball(delta: Tensor, radius: float) -> Tensor:
             [0.0000, 0.0000]])
     """
     _check_radius("radius", radius)
-    norms = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
+    norms = torch.linalg.vector_norm(delta, dim=1, keepdim=True, dtype=torch.float64)  # in less, many groups or large ones are off
     if float(norms.sum()) <= radius:
         return delta
     ordered = norms.flatten().sort(descending=True).values
-    thresholds = (ordered.cumsum(0) - radius) / torch.arange(1, len(ordered) + 1, device=delta.device, dtype=delta.dtype)
+    thresholds = (ordered.cumsum(0) - radius) / torch.arange(1, len(ordered) + 1, device=delta.device, dtype=torch.float64)
     active = int((ordered > thresholds).sum().clamp_min(1))
     shrunk = (norms - thresholds[active - 1]).clamp_min(0)
-    return delta * torch.where(norms > 0, shrunk / norms.clamp_min(torch.finfo(delta.dtype).tiny), 0.0)
+    return delta * torch.where(norms > 0, shrunk / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0).to(delta.dtype)
 
 
 def project_distance(weight: Tensor, init: Tensor, radius: float) -> Tensor:

@@ -276,3 +276,11 @@ def test_embedding_keeps_norm_and_distance_and_crop_undoes_it() -> None:
 def test_negative_radii_are_refused(call) -> None:
     with pytest.raises(UsageError, match="radius must not be negative; got -1"):
         call(torch.ones(2, 2), -1.0)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e25), (torch.float32, 1e-25), (torch.bfloat16, 1.0)])
+def test_the_group_ball_is_met_in_every_precision_and_at_every_scale(dtype: torch.dtype, scale: float) -> None:
+    delta = (scale * torch.randn(512, 16, 3, generator=torch.Generator().manual_seed(0))).to(dtype)
+    projected = project_group_ball(delta, 50 * scale)
+    assert projected.dtype == dtype
+    assert group_norm_21(projected) == pytest.approx(50 * scale, rel=2 * torch.finfo(dtype).eps)
