@@ -62,7 +62,7 @@ def moments_of(samples: Tensor, shift: Tensor | None = None) -> Moments:
         less than the spacing of the numbers that are summed, float32 or float64, at its mean has no scatter: that is rounding.
 
     Raises:
-        UsageError: samples that are not rows (S, D).
+        UsageError: samples that are not rows (S, D) of floating-point numbers.
 
     >>> m = moments_of(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
     >>> m.count, m.mean.tolist(), m.scatter.tolist()
@@ -210,7 +210,7 @@ def update(moments: Moments, samples: Tensor) -> Moments:
     """Moments after a further batch of rows, (S, D).
 
     Raises:
-        UsageError: samples that are not rows, or of another width than the moments.
+        UsageError: samples that are not rows of floating-point numbers, or of another width than the moments.
 
     >>> m = update(Moments.empty(1), torch.tensor([[1.0], [3.0]]))
     >>> update(m, torch.tensor([[5.0]])).mean.tolist()
@@ -273,3 +273,5 @@ def _scale_of(centred: Tensor) -> float:
 def _check_rows(samples: Tensor) -> None:
     if samples.dim() != 2:
         raise UsageError(f"samples must be rows of features, shape (S, D), got shape {tuple(samples.shape)}.")
+    if not samples.is_floating_point():
+        raise UsageError(f"samples must be floating-point numbers, got {samples.dtype}; pass samples.float().")

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capnas.errors import UsageError
 from capnas.measures.moments import Moments, Sums, covariance, merge, moments_of, update
 
 
@@ -108,3 +109,9 @@ def test_no_scale_of_single_precision_overflows_or_vanishes(scale: float) -> Non
     for part in x.float().T.split((3, 27, 30), 1):  # the first as few rows as are kept
         sums.add(part, seen=part.shape[1])
     np.testing.assert_allclose(sums.mean_and_spread()[1].numpy() / 60 / scale / scale, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("read", [moments_of, lambda x: update(Moments.empty(2), x)])
+def test_whole_numbers_are_refused_in_words(read) -> None:
+    with pytest.raises(UsageError, match=r"floating-point numbers, got torch.int64"):
+        read(torch.ones(3, 2, dtype=torch.int64))
