@@ -278,9 +278,10 @@ def leading_eigenvectors(cov: Tensor, held: float = (1 + _HELD) / 2) -> tuple[Te
     >>> leading_eigenvectors(torch.diag(torch.tensor([1.0, 3.0])))[0].tolist()
     [3.0, 1.0]
     """
+    cov = cov.double()
     subspace = _holding_subspace(cov, held) if len(cov) > EXACT_EIGENVALUES else None
     if len(cov) > EXACT_EIGENVALUES and subspace is None:
-        return single_eigenvectors(cov.double(), _trace(cov))
+        return single_eigenvectors(cov, _trace(cov))
     cov = cov if subspace is None else subspace.T @ cov @ subspace
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
     vectors = vectors if subspace is None else subspace @ vectors
@@ -315,6 +316,6 @@ def _check(threshold: float) -> None:
 
 
 def _square(cov: Tensor) -> int:
-    if cov.dim() != 2 or cov.shape[0] != cov.shape[1]:
+    if cov.dim() != 2 or cov.shape[0] != cov.shape[1] or not cov.numel():
         raise UsageError(f"cov must be a square covariance, shape (D, D), got shape {tuple(cov.shape)}.")
     return cov.shape[0]

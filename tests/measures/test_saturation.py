@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_recording import fill, load_models
 
+from capnas.errors import UsageError
 from capnas.measures import saturation as s
 from capnas.measures.moments import Moments, covariance, moments_of, update
 
@@ -282,3 +283,16 @@ def test_reference_reductions_of_a_map_to_rows(rows: str, shared: Path, referenc
 
 def test_all_of_the_variance_leaves_rounding_out() -> None:
     assert s.intrinsic_dimension(torch.tensor([0.1, 0.1, 0.1, 1e-14], dtype=torch.float64), 1.0) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_eigenvectors_are_double_whatever_the_matrix_is(dtype: torch.dtype) -> None:
+    values, vectors = s.leading_eigenvectors(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=dtype))
+    assert values.dtype == vectors.dtype == torch.float64
+    assert values.tolist() == pytest.approx([3.0, 1.0], rel=1e-12)
+
+
+@pytest.mark.parametrize("measure", [s.saturation, s.effective_rank])
+def test_a_matrix_of_no_features_is_refused(measure) -> None:
+    with pytest.raises(UsageError, match=r"got shape \(0, 0\)"):
+        measure(torch.zeros(0, 0))
