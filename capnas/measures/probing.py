@@ -319,9 +319,14 @@ def weight_gradients(
 
     The model runs inside the context ``forward``, for what else is read on the way.
 
+    Raises:
+        UsageError: no inputs, of which torch makes a loss of NaN and gradients of 0.
+
     >>> [(w.shape == g.shape) for w, g in weight_gradients(nn.Linear(3, 2), torch.ones(4, 3), None, None)]
     [True]
     """
+    if not len(inputs):
+        raise UsageError("the batch holds no inputs.")
     weights = linear_weights(model)
     for weight in weights:
         weight.requires_grad_(True)

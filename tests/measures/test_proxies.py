@@ -343,3 +343,10 @@ def test_published_scores_of_nas_bench_201(shared: Path) -> None:
     for value, cell in zip(ours["naswot"], cells):
         if "none" not in cell["arch"]:  # the benchmark also runs edges that lead nowhere, and counts their rectifiers
             assert value == pytest.approx(float(cell["c10_naswot"]), rel=0.02)
+
+
+@pytest.mark.parametrize("measure", [grad_norm, snip])
+def test_no_inputs_have_no_gradient(measure) -> None:
+    found = measure(nn.Linear(3, 2), torch.zeros(0, 3))
+    assert math.isnan(found.value)
+    assert found.flag.endswith("the batch holds no inputs.")
