@@ -146,7 +146,7 @@ def capacity_map(
 
     Args:
         model: on one device, with floating-point weights; a compiled one is read as it was before.
-        inputs: (B, C, H, W), at least two samples.
+        inputs: (B, C, H, W) in floating point, at least two samples.
         mode: "train" (batch statistics, for networks at initialization) or "eval"; the model's own when absent. Dropout is off in both.
         projections: random projections of the outputs that stand for all of them, dealt over the samples where there are at least 32;
             with at most as many outputs, every sample sends back every output.
@@ -170,8 +170,9 @@ def capacity_map(
     >>> abs(float(found.pixels.sum()) + found.bias - found.total) < 1e-6 * found.total
     True
     """
-    if inputs.ndim < 2 or len(inputs) < 2:
-        raise UsageError(f"inputs must be a batch (B, C, H, W) of at least two samples, got shape {tuple(inputs.shape)}.")
+    if inputs.ndim < 2 or len(inputs) < 2 or not inputs.is_floating_point():
+        got = f"shape {tuple(inputs.shape)} of {inputs.dtype}"
+        raise UsageError(f"capacity needs a floating-point batch (B, C, H, W) of at least two samples, got {got}.")
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
     model = unwrap_model(model)
     batch, (inputs,) = len(inputs), gradable(model, inputs)

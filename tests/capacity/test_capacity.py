@@ -724,6 +724,7 @@ def test_timm_families_give_capacity_and_pixels(name: str) -> None:
     ("call", "message"),
     [
         (lambda: capacity_map(nn.Linear(2, 2), torch.zeros(1, 2)), r"at least two samples, got shape \(1, 2\)"),
+        (lambda: capacity_map(nn.Embedding(5, 2), torch.ones(4, 2, dtype=torch.int64)), r"floating-point batch .* of torch.int64"),
         (lambda: capacity_map(nn.Linear(2, 2), torch.full((3, 2), float("nan"))), "finite"),
     ],
 )
