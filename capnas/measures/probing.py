@@ -155,6 +155,8 @@ def cloned(model: nn.Module, *, share: bool = False) -> nn.Module:
     }
     # a module holds some ten empty containers, for hooks above all: most of what a copy of many small modules takes time for
     memo |= {id(held): type(held)() for m in model.modules() for held in vars(m).values() if type(held) in _PLAIN and not held}
+    # computed weights in attributes, as the old weight and spectral norm keep them, are made anew at the next call
+    memo |= {id(v): v.detach().clone() for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf}
     if share:
         memo |= {id(p): p for p in model.parameters()}
     return copy.deepcopy(model, memo)

@@ -224,3 +224,15 @@ def test_what_a_network_keeps_from_a_call_with_gradients_is_not_of_the_weights_i
     fresh = at_default_initialization(model, seed=5)
     torch.testing.assert_close(fresh(x), 2 * x @ fresh.layer.weight)
     assert set(model.kept) == {"weight"}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("called", [False, True])
+def test_weights_that_the_old_weight_norm_computed_with_gradients_are_copied(called: bool) -> None:
+    model, x = nn.Sequential(weight_norm(nn.Linear(4, 3))), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    if called:
+        model(x)
+    fresh = at_default_initialization(model)
+    torch.testing.assert_close(fresh(x) - fresh[0].bias, model(x) - model[0].bias)  # no reset sets its weight
+    profile = profile_model(model, x, initialize=2, measures="saturation")
+    assert "0.weight_g" in profile.flags["initialization"]
