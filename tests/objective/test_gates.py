@@ -53,6 +53,14 @@ def test_with_costs_only_what_costs_no_more_is_a_rival() -> None:
     assert gate.passes(gate.standing(measured(1, 30, 9), seen))  # the cheapest in the first cost
     assert gate.standing(measured(1, 60, 9), seen).better == 2
     assert gate.standing(measured(1, 60, 6), seen).better == 1
+    assert gate.standing(measured(1, 40, 4), seen).better == 1  # who costs the same is a rival
+
+
+def test_a_strict_bound_shuts_at_its_limit_and_the_other_opens() -> None:
+    shut = {sign: Bound(name="rank_mean", compare=sign, limit=0.5).refusal({"rank_mean": 0.5}) for sign in (">", "<", ">=", "<=")}
+    assert shut[">"] == "rank_mean before training is 0.5, the gate asks for > 0.5"
+    assert shut["<"] is not None
+    assert shut[">="] is shut["<="] is None
 
 
 @pytest.mark.parametrize("text", ["best:10%", " best : 10 % ", "best=0.1", "best:.1"])

@@ -98,6 +98,14 @@ def test_one_candidate_waits_at_a_time() -> None:
     assert queued(study) == [2]
 
 
+def test_of_equal_scores_the_first_drawn_is_queued_first() -> None:
+    study, selection = optuna.create_study(), selection_of(share=1.0)
+    for number, score in enumerate((1.0, 2.0, 2.0)):
+        measured(study, score, name=str(number))
+    selection.queue_next(study)
+    assert queued(study) == [1]
+
+
 def test_what_has_no_score_and_what_other_settings_measured_is_not_queued() -> None:
     study, selection = optuna.create_study(), selection_of()
     measured(study, 3.0, name="best")
