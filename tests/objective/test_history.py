@@ -13,6 +13,8 @@ from tiny_space import images, space
 from torch import nn
 
 from capnas.data import ImageData, load_data
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.history import find_twin
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,17 @@ def test_a_twin_whose_value_came_out_not_finite_says_nothing_of_another_value(da
     study.enqueue_trial({})
     study.optimize(objective(data, no_layers), n_trials=1)
     assert [e.status for e in evaluations(study)] == ["diverged", "complete"]
+
+
+def test_of_two_workers_trials_the_one_that_was_trained_is_the_twin() -> None:
+    study = optuna.create_study()
+    same = {"status": "diverged", "hash": "one", "image_size": 8, "settings": "now"}
+    for twin in (1, None):  # the first was drawn first, and ended when the second had been trained
+        user_attrs = {ATTRIBUTE: Evaluation(**same, duplicate_of=twin).to_dict()}
+        study.add_trial(optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=user_attrs))
+    found = find_twin(study.ask(), same, names=("accuracy",), weights={}, epochs=2)
+    assert found is not None
+    assert found[0] == 1
 
 
 def test_the_worst_value_so_far_is_read_where_it_was_wanted(data: ImageData) -> None:

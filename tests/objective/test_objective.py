@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import optuna
@@ -236,6 +237,15 @@ def test_within_budget_sets_negative_constraints(data: ImageData) -> None:
     trial = run(objective(data, max_params=10**6), SMALL).trials[0]
     assert trial.state == TrialState.COMPLETE
     assert trial.constraints["params"] < 0
+
+
+def test_a_limit_may_be_reached(data: ImageData) -> None:
+    shape = {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": data.image_size}
+    most = sum(p.numel() for p in space(optuna.trial.FixedTrial(SMALL), **shape).parameters())
+    outcomes = [(limit, run(objective(data, max_params=limit, epochs=1), SMALL).trials[0]) for limit in (most, most - 1)]
+    assert [(t.user_attrs["capnas:status"], t.constraints["params"]) for _, t in outcomes] == [
+        ("complete", 0.0), ("over_budget", most / (most - 1) - 1)
+    ]  # fmt: skip
 
 
 def test_infeasible_keeps_the_spaces_reason(data: ImageData) -> None:
@@ -486,6 +496,15 @@ def test_optunas_pruner_stops_with_one_value(data: ImageData) -> None:
     assert study.trials[0].constraints == {"valid": -1.0}
 
 
+def test_nothing_stops_what_was_trained_to_its_end(data: ImageData) -> None:
+    hard = optuna.pruners.ThresholdPruner(lower=2.0, n_warmup_steps=2)
+    rule = Mock(verdict=Mock(return_value="it is slow"))
+    alone = run(objective(data, epochs=2), SMALL, pruner=hard)
+    among = run(objective(data, values=("accuracy", "params"), epochs=1, stopping=rule), SMALL)
+    assert [e.status for study in (alone, among) for e in evaluations(study)] == ["complete"] * 2
+    assert not rule.verdict.called
+
+
 def test_with_several_values_the_median_rule_stops(data: ImageData) -> None:
     from capnas.objective.stopping import MedianRule
 
@@ -506,6 +525,13 @@ def test_with_several_values_the_median_rule_stops(data: ImageData) -> None:
     assert "after epoch 1 is below 1.1000, the median of 3 earlier trials that cost no more" in found[3].reason
     assert len(found[3].curve) == 1
     assert study.trials[3].state == TrialState.PRUNED
+
+
+def test_where_a_stopped_training_needs_values_it_is_infeasible(data: ImageData) -> None:
+    o = objective(data, values=("accuracy", "params"), epochs=2, stopping=Mock(verdict=Mock(return_value="it is slow")))
+    trial = run(o, SMALL, sampler=optuna.samplers.NSGAIISampler(seed=0, population_size=4)).trials[0]
+    assert trial.state == TrialState.COMPLETE  # with the worst accuracy, but few parameters: it would lie on the front
+    assert (trial.user_attrs["capnas:status"], trial.constraints) == ("stopped", {"valid": 1.0})
 
 
 @pytest.mark.parametrize(
