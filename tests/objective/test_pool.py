@@ -241,6 +241,9 @@ def test_with_costs_among_the_values_small_networks_have_their_own_share(data: I
     assert outcomes(study) == ["complete", "complete", "complete", "complete", "complete"]
     alone = run(objective(data, gate="log2_paths:best:10%"), net(8), net(2), net(6, 2), net(4), net(2, 3))
     assert outcomes(alone) == ["complete", "measured", "complete", "measured", "complete"]
+    only = objective(data, values="macs").selection
+    assert only is not None
+    assert only.costs == ()  # else the cheapest would pass, whatever it scores
 
 
 def test_of_equal_standing_who_leads_more_rivals_is_trained_first(data: ImageData) -> None:
