@@ -202,6 +202,17 @@ def test_constant_layer_far_from_zero_has_no_variance() -> None:
     assert saturation(covariance(seen.moments)) == 0
 
 
+@pytest.mark.parametrize("level", [0.0, 1e3, 1e5])
+def test_what_varies_little_beside_its_mean_still_varies(level: float) -> None:
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4))
+        layer.bias.fill_(level)
+    seen = record(layer, noise(200, 4))[""]
+    assert saturation(covariance(seen.moments)) == 1.0
+    assert seen.moments.scatter.trace() / 800 == pytest.approx(1.0, rel=0.1)
+
+
 def test_sampling_is_seeded_bounded_and_close() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1)), noise(64, 3, 32, 32)
     every = record(model, x, reading="modules", values_per_call=None)["0"]
@@ -241,6 +252,17 @@ def test_layer_called_twice_is_summed_and_checkpointing_counts_once() -> None:
     with Recorder(model, reading="modules") as recorder:
         checkpoint(model, noise(5, 4).requires_grad_(), use_reentrant=False).sum().backward()
     assert recorder.pop("train")["0"].moments.count == 5
+
+    wide = nn.Sequential(nn.Linear(4, 64))
+    with Recorder(wide, reading="modules", train_interval=2) as recorder:
+        for batch in noise(360, 4).split(90):  # what runs again is no pass of its own
+            checkpoint(wide, batch, use_reentrant=False).sum().backward()
+    assert recorder.pop("train")["0"].calls == 2
+
+
+def test_no_bound_takes_a_layer_below_three_rows_a_feature() -> None:
+    seen = record(nn.Sequential(nn.Conv2d(1, 64, 1)), noise(8, 1, 32, 32), values_per_call=64)["0"]
+    assert 3 * 64 <= seen.rows < 4 * 64
 
 
 @pytest.mark.parametrize(
