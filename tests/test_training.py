@@ -288,6 +288,8 @@ def test_evaluate_matches_a_plain_loop_and_restores_the_mode(data: ImageData) ->
     model.eval()
     with torch.no_grad():
         logits = model(x).double().numpy()
+    assert evaluate(model, data, "validation", batch_size=7, device="cpu", amp="off") == found
+    assert not model.training
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert found["loss"] == pytest.approx(-np.log(shares[np.arange(len(y)), y.numpy()]).mean(), rel=1e-5)
     assert found["accuracy"] == pytest.approx((logits.argmax(1) == y.numpy()).mean())
