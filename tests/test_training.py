@@ -340,6 +340,14 @@ def test_channels_last_and_bfloat16_train(data: ImageData) -> None:
     assert result.accuracy > 0.6
 
 
+@pytest.mark.parametrize(("amp", "dtype"), [("on", torch.bfloat16), ("off", torch.float32)])
+def test_an_evaluation_computes_in_the_precision_asked_for(data: ImageData, amp: str, dtype: torch.dtype) -> None:
+    model, seen = net(), set()
+    model[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    evaluate(model, data, "validation", device="cpu", amp=amp)
+    assert seen == {dtype}
+
+
 def test_a_step_and_its_recording_stay_on_the_device_of_the_model(data: ImageData) -> None:
     """On torch's meta device, which refuses to be mixed with the CPU as a GPU does."""
     meta = torch.device("meta")
