@@ -91,6 +91,13 @@ def test_the_test_split_closes_again_even_after_an_error(embedded: ImageData) ->
         kept[0].batches("test", 8)
 
 
+def test_a_guess_names_the_commonest_class_of_validation() -> None:
+    labels = np.repeat([0, 1, 2], [24, 12, 4])
+    data = load_data((np.random.default_rng(0).random((40, 6, 6)), labels), validation=0.25, test=0.25)
+    assert data.guess == pytest.approx(6 / 10, abs=0.11)
+    assert data.guess == max(np.bincount(data.pool.labels[data.index["validation"]])) / data.sizes["validation"]
+
+
 def test_carving_is_seeded() -> None:
     labels = torch.arange(1000) % 7
     same, other = carve(labels, 0.3, 1), carve(labels, 0.3, 2)
