@@ -91,6 +91,14 @@ def test_the_test_split_closes_again_even_after_an_error(embedded: ImageData) ->
         kept[0].batches("test", 8)
 
 
+def test_another_seed_sets_other_images_aside() -> None:
+    arrays = np.random.default_rng(0).random((60, 6, 6)), np.arange(60) % 3
+    first, again, other = (load_data(arrays, seed=seed).index for seed in (1, 1, 2))
+    for split in ("validation", "test"):
+        assert torch.equal(first[split], again[split])
+        assert not torch.equal(first[split], other[split])
+
+
 def test_a_guess_names_the_commonest_class_of_validation() -> None:
     labels = np.repeat([0, 1, 2], [24, 12, 4])
     data = load_data((np.random.default_rng(0).random((40, 6, 6)), labels), validation=0.25, test=0.25)

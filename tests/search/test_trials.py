@@ -13,6 +13,7 @@ import optuna
 import pytest
 import torch
 from tiny_space import FILE, images, write_images
+from torch import nn
 
 from capnas.data import ImageData, load_data
 from capnas.documents import json_text, write_whole
@@ -25,7 +26,7 @@ from capnas.search.runs import RunResult
 from capnas.search.storages import locked
 from capnas.search.target import open_target
 from capnas.search.trials import RETRAINED, parse_trial, read_retrained, rebuild, retrain_trial
-from capnas.training import evaluate
+from capnas.training import TrainConfig, TrainingResult, evaluate
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -228,6 +229,28 @@ def test_a_retraining_of_another_study_or_architecture_is_not_taken(run: RunResu
         assert len(read_retrained(found.run)) == 2
     (tmp_path / RETRAINED).write_text(json.dumps([old | {"test_accuracy": -1.0}]))
     assert retrain_trial(found, epochs=1, device="cpu")["test_accuracy"] == -1
+
+
+def test_a_retraining_that_did_not_complete_is_tried_again(run: RunResult, data: ImageData, tmp_path: Path) -> None:
+    found = rebuild(dataclasses.replace(run, folder=tmp_path), data=data)
+    record = retrain_trial(found, epochs=1, device="cpu")
+    (tmp_path / RETRAINED).write_text(json.dumps([record | {"status": "diverged", "test_accuracy": None}]))
+    assert retrain_trial(found, epochs=1, device="cpu")["test_accuracy"] == record["test_accuracy"]
+    assert [r["status"] for r in read_retrained(found.run)] == ["diverged", "complete"]
+
+
+def test_a_retraining_shuffles_by_its_own_seed(run: RunResult, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TrainConfig] = []
+
+    def diverges(model: nn.Module, data: ImageData, config: TrainConfig, **_: object) -> tuple[TrainingResult, dict[str, float]]:
+        asked.append(config)
+        return TrainingResult(status="diverged"), {}
+
+    monkeypatch.setattr(trials, "retrain", diverges)
+    found = rebuild(dataclasses.replace(run, folder=tmp_path), data=data)
+    records = [retrain_trial(found, epochs=5, seed=seed, device="cpu") for seed in (0, 7)]
+    assert [(c.seed, c.epochs, c.batch_size) for c in asked] == [(0, 5, 32), (7, 5, 32)]
+    assert [(r["seed"], r["test_accuracy"], r["model"]) for r in records] == [(0, None, None), (7, None, None)]
 
 
 def test_damaged_record_of_retraining_is_named(run: RunResult, tmp_path: Path) -> None:
