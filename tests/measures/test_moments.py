@@ -71,6 +71,22 @@ def test_sums_of_any_strides_shapes_and_number_are_those_of_all_rows(width: int)
     torch.testing.assert_close(scatter, scatter.T)
 
 
+def test_sums_of_many_rows_keep_the_digits_of_each_part() -> None:
+    rows = torch.randn(2, 2**17, generator=torch.Generator().manual_seed(0))
+    once, often = Sums(2), Sums(2)
+    for sums, times in ((once, 1), (often, 20)):
+        for _ in range(times):
+            sums.add(rows, seen=rows.shape[1])
+    torch.testing.assert_close(often.mean_and_spread()[1], 20 * once.mean_and_spread()[1], rtol=1e-12, atol=0)
+
+
+def test_what_varies_by_its_last_digit_alone_has_no_scatter() -> None:
+    level = torch.tensor(1000.0)
+    rows = torch.stack([torch.stack([level, torch.nextafter(level, level + 1)]).repeat(8), torch.arange(16.0)], 1)
+    found = moments_of(rows)
+    assert found.scatter.tolist() == [[0.0, 0.0], [0.0, 340.0]]
+
+
 def test_merge_is_associative_and_has_a_neutral_element() -> None:
     a, b, c = (moments_of(rows(n, 4, m, seed=n).double()) for n, m in ((5, 0), (9, 100), (3, -7)))
     left, right = merge(merge(a, b), c), merge(a, merge(b, c))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capnas.measures.narrowing import Reader, factor, gram, mixture, refit, removal_path, root
+from capnas.measures.narrowing import Reader, factor, gram, mixture, moved_norm, refit, removal_path, root
 
 
 def correlated(d: int, seed: int) -> Tensor:
@@ -162,3 +162,11 @@ def test_dead_inputs_are_mixed_from_nothing_and_cost_nothing() -> None:
     assert mixture(torch.zeros(2, 2), torch.tensor([1])).tolist() == [[0.0], [1.0]]
     dead = Reader(weight=torch.ones(1, 3), covariance=torch.zeros(3, 3), columns=torch.arange(3)[:, None])
     assert float(removal_path([dead]).losses[-1]) < 1e-9
+
+
+def test_a_norm_moves_by_a_bounded_factor() -> None:
+    zero, one = torch.zeros(2), torch.ones(2)
+    still = torch.tensor([1e-9, 1e9])  # an input that no longer varies, and one that varies without bounds
+    mean, variance = moved_norm((one, one), (zero, one), (zero, still), eps=0.0)
+    assert variance.tolist() == pytest.approx([1 / 16, 16.0])
+    assert mean.tolist() == pytest.approx([1 / 4, 4.0])
