@@ -33,7 +33,7 @@ def open_storage(url: str | None, folder: Path) -> Any:
         MissingDependencyError: its driver is not installed.
     """
     try:
-        if _is_journal(url):
+        if url is None or _is_journal(url):
             return Records(_journal(_journal_path(url, folder)))
         if match := re.fullmatch(r"grpc://([^:/]+):(\d+)", url):
             proxy = optuna.storages.GrpcStorageProxy(host=match[1], port=int(match[2]))
@@ -65,7 +65,7 @@ def find_study(name: str, url: str | None, folder: Path) -> optuna.Study | None:
     Raises:
         StudyError, MissingDependencyError: see `open_storage`.
     """
-    file = _journal_path(url, folder) if _is_journal(url) else _database_path(url)
+    file = _journal_path(url, folder) if url is None or _is_journal(url) else _database_path(url)
     if file is not None and not file.is_file():
         return None
     try:
@@ -74,17 +74,17 @@ def find_study(name: str, url: str | None, folder: Path) -> optuna.Study | None:
         return None
 
 
-def _is_journal(url: str | None) -> bool:
-    return url is None or (url.endswith(".log") and "://" not in url)
+def _is_journal(url: str) -> bool:
+    return url.endswith(".log") and "://" not in url
 
 
 def _journal_path(url: str | None, folder: Path) -> Path:
     return folder / "journal.log" if url is None else Path(url)
 
 
-def _database_path(url: str | None) -> Path | None:
+def _database_path(url: str) -> Path | None:
     """The file of a database that is one, as far as its URL tells."""
-    match = re.fullmatch(_SQLITE, url or "")
+    match = re.fullmatch(_SQLITE, url)
     return None if match is None else Path(match[2])
 
 
