@@ -46,7 +46,7 @@ class LayerRecord:
         rows_seen: rows (samples times positions) of the passes that were read.
         calls: forward calls read.
         positions: rows that one image gives in one call (height times width of a map, tokens of a sequence, 1 of a vector).
-        finite: False when an output held NaN or infinite values, or grew by ten decades since the first pass.
+        finite: False when an output held NaN or infinite values, or ones whose squares overflow in its precision.
         mean: (D,) float64, of the rows used.
         spread: (D, D) float64, their scatter around the mean; (D, S), the centred rows themselves, where S is below D.
     """

@@ -288,7 +288,7 @@ def test_evaluate_matches_a_plain_loop_and_restores_the_mode(data: ImageData) ->
     model.eval()
     with torch.no_grad():
         logits = model(x).double().numpy()
-    assert evaluate(model, data, "validation", batch_size=7, device="cpu", amp="off") == found
+    assert evaluate(model, data, "validation", batch_size=7, amp="off") == found
     assert not model.training
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert found["loss"] == pytest.approx(-np.log(shares[np.arange(len(y)), y.numpy()]).mean(), rel=1e-5)
@@ -344,7 +344,7 @@ def test_channels_last_and_bfloat16_train(data: ImageData) -> None:
 def test_an_evaluation_computes_in_the_precision_asked_for(data: ImageData, amp: str, dtype: torch.dtype) -> None:
     model, seen = net(), set()
     model[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
-    evaluate(model, data, "validation", device="cpu", amp=amp)
+    evaluate(model, data, "validation", amp=amp)
     assert seen == {dtype}
 
 

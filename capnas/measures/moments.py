@@ -133,7 +133,6 @@ class Sums:
         self.kept: list[Tensor] = []
         self.shift: Tensor | None = None
         self._scratch = Scratch() if scratch is None else scratch
-        self._scale = 1.0  # that rows are multiplied with before their products are taken
         self._rows = 0  # since the recent sums, in the rows' own precision, went into those in float64
         self._recent: tuple[Tensor, Tensor] | None = None  # total and products
         self._sums: tuple[Tensor, Tensor] | None = None
@@ -155,12 +154,9 @@ class Sums:
 
     def _take(self, rows: Tensor, shift: Tensor) -> None:
         if self._recent is None:
-            self._scale = _scale_of(rows - shift)
             self._recent = shift.new_zeros(self.width), shift.new_zeros(self.width, self.width)
         copy, flat, ones, panels = self._views.get(rows.shape) or self._views.setdefault(rows.shape, self._views_for(rows, shift.dtype))
         torch.sub(rows, shift, out=copy)
-        if self._scale != 1:
-            copy.mul_(self._scale)
         self._recent[0].addmv_(flat, ones)
         for products, some, rest in panels:
             products.addmm_(some, rest)
@@ -201,8 +197,7 @@ class Sums:
             return shift + offset[:, 0], rows - offset
         self._fold()
         total, upper = self._sums  # type: ignore[misc]
-        products = (upper.triu() + upper.triu(1).T) / self._scale**2
-        moments = from_shifted_sums(self.count, shift, total / self._scale, products)
+        moments = from_shifted_sums(self.count, shift, total, upper.triu() + upper.triu(1).T)
         return moments.mean, moments.scatter
 
 
