@@ -103,7 +103,8 @@ def standalone_script(
         from capnas import _timm
 
         guard = _timm._library is not None
-    source, rewritten = _rewritten(_source_of(function), _GUARD if guard else "")
+    trial = next(iter(inspect.signature(function).parameters), "")
+    source, rewritten = _rewritten(_source_of(function), trial, _GUARD if guard else "")
     size = f"{in_chans}, {image_size}, {image_size}"
     given = {"num_classes": num_classes, "in_chans": in_chans, "image_size": image_size, **options}
     arguments = ", ".join([_NAME if rewritten else f"Decisions({_NAME})", *(f"{k}={v!r}" for k, v in given.items())])
@@ -139,7 +140,7 @@ def _source_of(function: Callable[..., Any]) -> str:
         raise SpaceError(f"the source of the space {function!r} cannot be read ({error}); put the space into a file.") from error
 
 
-def _rewritten(source: str, guard: str) -> tuple[str, bool]:
+def _rewritten(source: str, trial: str, guard: str) -> tuple[str, bool]:
     """The source without its trial, and True; or nearly as it is, and False where something else is asked of the trial or of Optuna."""
     tree, raw = ast.parse(source), source.encode()
     starts = [0]
@@ -164,8 +165,10 @@ def _rewritten(source: str, guard: str) -> tuple[str, bool]:
             top = whole_lines(statement)[1]
     always.append((top, top, guard.encode()))
 
-    trials: set[str] = set()
+    trials = {trial}
     known: set[int] = set()  # nodes that an edit takes care of
+    seen: set[int] = set()  # names of the trial whose use is plain: asked, or handed to a function of this source
+    here = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     node: Any
     for node in ast.walk(tree):
         if _is_suggestion(node):
@@ -180,13 +183,18 @@ def _rewritten(source: str, guard: str) -> tuple[str, bool]:
         elif isinstance(node, ast.arg) and node.annotation is not None and "optuna" in ast.unparse(node.annotation):
             known.update(id(inner) for inner in ast.walk(node.annotation))
             edits.append((*span(node.annotation), b"dict"))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in here:  # what it asks is in this source
+            seen.update(id(given) for given in (*node.args, *(k.value for k in node.keywords)))
+        elif isinstance(node, ast.Attribute):
+            seen.add(id(node.value))
     for node in ast.walk(tree):
         optuna_left = isinstance(node, ast.Name) and node.id == "optuna" and id(node) not in known
         owner = node.value if isinstance(node, ast.Attribute) else None
         of_trial = isinstance(owner, ast.Name) and owner.id in trials
         suggests = isinstance(node, ast.Attribute) and node.attr in _SUGGEST  # of whomever, called or handed on
         trial_left = (of_trial or suggests) and id(node) not in known
-        if optuna_left or trial_left or _is_from(node, "optuna"):
+        handed_on = isinstance(node, ast.Name) and node.id in trials and id(node) not in seen  # to other modules, as far as one can tell
+        if optuna_left or trial_left or handed_on or _is_from(node, "optuna"):
             return _edited(raw, always), False
     return _edited(raw, always + edits), True
 

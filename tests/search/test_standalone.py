@@ -131,6 +131,16 @@ def test_suggestions_under_another_name_alone_get_a_stand_in(tmp_path: Path) -> 
     assert names["build"]().in_features == 7
 
 
+@pytest.mark.parametrize(
+    "call", ["helping_space.ask(trial)", "partial(helping_space.ask, trial)()", "[*map(helping_space.ask, [trial])][0]"]
+)
+def test_a_trial_that_another_module_asks_gets_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    (tmp_path / "helping_space.py").write_text('def ask(trial):\n    return trial.suggest_int("low", 2, 4)\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    text = SPACES.replace('trial.suggest_int("low", 2, 4)', call)
+    assert "class Decisions(dict)" in script_of(f"from functools import partial\nimport helping_space\n{text}", tmp_path)
+
+
 def test_a_script_says_what_else_it_needs(tmp_path: Path) -> None:
     def needs(source: str) -> str:
         return script_of(source, tmp_path).splitlines()[1]
