@@ -227,6 +227,13 @@ def test_a_trial_and_its_retraining_are_those_asked_for(run: Run, study: Path, m
     assert [asked[0][1][name] for name in ("epochs", "seed", "device")] == [7, 5, "cpu"]
 
 
+@pytest.mark.parametrize("words", [["--epochs", "20"], ["--seed", "0"]])
+def test_settings_of_a_retraining_that_is_not_asked_for_are_refused(run: Run, study: Path, words: list[str]) -> None:
+    code, out, err = run("best", study, *words)
+    assert (code, out) == (2, "")
+    assert err == "error: --epochs and --seed are those of --retrain: give it as well, or leave them out.\n"
+
+
 def test_a_run_that_cannot_be_written_to_is_not_retrained(run: Run, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("capnas.search.trials.retrain", lambda *given, **more: pytest.fail("trained for nothing"))
     monkeypatch.setattr(os, "access", lambda place, mode: False)

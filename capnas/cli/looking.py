@@ -11,6 +11,7 @@ import typer
 from capnas.cli.app import Device, Json, Run, app, quiet, seeding, whole
 from capnas.console import at_chance, duration, guess, out_json, remark, say, show_best, show_table
 from capnas.documents import write_whole
+from capnas.errors import UsageError
 
 
 @app.command()
@@ -88,8 +89,8 @@ def best(
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train it longer on train + validation, test it once and keep the network.")
     ] = False,
-    epochs: Annotated[int, whole("Epochs of --retrain.")] = 20,
-    seed: Annotated[int, seeding("Seed of --retrain.")] = 0,
+    epochs: Annotated[int | None, whole("Epochs of --retrain; default: 20.")] = None,
+    seed: Annotated[int | None, seeding("Seed of --retrain; default: 0.")] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -98,6 +99,9 @@ def best(
         from capnas.search import open_run
         from capnas.search.trials import rebuild, retrain_trial
 
+        if not retrain and (epochs, seed) != (None, None):
+            raise UsageError("--epochs and --seed are those of --retrain: give it as well, or leave them out.")
+        epochs, seed = 20 if epochs is None else epochs, seed or 0
         place, opened = None if code is None else code.absolute(), open_run(run)
         found = rebuild(opened, "best" if trial is None else trial)  # a space may change the working directory
         script, document = found.script(), found.summary()
