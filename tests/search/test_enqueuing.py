@@ -15,8 +15,9 @@ from torch import nn
 
 from capnas.data import ImageData
 from capnas.errors import StudyError, UsageError
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation
 from capnas.search import RunResult, open_run, run_study
-from capnas.search.enqueuing import ENQUEUED, check_parameters, enqueue_new, read_parameters
+from capnas.search.enqueuing import ENQUEUED, check_parameters, enqueue_new, read_parameters, unasked
 
 KNOWN = [{"width": 6, "depth": 3, "kind": "plain"}, {"width": 2, "depth": 1, "kind": "bad"}]
 
@@ -81,6 +82,14 @@ def test_a_name_that_the_space_does_not_ask_for_is_told(tmp_path: Path, data: Im
     with pytest.warns(UserWarning, match=r"^trial 0 was enqueued with dpth, which the space does not ask for\.$"):
         result = run_study(config(tmp_path, trials=2), space=space, data=data, enqueue=[{"width": 2, "depth": 1, "dpth": 3}])
     assert drawn(result)[0].items() >= {"width": 2, "depth": 1}.items()
+
+
+@pytest.mark.parametrize(
+    ("status", "names"), [("over_budget", ["depth", "width"]), ("infeasible", []), ("failed", []), ("interrupted", [])]
+)
+def test_what_ended_while_it_was_built_may_not_have_asked_for_all(status: str, names: list[str]) -> None:
+    attributes = {ENQUEUED: {"width": 4, "depth": 1}, ATTRIBUTE: Evaluation(status=status).to_dict()}
+    assert unasked(optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=attributes)) == names
 
 
 def test_two_workers_share_the_queue(tmp_path: Path, home: Path) -> None:  # noqa: F811
