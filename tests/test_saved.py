@@ -209,6 +209,16 @@ def test_weights_that_are_no_numbers_come_back(tmp_path: Path) -> None:
     assert torch.equal(again[0].weight.isnan(), model[0].weight.isnan())
 
 
+def test_fractions_of_a_module_come_back(tmp_path: Path) -> None:
+    model, x = build_recipe(TIMM, seed=1).eval(), torch.randn(2, 1, 32, 32)
+    before = model(x)
+    model.bn1.eps = 0.25
+    again = load_model(save_model(model, tmp_path / "m", TIMM))
+    assert again.bn1.eps == 0.25
+    assert torch.equal(again(x), model(x))
+    assert not torch.equal(again(x), before)
+
+
 def test_tuples_and_new_numbers_of_a_module_come_back(tmp_path: Path) -> None:
     model = build_recipe(TIMM)
     model.layer1[0].conv1.padding, model.layer1[0].conv1.dilation = (2, 2), (2, 2)
