@@ -115,7 +115,7 @@ def survey_resolutions(
             unproductive=receptive.border_layers(report.fields, size),
             borderless=rule.borderless(report.fields),
             unread=unread_pixels(graph),
-            refusal=(refused or {}).get(size) or (f"{report.macs:,} MACs are over the budget of {budget:,}" if over else ""),
+            refusal=(refused or {}).get(size) or (f"{report.macs:,} MACs are over the budget of {budget:,.0f}" if over else ""),
         )
         rows.append(row)
     affordable = [r for r in rows if not r.refusal]

@@ -324,7 +324,7 @@ def recommend(
     allowed = [r for r in readings if budget is None or r.macs <= budget]
     if not allowed:
         least = min((r.macs for r in readings), default=None)
-        raise UsageError(f"no size is within {budget:,} MACs" + (f"; the cheapest takes {least:,}." if least else "."))
+        raise UsageError(f"no size is within {budget:,.0f} MACs" + (f"; the cheapest takes {least:,}." if least else "."))
     pay = price(pay, budget)
     values, fitted = worth(allowed, pay), fitted_accuracy(allowed)
     last = max(r.epochs for r in allowed)
@@ -343,7 +343,7 @@ def recommend(
         said = "inference is spread evenly" if row.even else "a tail remains"
         reasons.append(f"{said}: {row.tail} of {len(row.saturations)} layers are below a quarter of the greatest saturation")
     if budget is not None and (over := sorted({r.size for r in readings if r.macs > budget})):
-        reasons.append(f"over the budget of {budget:,} MACs: {', '.join(map(str, over))} px")
+        reasons.append(f"over the budget of {budget:,.0f} MACs: {', '.join(map(str, over))} px")
     if images:
         reasons.append(f"an accuracy from {images:,} images has a standard error of {100 * error:.1f} points")
     return Recommendation(size=chosen, even=row.even, fitted=fitted, worth=values, reasons=tuple(reasons))

@@ -68,7 +68,7 @@ def best_within(values: Mapping[Cell, float], macs: Mapping[Cell, float], budget
     """
     allowed = [cell for cell in values if macs[cell] <= budget]
     if not allowed:
-        raise UsageError(f"no cell is within {budget:,} MACs; the cheapest takes {min(macs.values()):,}.")
+        raise UsageError(f"no cell is within {budget:,.0f} MACs; the cheapest takes {min(macs.values()):,}.")
     return max(allowed, key=lambda cell: values[cell])
 
 

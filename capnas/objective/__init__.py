@@ -221,7 +221,7 @@ class Objective:
                 return "infeasible", str(error)
             found |= {"hash": candidate.hash, "n_params": candidate.n_params, "macs": candidate.macs}
             metrics |= {"params": candidate.n_params, "macs": candidate.macs}
-            over = [f"{metrics[n]:,} {n} are over the limit of {limit:,}" for n, limit in self.limits.items() if metrics[n] > limit]
+            over = [f"{metrics[n]:,} {n} are over the limit of {limit:,.0f}" for n, limit in self.limits.items() if metrics[n] > limit]
             if over:
                 return "over_budget", "; ".join(over)
             if (useless := self._useless(candidate)) is not None:

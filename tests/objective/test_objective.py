@@ -218,7 +218,7 @@ def test_settings_are_the_same_from_release_to_release_and_others_for_other_labe
 
 def test_over_budget_is_pruned_with_its_violation_before_any_weight_exists(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("capnas.objective.build_model", None)
-    o = objective(data, max_params=100, max_macs=10_000)
+    o = objective(data, max_params=100, max_macs=1e4)
     study = run(o, LARGE)
     (trial,), (found,) = study.trials, evaluations(study)
     assert trial.state == TrialState.PRUNED
