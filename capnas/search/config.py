@@ -289,7 +289,9 @@ def _folder(data: str) -> str:
 
 
 def _anywhere(key: str, value: Any) -> Any:
-    """A setting to compare: older studies hold relative paths, and a path that is gone is left as it was given."""
+    """A setting to compare: older studies hold relative paths and passwords of a query, and a path that is gone is left as it was given."""
+    if key == "storage":
+        return hide_password(value)
     if key in ("space", "data") and isinstance(value, str):
         return _absolute(value)
     if key == "storage":

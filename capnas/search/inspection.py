@@ -194,13 +194,13 @@ def inspect_target(
         state = f"{state}, {len(x)} images of {found.data.name}"
     exact = None if trial is None else False  # a trial's scores compare with those of its run
     profile = enrich(profile, model, x, y, measures=chosen, graph=graph, exact_capacity=exact, seed=seed, start=found.start)
-    counted = with_macs(profile, graph)  # a stored profile may hold none
+    costed = with_macs(profile, graph)  # a stored profile may hold none
     cost = cost_of(model, graph)
     return Inspection(
         name=found.name,
         state=state,
         profile=profile,
-        macs={row.name: row.macs or 0 for row in (*counted.layers, *counted.blocks)},
+        macs={row.name: row.macs or 0 for row in (*costed.layers, *costed.blocks)},
         n_params=cost.params,
         total_macs=cost.macs,
         image_size=size,

@@ -264,8 +264,12 @@ def hide_password(url: str | None) -> str | None:
 
     >>> hide_password("postgresql://me:secret@db/capnas")
     'postgresql://me:***@db/capnas'
+    >>> hide_password("postgresql://db/capnas?user=me&password=secret&sslmode=require")
+    'postgresql://db/capnas?user=me&password=***&sslmode=require'
     """
-    return None if url is None else re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url)
+    if url is None:
+        return None
+    return re.sub(r"([?&]password=)[^&]*", rf"\g<1>{HIDDEN}", re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url))
 
 
 def absolute_storage(url: str | None) -> str | None:

@@ -68,6 +68,9 @@ def test_passwords_are_not_written() -> None:
     assert "cret" not in config.to_toml()
     assert "postgresql+psycopg2://me:***@db/x" in config.to_toml()
     assert config.conflicts(config.to_dict()) == []
+    queried = StudyConfig(space="resnet", storage=(url := "postgresql://db/x?user=me&password=secret"))
+    assert "secret" not in queried.to_toml()
+    assert queried.conflicts(queried.to_dict() | {"storage": url}) == []  # of a study from before passwords of a query were hidden
 
 
 def test_paths_are_stored_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
