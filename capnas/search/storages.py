@@ -47,7 +47,7 @@ def open_storage(url: str | None, folder: Path) -> Any:
         return _database(url)
     except ImportError as error:
         known = str(url).startswith(("postgresql", "grpc"))
-        advice = "pip install capnas[distributed]" if known else "install the one that SQLAlchemy names for this database"
+        advice = "pip install 'capnas[distributed]'" if known else "install the one that SQLAlchemy names for this database"
         raise MissingDependencyError(f"the storage {hide_password(url)} needs a driver: {advice} ({error}).") from error
     except CapnasError:
         raise
