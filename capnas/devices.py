@@ -17,11 +17,15 @@ SWITCHES = ("auto", "on", "off")
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed", "allocation_failed")
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, *, float64: bool = True) -> torch.device:
     """The device behind "auto" or a name of torch.
 
+    Args:
+        device: "auto" or the name.
+        float64: whether it has to compute in float64, as all measures and trainings do.
+
     Raises:
-        UsageError: a device that torch does not know, that this machine lacks or that cannot compute in float64.
+        UsageError: a device that torch does not know, that this machine lacks or that cannot do this.
 
     Example:
         >>> resolve_device("cpu")
@@ -33,7 +37,7 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise UsageError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}.') from None
-    if found.type == "mps":  # sums of losses and moments are kept in float64
+    if float64 and found.type == "mps":  # sums of losses and moments are kept in float64
         raise UsageError(f'device {device!r} does not compute in float64, which capnas needs: use "cpu" or a CUDA device.')
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f'device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; use "auto" or "cpu".')

@@ -217,7 +217,7 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.
         model.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise SavedModelError(f"{path} does not fit its manifest: {one_line(error, 300)}") from error
-    return model.to(resolve_device(str(device))).eval()
+    return model.to(resolve_device(str(device), float64=False)).eval()
 
 
 def _assemble(manifest: Mapping[str, Any]) -> nn.Module:

@@ -398,6 +398,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("gpu")
     with pytest.raises(UsageError, match="'mps' does not compute in float64"):
         resolve_device("mps")
+    assert resolve_device("mps", float64=False).type == "mps"  # where a loaded model may run
     with pytest.raises(UsageError, match="'cuda:99' is not here: torch sees"):
         resolve_device("cuda:99")
 
