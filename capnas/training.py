@@ -49,7 +49,7 @@ class TrainConfig:
         warmup_epochs: linear warm-up in place of the schedule's first epochs, as timm's is; at most half the training, may be a fraction.
         label_smoothing: in [0, 1).
         clip_grad: largest gradient norm, or None.
-        seed: of shuffling, augmentation and dropout. The weights of the model are the caller's.
+        seed: of shuffling, augmentation and dropout, in [0, 2**32). The weights of the model are the caller's.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         amp: bfloat16 autocast: "auto" (where it is faster, see `capnas.devices.use_amp`), "on" or "off".
         channels_last: memory format: "auto", "on" or "off".
@@ -92,6 +92,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{name} must be finite and not negative, got {value}.")
+        if not 0 <= self.seed < 2**32:  # the bounds of NumPy's seeds
+            raise UsageError(f"seed must be at least 0 and below 2**32, got {self.seed}.")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
         if not 0 < self.threshold <= 1:

@@ -409,6 +409,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"lr": float("nan")}, "lr must be finite and not negative, got nan"),
+        ({"seed": -1}, r"seed must be at least 0 and below 2\*\*32, got -1"),
+        ({"seed": 2**32}, r"seed must be at least 0 and below 2\*\*32, got 4294967296"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
         ({"threshold": 0.0}, r"threshold must be in \(0, 1\], got 0.0"),
         ({"clip_grad": 0.0}, "clip_grad must be above 0 or None, got 0.0"),

@@ -123,10 +123,6 @@ class StudyConfig:
         if self.study is not None and (self.study in ("", "..") or (self.out is None and Path(self.study).name != self.study)):
             advice = "give a name without slashes, or a folder as out"
             raise UsageError(f"study must be the name of a folder under runs/, got {self.study!r}; {advice}.")
-        if self.seed < 0:
-            raise UsageError(f"seed must be at least 0, got {self.seed}.")
-        if self.seed >= 2**32:  # a limit of NumPy, which the samplers draw from
-            raise UsageError(f"seed must be below 2**32, got {self.seed}.")
         sizes = self.resolutions
         if sizes is not None and not are_sizes(sizes):
             raise UsageError(f"resolutions must be different sizes in pixels, got {sizes}.")
@@ -290,12 +286,10 @@ def _folder(data: str) -> str:
 
 def _anywhere(key: str, value: Any) -> Any:
     """A setting to compare: older studies hold relative paths and passwords of a query, and a path that is gone is left as it was given."""
-    if key == "storage":
-        return hide_password(value)
     if key in ("space", "data") and isinstance(value, str):
         return _absolute(value)
     if key == "storage":
-        return absolute_storage(value)
+        return hide_password(absolute_storage(value))
     if key == "data_options" and isinstance(value, Mapping) and isinstance(value.get("root"), str):
         return {**value, "root": _absolute(value["root"])}
     return value
