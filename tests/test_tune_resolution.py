@@ -19,9 +19,10 @@ from capnas.candidates import count_cost
 from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
 from capnas.graph.tracing import trace
+from capnas.measures.resolution import SizeReading
 from capnas.mixed_sizes import train_together
 from capnas.repair import advise
-from capnas.resolution import SizeRun, advise_resolution, ladder, survey_resolutions, tune_resolution
+from capnas.resolution import SizeRun, SizeSurvey, _advice, advise_resolution, ladder, survey_resolutions, tune_resolution
 from capnas.size_survey import are_sizes, unread_pixels
 from capnas.training import TrainConfig, train
 
@@ -496,3 +497,12 @@ def test_networks_that_keep_what_they_compute_between_calls_are_tuned(data: Imag
     found = tune_resolution(called, data, (6, 8), epochs=20, config=CONFIG)
     assert found.shared.passes
     assert {r.size for r in found.runs} == {6, 8}
+
+
+def test_advice_is_on_the_layers_of_the_tail() -> None:
+    def deep(size: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 2, 3, 2, 1), *(nn.Conv2d(2, 2, 3, 1, 1) for _ in range(4)))
+
+    names = ("0", "1", "2", "3", "4")
+    reading = SizeReading(size=12, macs=1, accuracy=0.5, epochs=1, saturations=(0.5, 0.5, 0.5, 0.5, 0.01), layers=names)
+    assert next((a.kind, a.layers) for a in _advice(deep, SizeSurvey(size=12), 1, reading)) == ("cut", ("4",))

@@ -241,3 +241,7 @@ def test_errors() -> None:
         region_bound([2, 0])
     with pytest.raises(UsageError, match="one flag for each of the 2 layers, got 1"):
         region_bound([2, 2, 2], carried=[True])
+
+
+def test_a_bias_is_one_weight_an_output() -> None:
+    assert [linear_leaf(3, 5, kernel=4, bias=bias).weights for bias in (False, True)] == [60, 65]
