@@ -24,7 +24,7 @@ from capnas.mixed_sizes import train_together
 from capnas.repair import advise
 from capnas.resolution import SizeRun, SizeSurvey, _advice, advise_resolution, ladder, survey_resolutions, tune_resolution
 from capnas.size_survey import are_sizes, unread_pixels
-from capnas.training import TrainConfig, train
+from capnas.training import TrainConfig, TrainingResult, train
 
 CONFIG = TrainConfig(batch_size=32, lr=1e-2, device="cpu")
 
@@ -506,3 +506,17 @@ def test_advice_is_on_the_layers_of_the_tail() -> None:
     names = ("0", "1", "2", "3", "4")
     reading = SizeReading(size=12, macs=1, accuracy=0.5, epochs=1, saturations=(0.5, 0.5, 0.5, 0.5, 0.01), layers=names)
     assert next((a.kind, a.layers) for a in _advice(deep, SizeSurvey(size=12), 1, reading)) == ("cut", ("4",))
+
+
+def test_images_come_in_another_order_in_each_round(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def trains(model: nn.Module, data: ImageData, config: TrainConfig, *, image_size: int) -> TrainingResult:
+        seen.append((image_size, config.seed))
+        curve = ({"val_loss": 1.0},) * config.epochs
+        return TrainingResult(status="complete", accuracy=0.5 + image_size / 100, curve=curve, seconds=1.0)
+
+    monkeypatch.setattr("capnas.resolution.train", trains)
+    tune_resolution(net, data, (6, 8, 10, 12), epochs=20, config=CONFIG)
+    first, second = ([seed for _, seed in part] for part in (seen[:4], seen[4:]))
+    assert (set(first), set(second)) == ({CONFIG.seed}, {CONFIG.seed + 1})
