@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import sys
@@ -73,13 +74,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def time_left(seconds: float, ran: int, remaining: int) -> str:
-    """Time that the rest takes at the pace so far; empty where there is no pace yet or no rest.
+def time_left(seconds: float, ran: int, remaining: int, *, within: float = math.inf) -> str:
+    """Time that the rest takes at the pace so far, or may take within so many seconds; empty where there is no pace yet or no rest.
 
-    >>> time_left(60, 3, 6), time_left(60, 0, 6)
-    ('about 2 min 0 s left', '')
+    >>> time_left(60, 3, 6), time_left(60, 3, 6, within=70), time_left(60, 0, 6)
+    ('about 2 min 0 s left', 'about 10 s left', '')
     """
-    return f"about {duration(seconds / ran * remaining)} left" if ran > 0 and remaining > 0 else ""
+    left = min(seconds / ran * remaining if ran else 0.0, within - seconds)
+    return f"about {duration(left)} left" if left > 0 else ""
 
 
 def pairs(given: Sequence[str], option: str) -> dict[str, Any]:

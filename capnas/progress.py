@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,21 @@ class Progress:
         directions: of the values.
         workers: processes whose trials are told here, some time after they end. Of several, only trials told so far count.
         epochs: of a trial.
+        timeout: seconds after which no further trial begins.
     """
 
-    def __init__(self, *, total: int, names: Sequence[str], directions: Sequence[str], workers: int = 1, epochs: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        total: int,
+        names: Sequence[str],
+        directions: Sequence[str],
+        workers: int = 1,
+        epochs: int = 1,
+        timeout: float | None = None,
+    ) -> None:
         self.total, self.names, self.workers, self.epochs = total, names, workers, epochs
+        self.timeout = math.inf if timeout is None else timeout
         self.signs = [1 if direction == "maximize" else -1 for direction in directions]
         self.start, self.began, self.ran = time.monotonic(), datetime.now(), 0
         self._told: set[int] = set()
@@ -69,7 +81,7 @@ class Progress:
         shown = {**found.values} | {n: a for n in ("accuracy",) if found.values and (a := found.metrics.get(n)) is not None}
         what = ", ".join(f"{name} {short(value)}" for name, value in shown.items()) or found.reason
         line = f"trial {trial.number:>3}  {found.status:<11} {what}  ({duration(sum(found.seconds.values()))})"
-        left = time_left(time.monotonic() - self.start, self.ran, self.total - finished)
+        left = time_left(time.monotonic() - self.start, self.ran, self.total - finished, within=self.timeout)
         state = "  ".join(filter(None, (self._best(trials), left)))
         if self._live is None:
             say(f"[{finished}/{max(finished, self.total)}] {line}" + (f"  {state}" if state else ""))

@@ -68,6 +68,16 @@ def test_the_same_command_resumes_and_a_finished_study_says_so(run: Run, study: 
     assert re.search(r"^error: .*seed", err, re.MULTILINE)
 
 
+def test_a_search_whose_time_is_up_says_how_to_go_on(run: Run, folder: Path, tmp_path: Path) -> None:
+    words = ["search", FILE, "--data", folder, "--epochs", "1", "--trials", "2", "--out", tmp_path / "run", *TINY]
+    code, _, err = run(*words, "--timeout", "0.01")
+    assert code == 0
+    assert "Time is up with 1 of 2 trials finished. Go on with: " in err
+    code, out, err = run(*words, "--timeout", "600", "--json")
+    assert json.loads(out)["finished"] == 2
+    assert "Time is up" not in err
+
+
 def test_report_best_and_profile_of_a_run(run: Run, study: Path, tmp_path: Path) -> None:
     code, out, _ = run("report", study)
     assert code == 0

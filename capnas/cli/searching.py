@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from capnas.cli.app import Blocks, Device, Json, app, quiet, sizes, whole
+from capnas.cli.app import Blocks, Device, Json, app, decimal, quiet, sizes, whole
 from capnas.console import closing, no_value, out_json, pairs, remark, run_document, say, show_run
 from capnas.errors import counted
 from capnas.progress import Progress
@@ -22,6 +22,7 @@ def search(
         str, typer.Option(help="A name, or a folder with one folder of images per class; --data-option image_size=64 sets their size.")
     ] = "fashion-mnist-12k",
     trials: Annotated[int, whole("Finished trials in all (with --gate best: trained ones); a larger number extends a study.")] = 30,
+    timeout: Annotated[float | None, decimal("After so long no further trial begins; finals follow.", "SECONDS")] = None,
     epochs: Annotated[int, whole("Epochs of the short training.")] = 3,
     values: Annotated[
         str,
@@ -74,6 +75,7 @@ def search(
             data=data,
             study=study,
             trials=trials,
+            timeout=timeout,
             epochs=epochs,
             values=tuple(v.strip() for v in values.split(",")),
             weights=None if weights is None else pairs([weights], "--weights"),
@@ -98,7 +100,9 @@ def search(
         )
         start = f"searching {space} on {data}: {counted(trials, 'trial')}, {counted(epochs, 'epoch')}, optimizing "
         start += f"{', '.join(config.values)}, into {config.folder}"
-        progress = Progress(total=trials, names=config.values, directions=config.directions, workers=workers, epochs=epochs)
+        progress = Progress(
+            total=trials, timeout=timeout, names=config.values, directions=config.directions, workers=workers, epochs=epochs
+        )
         with progress:
             result = run_study(
                 config,
@@ -119,6 +123,8 @@ def search(
     if result.interrupted:
         say(f"Interrupted with {result.n_finished} of {trials} trials finished. Resume with: {_command()}")
         raise SystemExit(130)  # not typer.Exit: `main` says "interrupted" after that one
+    if not result.finished and timeout is not None:
+        say(f"Time is up with {result.n_finished} of {trials} trials finished. Go on with: {_command()}")
     if result.finished_before >= trials:
         say(f"The study was already finished ({counted(result.finished_before, 'trial')}); a larger --trials extends it.")
 

@@ -95,7 +95,7 @@ class Objective:
         UsageError: an argument that cannot be used; the text says which and why.
 
     A candidate over a limit, unbuildable, gated or untrainable is pruned with a violated constraint, which TPE learns from.
-    Samplers that ignore pruned trials (NSGA-II, NSGA-III, GP) get the worst finite values instead, again with a violated
+    Samplers that ignore pruned trials (NSGA-II, NSGA-III, GP, CMA-ES) get the worst finite values instead, again with a violated
     constraint, so that no such trial counts as best.
 
     ``capnas.Evaluation.of(trial)`` reads what came of a trial; plots and dashboards find ``capnas:status``, ``capnas:accuracy``,

@@ -27,7 +27,7 @@ def ignores_pruned(trial: Any) -> bool:
     sampler = trial.study.sampler if isinstance(trial, optuna.Trial) else None
     while isinstance(sampler, optuna.samplers.PartialFixedSampler):
         sampler = getattr(sampler, "_base_sampler", None)  # no public name tells it
-    return isinstance(sampler, optuna.samplers.BaseGASampler | optuna.samplers.GPSampler)
+    return isinstance(sampler, optuna.samplers.BaseGASampler | optuna.samplers.GPSampler | optuna.samplers.CmaEsSampler)
 
 
 def find_twin(

@@ -9,7 +9,7 @@ is the same for one process, for several and after a resumption.
 What a sampler learns from a measured candidate: it is pruned with a violated constraint "gate", the more violated the worse its place.
 TPE takes its best tenth (at most 25 trials) for good, trained ones by value first and then measured ones by violation. So it goes by the
 score as long as few are trained, by the value once more than that tenth are, and never takes a measured candidate for better than a
-trained one. NSGA-II, NSGA-III and GP see a violated constraint and the worst values.
+trained one. NSGA-II, NSGA-III, GP and CMA-ES see a violated constraint and the worst values.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -47,7 +48,7 @@ def run_study(
     on_epoch: EpochCallback | None = None,
     on_final: FinalCallback | None = None,
 ) -> RunResult:
-    """Run a study until it has ``config.trials`` finished trials, or resume one; then hold its finals, where some are asked for.
+    """Run a study until it has ``config.trials`` finished trials or ``config.timeout`` is over; then hold its finals, if it has any.
 
     The same call again resumes: finished trials are kept, those of killed processes are given up (`sweep`), and with one worker the
     trials are those that an uninterrupted study would have had. SIGINT (Ctrl-C) and SIGTERM abandon the running trials and return.
@@ -107,7 +108,7 @@ def run_study(
         sweep(study, stale_after=config.stale_after)  # a killed one is enqueued again
         enqueue_new(study, first)
     known = len(begun(study))
-    interrupted = False
+    interrupted, start = False, time.monotonic()
     try:
         with sigterm_interrupts() as go_on:
             if before >= config.trials:
@@ -118,7 +119,8 @@ def run_study(
                 work(study, config, objective, parallel=False, on_start=on_start, on_trial=on_trial, go_on=go_on)
             else:
                 _launch(study, config, on_start, on_trial)
-            if config.finalists is not None and count_finished(study) >= config.trials:
+            time_is_up = config.timeout is not None and time.monotonic() - start >= config.timeout
+            if config.finalists is not None and (time_is_up or count_finished(study) >= config.trials):
                 _hold_finals(study, config, objective, space=space, data=data, on_epoch=on_epoch, on_final=on_final, go_on=go_on)
     except KeyboardInterrupt:
         interrupted = True

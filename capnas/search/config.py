@@ -31,7 +31,8 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
 VERSION = 1
-_FREE = ("trials", "workers", "device", "out", "stale_after", "reuse", "finalists", "final_epochs")  # may change when a study is resumed
+# may change when a study is resumed
+_FREE = ("trials", "timeout", "workers", "device", "out", "stale_after", "reuse", "finalists", "final_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class StudyConfig:
         study: name of the study and its folder; from space and data where None.
         trials: finished trials in all, over all sessions and workers. With a gate that asks for a share only trained ones
             count, not those that are too large, infeasible or merely measured.
+        timeout: seconds after which a session begins no further trial: the running one ends, and finals follow. A worker counts from
+            its own start.
         epochs, values, weights, max_params, max_macs, gate, pool, resolutions, blocks, seed, device, reuse: see `capnas.Objective`.
         finalists: how many of the best trials are trained again at the end, for longer, and the best of which is named; none if not
             said. See `capnas.objective.finals`.
@@ -71,6 +74,7 @@ class StudyConfig:
     data: str = "fashion-mnist-12k"
     study: str | None = None
     trials: int = 30
+    timeout: float | None = None
     epochs: int = 3
     values: tuple[str, ...] = ("combined",)
     weights: Mapping[str, float] | None = None
@@ -118,6 +122,8 @@ class StudyConfig:
         if in_memory(self.storage):
             advice = "leave storage out, or name a file as in sqlite:///study.db"
             raise UsageError(f"the storage {self.storage} keeps nothing after the process ends; {advice}.")
+        if self.timeout is not None and not self.timeout > 0:
+            raise UsageError(f"timeout must be seconds, above 0, got {self.timeout}.")
         if not self.stale_after >= 0:
             raise UsageError(f"stale_after must be seconds, at least 0, got {self.stale_after}.")
         if self.study is not None and (self.study in ("", "..") or (self.out is None and Path(self.study).name != self.study)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import time
 import warnings
@@ -68,7 +69,7 @@ def work(
     before: Collection[int] | None = None,
     go_on: Callable[[], bool] = lambda: True,
 ) -> int:
-    """Run trials one after the other until the study is finished.
+    """Run trials one after the other until the study is finished, or the time of its settings is up.
 
     Args:
         study: from `capnas.search.opening.open_study`.
@@ -94,7 +95,8 @@ def work(
 
     ran, own, error = 0, int.from_bytes(os.urandom(4), "big"), None
     before = ended(study) if before is None else before
-    while go_on():
+    end = time.monotonic() + (math.inf if config.timeout is None else config.timeout)
+    while go_on() and time.monotonic() < end:
         sweep(study, stale_after=config.stale_after)
         trials = study.get_trials(deepcopy=False)
         if len(failed := failures_in_a_row(trials, before)) >= MAX_FAILURES:

@@ -263,6 +263,7 @@ def samplers() -> dict[str, Any]:
         "nsga3": optuna.samplers.NSGAIIISampler(seed=0, population_size=4),
         "gp": optuna.samplers.GPSampler(seed=0, n_startup_trials=3),
         "fixed": fixed({}, fixed({}, optuna.samplers.NSGAIISampler(seed=0, population_size=4))),
+        "cmaes": optuna.samplers.CmaEsSampler(seed=0, warn_independent_sampling=False),
     }
 
 
@@ -280,6 +281,14 @@ def test_samplers_that_ignore_pruned_trials_get_the_worst_values_and_a_violation
     assert [t.number for t in study.best_trials] == [0]
     study.optimize(o, n_trials=3)  # the sampler digests them
     assert all(t.state == TrialState.COMPLETE for t in study.trials)
+
+
+@pytest.mark.filterwarnings("ignore:Constraints have been set, but CmaEsSampler will not use them")
+def test_a_sampler_of_one_value_that_ignores_pruned_trials_gets_the_worst_one(data: ImageData) -> None:
+    study = run(objective(data, values=("accuracy",), max_macs=30_000, epochs=1), SMALL, LARGE, sampler=samplers()["cmaes"])
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
+    assert study.trials[1].values == study.trials[0].values
+    assert study.best_trial.number == 0
 
 
 def test_worst_values_before_any_are_finite(data: ImageData) -> None:

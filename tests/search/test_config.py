@@ -152,6 +152,8 @@ def test_conflicts_ignore_what_may_change() -> None:
         ({"study": ""}, "study must be the name of a folder under runs/, got ''; give a name without slashes, or a folder as out"),
         ({"study": "../x"}, "study must be the name of a folder under runs/, got '../x'"),
         ({"study": "..", "out": "x"}, "study must be the name of a folder under runs/, got '..'"),
+        ({"timeout": 0.0}, "timeout must be seconds, above 0, got 0.0"),
+        ({"timeout": float("nan")}, "timeout must be seconds, above 0, got nan"),
         ({"stale_after": -1}, "stale_after must be seconds, at least 0, got -1"),
         ({"stale_after": float("nan")}, "stale_after must be seconds, at least 0, got nan"),
         ({"values": 5}, "values must be one or more different names, got 5"),

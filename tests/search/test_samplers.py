@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import optuna
 import pytest
 
-from capnas.errors import UsageError
-from capnas.search.samplers import SAMPLERS, make_pruner, make_sampler
+from capnas.errors import MissingDependencyError, UsageError
+from capnas.search.samplers import SAMPLERS, check_sampler, make_pruner, make_sampler
 
 
 def draws(name: str, seed: int, numbers: list[int]) -> list[float]:
@@ -18,12 +20,19 @@ def draws(name: str, seed: int, numbers: list[int]) -> list[float]:
     return [t.params["x"] for t in study.trials]
 
 
-@pytest.mark.parametrize("name", [s for s in SAMPLERS if s != "cmaes"])
+@pytest.mark.parametrize("name", [s for s in SAMPLERS if s != "cmaes"])  # which draws a lone number as random does
 def test_draws_follow_from_seed_and_number(name: str) -> None:
     first = draws(name, 0, [0, 1, 2, 3])
     assert first == draws(name, 0, [0, 1, 2, 3])
     assert first != draws(name, 1, [0, 1, 2, 3])
     assert len(set(first)) == 4
+
+
+def test_a_sampler_whose_package_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_sampler("cmaes", "median", 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="needs the package cmaes: pip install cmaes"):
+        check_sampler("cmaes", "median", 1)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

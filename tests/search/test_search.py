@@ -134,6 +134,13 @@ def test_finished_says_so_and_trains_nothing_and_more_trials_extend_it(tmp_path:
     assert open_run(tmp_path).config.trials == 6
 
 
+def test_when_time_is_up_no_further_trial_begins_and_finals_follow(tmp_path: Path, data: ImageData) -> None:
+    late = run_study(config(tmp_path, timeout=0.01, finalists=1, final_epochs=1), space=space, data=data)
+    assert (late.n_finished, late.interrupted, len(late.finals), late.owed) == (1, False, 1, "")
+    assert run_study(config(tmp_path, timeout=600.0), space=space, data=data).n_finished == 4  # another time is no other setting
+    assert finished(run_study(config(tmp_path / "whole"), space=space, data=data)) == finished(late)
+
+
 def test_other_settings_are_refused_and_named(tmp_path: Path, data: ImageData) -> None:
     run_study(config(tmp_path, trials=1), space=space, data=data)
     text = r"the study tiny exists with other settings: epochs was 1, now 2; max_macs was 'not set', now 9000. Choose another"
