@@ -15,6 +15,7 @@ from capnas.errors import UsageError, counted
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 WIDE, _NARROW = 160, 60  # columns of a table that goes into a file or a pipe; of a terminal below which a column would hold single letters
+_FRONT = 20  # trials of a front that are shown
 _REFUSED = ("over_budget", "infeasible", "gated")  # ended before training
 LONGER = "train for more epochs, with a smaller batch_size or on more images"
 SAW_VALIDATION = "the network was trained on the validation images too: accuracies on them are of images that it has seen"
@@ -261,9 +262,10 @@ def show_run(result: Any) -> None:
         print(no_value(result))
         return
     beside = [] if "accuracy" in names else ["accuracy"]  # which everybody asks for
-    numbers = ((t, [*t.values, *(result.evaluation(t.number).metrics.get(n) for n in beside)]) for t in result.front[:20])
+    numbers = ((t, [*t.values, *(result.evaluation(t.number).metrics.get(n) for n in beside)]) for t in result.front[:_FRONT])
     rows = [[str(t.number), *map(short, values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t, values in numbers]
     several = f"Pareto set, {counted(len(result.front), 'trial')}"
+    several += f", the {_FRONT} best by {names[0]}" if len(result.front) > _FRONT else ""
     title = ("best value" if result.finals or result.owed else "best trial") if len(names) == 1 else several
     show_table(["trial", *names, *beside, "parameters"], rows, title=title, texts=["parameters"])
     if result.finals:

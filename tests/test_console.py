@@ -256,6 +256,18 @@ def test_images_of_old_studies_are_not_known(capsys: pytest.CaptureFixture[str])
     assert "Pareto set, 1 trial " in capsys.readouterr().out
 
 
+def test_a_long_front_says_how_many_of_it_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    result = _result([], values=("accuracy", "macs"))
+    for place in range(21):
+        found = Evaluation(status="complete", values={"accuracy": place / 100, "macs": place}).to_dict()
+        result.study.add_trial(optuna.trial.create_trial(values=[place / 100, place], user_attrs={ATTRIBUTE: found}))
+    show_run(result)
+    out = capsys.readouterr().out
+    assert "Pareto set, 21 trials, the 20 best by accuracy" in " ".join(out.split())
+    assert "0.0100" in out
+    assert "0.0000" not in out
+
+
 def test_the_test_accuracy_comes_after_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     trial = {"trial": 3, "study": "told", "status": "complete", "image_size": 8, "metrics": {}, "values": {}, "params": {}}
     test = {"status": "complete", "test_accuracy": 0.5, "epochs": 1, "seed": 0, "model": "runs/told/retrained"}

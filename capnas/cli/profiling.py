@@ -45,7 +45,8 @@ def profile(
 ) -> None:
     """Show a network layer by layer: dimension, saturation, receptive field, complexity, norm, capacity, cost.
 
-    A search keeps no weights: where they are needed, the trial is trained again as the search did.
+    Of a trial, what the search measured is shown as it is, whatever --batch and --seed say. A search keeps no weights: where they are
+    needed, the trial is trained again as the search did.
     """
     with quiet():
         from capnas.profile import MEASURES

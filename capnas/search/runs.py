@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,7 +168,7 @@ def open_run(path: str | Path, *, storage: str | None = None) -> RunResult:
     if folder is None:
         known = sorted(p.parent.name for p in Path("runs").glob("*/study.toml"))
         advice = f"Runs here: {', '.join(known)}." if known else "Start one with capnas search."
-        raise StudyError(f"{path} is not a run: no study.toml in it. {advice}")
+        raise StudyError(f"{shlex.quote(str(path))} is not a run: no study.toml in it. {advice}")
     try:
         text = (folder / "study.toml").read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

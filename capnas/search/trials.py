@@ -20,7 +20,7 @@ from torch import nn
 from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
 from capnas.data import ImageData
 from capnas.documents import json_text, write_whole
-from capnas.errors import StudyError, UsageError
+from capnas.errors import StudyError, UsageError, one_line
 from capnas.objective.evaluation import Evaluation
 from capnas.profile import Profile
 from capnas.saved import MANIFEST, check_folder, save_model
@@ -239,8 +239,8 @@ def retrain_trial(
         try:
             save_model(model.cpu(), found.run.folder / folder, found.recipe, extra=extra, force=True)
             place = folder
-        except UsageError as error:
-            reason = f"the trained network is not kept: {error}"
+        except (UsageError, OSError) as error:  # the test split has been read: what it said is kept
+            reason = f"the trained network is not kept: {one_line(error)}"
     record = key | {
         "labels": same["labels"],
         "status": result.status,
@@ -283,6 +283,6 @@ def read_retrained(run: RunResult) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return json.loads(path.read_text(encoding="utf-8") or "[]")  # empty while the first is being written
-    except ValueError as error:
-        raise StudyError(f"{path} cannot be read: {error}.") from error
+        return list(map(dict, json.loads(path.read_text(encoding="utf-8") or "[]")))  # empty while the first is being written
+    except (ValueError, TypeError) as error:
+        raise StudyError(f"{path} cannot be read, expected a JSON list of results: {error}.") from error

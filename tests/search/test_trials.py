@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -253,7 +254,22 @@ def test_a_retraining_shuffles_by_its_own_seed(run: RunResult, data: ImageData, 
     assert [(r["seed"], r["test_accuracy"], r["model"]) for r in records] == [(0, None, None), (7, None, None)]
 
 
-def test_damaged_record_of_retraining_is_named(run: RunResult, tmp_path: Path) -> None:
-    (tmp_path / RETRAINED).write_text("[{")
+def test_a_full_disk_costs_the_network_and_not_what_the_test_split_said(
+    run: RunResult, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trials, "save_model", full)
+    found = rebuild(dataclasses.replace(run, folder=tmp_path), data=data)
+    record = retrain_trial(found, epochs=1, device="cpu")
+    assert (record["status"], record["model"]) == ("complete", None)
+    assert "the trained network is not kept: [Errno 28] No space left" in record["reason"]
+    assert read_retrained(found.run) == [record]
+
+
+@pytest.mark.parametrize("text", ["[{", "[1]", "3"])
+def test_damaged_record_of_retraining_is_named(run: RunResult, tmp_path: Path, text: str) -> None:
+    (tmp_path / RETRAINED).write_text(text)
     with pytest.raises(StudyError, match=rf"{RETRAINED} cannot be read"):
         read_retrained(dataclasses.replace(run, folder=tmp_path))
