@@ -38,7 +38,7 @@ class SavedModelError(CapnasError):
     """A saved model that is missing, damaged or of another version."""
 
 
-def build_recipe(recipe: Mapping[str, Any], *, seed: int = 0, image_size: int | None = None) -> nn.Module:
+def build_recipe(recipe: Mapping[str, Any], *, seed: int = 0, image_size: int | None = None, pretrained: bool = False) -> nn.Module:
     """Build the architecture of a recipe with fresh weights, on the CPU, in training mode; torch's generator is put back.
 
     Args:
@@ -46,6 +46,7 @@ def build_recipe(recipe: Mapping[str, Any], *, seed: int = 0, image_size: int | 
             load_space, "params": {...}, "num_classes": ..., "in_chans": ..., "image_size": ...}``.
         seed: of the weights.
         image_size: pixels instead of the recipe's: a space may choose other strides for it; timm models with fixed inputs take it.
+        pretrained: with timm's own weights, as ``timm.create_model`` loads them; of a timm model only.
 
     Raises:
         UsageError: the recipe is neither.
@@ -61,7 +62,7 @@ def build_recipe(recipe: Mapping[str, Any], *, seed: int = 0, image_size: int | 
             args["img_size"] = size or args["img_size"]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return timm.create_model(recipe["timm"], pretrained=False, **args)
+            return timm.create_model(recipe["timm"], pretrained=pretrained, **args)
     if isinstance(recipe.get("space"), str):
         shape = {"num_classes": recipe["num_classes"], "in_chans": recipe["in_chans"], "image_size": int(size or 0)}
         return build_model(load_space(recipe["space"]), recipe["params"], **shape, seed=seed)

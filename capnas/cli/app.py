@@ -23,6 +23,10 @@ app = typer.Typer(
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, progress to stderr.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
+Pretrained = Annotated[
+    bool,
+    typer.Option("--pretrained", help="Use timm's own weights; images get the size, channels and normalization that these expect."),
+]
 Run = Annotated[str, typer.Argument(help="A run's folder, or the name of a study under runs/.")]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capnas.cli.app import Blocks, Device, Json, app, decimal, quiet, seeding, whole
+from capnas.cli.app import Blocks, Device, Json, Pretrained, app, decimal, quiet, seeding, whole
 from capnas.console import duration, out_json, say, short, show_table
 
 Cell = Callable[[Any], str]
@@ -36,6 +36,7 @@ def profile(
     blocks: Blocks = None,
     initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network as it was before training.")] = False,
     weights: Annotated[str | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, a safetensors file.")] = None,
+    pretrained: Pretrained = False,
     project: Annotated[
         float | None, decimal("Also the accuracy if every layer but the head keeps only this share of its variance.", "SHARE")
     ] = None,
@@ -64,6 +65,7 @@ def profile(
             blocks=blocks,
             initial=initial,
             weights=weights,
+            pretrained=pretrained,
             project=project,
             seed=seed,
             device=device,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, app, decimal, quiet, seeding, whole
+from capnas.cli.app import Device, Json, Pretrained, app, decimal, quiet, seeding, whole
 from capnas.console import LONGER, SAW_VALIDATION, at_chance, out_json, remark, say, short, show_table
 from capnas.errors import UsageError, counted
 
@@ -24,6 +24,7 @@ def prune(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
     data: Annotated[str | None, typer.Option(help="Images; default: those of the run or the saved model, else fashion-mnist-12k.")] = None,
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, a safetensors file.")] = None,
+    pretrained: Pretrained = False,
     image_size: Annotated[int | None, whole("Image size in pixels; default: the target's.")] = None,
     target_macs: Annotated[float | None, decimal("Share of the multiply-accumulates to keep.", "SHARE")] = None,
     lossless: Annotated[float | None, decimal("Instead: keep the width that this share of each layer's variance needs.", "SHARE")] = None,
@@ -77,7 +78,7 @@ def prune(
         place = None if out is None else out.absolute()  # a space may change the working directory
         if out is not None and not dry_run:
             check_free(out, force=force)
-        found = open_target(target, data=data, image_size=image_size)
+        found = open_target(target, data=data, image_size=image_size, pretrained=pretrained)
         model = _network(found, config, weights, dry_run)
         if dry_run:
             proposed = propose(model, found.data, config, image_size=found.image_size)
@@ -107,7 +108,7 @@ def prune(
 
 def _network(found: Target, config: PruneConfig, weights: Path | None, dry_run: bool) -> nn.Module:
     """The network to be narrowed, with the weights given or, where it has none, trained first; a dry run may do without."""
-    from capnas.narrowing.pruning import pretrain
+    from capnas.narrowing.pruning import FINETUNE, FRESH, pretrain
     from capnas.search.inspection import load_weights
 
     epochs = config.train_epochs
@@ -119,13 +120,18 @@ def _network(found: Target, config: PruneConfig, weights: Path | None, dry_run: 
     elif not found.trained:
         if found.retrained is not None:
             say(f"best --retrain kept a trained network of it; to narrow that one: capnas prune {shlex.quote(str(found.retrained))}")
+        has = "timm's weights with a fresh head for these classes" if found.pretrained else "no trained weights"
         if dry_run and not epochs:
-            say(f"{found.name} has no trained weights: groups, costs and what can be reached are its own, the widths are those of random "
+            whose = "these" if found.pretrained else "random"
+            say(f"{found.name} has {has}: groups, costs and what can be reached are its own, the widths are those of {whose} "
                 "weights and will be others after training (--train-epochs N)")  # fmt: skip
             return model
         if epochs:
-            say(f"{found.name} has no trained weights; it is trained first, {counted(epochs, 'epoch')} on {found.data.name}")
-        return pretrain(model, found.data, config, image_size=found.image_size, say=say)
+            say(f"{found.name} has {has}; it is trained first, {counted(epochs, 'epoch')} on {found.data.name}")
+        elif found.pretrained:
+            raise UsageError(f"{found.name} has {has}: give --train-epochs N to train it first.")
+        recipe = FINETUNE if found.pretrained else FRESH
+        return pretrain(model, found.data, config, image_size=found.image_size, recipe=recipe, say=say)
     return model
 
 

@@ -32,6 +32,7 @@ from capnas.projection import head_names
 from capnas.training import TrainConfig, TrainingResult, evaluate, train
 
 Method = Literal["channels", "lowrank"]
+FRESH = TrainConfig(record=False)  # of a network with fresh weights
 FINETUNE = TrainConfig(lr=1e-3, warmup_epochs=0.1, record=False)
 _LARGE = 10.0  # times the full network's largest output, from which the narrowed network's is named
 _PIXELS = 2**23  # of calibration images in all: bounds the memory of the pass that runs them as one batch
@@ -174,9 +175,10 @@ def make_plan(model: nn.Module, images: Tensor, config: PruneConfig) -> tuple[Pl
 
 
 def pretrain(
-    model: nn.Module, data: ImageData, config: PruneConfig, *, image_size: int, say: Callable[[str], None] | None = None
-) -> nn.Module:
-    """Train a fresh network before it is narrowed: widths are planned from what trained layers do.
+    model: nn.Module, data: ImageData, config: PruneConfig, *, image_size: int, recipe: TrainConfig = FRESH,
+    say: Callable[[str], None] | None = None,
+) -> nn.Module:  # fmt: skip
+    """Train a network before it is narrowed, by the recipe for as long as the config says: widths are planned from what trained layers do.
 
     Raises:
         UsageError: ``config.train_epochs`` is 0, or the plan's widths are of another network.
@@ -186,14 +188,14 @@ def pretrain(
     if not config.train_epochs:
         raise UsageError(
             "this network has no trained weights, and widths are planned from trained layers: "
-            "give --train-epochs N, or a timm model its --weights FILE.safetensors."
+            "give --train-epochs N, or a timm model --pretrained or --weights FILE.safetensors."
         )
     if config.widths is not None:  # before minutes of training
         example = data.probe(2, seed=config.seed, device=next(model.parameters()).device, image_size=image_size)[0]
         plain = plain_convs(model)
         groups = narrowable(plain, example).groups
         check_growth(NetworkCost.of(plain, groups, (1, *example.shape[1:])), check_widths(groups, config.widths))
-    settings = TrainConfig(epochs=config.train_epochs, seed=config.seed, device=config.device, record=False)
+    settings = replace(recipe, epochs=config.train_epochs, seed=config.seed, device=config.device)
     _train(model, data, settings, image_size, "training", say)
     return model
 

@@ -117,6 +117,7 @@ def inspect_target(
     blocks: str | None = None,
     initial: bool = False,
     weights: str | Path | None = None,
+    pretrained: bool = False,
     project: float | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -139,6 +140,7 @@ def inspect_target(
         blocks: regular expression of the units to read as blocks, see `capnas.layers.find_blocks`; by default a trial's are its run's.
         initial: profile a trial's network before training instead.
         weights: a safetensors file for a timm model.
+        pretrained: of a timm model, its own weights, see `capnas.search.target.open_target`.
         project: the share of variance of the eigenspaces that every layer but the head is projected on, in (0, 1].
         seed: of the weights and the choice of images.
         device: "auto", "cpu", "cuda", ...
@@ -162,17 +164,18 @@ def inspect_target(
     asked = _Asked(measures=chosen, mode=mode, threshold=threshold, reading=reading, blocks=blocks)
     trial = parse_trial(target)
     if trial is None:
-        found = _model(target, data, image_size, weights, seed)
+        found = _model(target, data, image_size, weights, pretrained, seed)
         if initial and found.trained:
             raise UsageError(f"initial is for a trial of a run, and {found.name} has {found.state}: leave it out, or the weights.")
-    elif data is not None or weights is not None:
-        raise UsageError("a trial uses the images of its run and weights trained as the search did: leave out data and weights.")
+    elif data is not None or weights is not None or pretrained:
+        text = "a trial uses the images of its run and weights trained as the search did: leave out data, weights and pretrained."
+        raise UsageError(text)
     elif initial:
         found = _untrained(rebuild(open_run(trial[0]), trial[1]), image_size, seed)
     else:
         found = _trained(rebuild(open_run(trial[0]), trial[1]), asked, image_size, project is not None, device, tell)
     if project is not None and not found.trained:
-        advice = "give a timm model its weights with --weights FILE.safetensors" if trial is None else "leave out --initial"
+        advice = "give a timm model its weights with --pretrained or --weights FILE.safetensors" if trial is None else "leave out --initial"
         raise UsageError(f"a projection says what a trained network loses, and {found.name} is not trained: {advice}.")
     where = resolve_device(device)
     model, size = found.model.to(where), found.image_size
@@ -276,10 +279,12 @@ def _named(trial: Rebuilt) -> str:
     return f"trial {trial.number} of {trial.run.config.name}"
 
 
-def _model(target: str, data: str | None, image_size: int | None, weights: str | Path | None, seed: int) -> _Network:
-    found = open_target(target, data=data, image_size=image_size)
-    model, trained = found.build(seed), found.trained
+def _model(target: str, data: str | None, image_size: int | None, weights: str | Path | None, pretrained: bool, seed: int) -> _Network:
+    found = open_target(target, data=data, image_size=image_size, pretrained=pretrained)
+    model, trained = found.build(seed), found.trained or pretrained
     state = "weights trained on train and validation" if found.saw_validation else "trained weights" if trained else "before training"
+    if pretrained:
+        state = "timm's weights" + ("" if found.trained else ", the head fresh")
     if weights is not None:
         load_weights(model, found, weights)
         state, trained = f"weights of {Path(weights).name}", True
@@ -301,8 +306,8 @@ def load_weights(model: nn.Module, found: Target, weights: str | Path) -> None:
     from safetensors.torch import load_file
 
     path, name = Path(weights), found.name
-    if "timm" not in found.recipe or found.trained:
-        raise UsageError("weights are for a timm model given by its name; a saved model has its own.")
+    if "timm" not in found.recipe or found.trained or found.pretrained:
+        raise UsageError("weights are for a timm model given by its name, without pretrained; a saved model has its own.")
     try:
         state = load_file(str(path))
     except (OSError, SafetensorError) as error:

@@ -19,7 +19,7 @@ from capnas._timm import timm
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED
 from capnas.devices import is_out_of_memory
-from capnas.errors import StudyError, UsageError
+from capnas.errors import StudyError, UsageError, described
 from capnas.saved import MANIFEST, build_recipe, load_model, read_manifest
 from capnas.search.runs import open_run
 from capnas.search.trials import parse_trial, read_retrained, rebuild
@@ -41,6 +41,7 @@ class Target:
         saw_validation: whether its weights were trained on the validation images too, as `capnas.search.trials.retrain_trial` does:
             accuracies on them are then of images that it has seen.
         retrained: of a trial, the folder of the network that `capnas.search.trials.retrain_trial` kept of it last; None without one.
+        pretrained: whether it has timm's own weights. With images of other classes than theirs its head is fresh, and `trained` False.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Target:
     folder: Path | None = None
     saw_validation: bool = False
     retrained: Path | None = None
+    pretrained: bool = False
 
     def build(self, seed: int = 0, *, image_size: int | None = None, trained: bool = True) -> nn.Module:
         """The network on the CPU: its trained weights where there are any, in eval mode; else fresh ones, in training mode.
@@ -62,8 +64,11 @@ class Target:
             trained: False for fresh weights in any case. A narrowed model stays as narrow as it is.
 
         Raises:
-            UsageError: trained weights of a network with a fixed input, or a narrowed one, are asked for at another size.
+            UsageError: trained weights of a network with a fixed input, or a narrowed one, are asked for at another size, or timm's cannot
+                be loaded.
         """
+        if self.pretrained and trained:
+            return self._with_timms_weights(seed, image_size or self.image_size)
         trained = trained and self.trained and self.folder is not None
         if self.folder is None or not (trained or _narrowed(self.folder)):
             return build_recipe(self.recipe, seed=seed, image_size=image_size or self.image_size)
@@ -72,6 +77,13 @@ class Target:
             how = "trained" if trained else "narrowed"
             raise UsageError(f"{self.name} was {how} with a fixed input of {size} px, it cannot be used at {image_size} px.")
         return load_model(self.folder) if trained else _renewed(self.folder, build_recipe(self.recipe, seed=seed), seed)
+
+    def _with_timms_weights(self, seed: int, image_size: int) -> nn.Module:
+        try:
+            return build_recipe(self.recipe, seed=seed, image_size=image_size, pretrained=True).eval()
+        except Exception as error:  # of timm, of its hub, of the network
+            how = "save them on a machine that can and give the file as weights"
+            raise UsageError(f"timm's weights of {self.name} cannot be loaded: {described(error, 300)}; {how}.") from error
 
 
 def _narrowed(folder: Path) -> bool:
@@ -118,6 +130,7 @@ def open_target(
     data: str | ImageData | None = None,
     image_size: int | None = None,
     data_options: Mapping[str, Any] | None = None,
+    pretrained: bool = False,
 ) -> Target:
     """Find out what a command shall work on.
 
@@ -127,9 +140,11 @@ def open_target(
         data: images, see `capnas.load_data`, or loaded ones. Without: the run's, those the saved model was made with, or the embedded set.
         image_size: pixels; without, the trial's or the saved model's, else the data's.
         data_options: further arguments of `capnas.load_data`.
+        pretrained: with timm's own weights. Images are then read with the size, the channels and the normalization that these expect,
+            unless said otherwise.
 
     Raises:
-        UsageError: the text is none of these.
+        UsageError: the text is none of these, or ``pretrained`` is asked for what is no timm model or one without weights.
         StudyError: the run or the trial is missing.
         DataError: the images cannot be read.
 
@@ -139,13 +154,15 @@ def open_target(
     """
     options = {} if image_size is None else {"image_size": image_size}
     options |= dict(data_options or {})
+    if pretrained and (Path(text).is_dir() or parse_trial(text) is not None):
+        raise UsageError("pretrained is for a timm model given by its name; a trial and a saved model have weights of their own.")
     if Path(text).is_dir() and (Path(text) / MANIFEST).is_file():
         return _saved(Path(text), data, image_size, options)
     if (trial := parse_trial(text)) is not None:
         return _trial(*trial, data, image_size, options)
     if Path(text).is_dir():
         raise UsageError(f"the folder {text} holds no {MANIFEST}; a trial of a run is given as {text}:best or {text}:NUMBER.")
-    return _timm(text, data, image_size, options)
+    return _timm(text, data, image_size, options, pretrained)
 
 
 def open_network(
@@ -228,17 +245,26 @@ def open_largest(
     raise UsageError(f"no size can be used: {'; '.join(refused.values())}.")
 
 
-def _timm(name: str, data: str | ImageData | None, image_size: int | None, options: dict[str, Any]) -> Target:
+def _timm(name: str, data: str | ImageData | None, image_size: int | None, options: dict[str, Any], pretrained: bool) -> Target:
     if not timm.is_model(name):
         near = " or ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
         advice = "A trial is given as RUN:NUMBER or RUN:best, a saved model as its folder."
         raise UsageError(f"there is no timm model {name!r}{f'; did you mean {near}?' if near else '.'} {advice}")
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if pretrained:
+        if config is None or not config.has_weights:
+            raise UsageError(f"timm has no weights of {name}: timm.list_pretrained() lists those that it has; or give a file as weights.")
+        channels, _, pixels = config.input_size
+        options = {"in_chans": channels, "image_size": pixels, "mean": config.mean, "std": config.std} | options
     images = _images(data or EMBEDDED, options)
     size = image_size or images.image_size
     args: dict[str, Any] = {"num_classes": images.num_classes, "in_chans": images.in_chans}
-    if getattr(timm.get_pretrained_cfg(name, allow_unregistered=True), "fixed_input_size", False):
+    if getattr(config, "fixed_input_size", False):
         args["img_size"] = size
-    return Target(name=name, data=images, image_size=size, trained=False, recipe={"timm": name, "args": args, "image_size": size})
+    return Target(
+        name=name, data=images, image_size=size, trained=pretrained and images.num_classes == config.num_classes,
+        recipe={"timm": name, "args": args, "image_size": size}, pretrained=pretrained,
+    )  # fmt: skip
 
 
 def _trial(

@@ -99,7 +99,7 @@ def test_trained_weights_of_a_timm_model(run: Run, tmp_path: Path) -> None:
     words = ["prune", "test_resnet", "--data", data, "--image-size", "16", "--target-macs", "0.9", "--calibration", "32", "--device", "cpu"]
     code, _, err = run(*words, "--out", tmp_path / "small")
     assert code == 2
-    assert "or a timm model its --weights FILE.safetensors" in err
+    assert "or a timm model --pretrained or --weights FILE.safetensors" in err
     code, out, err = run(*words, "--weights", tmp_path / "w.safetensors", "--out", tmp_path / "small", "--json")
     assert code == 0, err
     accuracy = evaluate(model, images, "validation")["accuracy"]

@@ -81,10 +81,10 @@ def test_settings_arrive_in_the_library(run: Callable[..., tuple[int, str, str]]
     given = {"data": "noise", "image_size": 16, "batch": 5, "mode": "eval", "threshold": 0.9, "reading": "blocks", "blocks": "layer.*",
              "weights": "w.safetensors", "project": 0.8, "seed": 7, "device": "cpu"}  # fmt: skip
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
-    for more in ([*words, "--initial", "--measures", "norms, capacity"], []):
+    for more in ([*words, "--initial", "--pretrained", "--measures", "norms, capacity"], []):
         assert run("profile", "resnet10t", *more)[2].splitlines()[-1] == "error: enough"
     asked[0].pop("tell")
-    assert asked[0] == given | {"target": "resnet10t", "initial": True, "measures": ["norms", "capacity"]}
+    assert asked[0] == given | {"target": "resnet10t", "initial": True, "pretrained": True, "measures": ["norms", "capacity"]}
     plain = [asked[1][name] for name in ("mode", "threshold", "reading", "blocks", "initial", "project", "seed")]
     assert plain == [None, 0.99, "both", None, False, None, 0]
 
