@@ -10,8 +10,8 @@ import ast
 import functools
 import inspect
 import sys
+import tokenize
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from capnas.errors import SpaceError
@@ -135,7 +135,8 @@ def _source_of(function: Callable[..., Any]) -> str:
         path = inspect.getsourcefile(function)
         if path is None:
             raise OSError("no file")
-        return Path(path).read_text(encoding="utf-8")
+        with tokenize.open(path) as file:  # as Python reads it: by its mark or its line of an encoding
+            return file.read()
     except (OSError, TypeError) as error:
         raise SpaceError(f"the source of the space {function!r} cannot be read ({error}); put the space into a file.") from error
 
@@ -159,8 +160,6 @@ def _rewritten(source: str, trial: str, guard: str) -> tuple[str, bool]:
     for statement in tree.body:
         if isinstance(statement, ast.If) and ast.unparse(statement.test).startswith("__name__"):
             always.append((*whole_lines(statement), b""))
-        elif isinstance(statement, ast.Import) and [(a.name, a.asname) for a in statement.names] == [("optuna", None)]:
-            edits.append((*whole_lines(statement), b""))
         elif (statement is tree.body[0] and isinstance(statement, ast.Expr)) or _is_from(statement, "__future__"):
             top = whole_lines(statement)[1]
     always.append((top, top, guard.encode()))
@@ -168,15 +167,18 @@ def _rewritten(source: str, trial: str, guard: str) -> tuple[str, bool]:
     trials = {trial}
     known: set[int] = set()  # nodes that an edit takes care of
     seen: set[int] = set()  # names of the trial whose use is plain: asked, or handed to a function of this source
+    lines = {id(s): place for s in tree.body if b";" not in raw[slice(*(place := whole_lines(s)))]}
     here = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     node: Any
     for node in ast.walk(tree):
-        if _is_suggestion(node):
-            label = next((k.value for k in node.keywords if k.arg == "name"), None) or node.args[0]
+        if (label := _label(node)) is not None:
             low, high = span(label)
             trials.add(node.func.value.id)
             known.add(id(node.func))
             edits.append((*span(node), node.func.value.id.encode() + b"[" + raw[low:high] + b"]"))
+        elif isinstance(node, ast.Import) and [(a.name, a.asname) for a in node.names] == [("optuna", None)]:
+            known.add(id(node))
+            edits.append((*lines[id(node)], b"") if id(node) in lines else (*span(node), b"pass"))
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "optuna.TrialPruned":
             known.add(id(node.value))
             edits.append((*span(node), b"ValueError"))
@@ -188,7 +190,7 @@ def _rewritten(source: str, trial: str, guard: str) -> tuple[str, bool]:
         elif isinstance(node, ast.Attribute):
             seen.add(id(node.value))
     for node in ast.walk(tree):
-        optuna_left = isinstance(node, ast.Name) and node.id == "optuna" and id(node) not in known
+        optuna_left = (_imports_optuna(node) or (isinstance(node, ast.Name) and node.id == "optuna")) and id(node) not in known
         owner = node.value if isinstance(node, ast.Attribute) else None
         of_trial = isinstance(owner, ast.Name) and owner.id in trials
         suggests = isinstance(node, ast.Attribute) and node.attr in _SUGGEST  # of whomever, called or handed on
@@ -214,15 +216,18 @@ def _is_from(node: ast.AST, package: str) -> bool:
     return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package
 
 
-def _is_suggestion(node: Any) -> bool:
-    """Whether a node is ``name.suggest_...(label, ...)``."""
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in _SUGGEST
-        and isinstance(node.func.value, ast.Name)
-        and (bool(node.args) or any(k.arg == "name" for k in node.keywords))
-    )
+def _imports_optuna(node: ast.AST) -> bool:
+    return isinstance(node, ast.Import) and any(alias.name.partition(".")[0] == "optuna" for alias in node.names)
+
+
+def _label(node: Any) -> Any:
+    """The label of ``name.suggest_...(label, ...)``; None of anything else, and of a label that is unpacked or suggests itself."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _SUGGEST):
+        return None
+    label = next((k.value for k in node.keywords if k.arg == "name"), None) or next(iter(node.args), None)
+    if not isinstance(node.func.value, ast.Name) or label is None or isinstance(label, ast.Starred):
+        return None
+    return None if any(isinstance(inner, ast.Attribute) and inner.attr in _SUGGEST for inner in ast.walk(label)) else label
 
 
 def _edited(raw: bytes, edits: list[Edit]) -> str:

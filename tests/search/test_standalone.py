@@ -152,6 +152,35 @@ def test_a_script_says_what_else_it_needs(tmp_path: Path) -> None:
     assert needs(asks_more).startswith("# It needs torch, timm, einops, numpy and optuna (the space asks more of it than suggestions).")
 
 
+LOW = 'low = trial.suggest_int("low", 2, 4)'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "needs_optuna"),
+    [
+        (LOW, 'low = trial.suggest_int(*("low", 2, 4))', True),
+        (LOW, 'low = [trial.suggest_int(f"low{n}"[:3], 2, 4) for n in [trial.suggest_int("high", 5, 9)]][0]', False),
+        (LOW, 'low = trial.suggest_int("lo" + "w" * (trial.suggest_int("high", 5, 9) == 7), 2, 4)', True),
+        ("import optuna\n", "import optuna as o\nimport optuna\n", True),
+        ("import optuna\n", "import optuna; import optuna.trial\n", True),
+        ("import optuna\n", "import optuna; FOUR = 4\n", False),
+        (LOW, f"import optuna\n    {LOW}", False),
+    ],
+    ids=["unpacked", "asked beside", "asked inside", "renamed", "of a module", "in a line of two", "in the function"],
+)
+def test_what_a_script_keeps_of_optuna_it_names(tmp_path: Path, old: str, new: str, needs_optuna: bool) -> None:
+    script = script_of(SPACES.replace(old, new), tmp_path)
+    assert ("optuna" in script) is ("optuna" in script.splitlines()[1]) is needs_optuna
+
+
+@pytest.mark.parametrize(("encoding", "first"), [("utf-8-sig", ""), ("latin-1", "# coding: latin-1")])
+def test_a_space_in_another_encoding_is_read_as_python_reads_it(tmp_path: Path, encoding: str, first: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"{first}{SPACES}", encoding=encoding)
+    script = standalone_script(load_space(f"{path}:rewritten"), {}, num_classes=5, in_chans=1, image_size=4, guard=False)
+    assert "Stelle: ä," in script
+
+
 def test_options_of_a_partial_space_are_kept() -> None:
     space = functools.partial(load_space("vgg").function, heads=(7, 7))  # type: ignore[attr-defined]
     params = {"stages": 2, "act": "relu", "head": 32, "depth0": 1, "width0": 8, "depth1": 1, "width1": 16}
