@@ -276,9 +276,13 @@ def _differences(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
             changed = {k: v for k, v in _plain(module).items() if k not in old or old[k] != v}
             if changed:
                 attributes[name] = changed
+    mine, recipes = ({n for n, _ in m.named_modules(remove_duplicate=False)} for m in (model, plain))
+    if other := sorted(n for n in mine ^ recipes if not n.startswith(inside)):
+        owner = "this model" if other[0] in mine else "the recipe's model"
+        raise UsageError(f"the recipe does not build this model again: only {owner} has the module {other[0]}.")
     old_shapes = {n: tuple(t.shape) for n, t in plain.state_dict().items()}
-    mine = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
-    shapes = {n: list(shape) for n, shape in mine.items() if old_shapes.get(n) != shape}
+    now_shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
+    shapes = {n: list(shape) for n, shape in now_shapes.items() if old_shapes.get(n) != shape}
     return {"replaced": replaced, "attributes": attributes, "shapes": shapes}
 
 

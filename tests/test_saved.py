@@ -137,6 +137,19 @@ def test_what_the_recipe_would_build_otherwise_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "n").exists()
 
 
+def test_modules_without_weights_that_the_recipe_lacks_or_has_alone_are_refused(tmp_path: Path) -> None:
+    more, fewer = build_recipe(SPACE), build_recipe(SPACE)
+    place = len(more)
+    more.append(nn.Softmax(1))
+    with pytest.raises(UsageError, match=f"only this model has the module {place}"):
+        save_model(more, tmp_path / "m", SPACE)
+    activation = next(n for n, m in fewer.named_children() if isinstance(m, nn.ReLU))
+    del fewer._modules[activation]
+    with pytest.raises(UsageError, match=f"only the recipe's model has the module {activation}"):
+        save_model(fewer, tmp_path / "m", SPACE)
+    assert not (tmp_path / "m").exists()
+
+
 def test_a_part_with_another_padding_is_refused(tmp_path: Path) -> None:
     model = narrowed()
     model[2][0].padding_mode = "circular"
