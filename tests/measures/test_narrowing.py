@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capnas.measures.narrowing import Reader, factor, gram, mixture, moved_norm, refit, removal_path, root
+from capnas.measures.narrowing import Reader, _Elimination, factor, gram, mixture, moved_norm, refit, removal_path, root
 
 
 def correlated(d: int, seed: int) -> Tensor:
@@ -46,6 +46,14 @@ def test_losses_are_those_of_the_least_squares_fit_without_the_units(steps: int)
         expected = sum(best_loss(r, list(path.order[:n]), 1e-3) for r in readers)
         assert float(path.losses[n]) == pytest.approx(expected, rel=1e-6)
     assert bool((path.losses.diff() >= 0).all())
+
+
+def test_units_leave_in_at_most_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[int] = []
+    remove = _Elimination.remove
+    monkeypatch.setattr(_Elimination, "remove", lambda self, units: (gone.append(len(units)), remove(self, units))[1])
+    removal_path([reader(8, 1, 3, seed=1)], steps=3)
+    assert gone == [3, 3, 1]  # the last stays
 
 
 def test_each_unit_that_goes_is_the_cheapest_of_those_left() -> None:
@@ -170,3 +178,10 @@ def test_a_norm_moves_by_a_bounded_factor() -> None:
     mean, variance = moved_norm((one, one), (zero, one), (zero, still), eps=0.0)
     assert variance.tolist() == pytest.approx([1 / 16, 16.0])
     assert mean.tolist() == pytest.approx([1 / 4, 4.0])
+    _, variance = moved_norm((one, 1e-7 * one), (zero, one), (zero, still), eps=1e-3)
+    assert variance.tolist() == pytest.approx([0.0, 15e-3], rel=1e-2)  # no variance is below 0
+
+
+def test_sums_of_single_precision_rows_are_in_double() -> None:
+    x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) + 100
+    torch.testing.assert_close(gram(x, chunk=100), x.double().T @ x.double(), rtol=1e-12, atol=0)

@@ -194,6 +194,25 @@ def test_wider_plans_double_the_most_needed_units(measured: tuple[nn.Module, Sur
     assert not torch.equal(wide[0].weight[first], wide[0].weight[second])
 
 
+def test_a_wider_layer_doubles_what_would_go_last_and_differs_a_little_by_its_seed(measured: tuple[nn.Module, Survey]) -> None:
+    net, found = measured
+    plan = plan_widths(found, widths={"0": 8})
+    keep = list(chosen_units(found, plan)["0"])
+    assert {u for u in keep if keep.count(u) == 2} == set(found.paths[0].order[-2:])
+    first, again, other = (narrowed(net, found, plan, refit=False, seed=seed)[0].weight.detach() for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert float((first - net[0].weight[keep]).detach().std() / first.std()) == pytest.approx(0.01, rel=0.3)
+
+
+def test_frozen_layers_stay_frozen(measured: tuple[nn.Module, Survey]) -> None:
+    net, found = measured
+    frozen = copy.deepcopy(net)
+    frozen[0].requires_grad_(False)
+    small = narrowed(frozen, found, plan_widths(found, widths={"0": 3}, round_to=1))
+    assert [small[0].weight.requires_grad, small[2].weight.requires_grad] == [False, True]
+
+
 def test_goals_and_their_errors(measured: tuple[nn.Module, Survey], tmp_path) -> None:
     _, found = measured
     plan = plan_widths(found, target_macs=0.7, round_to=1)
@@ -410,3 +429,16 @@ def test_a_layer_that_reads_no_image_is_left_out() -> None:
             return self.read(x.flatten(1) * self.ask(self.question))
 
     assert set(read_layers(Asks(), ["ask", "read"], torch.randn(8, 2, 2, 2))) == {"read"}
+
+
+def test_a_layer_that_is_called_twice_is_read_at_its_first_call() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mix(self.mix(x.flatten(1)).relu())
+
+    net, x = Twice(), torch.randn(16, 2, 2, 2)
+    torch.testing.assert_close(read_layers(net, ["mix"], x)["mix"].outputs, net.mix(x.flatten(1)).detach())

@@ -57,7 +57,8 @@ def test_wide_layers_are_split_without_their_whole_decomposition(monkeypatch: py
     rows = model[0](x).detach()
     torch.testing.assert_close(small[0](x), lossless_projection(moments_of(rows), 0.99)(rows), rtol=1e-4, atol=1e-4)
     assert set(sides) == {12}
-    assert plan_ranks(model, x, threshold=0.9999999).groups[0].needed == 40  # twelve directions hold less: all are taken to be needed
+    most = plan_ranks(model, x, threshold=0.9999999).groups[0]  # twelve directions hold less: all are taken to be needed
+    assert (most.needed, most.rank, most.kept) == (40, 40, 1.0)
     plan_ranks(model, x[:9])
     assert sides[-1] == 9  # samples are the cheaper side
 
@@ -212,3 +213,19 @@ def test_errors() -> None:
         plan_ranks(model, torch.randn(9, 8), target_macs=0.01)
     with pytest.raises(UsageError, match=r"in \(0, 1\), got 2"):
         plan_ranks(model, torch.randn(9, 8), target_macs=2)
+
+
+def test_a_target_may_leave_less_than_half_of_the_variance() -> None:
+    net, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2)), torch.randn(200, 32)
+    plan = plan_ranks(net, x, target_macs=0.2)
+    assert (plan.groups[0].rank, plan.planned_macs) == (2, 2 * 64 + 64)  # of 1,088
+    assert plan.groups[0].kept < 0.5
+    whole = plan_ranks(net, x)  # two layers would cost more than one
+    assert (whole.groups[0].rank, whole.planned_macs, whole.planned_params) == (32, whole.macs, whole.params)
+
+
+def test_a_network_in_double_precision_is_split_in_it() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).double(), torch.randn(64, 8, dtype=torch.float64)
+    small = factorized(net, plan_ranks(net, x, target_macs=0.6))
+    assert isinstance(small[0], nn.Sequential)
+    assert small(x).dtype == torch.float64

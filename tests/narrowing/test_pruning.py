@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -168,6 +169,21 @@ def test_torch_s_generator_is_where_it_was_and_the_weights_can_be_saved(trained:
     found = prune(trained, data, target_macs=0.7, method=method, finetune_epochs=1, **CALM)
     assert torch.equal(torch.get_rng_state(), before)
     assert safetensors.torch.save(found.model.state_dict())  # refuses tensors in another memory format
+
+
+def test_all_that_is_drawn_goes_by_the_seed(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: dict[str, int] = {}
+    for name in ("survey", "narrowed", "calibration_images", "train"):
+
+        def spy(name: str, real: Any, *args: Any, **options: Any) -> Any:
+            seeds[name] = options["seed"] if name != "train" else args[2].seed
+            return real(*args, **options)
+
+        monkeypatch.setattr(pruning, name, partial(spy, name, getattr(pruning, name)))
+    prune(build_recipe(RECIPE), data, target_macs=0.5, finetune_epochs=1, seed=7, **SHORT)
+    assert seeds == dict.fromkeys(("calibration_images", "survey", "narrowed", "train"), 7)
+    pretrain(build_recipe(RECIPE), data, PruneConfig(target_macs=0.5, train_epochs=1, seed=8, **SHORT), image_size=8)
+    assert seeds["train"] == 8
 
 
 def test_large_images_are_fewer(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:

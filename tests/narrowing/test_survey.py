@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from cases import small_cnn
 from torch import nn
 
 from capnas._timm import timm
@@ -36,6 +40,30 @@ def test_a_group_is_weighed_by_all_that_read_it_or_keeps_its_width() -> None:
     mixed = survey(TwoReaders(nn.Conv2d(8, 3, 3, padding=1, padding_mode="circular")).eval(), x)
     assert [g.name for g in mixed.groups] == ["small"]
     assert mixed.coupling.fixed["conv"].startswith("other reads it too, and is no plain dense conv or linear layer")
+
+
+def test_a_group_goes_by_the_most_demanding_of_the_layers_that_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def saturations(model: nn.Module, images: torch.Tensor, threshold: float) -> dict[str, float]:
+        asked.append(threshold)
+        return {"0": 0.25, "1.conv": 0.75, "2.conv": 0.5}
+
+    capacity = SimpleNamespace(utilisation={"0": 0.6, "1.conv": 0.3, "2.conv": 0.9}, over_wide=("1.conv",))
+    module = sys.modules["capnas.narrowing.survey"]  # the package names a function so
+    monkeypatch.setattr(module, "saturations", saturations)
+    monkeypatch.setattr(module, "capacity_map", lambda *args, **options: capacity)
+    found = survey(small_cnn(width=8, depth=2).eval(), torch.randn(8, 3, 6, 6), threshold=0.8)
+    assert {p.module for p in found.groups[0].writers()} == {"0", "1.conv", "2.conv"}
+    assert (found.needed[0], found.saturation[0], found.utilisation[0], found.over_wide[0], asked) == (6, 0.75, 0.3, True, [0.8])
+
+
+def test_the_labels_of_the_curvature_are_drawn_by_the_seed() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    x = torch.randn(8, 3, 4, 4)
+    first, again, other = (survey(net, x, seed=seed).readings["4"].curvature for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.slow
