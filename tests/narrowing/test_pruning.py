@@ -12,10 +12,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 from torch.nn.utils.prune import l1_unstructured
 
+from capnas.candidates import count_cost
 from capnas.data import Augment, ImageData, load_data
 from capnas.errors import CapnasError, MissingDependencyError, UsageError
 from capnas.narrowing import CannotNarrow, narrowed, pruning
 from capnas.narrowing.pruning import PruneConfig, calibration_images, pretrain, propose, prune
+from capnas.narrowing.survey import saturations
 from capnas.saved import build_recipe
 from capnas.training import evaluate
 
@@ -54,6 +56,9 @@ def test_half_the_macs_keep_the_accuracy_and_the_network_is_left_alone(trained: 
     assert set(report["saturation"]) == {"before", "after"}
     assert all(0 < value <= 1 for state in report["saturation"].values() for value in (state["mean"], state["evenness"]))
     assert report["saturation"]["after"]["mean"] > report["saturation"]["before"]["mean"]
+    shares = saturations(trained, calibration_images(data, 64, 8, seed=0, device=torch.device("cpu")))
+    assert shares.popitem()[0] == str(len(trained) - 1)  # of the head, which is left out
+    assert report["saturation"]["before"]["mean"] == pytest.approx(sum(shares.values()) / len(shares))
     assert report["params"]["after"] == result.plan.planned_params
     assert 0 < report["outputs"]["after"] < 10 * report["outputs"]["before"]
 
@@ -184,6 +189,28 @@ def test_all_that_is_drawn_goes_by_the_seed(data: ImageData, monkeypatch: pytest
     assert seeds == dict.fromkeys(("calibration_images", "survey", "narrowed", "train"), 7)
     pretrain(build_recipe(RECIPE), data, PruneConfig(target_macs=0.5, train_epochs=1, seed=8, **SHORT), image_size=8)
     assert seeds["train"] == 8
+
+
+def test_images_of_another_size_have_it_in_every_step(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[str, int]] = []
+    for name in ("calibration_images", "evaluate", "train"):
+
+        def spy(name: str, real: Any, *args: Any, **options: Any) -> Any:
+            sizes.append((name, options["image_size"] if name != "calibration_images" else args[2]))
+            return real(*args, **options)
+
+        monkeypatch.setattr(pruning, name, partial(spy, name, getattr(pruning, name)))
+    found = prune(build_recipe(RECIPE), data, target_macs=0.5, finetune_epochs=1, image_size=10, **SHORT)
+    assert sizes == [("calibration_images", 10), ("evaluate", 10), ("evaluate", 10), ("train", 10)]
+    assert found.report["macs"]["before"] == found.plan.macs == count_cost(build_recipe(RECIPE), (1, 1, 10, 10)).macs
+
+
+@pytest.mark.parametrize("method", ["channels", "lowrank"])
+def test_lossless_is_the_share_that_was_given(trained: torch.nn.Module, data: ImageData, method: Any) -> None:
+    plans = [propose(trained, data, PruneConfig(lossless=share, method=method, **CALM)) for share in (0.5, 0.99)]
+    assert [f"{share:g} of its variance" in plan.goal for plan, share in zip(plans, (0.5, 0.99))] == [True, True]
+    few, many = ([group.needed for group in plan.groups] for plan in plans)
+    assert sum(few) < sum(many)
 
 
 def test_large_images_are_fewer(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
