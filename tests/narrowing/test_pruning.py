@@ -138,6 +138,7 @@ class Wrapped(torch.nn.Module):
         (lambda: Wrapped(lambda y: y[:, :, None, None]), r"its output has the shape \(2, 3, 1, 1\), expected logits"),
         (lambda: Wrapped(lambda y: y[:, :2]), "it tells 2 classes apart and the images have 3"),
         (lambda: Wrapped(lambda y: y + torch.rand_like(y)), "its outputs are random in eval mode"),
+        (lambda: Wrapped(lambda y: y + float("inf")), "its outputs are not finite on the images"),
         (lambda: torch.nn.Sequential(torch.nn.LazyConv2d(4, 3)), "0.weight has no shape yet; run the lazy network on one batch first"),
     ],
 )
