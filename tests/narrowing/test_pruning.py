@@ -129,6 +129,11 @@ class Wrapped(torch.nn.Module):
         return self.change(self.net(x))
 
 
+def broken(model: Any) -> torch.nn.Module:
+    model[0].bias.data.fill_(-float("inf"))  # behind which its rectifier puts out zeros
+    return model
+
+
 @pytest.mark.parametrize("method", ["channels", "lowrank"])
 @pytest.mark.parametrize(
     ("make", "reason"),
@@ -139,6 +144,7 @@ class Wrapped(torch.nn.Module):
         (lambda: Wrapped(lambda y: y[:, :2]), "it tells 2 classes apart and the images have 3"),
         (lambda: Wrapped(lambda y: y + torch.rand_like(y)), "its outputs are random in eval mode"),
         (lambda: Wrapped(lambda y: y + float("inf")), "its outputs are not finite on the images"),
+        (lambda: broken(build_recipe(RECIPE)), "0.bias holds NaN or infinity; give weights of a training that did not diverge"),
         (lambda: torch.nn.Sequential(torch.nn.LazyConv2d(4, 3)), "0.weight has no shape yet; run the lazy network on one batch first"),
     ],
 )
