@@ -53,6 +53,12 @@ def test_a_file_moved_to_another_class_is_told_wherever_the_images_are_kept(tmp_
     assert "the files differ" in changes(before, load_data(folder, image_size=8, in_chans=1, memory_limit=memory_limit, workers=0))
 
 
+def test_other_labels_of_the_test_split_are_told() -> None:
+    x, y = images(60)
+    before, after = (load_data({"train": (x, y), "test": (x, (y + shift) % 3)}) for shift in (0, 1))
+    assert changes(before, after) == ["the labels differ"]
+
+
 def test_the_test_split_leaves_no_pixel_behind() -> None:
     def digest(shade: int) -> Any:
         x, y = images(60)
