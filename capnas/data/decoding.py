@@ -125,7 +125,7 @@ def _sample(part: Reader, failed: list[str]) -> Iterator[tuple[int, int]]:
         try:
             yield _channels_and_side(read())
         except Exception as error:
-            failed.append(_named(part, index, error))
+            failed.append(why_unreadable(part, index, error))
 
 
 def _channels_and_side(image: Any) -> tuple[int, int]:
@@ -167,7 +167,7 @@ def _items(part: Reader, size: int, in_chans: int, workers: int | None) -> Itera
             image, label = part.read(index)
             pixels = fit(image, size, in_chans)
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error...; a Dataset anything
-            return _named(part, index, error)
+            return why_unreadable(part, index, error)
         return pixels, label_of(part, index, label)
 
     if not isinstance(part, StreamReader):
@@ -178,7 +178,7 @@ def _items(part: Reader, size: int, in_chans: int, workers: int | None) -> Itera
         try:
             pixels = fit(image, size, in_chans)
         except Exception as error:
-            yield _named(part, count - 1, error)
+            yield why_unreadable(part, count - 1, error)
         else:
             yield pixels, label_of(part, count - 1, label)
     for index in range(count, len(part)):  # timm's streams leave out what they cannot decode
@@ -193,7 +193,8 @@ def label_of(part: Reader, index: int, label: Any) -> int:
         raise DataError(f"{part.name(index)}: {error}") from None
 
 
-def _named(part: Reader, index: int, error: Exception) -> str:
+def why_unreadable(part: Reader, index: int, error: Exception) -> str:
+    """An item that cannot be read: "name (reason)"."""
     if isinstance(error, UnidentifiedImageError):
         return f"{part.name(index)} (not an image)"
     if isinstance(error, DataError):
@@ -243,13 +244,13 @@ def survey(part: Reader, size: int, in_chans: int, *, seed: int = 0, workers: in
             with part.read(index)[0]:
                 return ""
         except Exception as error:
-            return _named(part, index, error)
+            return why_unreadable(part, index, error)
 
     def decodes(index: int) -> torch.Tensor | str:
         try:
             return fit(part.read(index)[0], size, in_chans, deep=False)  # what is streamed is read as bytes
         except Exception as error:
-            return _named(part, index, error)
+            return why_unreadable(part, index, error)
 
     bad: dict[int, str] = {}
     if part.threadsafe:

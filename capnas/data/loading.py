@@ -12,7 +12,7 @@ import torch
 
 from capnas.data import folders, named
 from capnas.data.batching import NOT_STREAMED, InMemory, Streamed
-from capnas.data.decoding import cores, decode, join, judge_unreadable, label_of, survey
+from capnas.data.decoding import cores, decode, join, judge_unreadable, label_of, survey, why_unreadable
 from capnas.data.sources import Found, Pair, Reader, StreamReader, from_python
 from capnas.errors import DataError, UsageError, one_of
 
@@ -114,9 +114,10 @@ def _streamed(readers: Mapping[str, Reader], size: int, in_chans: int, max_unrea
         found = survey(reader, size, in_chans, seed=seed, workers=workers)
         if found.images.is_floating_point():
             raise DataError(NOT_STREAMED)
+        estimate = len(found.unreadable) - found.damaged + len(reader) * found.damaged / (len(found.sample) + found.damaged)
         known = reader.labels()
-        labels.append(torch.tensor([label_of(reader, i, reader.read(i)[1]) for i in range(len(reader))]) if known is None else known)
-        expected += len(found.unreadable) - found.damaged + len(reader) * found.damaged / (len(found.sample) + found.damaged)
+        labels.append(_labels(reader, found.unreadable) if known is None else known)
+        expected += max(estimate, len(found.unreadable))
         start = int(own[split][0])
         surveys.append((found.sample + start, found.images))
         own[split] = torch.tensor([start + i for i in range(len(reader)) if i not in found.unreadable])
@@ -128,6 +129,20 @@ def _streamed(readers: Mapping[str, Reader], size: int, in_chans: int, max_unrea
     )
     sample, images = (torch.cat(list(t)) for t in zip(*surveys))
     return Loaded(pool=pool, own=own, unreadable=tuple(unreadable), sample=sample, images=images)
+
+
+def _labels(reader: Reader, unreadable: dict[int, str]) -> torch.Tensor:
+    """The class of each item, which only the items tell; one that cannot be read is added to `unreadable` and counts as of class 0."""
+    labels = [0] * len(reader)
+    for i in range(len(reader)):
+        if i not in unreadable:
+            try:
+                label = reader.read(i)[1]
+            except Exception as error:
+                unreadable[i] = why_unreadable(reader, i, error)
+            else:
+                labels[i] = label_of(reader, i, label)
+    return torch.tensor(labels)
 
 
 def _numbered(counts: Mapping[str, int]) -> dict[str, torch.Tensor]:

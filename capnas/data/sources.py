@@ -157,7 +157,9 @@ class DatasetReader:
         return f"item {index}"
 
     def labels(self) -> torch.Tensor | None:
-        """From the attributes that torchvision's and timm's data sets have."""
+        """From the attributes that torchvision's and timm's data sets have, unless the Dataset turns them into others in its items."""
+        if self.inner is None and getattr(self.dataset, "target_transform", None) is not None:
+            return None
         for attribute in ("targets", "labels", "_labels"):
             values = getattr(self.dataset, attribute, None)
             if values is not None and len(values) == len(self):

@@ -493,6 +493,28 @@ def test_dataset_items_that_fail_are_unreadable() -> None:
         assert sum(load_data(Shapes(broken=(3, 7)), max_unreadable=0.1).sizes.values()) == 38
 
 
+class Halved(Shapes):
+    """A Dataset with an attribute of classes that its items turn into others, as torchvision's ``target_transform`` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets, self.target_transform = [4 + i % 6 for i in range(len(self))], lambda y: y % 2
+
+
+@pytest.mark.parametrize("memory_limit", [2 << 30, 0])
+def test_classes_are_those_of_the_items_wherever_the_images_are_kept(memory_limit: int) -> None:
+    data = load_data(Halved(), memory_limit=memory_limit, workers=0)
+    assert data.pool.labels.tolist() == [int(Halved()[i][1]) for i in range(40)]
+
+
+def test_streamed_items_that_fail_are_unreadable_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capnas.data.decoding._SURVEY", 20)
+    with pytest.warns(UserWarning, match=r"skipped 2 of 40 images, which cannot be read: item [37] \(OSError: damaged\), item"):
+        data = load_data(Shapes(broken=(3, 7)), max_unreadable=0.2, memory_limit=0, workers=0)
+    assert sum(data.sizes.values()) == 38
+    assert {3, 7}.isdisjoint(torch.cat(list(data.index.values())).tolist())
+
+
 def test_odd_modes_are_read(tmp_path: Path) -> None:
     modes = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")
     for name in "ab":
