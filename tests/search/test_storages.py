@@ -19,7 +19,7 @@ from capnas.search import storages
 from capnas.search.config import StudyConfig
 from capnas.search.opening import stored_config
 from capnas.search.runs import open_run
-from capnas.search.storages import hide_password, open_storage
+from capnas.search.storages import absolute_storage, find_study, hide_password, open_storage
 
 
 def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
@@ -253,3 +253,37 @@ def test_a_file_that_is_gone_is_not_begun_by_who_only_reads(form: str, tmp_path:
     with pytest.raises(StudyError, match="holds no study named resnet-fashion-mnist-12k"):
         open_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+def test_a_study_of_another_name_is_not_found(tmp_path: Path) -> None:
+    optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
+    assert find_study("other", None, tmp_path) is None
+    found = find_study("s", None, tmp_path)
+    assert found is not None
+    assert found.study_name == "s"
+
+
+def test_a_path_that_a_url_cannot_hold_stays_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, expected in (("plain", f"sqlite:///{tmp_path}/plain/x.db"), ("what?", "sqlite:///x.db")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert absolute_storage("sqlite:///x.db") == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "tries"), [("table studies already exists", 2), ("UNIQUE constraint failed: version_info", 2), ("disk I/O error", 1)]
+)
+def test_a_database_whose_tables_another_process_makes_is_tried_again(monkeypatch: pytest.MonkeyPatch, said: str, tries: int) -> None:
+    calls: list[str] = []
+
+    def get_storage(url: str) -> str:
+        calls.append(url)
+        if len(calls) == 1:
+            raise RuntimeError(said)
+        return "opened"
+
+    monkeypatch.setattr(optuna.storages, "get_storage", get_storage)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with contextlib.nullcontext() if tries > 1 else pytest.raises(StudyError, match="cannot be opened: disk I/O error"):
+        assert open_storage("sqlite:///x.db", Path()) == "opened"
+    assert len(calls) == tries
