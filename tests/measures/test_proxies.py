@@ -182,6 +182,15 @@ def reference_gradients(net: Small, x: Tensor, y: Tensor) -> list[np.ndarray]:
     return [m.weight.grad.double().numpy() for m in (twin.conv1, twin.conv2, twin.head)]
 
 
+@pytest.mark.parametrize("seed", [0, 4, 5])
+def test_a_kernel_that_rounding_alone_makes_regular_is_singular(seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 2, (12, 8))  # 12 samples of 8 rectifiers: rank 9 at most
+    kernel = codes @ codes.T + (1 - codes) @ (1 - codes).T
+    assert np.linalg.matrix_rank(kernel) <= 9
+    found = naswot(nn.Sequential(nn.ReLU()), torch.from_numpy(2.0 * codes - 1).float())
+    assert found.flag == "singular kernel: some inputs share all their codes"
+
+
 def test_gradient_scores_against_backward(batch: tuple[Tensor, Tensor]) -> None:
     net, (x, y) = Small().train(), batch
     grads = reference_gradients(net, x, y)
