@@ -297,6 +297,14 @@ def test_without_targets_random_classes_stand_in(batch: tuple[Tensor, Tensor]) -
     assert math.isfinite(zico(net, batch[0]).value)
 
 
+def test_random_classes_are_others_in_each_part_of_a_batch(batch: tuple[Tensor, Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    twice = torch.cat([batch[0][:4], batch[0][:4]])
+    assert math.isfinite(zico(model, twice).value)  # of equal classes too, gradients would not vary at all
+    assert not math.isfinite(zico(model, twice, torch.arange(8) % 4).value)
+
+
 @pytest.mark.parametrize(
     "name",
     ["vit_tiny_patch16_224", "mobilenetv3_small_050", "convnextv2_atto", "swin_tiny_patch4_window7_224", "resnet10t", "nf_resnet26"],
