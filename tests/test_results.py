@@ -903,8 +903,8 @@ def test_the_texts_tell_what_the_real_searches_of_both_spaces_say_together() -> 
         told += [statistics.mean(gains), standard_error(gains), sum(gain > 0 for gain in gains)]
     check_says(text, "Over the six pairs of searches of one seed and space capnas is {} ± {} points above TPE on accuracy (better in {}) "
                "and {} ± {} above random ones (better in {})", *told)  # fmt: skip
-    check_says(first, "over six pairs of searches of 1,000 s `combined` ends {} ± {} points above TPE on accuracy, and {} ± {} above random search",
-               *told[:2], *told[3:5])  # fmt: skip
+    check_says(first, "over six pairs of searches of 1,000 s `combined` ends {} ± {} points above TPE on accuracy, and {} ± {} above "
+               "random search", *told[:2], *told[3:5])  # fmt: skip
 
 
 def test_the_texts_tell_what_evenness_gains() -> None:
