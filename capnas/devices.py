@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import nn
@@ -42,6 +43,15 @@ def resolve_device(device: str, *, float64: bool = True) -> torch.device:
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f'device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; use "auto" or "cpu".')
     return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model has its weights, or its buffers; the CPU where it has neither.
+
+    >>> device_of(nn.Linear(2, 1)), device_of(nn.ReLU())
+    (device(type='cpu'), device(type='cpu'))
+    """
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def usable_cpus() -> int:

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from capnas.data import ImageData, load_data
-from capnas.devices import resolve_device
+from capnas.devices import device_of, resolve_device
 from capnas.errors import UsageError, counted
 from capnas.graph.structure import structure
 from capnas.measures import halving, receptive
@@ -178,7 +178,7 @@ def tune_resolution(
     resolve_device(base.device)
     networks = {size: cloned(build(size)) for size in rows}
     for size, network in networks.items():
-        example = data.probe(2, device=next((p.device for p in network.parameters()), "cpu"), image_size=size)[0]
+        example = data.probe(2, device=device_of(network), image_size=size)[0]
         if (why := why_no_logits(network, example, data.num_classes)) is not None:
             raise UsageError(f"the network at {size} px cannot be trained: {why}.")
     passes = halving.shared_passes(list(macs.values()), left=left, most=epochs)

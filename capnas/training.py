@@ -19,7 +19,7 @@ from torch import nn
 
 from capnas._timm import import_timm
 from capnas.data import ImageData
-from capnas.devices import SWITCHES, is_out_of_memory, resolve_device, use_amp, use_channels_last
+from capnas.devices import SWITCHES, device_of, is_out_of_memory, resolve_device, use_amp, use_channels_last
 from capnas.errors import UsageError, check_types, one_of
 from capnas.layers import block_pattern
 from capnas.measures.evenness import evenness, mean
@@ -161,7 +161,7 @@ def evaluate(
     Raises:
         UsageError: ``split`` is "test" outside ``data.final_evaluation()``.
     """
-    where = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    where = device_of(model)
     last = use_channels_last(channels_last, where, model)
     loss_sum = torch.zeros((), dtype=torch.float64, device=where)
     right = torch.zeros((), dtype=torch.int64, device=where)

@@ -62,7 +62,7 @@ def constraint_basis(
     >>> constraint_basis(torch.tensor([[1.0, 2.0], [0.0, 0.0]])).abs().tolist()
     [[1.0], [0.0]]
     """
-    left, _, _ = _thin_svd(constraint_matrix(jacobian, covariance, convention=convention), _told(jacobian, tolerance))
+    left, _, _ = _constraints(jacobian, covariance, tolerance, convention)
     return left
 
 
@@ -91,7 +91,7 @@ def total_capacity(jacobian: Tensor, covariance: Tensor | None = None, *, mu: fl
         >>> total_capacity(torch.tensor([[3.0, 2.0], [6.0, 4.0]]))
         1.0
     """
-    _, values, _ = _thin_svd(constraint_matrix(jacobian, covariance), _told(jacobian, tolerance))
+    _, values, _ = _constraints(jacobian, covariance, tolerance)
     return float(_shrink(values, mu).sum())
 
 
@@ -124,7 +124,7 @@ def spatial_allocation(
     _known(convention)
     blocks = _as_blocks(jacobian)
     inputs, outputs, _ = blocks.shape
-    left, values, right = _thin_svd(constraint_matrix(jacobian, covariance, convention=convention), _told(jacobian, tolerance))
+    left, values, right = _constraints(jacobian, covariance, tolerance, convention)
     weights = _shrink(values, mu)
     if convention == "O" and covariance is not None:
         root = _root(covariance, inputs, "W")
@@ -170,7 +170,7 @@ def subspace_capacity(
         raise UsageError(f"basis must have shape ({inputs}, A), got {tuple(basis.shape)}; pass one column per direction.")
     if not torch.allclose(columns.T @ columns, torch.eye(columns.shape[1], dtype=torch.float64), atol=1e-6):
         raise UsageError("basis must have orthonormal columns; pass torch.linalg.qr(basis).Q instead.")
-    left, values, _ = _thin_svd(constraint_matrix(jacobian, covariance, convention=convention), _told(jacobian, tolerance))
+    left, values, _ = _constraints(jacobian, covariance, tolerance, convention)
     inside = torch.einsum("da,dmk->amk", columns, left.unflatten(0, (inputs, outputs)))
     return float((inside.square() * _shrink(values, mu)).sum())
 
@@ -187,7 +187,7 @@ def parameter_leverage(jacobian: Tensor, covariance: Tensor | None = None, *, mu
     >>> [round(value, 6) for value in parameter_leverage(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 2.0]])).tolist()]
     [0.5, 0.5, 1.0]
     """
-    _, values, right = _thin_svd(constraint_matrix(jacobian, covariance), _told(jacobian, tolerance))
+    _, values, right = _constraints(jacobian, covariance, tolerance)
     return right.square() @ _shrink(values, mu)
 
 
@@ -224,14 +224,16 @@ def _root(covariance: Tensor, inputs: int, convention: str) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def _told(jacobian: Tensor, tolerance: float) -> float:
-    """The tolerance, or the rounding of the Jacobian where that is more: it would count as constraints."""
-    if jacobian.dtype == torch.float64 or not jacobian.is_floating_point():
-        return tolerance
-    return max(tolerance, max(jacobian.flatten(0, -2).shape) * torch.finfo(jacobian.dtype).eps)
+def _constraints(
+    jacobian: Tensor, covariance: Tensor | None, tolerance: float, convention: Convention = "W"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of the constraint matrix: left singular vectors, values and right ones of what is above the tolerance.
 
-
-def _thin_svd(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    The rounding of a Jacobian in less than float64 is the tolerance where that is more: it would count as constraints.
+    """
+    matrix = constraint_matrix(jacobian, covariance, convention=convention)
+    if jacobian.is_floating_point() and jacobian.dtype != torch.float64:
+        tolerance = max(tolerance, max(matrix.shape) * torch.finfo(jacobian.dtype).eps)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     keep = values > tolerance * values[:1].sum()
     return left[:, keep], values[keep], right[keep].T

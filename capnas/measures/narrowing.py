@@ -21,7 +21,7 @@ from capnas.errors import UsageError
 from capnas.measures.saturation import leading_eigenvectors
 from capnas.measures.singular import EXACT_EIGENVALUES
 
-_LEAST = 1e-12  # added to every relative ridge, against covariances that are singular to rounding
+_LEAST = 1e-12  # added to a ridge against covariances that are singular to rounding; the whole of it where all inputs are dead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from capnas.candidates import count_cost
 from capnas.data import ImageData, load_data
-from capnas.devices import resolve_device
+from capnas.devices import device_of, resolve_device
 from capnas.errors import CapnasError, UsageError, check_names, check_types, one_of
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.guessing import no_better_than_a_guess
@@ -191,7 +191,7 @@ def pretrain(
             "give --train-epochs N, or a timm model --pretrained or --weights FILE.safetensors."
         )
     if config.widths is not None:  # before minutes of training
-        example = data.probe(2, seed=config.seed, device=next(model.parameters()).device, image_size=image_size)[0]
+        example = data.probe(2, seed=config.seed, device=device_of(model), image_size=image_size)[0]
         plain = plain_convs(model)
         groups = narrowable(plain, example).groups
         check_growth(NetworkCost.of(plain, groups, (1, *example.shape[1:])), check_widths(groups, config.widths))
