@@ -244,7 +244,8 @@ def closing(result: Any) -> list[str]:
     counts = [f"{number} {status}".replace("_", " ") for status, number in found.items()]
     lines = [f"{counted(total, 'trial')}: {', '.join(counts)}"]
     if 2 * refused > total:
-        limits = {"--max-macs": config.max_macs and "over_budget", "--max-params": config.max_params and "over_budget", "--gate": "gated"}
+        given = {f"--max-{name}": getattr(config, f"max_{name}") and "over_budget" for name in ("macs", "params", "latency")}
+        limits = given | {"--gate": "gated"}
         ease = " or ".join(option for option, status in limits.items() if status in found)
         lines.append(f"{refused} of {total} were refused before training: raise --trials" + (f", or ease {ease}" if ease else ""))
     different = len({e.hash for _, e in result.evaluations()} - {None})

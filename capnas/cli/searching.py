@@ -27,12 +27,16 @@ def search(
     values: Annotated[
         str,
         typer.Option(
-            help="What to optimize: combined (accuracy, losses and scores in one sum), or names such as accuracy,saturation_evenness,macs."
+            help="What to optimize: combined (accuracy, losses and scores in one sum), or names such as accuracy,saturation_evenness,macs; "
+            "latency is that of one image in milliseconds."
         ),
     ] = "combined",
     weights: Annotated[str | None, typer.Option(metavar="NAME=W,...", help="Weights of the scores in combined or principled.")] = None,
     max_macs: Annotated[int | None, whole("Most multiply-accumulates of a candidate for one image, e.g. 8e6 or 8M.")] = None,
     max_params: Annotated[int | None, whole("Most parameters of a candidate, e.g. 300k.")] = None,
+    max_latency: Annotated[
+        float | None, decimal("Most milliseconds of a candidate for one image, measured on --device (of a CPU one thread).", "MS")
+    ] = None,
     gate: Annotated[
         str | None,
         typer.Option(
@@ -81,6 +85,7 @@ def search(
             weights=None if weights is None else pairs([weights], "--weights"),
             max_params=max_params,
             max_macs=max_macs,
+            max_latency=max_latency,
             gate=gate,
             pool=pool,
             resolutions=None if resolutions is None else sizes(resolutions, "--resolutions"),

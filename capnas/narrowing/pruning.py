@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,6 +15,7 @@ from capnas.candidates import count_cost
 from capnas.data import ImageData, load_data
 from capnas.devices import device_of, resolve_device
 from capnas.errors import CapnasError, UsageError, check_names, check_types, one_of
+from capnas.latency import latencies
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.guessing import no_better_than_a_guess
 from capnas.measures.probing import cloned, untouched
@@ -262,7 +262,7 @@ def prune(
         recipe = replace(FINETUNE, epochs=config.finetune_epochs, seed=config.seed, device=config.device)
         result = _train(small, data, recipe, size, "fine-tuning", say)
         accuracy["finetuned"], curve = float(result.accuracy or 0.0), list(result.curve)
-    times = {b: latencies([full, small], images, b) for b in (1, 64)}
+    times = {b: latencies([full, small], images[torch.arange(b) % len(images)]) for b in (1, 64)}
     report = {
         "data": data.name,
         "validation_images": data.sizes["validation"],
@@ -275,9 +275,8 @@ def prune(
         "params": {"before": before.params, "after": after.params},
         "saturation": saturation,
         "outputs": outputs,
-        "latency_ms": {f"batch {b}": {"before": t[0], "after": t[1]} for b, t in times.items()},
+        "latency_ms": {f"batch {b}": {"before": round(t[0], 3), "after": round(t[1], 3)} for b, t in times.items()},
         "device": str(device),
-        "threads": torch.get_num_threads(),
         "seconds": round(seconds, 1),
         "finetuning": curve,
     }
@@ -315,27 +314,6 @@ def _saturation(model: nn.Module, images: Tensor, threshold: float) -> dict[str,
     heads = head_names(model)
     values = [v for name, v in saturations(model, images, threshold).items() if name not in heads]
     return {"mean": mean(values), "evenness": evenness(values)}
-
-
-def latencies(models: list[nn.Module], images: Tensor, batch: int, *, rounds: int = 9) -> list[float]:
-    """Median milliseconds of a forward pass of each model, measured in turns so that all see the same load."""
-    x = images[torch.arange(batch) % len(images)]
-    taken: list[list[float]] = [[] for _ in models]
-    with torch.inference_mode():
-        for turn in range(rounds + 2):
-            for model, times in zip(models, taken):
-                _wait(x)
-                start = time.perf_counter()
-                model(x)
-                _wait(x)
-                if turn >= 2:  # the first turns allocate
-                    times.append(1e3 * (time.perf_counter() - start))
-    return [round(statistics.median(times), 3) for times in taken]
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
 
 
 def _train(

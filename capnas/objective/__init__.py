@@ -14,23 +14,24 @@ from numbers import Integral, Real
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
 
 from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
 from capnas.data import ImageData, load_data
 from capnas.devices import is_out_of_memory, resolve_device
 from capnas.errors import StudyError, UsageError, described, one_line
 from capnas.graph.structure import structure
+from capnas.latency import latencies
 from capnas.layers import has_block
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
 from capnas.objective.evaluation import LOOKED, Evaluation, fingerprint, timed
 from capnas.objective.gates import UNTRAINED, Bound, best_share, or_nan, parse_gate
-from capnas.objective.history import find_twin, ignores_pruned, past, take_over
+from capnas.objective.history import VALUED, find_twin, ignores_pruned, rivals_of, take_over, worst_values
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
-from capnas.objective.stopping import MedianRule, Rival
+from capnas.objective.stopping import MedianRule
 from capnas.objective.targets import (
     INIT,
+    LATENCY,
     LEARNED,
     TOLD,
     check_values,
@@ -39,9 +40,9 @@ from capnas.objective.targets import (
     direction_of,
     is_known_before,
     ranking,
+    terms,
     value_of,
     wanted,
-    worst_value,
 )
 from capnas.profile import Profile, enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, SIZES, measures_for, score, sizes
@@ -50,8 +51,7 @@ from capnas.spaces import load_space, space_name
 from capnas.training import TrainConfig, train
 from capnas.weights import InitialWeights
 
-_VALUED = ("complete", "duplicate")
-_FEASIBLE = (*_VALUED, "over_budget", MEASURED, "stopped")  # of the constraint "valid"; a budget and a share have their own constraints
+_FEASIBLE = (*VALUED, "over_budget", MEASURED, "stopped")  # of the constraint "valid"; a budget and a share have their own constraints
 _TURN = threading.RLock()  # torch has one random state a process: threads (n_jobs) take turns, or no seed would hold
 
 
@@ -66,6 +66,7 @@ class Objective:
         epochs: of the short training; that of ``train`` where None.
         max_params: most parameters, or None.
         max_macs: most multiply-accumulates of one image, or None.
+        max_latency: most milliseconds of one image, see `capnas.latency`, or None. Measured on ``device`` before the training.
         gate: which candidates are trained, judged by the untrained network; all if None. ``"best:10%"`` trains a candidate whose score is
             in the best tenth of those seen so far, ``"combined:best:10%"`` goes by the terms of that sum that are known before training,
             ``"log2_macs:best:10%"`` by size alone, for which nothing has to be measured; ``"saturation_evenness>=0.5"`` is a bound. See
@@ -99,7 +100,7 @@ class Objective:
     constraint, so that no such trial counts as best.
 
     ``capnas.Evaluation.of(trial)`` reads what came of a trial; plots and dashboards find ``capnas:status``, ``capnas:accuracy``,
-    ``capnas:params`` and ``capnas:macs`` in its ``user_attrs``.
+    ``capnas:params``, ``capnas:macs`` and, where it was measured, ``capnas:latency`` in its ``user_attrs``.
 
     Example:
         >>> import numpy as np
@@ -124,6 +125,7 @@ class Objective:
         epochs: int | None = None,
         max_params: int | None = None,
         max_macs: int | None = None,
+        max_latency: float | None = None,
         gate: str | Mapping[str, float] | None = None,
         pool: int | None = None,
         resolutions: Sequence[int] | None = None,
@@ -137,7 +139,8 @@ class Objective:
         reuse: bool = True,
     ) -> None:
         counts = (("probe_images", probe_images), ("initializations", initializations))
-        numbers = (("max_params", max_params, Real), ("max_macs", max_macs, Real), *((name, given, Integral) for name, given in counts))
+        limits = {"params": max_params, "macs": max_macs, LATENCY: max_latency}
+        numbers = [(f"max_{name}", limit, Real) for name, limit in limits.items()] + [(name, given, Integral) for name, given in counts]
         for name, given, kind in numbers:
             if given is not None and not (isinstance(given, kind) and given > 0):
                 raise UsageError(f"{name} must be {'a whole number ' * (kind is Integral)}above 0, got {given!r}.")
@@ -155,7 +158,8 @@ class Objective:
         self._pixels = {"before": "coverage" in early, "after": "coverage" in needed}
         self.measures = {"before": measures_for(early), "after": measures_for(needed)}
         self._slack = "capacity_slack" in needed
-        self.limits = {name: limit for name, limit in (("params", max_params), ("macs", max_macs)) if limit is not None}
+        self.limits = {name: limit for name, limit in limits.items() if limit is not None}
+        self._times = LATENCY in {*self.limits, *ranked, *terms(self.names, self.weights)}
         self.resolutions = None if resolutions is None else tuple(map(int, resolutions))
         self.stopping = stopping
         self.probe_images, self.initializations, self.reuse = probe_images, int(initializations), reuse
@@ -169,12 +173,12 @@ class Objective:
         self.space: Callable[..., Any] = load_space(space)
         self.data = data if isinstance(data, ImageData) else load_data(data)
         self.settings = fingerprint(self.train, self.data, **dict(counts))
-        costs = tuple(name for name in self.names if name in COSTS) if len(self.names) > 1 else ()
+        # a share by size alone needs no look at the network, unless bounds come first that do
+        self._by_size = share is not None and not self.bounds and ranked.keys() <= {*COSTS, *(INIT + name for name in SIZES)}
+        costs = tuple(n for n in self.names if n in COSTS or (n == LATENCY and not self._by_size)) if len(self.names) > 1 else ()
         self.selection: Selection | None = None
         if share is not None:
             self.selection = Selection(gate=share, pool=pool or 0, costs=costs, settings=self.settings, weights=ranked)
-        # a share by size alone needs no look at the network, unless bounds come first that do
-        self._by_size = share is not None and not self.bounds and ranked.keys() <= {*COSTS, *(INIT + name for name in SIZES)}
 
     def __repr__(self) -> str:
         limits = "".join(f", max_{name}={limit}" for name, limit in self.limits.items())
@@ -221,7 +225,7 @@ class Objective:
                 return "infeasible", str(error)
             found |= {"hash": candidate.hash, "n_params": candidate.n_params, "macs": candidate.macs}
             metrics |= {"params": candidate.n_params, "macs": candidate.macs}
-            over = [f"{metrics[n]:,} {n} are over the limit of {limit:,.0f}" for n, limit in self.limits.items() if metrics[n] > limit]
+            over = [f"{metrics[n]:,} {n} are over the limit of {most:,.0f}" for n, most in self.limits.items() if metrics.get(n, 0) > most]
             if over:
                 return "over_budget", "; ".join(over)
             if (useless := self._useless(candidate)) is not None:
@@ -238,6 +242,10 @@ class Objective:
             with timed(found, "structure"):
                 model = build_model(self.space, candidate.params, **shape, seed=self.train.seed).to(device)
                 x, y = data.probe(self.probe_images, seed=self.train.seed, device=device, image_size=size)
+                if self._times:
+                    metrics[LATENCY] = latencies([model], x[:1])[0]
+                    if metrics[LATENCY] > (limit := self.limits.get(LATENCY, math.inf)):
+                        return "over_budget", f"its latency of {metrics[LATENCY]:.4g} ms is over the limit of {limit:g}"
                 found["profile"] = profile_model(
                     model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, blocks=self.train.blocks,
                     initialize=self.initializations, graph=candidate.trace, pixels=self._pixels["before"], exact_capacity=False,
@@ -287,7 +295,9 @@ class Objective:
         """What to say after each epoch: with one value Optuna's pruner decides, with several the median rule."""
         accuracy: list[float] = []
         single = self.names[0] if len(self.names) == 1 else None
-        rivals = None if single or self.stopping is None or {*LEARNED}.isdisjoint(self.names) else self._rivals(trial)
+        rivals = (
+            None if single or self.stopping is None or {*LEARNED}.isdisjoint(self.names) else rivals_of(trial, self.names, self.settings)
+        )
 
         def judge(epoch: int, row: dict[str, Any], profile: Profile | None) -> str | None:
             accuracy.append(row["accuracy"])
@@ -309,35 +319,25 @@ class Objective:
 
         return judge
 
-    def _rivals(self, trial: Any) -> list[Rival]:
-        done = [s for _, s in past(trial, TrialState.COMPLETE) if s["status"] == "complete" and s["settings"] == self.settings]
-        return [Rival(accuracy=tuple(row["accuracy"] for row in s["curve"]), costs=costs_before(self.names, s["metrics"])) for s in done]
-
     def _settle(self, trial: Any, found: dict[str, Any], status: str, reason: str) -> float | tuple[float, ...]:
         """Constraints first, then the attribute, then the values or the end: Optuna accepts neither after a trial ended."""
-        blind = ignores_pruned(trial)
+        blind, valued = ignores_pruned(trial), status in VALUED
         valid = status in _FEASIBLE and not (blind and status == "stopped")
         for name, limit in self.limits.items():
             trial.set_constraint(name, found["metrics"].get(name, limit) / limit - 1)
         trial.set_constraint("valid", -1.0 if valid else 1.0)
         if self.selection is not None:
             trial.set_constraint(GATE, self.selection.violation(status, found.get("standing")))
-        if status in _VALUED:
+        if valued:
             found["values"] = {name: value_of(name, found["metrics"], self.weights) for name in self.names}
         self._store(trial, found, status, reason)
         if self.selection is not None and isinstance(trial, optuna.Trial):
             self.selection.queue_next(trial.study)
-        if status not in _VALUED and not blind:
+        if not valued and not blind:
             raise optuna.TrialPruned(f"{status}: {reason}")
-        values = tuple(found["values"].values()) if status in _VALUED else self._worst(trial, found["metrics"])
+        given = found["values"] if valued else worst_values(trial, found["metrics"], names=self.names, limits=self.limits)
+        values = tuple(given.values())
         return values if len(values) > 1 else values[0]
-
-    def _worst(self, trial: Any, metrics: Mapping[str, Any]) -> tuple[float, ...]:
-        """Values for samplers that must see some: the known costs, and the worst seen so far of what is not known."""
-        valued = [s["values"] for _, s in past(trial, TrialState.COMPLETE) if s["status"] in _VALUED]
-        seen = {name: [values[name] for values in valued if name in values] for name in self.names}  # another objective has other values
-        known = {name: float(metrics[name]) for name in COSTS if name in metrics}
-        return tuple(known[n] if n in known else worst_value(n, seen[n], limit=self.limits.get(n)) for n in self.names)
 
     def _store(self, trial: Any, found: Mapping[str, Any], status: str, reason: str) -> None:
         Evaluation(status=status, reason=reason, params=dict(trial.params), **found).write(trial.set_user_attr)

@@ -21,7 +21,7 @@ from capnas.profile import INITIALIZATIONS, Profile
 from capnas.training import TrainConfig
 
 ATTRIBUTE = "capnas"  # key of the trial's user attribute
-SHOWN = ("accuracy", "params", "macs")  # metrics with an attribute of their own, ``capnas:accuracy`` and so on, beside ``capnas:status``
+SHOWN = ("accuracy", "params", "macs", "latency")  # metrics with an attribute of their own, beside ``capnas:status``
 VERSION = 1
 LOOKED: Mapping[str, int] = {"probe_images": 64, "initializations": INITIALIZATIONS}  # how the untrained network is read, usually
 STATUSES = (
@@ -42,8 +42,8 @@ class Evaluation:
         reason: why it is not complete, in words; else "".
         params: the trial's parameters: the whole genotype.
         values: the objective values by name, as given to Optuna; empty where the trial gave none.
-        metrics: all numbers by name: accuracy, val_loss, params, macs, each score, and with prefix ``init_`` each score of the
-            structure before training.
+        metrics: all numbers by name: accuracy, val_loss, params, macs, latency (where it is limited or a value), each score, and with
+            prefix ``init_`` each score of the structure before training.
         curve: one dict per trained epoch (see `capnas.training.TrainingResult`).
         profile: layer profile after training, or before it where the trial got no further.
         seconds: wall-clock seconds by stage: cost, structure, training, capacity (of the trained network, where a value needs it).

@@ -10,7 +10,11 @@ import optuna
 from optuna.trial import TrialState
 
 from capnas.objective.evaluation import VERSION, Evaluation, stored_with
-from capnas.objective.targets import value_of
+from capnas.objective.stopping import Rival
+from capnas.objective.targets import LATENCY, costs_before, value_of, worst_value
+from capnas.scoring import COSTS
+
+VALUED = ("complete", "duplicate")  # statuses of trials with values
 
 
 def past(trial: Any, *states: TrialState) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -28,6 +32,27 @@ def ignores_pruned(trial: Any) -> bool:
     while isinstance(sampler, optuna.samplers.PartialFixedSampler):
         sampler = getattr(sampler, "_base_sampler", None)  # no public name tells it
     return isinstance(sampler, optuna.samplers.BaseGASampler | optuna.samplers.GPSampler | optuna.samplers.CmaEsSampler)
+
+
+def worst_values(trial: Any, metrics: Mapping[str, float | None], *, names: Sequence[str], limits: Mapping[str, float]) -> dict[str, float]:
+    """Values by name for samplers that must see some: the known costs, and the worst seen so far of what is not known.
+
+    Args:
+        trial: the one without values.
+        metrics: what is known of its candidate.
+        names: of the values.
+        limits: on costs, by name.
+    """
+    valued = [stored["values"] for _, stored in past(trial, TrialState.COMPLETE) if stored["status"] in VALUED]
+    seen = {name: [values[name] for values in valued if name in values] for name in names}  # another objective has other values
+    known = {name: float(cost) for name in (*COSTS, LATENCY) if (cost := metrics.get(name)) is not None}
+    return {n: known[n] if n in known else worst_value(n, seen[n], limit=limits.get(n)) for n in names}
+
+
+def rivals_of(trial: Any, names: Sequence[str], settings: str) -> list[Rival]:
+    """The trainings that a `MedianRule` compares with: all complete ones of these settings, with the values known before them."""
+    done = [s for _, s in past(trial, TrialState.COMPLETE) if s["status"] == "complete" and s["settings"] == settings]
+    return [Rival(accuracy=tuple(row["accuracy"] for row in s["curve"]), costs=costs_before(names, s["metrics"])) for s in done]
 
 
 def find_twin(

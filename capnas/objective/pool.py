@@ -148,7 +148,8 @@ class Selection:
         stored = stored_with(trial)
         if stored.get("version") != VERSION or stored["settings"] != self.settings:
             return None
-        known = stored["status"] not in ("infeasible", "gated", "interrupted") and all(name in stored["metrics"] for name in self.weights)
+        named = all(name in stored["metrics"] for name in (*self.weights, *self.costs))
+        known = stored["status"] not in ("infeasible", "gated", "interrupted") and named
         return self._measured(stored) if known else None
 
     def _measured(self, found: Mapping[str, Any]) -> Measured:

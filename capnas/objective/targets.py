@@ -1,9 +1,9 @@
 """What a search optimizes: the value names with their directions, and the combined value.
 
-Values are ``accuracy`` (on validation), ``val_loss``, ``train_loss`` (mean over the last epoch, as it trained), ``params``, ``macs``, every
-name of `capnas.scoring.SCORES`, the same with the prefix ``init_`` for the structure before training, ``combined`` and ``principled``. The
-latter is the idea that capnas is built on: accuracy after a short training with one capacity-allocation, one saturation and one
-excess-capacity score; ``principled-pareto`` stands for five values.
+Values are ``accuracy`` (on validation), ``val_loss``, ``train_loss`` (mean over the last epoch, as it trained), ``params``, ``macs``,
+``latency`` (milliseconds of one image, see `capnas.latency`), every name of `capnas.scoring.SCORES`, the same with the prefix ``init_`` for
+the structure before training, ``combined`` and ``principled``. The latter is the idea that capnas is built on: accuracy after a short
+training with one capacity-allocation, one saturation and one excess-capacity score; ``principled-pareto`` stands for five values.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ PARETO = ("accuracy", "depth_evenness", "saturation_evenness", "capacity_slack",
 LOSSES = ("val_loss", "train_loss")
 TOLD = ("accuracy", *LOSSES)  # what a training tells of itself
 LEARNED = (*TOLD, *SUMS)  # values that a training tells, and that a longer one tells better
-NAMES = (*TOLD, *COSTS, *SUMS, *_SCORES)
-_WORST = {"accuracy": 0.0, "combined": -10.0, "principled": 0.0, "params": 1e9, "macs": 1e11} | dict.fromkeys(LOSSES, 100.0)  # none seen
+LATENCY = "latency"  # a cost of candidates that are looked at
+_PLAIN = (*LOSSES, *COSTS, LATENCY)  # what is no score
+NAMES = ("accuracy", *_PLAIN, *SUMS, *_SCORES)
+_WORST = {"accuracy": 0.0, "combined": -10.0, "principled": 0.0, "params": 1e9, "macs": 1e11, LATENCY: 1e4} | dict.fromkeys(LOSSES, 100.0)
 _FAR = 1e3  # stands for the worst of an unbounded score until one has been seen
 
 
@@ -82,8 +84,8 @@ def check_weights(
     if not isinstance(weights, Mapping | None):
         raise UsageError(f"weights must be numbers by name, such as {{'tail_fraction': 0.1}}, got {weights!r}.")
     for name, weight in (weights or {}).items():
-        if name not in (*LOSSES, *COSTS, *_SCORES):
-            raise UsageError(one_of("weights", name, (*LOSSES, *COSTS, *_SCORES)))
+        if name not in (*_PLAIN, *_SCORES):
+            raise UsageError(one_of("weights", name, (*_PLAIN, *_SCORES)))
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise UsageError(f"the weight of {name} must be a finite number, got {weight!r}.")
     sums = summed(names, share)
@@ -94,23 +96,31 @@ def check_weights(
     return dict(PRINCIPLED if "principled" in sums else WEIGHTS)
 
 
+def terms(names: Sequence[str], weights: Mapping[str, float]) -> set[str]:
+    """The values and, where one of them is a sum, its terms.
+
+    >>> sorted(terms(("combined", "latency"), {"macs": 1e-9})), sorted(terms(("accuracy",), {}))
+    (['combined', 'latency', 'macs'], ['accuracy'])
+    """
+    return {*names, *(weights if summed(names) else ())}
+
+
 def wanted(names: Sequence[str], weights: Mapping[str, float]) -> set[str]:
     """Every score name that the values need, given the weights of a sum.
 
     >>> sorted(wanted(("combined", "macs"), {"init_naswot": 0.1}))
     ['init_naswot']
     """
-    needed = set(weights) if summed(names) else set()
-    return (needed | set(names)) & set(_SCORES)
+    return terms(names, weights) & set(_SCORES)
 
 
 def is_known_before(name: str) -> bool:
     """Whether a value or a term of a sum is known before a training: a cost, or a score of the untrained network.
 
-    >>> [is_known_before(name) for name in ("macs", "init_rank_mean", "rank_mean", "accuracy")]
-    [True, True, False, False]
+    >>> [is_known_before(name) for name in ("macs", "latency", "init_rank_mean", "rank_mean", "accuracy")]
+    [True, True, True, False, False]
     """
-    return name.startswith(INIT) or name in COSTS
+    return name.startswith(INIT) or name in (*COSTS, LATENCY)
 
 
 def known_before(weights: Mapping[str, float]) -> dict[str, float]:
@@ -166,7 +176,7 @@ def direction_of(name: str) -> Direction:
     """
     if name in ("accuracy", *SUMS):
         return "maximize"
-    return "minimize" if name in LOSSES else SCORES[name.removeprefix(INIT)].direction
+    return "minimize" if name in _PLAIN else SCORES[name.removeprefix(INIT)].direction
 
 
 def value_of(name: str, metrics: Mapping[str, float | None], weights: Mapping[str, float]) -> float:

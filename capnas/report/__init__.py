@@ -23,7 +23,7 @@ from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
 from capnas.objective.finals import best_first
 from capnas.objective.gates import UNTRAINED
-from capnas.objective.targets import TOLD, direction_of, summed
+from capnas.objective.targets import LATENCY, TOLD, direction_of, summed
 from capnas.report.figures import figures
 from capnas.scoring import COSTS, PROFILED
 from capnas.search.export import read_environment
@@ -40,6 +40,7 @@ _SETTINGS = (
     "pruner",
     "max_params",
     "max_macs",
+    "max_latency",
     "gate",
     "pool",
     "resolutions",
@@ -258,7 +259,8 @@ def _trial_row(trial: FrozenTrial, found: Evaluation) -> dict[str, Any]:
         name: found.metrics.get(name) for name in ("accuracy", "saturation_mean", "saturation_evenness", "block_saturation_evenness")
     }
     sizes = {"params": found.n_params, "macs": found.macs, "pixels": found.image_size, "seconds": round(sum(found.seconds.values()), 1)}
-    return {"trial": trial.number} | dict(found.values) | metrics | sizes
+    timed = {LATENCY: found.metrics[LATENCY]} if LATENCY in found.metrics else {}
+    return {"trial": trial.number} | dict(found.values) | metrics | timed | sizes
 
 
 def _outcomes(rows: Sequence[tuple[FrozenTrial, Evaluation]]) -> list[dict[str, Any]]:
@@ -285,7 +287,7 @@ def _correlations(complete: Sequence[Evaluation]) -> list[dict[str, Any]]:
     accuracy = [math.nan if (a := e.metrics.get("accuracy")) is None else a for e in complete]
     controls = [[float(e.n_params or 0) for e in complete], [float(e.macs or 0) for e in complete]]
     found = []
-    for name in (*COSTS, *PROFILED, *(f"init_{s}" for s in UNTRAINED)):
+    for name in (*COSTS, LATENCY, *PROFILED, *(f"init_{s}" for s in UNTRAINED)):
         values = [math.nan if (v := e.metrics.get(name)) is None else float(v) for e in complete]
         alone = spearman(values, accuracy)
         if math.isnan(alone):

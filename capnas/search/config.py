@@ -47,7 +47,8 @@ class StudyConfig:
             count, not those that are too large, infeasible or merely measured.
         timeout: seconds after which a session begins no further trial: the running one ends, and finals follow. A worker counts from
             its own start.
-        epochs, values, weights, max_params, max_macs, gate, pool, resolutions, blocks, seed, device, reuse: see `capnas.Objective`.
+        epochs, values, weights, max_params, max_macs, max_latency, gate, pool, resolutions, blocks, seed, device, reuse: see
+            `capnas.Objective`.
         finalists: how many of the best trials are trained again at the end, for longer, and the best of which is named; none if not
             said. See `capnas.objective.finals`.
         final_epochs: of those trainings; four times ``epochs`` where None.
@@ -80,6 +81,7 @@ class StudyConfig:
     weights: Mapping[str, float] | None = None
     max_params: int | None = None
     max_macs: int | None = None
+    max_latency: float | None = None
     gate: str | None = None
     pool: int | None = None
     resolutions: tuple[int, ...] | None = None
@@ -122,8 +124,9 @@ class StudyConfig:
         if in_memory(self.storage):
             advice = "leave storage out, or name a file as in sqlite:///study.db"
             raise UsageError(f"the storage {self.storage} keeps nothing after the process ends; {advice}.")
-        if self.timeout is not None and not self.timeout > 0:
-            raise UsageError(f"timeout must be seconds, above 0, got {self.timeout}.")
+        for name, unit in (("timeout", "seconds"), ("max_latency", "milliseconds")):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UsageError(f"{name} must be {unit}, above 0, got {value}.")
         if not self.stale_after >= 0:
             raise UsageError(f"stale_after must be seconds, at least 0, got {self.stale_after}.")
         if self.study is not None and (self.study in ("", "..") or (self.out is None and Path(self.study).name != self.study)):

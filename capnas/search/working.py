@@ -47,6 +47,7 @@ def make_objective(config: StudyConfig, space: Any = None, data: Any = None) -> 
         weights=config.weights,
         max_params=config.max_params,
         max_macs=config.max_macs,
+        max_latency=config.max_latency,
         gate=config.gate,
         pool=config.pool,
         resolutions=config.resolutions,
