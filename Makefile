@@ -30,6 +30,7 @@ demo: .venv/report.installed ## a real search on the embedded images, under six 
 
 lint: .venv/dev.installed ## style, import directions, types
 	$(BIN)/ruff check capnas search_spaces tests examples results
+	$(BIN)/ruff format --check --quiet capnas search_spaces tests examples results
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 

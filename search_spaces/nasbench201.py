@@ -66,9 +66,7 @@ def parameters(architecture: str) -> dict[str, str]:
             params[f"op_{source}_{target}"] = operation
     expected = [f"op_{s}_{t}" for s, t in EDGES]
     if list(params) != expected or not set(params.values()) <= set(OPERATIONS):
-        raise ValueError(
-            f"expected |op~0|+|op~0|op~1|+|op~0|op~1|op~2| with operations of {', '.join(OPERATIONS)}; got {architecture!r}."
-        )
+        raise ValueError(f"expected |op~0|+|op~0|op~1|+|op~0|op~1|op~2| with operations of {', '.join(OPERATIONS)}; got {architecture!r}.")
     return params
 
 

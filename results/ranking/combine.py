@@ -115,6 +115,7 @@ def ceiling(space, short):
 
 def choices(data):
     """Name of a choice to its weights of TRIED."""
+
     def given(weights):
         return np.array([weights.get(name, 0.0) for name in TRIED])
 

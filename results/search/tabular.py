@@ -309,12 +309,16 @@ def work(task):
     table = TABLES.setdefault((data, scores), None) or Table(data, scored(scores))
     TABLES[data, scores] = table
     found = runs(table, method, seed)
-    return {"method": method, "seed": seed, "classes": len(table.rows)} | settings_of(method) | {
-        "training": round(found.training / table.unit, 3),
-        "scored": found.scored,
-        "trained": len(found.trained),
-        "track": found.track,
-    }
+    return (
+        {"method": method, "seed": seed, "classes": len(table.rows)}
+        | settings_of(method)
+        | {
+            "training": round(found.training / table.unit, 3),
+            "scored": found.scored,
+            "trained": len(found.trained),
+            "track": found.track,
+        }
+    )
 
 
 def score_of(method):
