@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ def latencies(models: Sequence[nn.Module], x: Tensor, *, passes: int = 30, secon
     """Median milliseconds of a forward pass of each network in eval mode, measured in turns so that all see the same load.
 
     On a CPU it is the processor time of one thread: what other processes take away does not count, so that networks compare also while
-    several searches share a machine. On other devices it is the time until the outputs are there, which others do lengthen.
+    several searches share a machine. On other devices, and on Windows, it is the time until the outputs are there, which others lengthen.
 
     Args:
         models: all on the device of ``x``; they and the number of threads stay as they are.
@@ -38,7 +39,8 @@ def latencies(models: Sequence[nn.Module], x: Tensor, *, passes: int = 30, secon
         True
     """
     on_cpu = x.device.type == "cpu"
-    clock = time.thread_time if on_cpu else time.perf_counter
+    # Windows counts the time of a thread in steps of 16 ms
+    clock = time.thread_time if on_cpu and sys.platform != "win32" else time.perf_counter
     taken: list[list[float]] = [[] for _ in models]
     begin = time.perf_counter()
     with ExitStack() as stack, torch.no_grad():
