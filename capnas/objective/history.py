@@ -26,11 +26,16 @@ def past(trial: Any, *states: TrialState) -> Iterator[tuple[int, Mapping[str, An
                 yield earlier.number, stored
 
 
-def ignores_pruned(trial: Any) -> bool:
-    """Whether the study's sampler learns from complete trials only; no for a trial outside a study."""
-    sampler = trial.study.sampler if isinstance(trial, optuna.Trial) else None
+def unfixed(sampler: Any) -> Any:
+    """The sampler that draws what a `optuna.samplers.PartialFixedSampler` does not fix; any other as it is."""
     while isinstance(sampler, optuna.samplers.PartialFixedSampler):
         sampler = getattr(sampler, "_base_sampler", None)  # no public name tells it
+    return sampler
+
+
+def ignores_pruned(trial: Any) -> bool:
+    """Whether the study's sampler learns from complete trials only; no for a trial outside a study."""
+    sampler = unfixed(trial.study.sampler) if isinstance(trial, optuna.Trial) else None
     return isinstance(sampler, optuna.samplers.BaseGASampler | optuna.samplers.GPSampler | optuna.samplers.CmaEsSampler)
 
 

@@ -4,7 +4,8 @@ With a gate that asks for a share (``best:10%``) every candidate is measured bef
 of the study. Those outside the share end as "measured". The pool is the number of candidates that are measured before the first
 training. From then on the best measured candidate that is inside the share and was not trained comes first, by Optuna's
 `optuna.Study.enqueue_trial`; only where there is none, the sampler draws a new one. All of this is read from the stored trials, so it
-is the same for one process, for several and after a resumption.
+is the same for one process, for several and after a resumption. A sampler that ends the study after its last point (a grid, brute force)
+ends the pool there, and the study when the best have been trained.
 
 What a sampler learns from a measured candidate: it is pruned with a violated constraint "gate", the more violated the worse its place.
 TPE takes its best tenth (at most 25 trials) for good, trained ones by value first and then measured ones by violation. So it goes by the
@@ -14,9 +15,11 @@ trained one. NSGA-II, NSGA-III, GP and CMA-ES see a violated constraint and the 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from capnas.errors import StudyError, UsageError
 from capnas.objective.evaluation import VERSION, stored_with
 from capnas.objective.gates import SUMS, BestShare, Measured, best_share, or_nan, parse_gate
+from capnas.objective.history import unfixed
 from capnas.objective.targets import INIT, weighted
 
 MEASURED = "measured"  # status of a candidate that was measured and not trained
@@ -94,14 +98,25 @@ class Selection:
         excess = standing - self.gate.share
         return max(excess, _LEAST) if status == MEASURED else min(excess, 0.0)
 
-    def queue_next(self, study: optuna.Study) -> None:
-        """Enqueue the best measured candidate that is inside the share, once the pool is full and nothing else is waiting."""
+    def queue_next(self, study: optuna.Study, *, drawn: bool = False) -> bool:
+        """Enqueue the best measured candidate that is inside the share, once the pool is full and nothing else is waiting.
+
+        Args:
+            study: of the candidates.
+            drawn: whether the sampler has no more to give; the pool is then as full as it can be.
+
+        Returns:
+            Whether a trial is waiting now.
+        """
+        ends_studies = isinstance(unfixed(study.sampler), optuna.samplers.GridSampler | optuna.samplers.BruteForceSampler)
+        if ends_studies and not isinstance(study.sampler, _Outlasted):
+            study.sampler = _Outlasted(study, self)
         trials = study.get_trials(deepcopy=False)
         if any(t.state == TrialState.WAITING for t in trials):
-            return
+            return True
         seen = list(self._seen(study))
-        if len(seen) < self.pool:
-            return
+        if len(seen) < self.pool and not drawn:
+            return False
         origins = {t.user_attrs[QUEUED] for t in trials if QUEUED in t.user_attrs and not _lost(t)}
         taken = {m.key for t, m in seen if stored_with(t).get("status") != MEASURED or t.number in origins}
         first = {m.key: (t, m) for t, m in reversed(seen) if m.key not in taken and not math.isnan(m.score)}
@@ -113,6 +128,7 @@ class Selection:
         if inside:
             _, _, number, params = min(inside, key=lambda row: row[:3])
             study.enqueue_trial(params, user_attrs={QUEUED: number})
+        return bool(inside)
 
     def check(self, study: optuna.Study) -> None:
         """Give up where nothing passes any more: where one in ten does, two hundred in a row fail once in 10^9 times.
@@ -156,6 +172,38 @@ class Selection:
         score = weighted(found["metrics"], self.weights)
         costs = tuple(float(found["metrics"][name]) for name in self.costs)
         return Measured(key=(found["hash"], found["image_size"]), score=score, costs=costs)
+
+
+class _Outlasted(optuna.samplers.PartialFixedSampler):
+    """A sampler, such as a grid, that wants to end the study: then the best candidates that it drew are still to be trained."""
+
+    def __init__(self, study: optuna.Study, selection: Selection) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            super().__init__({}, study.sampler)
+        self.study, self.selection = study, selection
+
+    def after_trial(self, study: Any, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """What the sampler does, but for the end: put off while a candidate waits, and then the study has its own sampler again."""
+        heard = _Unstopped(study)
+        with contextlib.suppress(KeyError):  # a grid looks for the point that it gave the trial: none where the trial was queued
+            self._base_sampler.after_trial(heard, trial, state, values)  # type: ignore[arg-type]
+        if heard.stopped and not self.selection.queue_next(self.study, drawn=True):
+            self.study.sampler = self._base_sampler
+            self.study.stop()
+
+
+class _Unstopped:
+    """A study that only notes that it is to stop."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.study, self.stopped = study, False
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.study, name)
 
 
 def superseded(trial: optuna.Trial) -> bool:

@@ -98,6 +98,26 @@ def test_one_candidate_waits_at_a_time() -> None:
     assert queued(study) == [2]
 
 
+def widths(trial: Any, **shape: int) -> Any:
+    return space(FixedTrial(net(trial.suggest_int("width", 2, 8, step=2))), **shape)
+
+
+@pytest.mark.parametrize("pool", [3, 9])
+@pytest.mark.parametrize(
+    "sampler", [lambda: optuna.samplers.GridSampler({"width": [2, 4, 6, 8]}, seed=0), lambda: optuna.samplers.BruteForceSampler(seed=0)]
+)
+def test_a_sampler_that_ends_the_study_after_its_last_point_waits_for_the_best(data: ImageData, sampler: Any, pool: int) -> None:
+    asked = objective(data, gate="log2_macs:best:50%", pool=pool)
+    asked.space = widths
+    study = optuna.create_study(direction="maximize", sampler=(given := sampler()))
+    study.optimize(asked)
+    assert {t.params["width"]: t.state for t in study.trials} == {
+        2: TrialState.PRUNED, 4: TrialState.PRUNED, 6: TrialState.COMPLETE, 8: TrialState.COMPLETE,
+    }  # fmt: skip
+    assert outcomes(study)[: min(pool, 4)] == ["measured"] * min(pool, 4)
+    assert study.sampler is given
+
+
 def test_of_equal_scores_the_first_drawn_is_queued_first() -> None:
     study, selection = optuna.create_study(), selection_of(share=1.0)
     for number, score in enumerate((1.0, 2.0, 2.0)):
