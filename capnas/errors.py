@@ -79,10 +79,26 @@ def check_types(settings: Any, *texts: str) -> None:
         UsageError: the first such field.
     """
     for name, kind in get_type_hints(type(settings)).items():
-        value, kinds = getattr(settings, name), get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        if not any(isinstance(value, str) if k is str and name in texts else _fits(value, k) for k in kinds):
-            words = " or ".join(map(_word, kinds))
-            raise UsageError(f"{name} must be {words}, got {value!r}.")
+        check_type(name, getattr(settings, name), kind, text=name in texts)
+
+
+def check_type(name: str, value: Any, kind: Any, *, text: bool = False) -> None:
+    """Refuse a value that is not of the declared kind.
+
+    Args:
+        name: of the argument.
+        value: that was given.
+        kind: a type, or several as in ``int | None``.
+        text: whether ``str`` is a kind like others, see `check_types`.
+
+    Raises:
+        UsageError: it is none of these.
+
+    >>> check_type("pool", 3, int | None)
+    """
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if not any(isinstance(value, str) if k is str and text else _fits(value, k) for k in kinds):
+        raise UsageError(f"{name} must be {' or '.join(map(_word, kinds))}, got {value!r}.")
 
 
 def check_names(what: str, given: Iterable[str], known: Collection[str]) -> None:

@@ -6,7 +6,6 @@ scores. Whatever happens, one user attribute of the trial (`capnas.objective.eva
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +17,13 @@ import optuna
 from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
 from capnas.data import ImageData, load_data
 from capnas.devices import is_out_of_memory, resolve_device
-from capnas.errors import StudyError, UsageError, described, one_line
+from capnas.errors import StudyError, UsageError, check_type, described, one_line
 from capnas.graph.structure import structure
 from capnas.latency import latencies
 from capnas.layers import has_block
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
-from capnas.objective.evaluation import LOOKED, Evaluation, fingerprint, timed
+from capnas.objective.evaluation import LOOKED, Evaluation, fingerprint, recipe, timed
 from capnas.objective.gates import UNTRAINED, Bound, best_share, or_nan, parse_gate
 from capnas.objective.history import VALUED, find_twin, ignores_pruned, rivals_of, take_over, worst_values
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
@@ -63,7 +62,7 @@ class Objective:
         data: images, or what `capnas.load_data` takes.
         values: what to optimize, one value each, see `capnas.objective.targets`; ``"combined"`` is accuracy less losses plus scores.
         weights: of the losses and scores in ``combined``; defaults in `capnas.objective.targets.WEIGHTS`, see ``objective.weights``.
-        epochs: of the short training; that of ``train`` where None.
+        epochs: of the short training.
         max_params: most parameters, or None.
         max_macs: most multiply-accumulates of one image, or None.
         max_latency: most milliseconds of one image, see `capnas.latency`, or None. Measured on ``device`` before the training.
@@ -75,12 +74,12 @@ class Objective:
         pool: how many candidates are measured before the first training; the best of them are trained first. Needs a gate ``best``.
         resolutions: image sizes to search over, as the parameter ``image_size``. If a size leaves more than half of an architecture's
             layers past the receptive-field border and a larger one does not, the trial ends as "infeasible".
-        blocks: regular expression of the units that are read as blocks, see `capnas.layers.find_blocks`; that of ``train`` where None.
-            An architecture without such a unit ends as "infeasible".
+        blocks: regular expression of the units that are read as blocks, see `capnas.layers.find_blocks`. An architecture without such a
+            unit ends as "infeasible".
         seed: of weights, shuffling and augmentation, the same for every candidate: with common random numbers, differences between
             candidates are less noisy than with a seed for each. Threads (``n_jobs``) take turns; processes run side by side.
         device: see `capnas.training.TrainConfig`.
-        train: all other settings of the training.
+        train: the training, as a `capnas.TrainConfig` or its fields by name; epochs, blocks, seed and device only where these are None.
         stopping: the rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
         probe_images: size of the batch for the structure before training.
         initializations: draws of the untrained network's weights over which its saturations are means, see `capnas.profile_model`.
@@ -130,9 +129,9 @@ class Objective:
         pool: int | None = None,
         resolutions: Sequence[int] | None = None,
         blocks: str | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        train: TrainConfig | None = None,
+        seed: int | None = None,
+        device: str | None = None,
+        train: TrainConfig | Mapping[str, Any] | None = None,
         stopping: MedianRule | None = MedianRule(),  # noqa: B008
         probe_images: int = LOOKED["probe_images"],
         initializations: int = LOOKED["initializations"],
@@ -146,6 +145,9 @@ class Objective:
                 raise UsageError(f"{name} must be {'a whole number ' * (kind is Integral)}above 0, got {given!r}.")
         if resolutions is not None and not are_sizes(resolutions):
             raise UsageError(f"resolutions must be different sizes in pixels, got {resolutions!r}.")
+        if stopping is not None and not hasattr(stopping, "verdict"):
+            raise UsageError(f"stopping must be a rule such as MedianRule(), or None, got {stopping!r}.")
+        check_type("reuse", reuse, bool)
         self.names = check_values(values)
         self.directions = [direction_of(name) for name in self.names]
         check_pool(gate, pool)
@@ -164,12 +166,10 @@ class Objective:
         self.stopping = stopping
         self.probe_images, self.initializations, self.reuse = probe_images, int(initializations), reuse
         self.on_epoch: Callable[[int, int, dict[str, Any]], None] | None = None
-        base = train or TrainConfig()
-        epochs, blocks = base.epochs if epochs is None else epochs, base.blocks if blocks is None else blocks
-        self.train = dataclasses.replace(base, epochs=epochs, blocks=blocks, seed=seed, device=device)
+        self.train = recipe(train, epochs=epochs, blocks=blocks, seed=seed, device=device)
         if unread := sorted(name for name in needed if not name.startswith(INIT) and not self.train.record):
             raise UsageError(f"{unread[0]} is measured during the training, and record=False switches that off: leave record on.")
-        resolve_device(device)
+        resolve_device(self.train.device)
         self.space: Callable[..., Any] = load_space(space)
         self.data = data if isinstance(data, ImageData) else load_data(data)
         self.settings = fingerprint(self.train, self.data, **dict(counts))

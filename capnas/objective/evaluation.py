@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 
 from capnas.data import ImageData
 from capnas.documents import plain
-from capnas.errors import StudyError
+from capnas.errors import StudyError, check_names, check_type
 from capnas.profile import INITIALIZATIONS, Profile
 from capnas.training import TrainConfig
 
@@ -136,6 +136,22 @@ def stored_with(trial: FrozenTrial) -> Mapping[str, Any]:
     """
     stored = trial.user_attrs.get(ATTRIBUTE)
     return stored if isinstance(stored, Mapping) else {}
+
+
+def recipe(train: TrainConfig | Mapping[str, Any] | None, **own: Any) -> TrainConfig:
+    """The training of a trial: settings with an argument of their own, where they are given, before those of ``train``.
+
+    Raises:
+        UsageError: no training, or a setting that it does not have or cannot use.
+
+    >>> recipe({"lr": 0.1, "seed": 3}, epochs=2, seed=None) == TrainConfig(lr=0.1, seed=3, epochs=2)
+    True
+    """
+    if not isinstance(train, TrainConfig):
+        check_type("train", train, TrainConfig | Mapping | None)
+        check_names("train", train or {}, {f.name for f in fields(TrainConfig)})
+        train = TrainConfig(**train or {})
+    return dataclasses.replace(train, **{name: value for name, value in own.items() if value is not None})
 
 
 def fingerprint(train: TrainConfig, data: ImageData, **looked: int) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from capnas.errors import StudyError, UsageError
+from capnas.errors import StudyError, UsageError, check_type
 from capnas.objective.evaluation import VERSION, stored_with
 from capnas.objective.gates import SUMS, BestShare, Measured, best_share, or_nan, parse_gate
 from capnas.objective.history import unfixed
@@ -43,8 +43,9 @@ def check_pool(gate: Any, pool: int | None) -> None:
     """Refuse a gate that cannot be read and a pool without a share to choose from it.
 
     Raises:
-        UsageError: either.
+        UsageError: either, or a pool that is no number.
     """
+    check_type("pool", pool, int | None)
     if pool is not None and pool < 1:
         raise UsageError(f"pool must be at least 1, got {pool}.")
     if best_share(parse_gate(gate)) is None and pool is not None:

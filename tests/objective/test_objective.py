@@ -646,11 +646,23 @@ def test_wrong_directions_name_the_right_ones(data: ImageData) -> None:
         ({"resolutions": (8, 12.5)}, r"resolutions must be different sizes in pixels, got \(8, 12.5\)"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"device": "tpu9"}, 'device must be "auto"'),
+        ({"train": {"learning_rate": 0.1}}, "train must be one of amp, .*; got 'learning_rate'"),
+        ({"train": {"lr": "fast"}}, "lr must be a number, got 'fast'"),
+        ({"train": [0.1]}, r"train must be TrainConfig or values by name or none, got \[0\.1\]"),
+        ({"stopping": True}, r"stopping must be a rule such as MedianRule\(\), or None, got True"),
+        ({"reuse": "no"}, "reuse must be true or false, got 'no'"),
+        ({"pool": "10", "gate": "best:10%"}, "pool must be a whole number or none, got '10'"),
     ],
 )
 def test_refuses(data: ImageData, change: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         objective(data, **change)
+
+
+def test_the_training_is_told_by_its_fields_as_well_and_keeps_what_no_argument_names(data: ImageData) -> None:
+    fields = {"epochs": 7, "lr": 0.1, "seed": 5, "device": "cpu", "blocks": "stages"}
+    assert Objective(space, data, train=fields).train == Objective(space, data, train=TrainConfig(**fields)).train == TrainConfig(**fields)
+    assert Objective(space, data, train=fields, seed=0, epochs=1).train == TrainConfig(**fields | {"seed": 0, "epochs": 1})
 
 
 def test_numbers_of_numpy_are_as_good_in_any_storage(data: ImageData, tmp_path: Path) -> None:

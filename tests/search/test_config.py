@@ -19,6 +19,7 @@ from capnas.objective.targets import WEIGHTS
 from capnas.search.config import StudyConfig
 from capnas.search.samplers import first_judged
 from capnas.search.working import make_objective
+from capnas.training import TrainConfig
 
 
 def full() -> StudyConfig:
@@ -218,8 +219,9 @@ def test_the_defaults_are_the_same_from_python_and_from_the_command() -> None:
     given = {name: parameter.default for name, parameter in inspect.signature(Objective).parameters.items()}
     config = StudyConfig(space="resnet")
     for name in ("values", "gate", "pool", "weights", "max_params", "max_macs", "resolutions", "blocks", "seed", "device", "reuse"):
-        default = WEIGHTS if name == "weights" else given[name]
+        default = WEIGHTS if name == "weights" else getattr(TrainConfig(), name) if name in ("seed", "device") else given[name]
         assert getattr(config, name) == default, name
+    assert given["seed"] is given["device"] is None
     assert config.values == ("combined",)
     assert given["weights"] is None
     assert config.gate is None
