@@ -68,7 +68,7 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def check_types(settings: Any, *texts: str) -> None:
-    """Refuse a field of a dataclass whose value is not of the declared kind.
+    """Refuse a field of a dataclass whose value is not of the declared kind; a number of NumPy becomes Python's, as torch needs it.
 
     Args:
         settings: the dataclass.
@@ -79,7 +79,10 @@ def check_types(settings: Any, *texts: str) -> None:
         UsageError: the first such field.
     """
     for name, kind in get_type_hints(type(settings)).items():
-        check_type(name, getattr(settings, name), kind, text=name in texts)
+        value = getattr(settings, name)
+        check_type(name, value, kind, text=name in texts)
+        if isinstance(value, Real) and hasattr(value, "item"):
+            object.__setattr__(settings, name, value.item())
 
 
 def check_type(name: str, value: Any, kind: Any, *, text: bool = False) -> None:

@@ -667,11 +667,14 @@ def test_the_training_is_told_by_its_fields_as_well_and_keeps_what_no_argument_n
 
 def test_numbers_of_numpy_are_as_good_in_any_storage(data: ImageData, tmp_path: Path) -> None:
     train = TrainConfig(batch_size=np.int64(32), lr=np.float64(0.01))
-    made = objective(data, resolutions=np.array([12, 16]), seed=np.int64(0), epochs=np.int64(1), max_macs=np.int64(1), train=train)
+    made = objective(data, resolutions=np.array([12, 16]), seed=np.int64(0), epochs=np.int64(1), max_macs=np.int64(10**8), train=train)
     assert made.settings == objective(data, epochs=1).settings
     weighed = objective(data, values="combined", weights={"macs": np.float32(0.5), "params": np.int64(2)})
     assert weighed.weights == {"macs": 0.5, "params": 2}
-    optuna.create_study(directions=made.directions, storage=f"sqlite:///{tmp_path / 'study.db'}").optimize(made, n_trials=1)
+    study = optuna.create_study(directions=made.directions, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    study.enqueue_trial(LARGE)
+    study.optimize(made, n_trials=1)
+    assert evaluations(study)[0].status == "complete"
 
 
 def test_space_and_data_by_name() -> None:
