@@ -10,9 +10,11 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 ONE = ["--trials", "1"]
-TOY = {"own_study.py": ONE, "own_space.py": [], "own_images.py": ONE, "profile_timm_model.py": ["--images", "8"],
+TOY = {"own_study.py": ONE, "own_space.py": [], "own_images.py": ONE, "own_training.py": ONE,
+       "profile_timm_model.py": ["--images", "8"],
        "narrow_and_resize.py": ["--images", "300", "--epochs", "4"]}  # fmt: skip
-SAYS = {"own_study.py": "MACs", "own_space.py": "feasible", "own_images.py": "complete", "profile_timm_model.py": "evenness",
+SAYS = {"own_study.py": "MACs", "own_space.py": "feasible", "own_images.py": "complete", "own_training.py": "evenness",
+        "profile_timm_model.py": "evenness",
         "narrow_and_resize.py": "recommended"}  # fmt: skip
 
 

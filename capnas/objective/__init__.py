@@ -24,30 +24,27 @@ from capnas.layers import has_block
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
 from capnas.objective.evaluation import LOOKED, Evaluation, fingerprint, recipe, timed
-from capnas.objective.gates import UNTRAINED, Bound, best_share, or_nan, parse_gate
-from capnas.objective.history import VALUED, find_twin, ignores_pruned, rivals_of, take_over, worst_values
+from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
+from capnas.objective.history import VALUED, find_twin, ignores_pruned, take_over, worst_values
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
-from capnas.objective.stopping import MedianRule
+from capnas.objective.stopping import MedianRule, judging
 from capnas.objective.targets import (
     INIT,
     LATENCY,
-    LEARNED,
     TOLD,
     check_values,
     check_weights,
-    costs_before,
     direction_of,
-    is_known_before,
     ranking,
     terms,
     value_of,
     wanted,
 )
-from capnas.profile import Profile, enrich, profile_model
+from capnas.profile import enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, SIZES, measures_for, score, sizes
 from capnas.size_survey import are_sizes
 from capnas.spaces import load_space, space_name
-from capnas.training import TrainConfig, train
+from capnas.training import TrainConfig, TrainingResult, train
 from capnas.weights import InitialWeights
 
 _FEASIBLE = (*VALUED, "over_budget", MEASURED, "stopped")  # of the constraint "valid"; a budget and a share have their own constraints
@@ -80,6 +77,9 @@ class Objective:
             candidates are less noisy than with a seed for each. Threads (``n_jobs``) take turns; processes run side by side.
         device: see `capnas.training.TrainConfig`.
         train: the training, as a `capnas.TrainConfig` or its fields by name; epochs, blocks, seed and device only where these are None.
+        trainer: what trains a candidate in place, for recipes of your own; `capnas.training.train` where None. It is called as that is,
+            with the model, the images, the `capnas.TrainConfig`, ``image_size`` and ``on_epoch``, and gives a
+            `capnas.training.TrainingResult`: see ``examples/own_training.py``. Finals are trained by it as well.
         stopping: the rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
         probe_images: size of the batch for the structure before training.
         initializations: draws of the untrained network's weights over which its saturations are means, see `capnas.profile_model`.
@@ -132,6 +132,7 @@ class Objective:
         seed: int | None = None,
         device: str | None = None,
         train: TrainConfig | Mapping[str, Any] | None = None,
+        trainer: Callable[..., TrainingResult] | None = None,
         stopping: MedianRule | None = MedianRule(),  # noqa: B008
         probe_images: int = LOOKED["probe_images"],
         initializations: int = LOOKED["initializations"],
@@ -148,6 +149,8 @@ class Objective:
         if stopping is not None and not hasattr(stopping, "verdict"):
             raise UsageError(f"stopping must be a rule such as MedianRule(), or None, got {stopping!r}.")
         check_type("reuse", reuse, bool)
+        if trainer is not None and not callable(trainer):
+            raise UsageError(f"trainer must be a function that trains a model, or None, got {trainer!r}.")
         self.names = check_values(values)
         self.directions = [direction_of(name) for name in self.names]
         check_pool(gate, pool)
@@ -163,7 +166,7 @@ class Objective:
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
         self._times = LATENCY in {*self.limits, *ranked, *terms(self.names, self.weights)}
         self.resolutions = None if resolutions is None else tuple(map(int, resolutions))
-        self.stopping = stopping
+        self.stopping, self.trainer = stopping, trainer
         self.probe_images, self.initializations, self.reuse = probe_images, int(initializations), reuse
         self.on_epoch: Callable[[int, int, dict[str, Any]], None] | None = None
         self.train = recipe(train, epochs=epochs, blocks=blocks, seed=seed, device=device)
@@ -172,7 +175,7 @@ class Objective:
         resolve_device(self.train.device)
         self.space: Callable[..., Any] = load_space(space)
         self.data = data if isinstance(data, ImageData) else load_data(data)
-        self.settings = fingerprint(self.train, self.data, **dict(counts))
+        self.settings = fingerprint(self.train, self.data, trainer, **dict(counts))
         # a share by size alone needs no look at the network, unless bounds come first that do
         self._by_size = share is not None and not self.bounds and ranked.keys() <= {*COSTS, *(INIT + name for name in SIZES)}
         costs = tuple(n for n in self.names if n in COSTS or (n == LATENCY and not self._by_size)) if len(self.names) > 1 else ()
@@ -262,10 +265,15 @@ class Objective:
             return "infeasible", str(error)
         start = InitialWeights.of(model) if self._slack else None
         with timed(found, "training"):
-            result = train(model, data, self.train, image_size=size, on_epoch=self._judge(trial, found))
+            judge = judging(
+                trial, found, names=self.names, weights=self.weights, epochs=self.train.epochs, rule=self.stopping, on_epoch=self.on_epoch
+            )
+            result = (self.trainer or train)(model, data, self.train, image_size=size, on_epoch=judge)
+        if not isinstance(result, TrainingResult):
+            raise UsageError(f"trainer must give a capnas.training.TrainingResult, got {type(result).__name__}.")
         found["curve"] = result.curve
         if result.curve:
-            metrics |= {name: result.curve[-1][name] for name in TOLD}
+            metrics |= {name: result.curve[-1][name] for name in TOLD if name in result.curve[-1]}
         if (profile := result.profile) is not None:
             if result.status == "complete" and (self.measures["after"] != ("saturation",) or start is not None):
                 with timed(found, "capacity"):
@@ -275,7 +283,7 @@ class Objective:
                     )  # fmt: skip
             found["profile"] = profile
             metrics |= score(profile, PROFILED)
-        elif not self.train.record:
+        elif not self.train.record or result.status == "complete":
             found["profile"] = None  # that of the untrained network would pass for one of a training
         if result.status == "complete":
             missing = [n for n in self.names if not math.isfinite(value_of(n, metrics, self.weights))]
@@ -290,34 +298,6 @@ class Objective:
         larger = [size for size in self.resolutions or () if size > candidate.image_size]
         fields = structure(candidate.trace).fields if larger else ()
         return unusable(fields, candidate.image_size) if any(unusable(fields, size) is None for size in larger) else None
-
-    def _judge(self, trial: Any, found: dict[str, Any]) -> Callable[[int, dict[str, Any], Profile | None], str | None]:
-        """What to say after each epoch: with one value Optuna's pruner decides, with several the median rule."""
-        accuracy: list[float] = []
-        single = self.names[0] if len(self.names) == 1 else None
-        rivals = (
-            None if single or self.stopping is None or {*LEARNED}.isdisjoint(self.names) else rivals_of(trial, self.names, self.settings)
-        )
-
-        def judge(epoch: int, row: dict[str, Any], profile: Profile | None) -> str | None:
-            accuracy.append(row["accuracy"])
-            if self.on_epoch is not None:
-                self.on_epoch(trial.number, epoch, row)
-            last = epoch == self.train.epochs
-            if single is not None and not is_known_before(single):
-                now = found["metrics"] | row | ({} if profile is None else score(profile, PROFILED))
-                # what is measured only at the end is left out for every trial alike, so that curves compare
-                known = {name: weight for name, weight in self.weights.items() if math.isfinite(or_nan(now.get(name)))}
-                value = value_of(single, now, known)
-                if math.isfinite(value):
-                    trial.report(value, epoch)
-                    if not last and trial.should_prune():
-                        return f"pruned by {type(trial.study.pruner).__name__} after epoch {epoch}: {single} {value:.4f}"
-            if rivals is not None and self.stopping is not None and not last:
-                return self.stopping.verdict(accuracy, rivals, costs=costs_before(self.names, found["metrics"]))
-            return None
-
-        return judge
 
     def _settle(self, trial: Any, found: dict[str, Any], status: str, reason: str) -> float | tuple[float, ...]:
         """Constraints first, then the attribute, then the values or the end: Optuna accepts neither after a trial ended."""

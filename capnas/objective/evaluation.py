@@ -154,18 +154,21 @@ def recipe(train: TrainConfig | Mapping[str, Any] | None, **own: Any) -> TrainCo
     return dataclasses.replace(train, **{name: value for name, value in own.items() if value is not None})
 
 
-def fingerprint(train: TrainConfig, data: ImageData, **looked: int) -> str:
+def fingerprint(train: TrainConfig, data: ImageData, trainer: Callable[..., Any] | None = None, **looked: int) -> str:
     """Of all that decides the outcome of a trial besides the architecture; where it runs does not count.
 
     Args:
         train: the training.
         data: the images.
+        trainer: who trains, by its name, where it is not `capnas.training.train`.
         looked: how the untrained network is read, by name; only what is not usual (`LOOKED`) counts, so that earlier trials keep theirs.
     """
     how = {k: v for k, v in dataclasses.asdict(train).items() if k not in ("device", "amp", "channels_last")}
     images = {"name": data.name, "sizes": dict(data.sizes), "mean": list(data.mean), "std": list(data.std)}
     images |= {key: value for key, value in data.digest.items() if key != "pixels"}  # which may differ a little on another machine
-    unusual = {name: number for name, number in looked.items() if number != LOOKED[name]}
+    unusual: dict[str, Any] = {name: number for name, number in looked.items() if number != LOOKED[name]}
+    if trainer is not None:
+        unusual["trainer"] = f"{trainer.__module__}.{getattr(trainer, '__qualname__', type(trainer).__qualname__)}"
     text = json.dumps([how, images, *([unusual] if unusual else [])], sort_keys=True, default=methodcaller("item"))  # a number of NumPy
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

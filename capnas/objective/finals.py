@@ -194,7 +194,7 @@ def hold_finals(
     epochs = LONGER * objective.train.epochs if epochs is None else epochs
     check_finals(count, epochs, objective.names)
     config = dataclasses.replace(objective.train, epochs=epochs, record=False)
-    settings = fingerprint(config, objective.data)
+    settings = fingerprint(config, objective.data, objective.trainer)
     known = results(study, epochs)
     same = {number for number, final in known.items() if final.get("settings") == settings}
     left = [t for t in finalists(study, count) if t.number not in same or unsettled(known[t.number])]
@@ -229,7 +229,7 @@ def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_e
         model = build_model(
             objective.space, trial.params, num_classes=data.num_classes, in_chans=data.in_chans, image_size=size, seed=config.seed
         )
-        result = train(model, data, config, image_size=size, on_epoch=tell)
+        result = (objective.trainer or train)(model, data, config, image_size=size, on_epoch=tell)
     except Exception as error:
         found |= {"status": "failed", "reason": described(error, 500)}
     else:

@@ -10,8 +10,7 @@ import optuna
 from optuna.trial import TrialState
 
 from capnas.objective.evaluation import VERSION, Evaluation, stored_with
-from capnas.objective.stopping import Rival
-from capnas.objective.targets import LATENCY, costs_before, value_of, worst_value
+from capnas.objective.targets import LATENCY, value_of, worst_value
 from capnas.scoring import COSTS
 
 VALUED = ("complete", "duplicate")  # statuses of trials with values
@@ -52,12 +51,6 @@ def worst_values(trial: Any, metrics: Mapping[str, float | None], *, names: Sequ
     seen = {name: [values[name] for values in valued if name in values] for name in names}  # another objective has other values
     known = {name: float(cost) for name in (*COSTS, LATENCY) if (cost := metrics.get(name)) is not None}
     return {n: known[n] if n in known else worst_value(n, seen[n], limit=limits.get(n)) for n in names}
-
-
-def rivals_of(trial: Any, names: Sequence[str], settings: str) -> list[Rival]:
-    """The trainings that a `MedianRule` compares with: all complete ones of these settings, with the values known before them."""
-    done = [s for _, s in past(trial, TrialState.COMPLETE) if s["status"] == "complete" and s["settings"] == settings]
-    return [Rival(accuracy=tuple(row["accuracy"] for row in s["curve"]), costs=costs_before(names, s["metrics"])) for s in done]
 
 
 def find_twin(

@@ -1,4 +1,4 @@
-"""When to stop a training early in a search with several objectives, where Optuna's pruners do not work.
+"""When to stop a training early: with one value Optuna's pruner decides, with several, where no pruner of Optuna works, a median rule.
 
 The rule is ours: the median rule (Golovin et al. 2017, Vizier), applied among rivals that cost no more. A small network that
 learns slowly may still belong on the front, so its accuracy is compared only with earlier trials that are no worse in every value
@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import TrialState
 
 from capnas.errors import UsageError
+from capnas.objective.gates import or_nan
+from capnas.objective.history import past
+from capnas.objective.targets import LEARNED, costs_before, is_known_before, value_of
+from capnas.profile import Profile
+from capnas.scoring import PROFILED, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +84,56 @@ class MedianRule:
         return (
             f"accuracy {best:.4f} after epoch {epochs} is below {median:.4f}, the median of {len(peers)} earlier trials that cost no more"
         )
+
+
+def judging(
+    trial: Any,
+    found: Mapping[str, Any],
+    *,
+    names: Sequence[str],
+    weights: Mapping[str, float],
+    epochs: int,
+    rule: MedianRule | None,
+    on_epoch: Callable[[int, int, dict[str, Any]], None] | None = None,
+) -> Callable[[int, dict[str, Any], Profile | None], str | None]:
+    """What a training asks after each epoch: a callable that gives the reason to stop it, or None.
+
+    Args:
+        trial: the running trial; with one value it reports to Optuna.
+        found: what is known of its candidate: ``metrics`` and ``settings``.
+        names: of the values.
+        weights: of a sum among them.
+        epochs: of the whole training; after the last one nothing is stopped.
+        rule: for several values, or None.
+        on_epoch: see `capnas.objective.Objective`.
+    """
+    accuracy: list[float] = []
+    single = names[0] if len(names) == 1 else None
+    rivals = None if single or rule is None or {*LEARNED}.isdisjoint(names) else _rivals(trial, names, found["settings"])
+
+    def judge(epoch: int, row: dict[str, Any], profile: Profile | None) -> str | None:
+        if "accuracy" not in row:
+            raise UsageError(f"a row of a training's curve needs the accuracy on validation, got {', '.join(row)}.")
+        accuracy.append(row["accuracy"])
+        if on_epoch is not None:
+            on_epoch(trial.number, epoch, row)
+        last = epoch == epochs
+        if single is not None and not is_known_before(single):
+            now = found["metrics"] | row | ({} if profile is None else score(profile, PROFILED))
+            # what is measured only at the end is left out for every trial alike, so that curves compare
+            known = {name: weight for name, weight in weights.items() if math.isfinite(or_nan(now.get(name)))}
+            value = value_of(single, now, known)
+            if math.isfinite(value):
+                trial.report(value, epoch)
+                if not last and trial.should_prune():
+                    return f"pruned by {type(trial.study.pruner).__name__} after epoch {epoch}: {single} {value:.4f}"
+        if rivals is not None and rule is not None and not last:
+            return rule.verdict(accuracy, rivals, costs=costs_before(names, found["metrics"]))
+        return None
+
+    return judge
+
+
+def _rivals(trial: Any, names: Sequence[str], settings: str) -> list[Rival]:
+    done = [s for _, s in past(trial, TrialState.COMPLETE) if s["status"] == "complete" and s["settings"] == settings]
+    return [Rival(accuracy=tuple(row["accuracy"] for row in s["curve"]), costs=costs_before(names, s["metrics"])) for s in done]

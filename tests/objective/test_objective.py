@@ -23,11 +23,12 @@ from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
 from capnas.objective.evaluation import Evaluation, fingerprint
+from capnas.objective.finals import hold_finals, results
 from capnas.objective.stopping import MedianRule
 from capnas.objective.targets import value_of
 from capnas.profile import INITIALIZATIONS, profile_model
 from capnas.scoring import score
-from capnas.training import TrainConfig
+from capnas.training import TrainConfig, TrainingResult
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 SMALL = {"width": 2, "depth": 1, "kind": "plain"}
@@ -727,3 +728,46 @@ def test_a_space_may_compile_its_models(data: ImageData) -> None:
     assert found.hash == plain.hash
     assert [(r.name, r.macs) for r in found.profile.layers] == [(r.name, r.macs) for r in plain.profile.layers]
     assert found.metrics == pytest.approx(plain.metrics)
+
+
+def own(status: str = "complete", **row: float) -> Any:
+    def trainer(model: nn.Module, data: ImageData, config: TrainConfig, *, image_size: int | None, on_epoch: Any) -> TrainingResult:
+        curve = []
+        for epoch in range(1, config.epochs + 1):
+            curve.append({"epoch": epoch, "accuracy": 0.25 * epoch} | row)
+            if (said := on_epoch(epoch, curve[-1], None)) is not None:
+                return TrainingResult(status="stopped", reason=said, curve=tuple(curve))
+        return TrainingResult(status=status, curve=tuple(curve))
+
+    return trainer
+
+
+def test_a_training_of_ones_own_is_asked_and_judged_as_capnas_own_is(data: ImageData) -> None:
+    o = objective(data, values=("accuracy", "macs"), trainer=own())
+    (found,) = evaluations(run(o, LARGE))
+    assert (found.status, found.values["accuracy"], len(found.curve)) == ("complete", 0.5, 2)
+    assert found.profile is None  # that of the untrained network would pass for one of a training
+    assert o.settings != objective(data, values=("accuracy", "macs")).settings  # so that neither takes the other's result for a twin's
+
+    pruner = optuna.pruners.ThresholdPruner(lower=0.3)
+    study = run(objective(data, values=("combined",), weights={"macs": 0.0}, trainer=own(), epochs=3), LARGE, pruner=pruner)
+    assert evaluations(study)[0].reason == "pruned by ThresholdPruner after epoch 1: combined 0.2500"
+
+
+def test_finals_are_trained_by_the_same_training(data: ImageData) -> None:
+    o = objective(data, values=("accuracy",), trainer=own(val_loss=1.0, train_loss=2.0))
+    study = run(o, SMALL, LARGE)
+    assert hold_finals(study, o, count=2, epochs=3) is not None
+    assert {final["accuracy"] for final in results(study, 3).values()} == {0.75}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "text"),
+    [
+        (lambda *_, **__: 0.9, "trainer must give a capnas.training.TrainingResult, got float"),
+        (lambda *_, on_epoch, **__: on_epoch(1, {"epoch": 1, "loss": 0.5}, None), "needs the accuracy on validation, got epoch, loss"),
+    ],
+)
+def test_a_training_that_gives_something_else_is_told_what_is_expected(data: ImageData, trainer: Any, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        run(objective(data, values=("accuracy",), trainer=trainer), SMALL)
