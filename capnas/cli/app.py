@@ -25,7 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to s
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
 Pretrained = Annotated[
     bool,
-    typer.Option("--pretrained", help="Use timm's own weights; images get the size, channels and normalization that these expect."),
+    typer.Option("--pretrained", help="Use timm's own weights; images are cropped, sized and normalized as in timm's evaluation of these."),
 ]
 Run = Annotated[str, typer.Argument(help="A run's folder, or the name of a study under runs/.")]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from capnas.data.batching import Batches, InMemory, Request, Streamed
 from capnas.data.decoding import shape_of
 from capnas.data.digest import digest
+from capnas.data.framing import Framing
 from capnas.data.images import Augment, is_constant, mean_std, normalise
 from capnas.data.loading import find, load_pool
 from capnas.data.named import EMBEDDED
@@ -53,6 +55,9 @@ class DataSpec:
     memory_limit: int = 2 << 30
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
     augment: bool | Augment | None = None
     workers: int | None = None
 
@@ -69,6 +74,13 @@ class DataSpec:
                 raise UsageError(f"{name} must be at least {low}, got {value}.")
         if self.image_size is not None and self.image_size > LARGEST:
             raise UsageError(f"image_size must be at most {LARGEST} pixels, got {self.image_size}.")
+        _ = self.framing  # has checks of its own
+
+    @property
+    def framing(self) -> Framing | None:
+        """How images become square, where anything is said of it."""
+        given = {name: v for name in ("crop_pct", "crop_mode", "interpolation") if (v := getattr(self, name)) is not None}
+        return Framing(**given, mean=self.mean) if given else None
 
     def load(self) -> ImageData:
         """The data."""
@@ -137,7 +149,7 @@ class ImageData:
     def __reduce__(self) -> Any:
         if self.spec.source is not None:
             return DataSpec.load, (self.spec,)
-        return _rebuild, ({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "_gate"},)
+        return functools.partial(ImageData, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "_gate"}), ()
 
     @contextlib.contextmanager
     def final_evaluation(self) -> Iterator[ImageData]:
@@ -250,10 +262,6 @@ def _policy(asked: bool | Augment | None, default: Augment) -> Augment:
     return _NOT_AUGMENTED if asked is False else default
 
 
-def _rebuild(fields: dict[str, Any]) -> ImageData:
-    return ImageData(**fields)
-
-
 def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
     """Load labelled images from wherever they are.
 
@@ -277,6 +285,8 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
             root, download: for named sets.
             memory_limit: bytes (2 GiB) up to which images are kept decoded in memory; 0 keeps none.
             mean, std: per channel, instead of those of train.
+            crop_pct, crop_mode, interpolation: as timm's evaluation transform has them, see `capnas.data.framing.Framing`. With none of
+                them the middle square is resized bilinearly, and large JPEGs are decoded at a coarser scale first.
             augment: of training batches: None or True mirrors and shifts, False does neither, or an `Augment`. Of the named sets those
                 of digits and letters (MNIST, EMNIST, KMNIST, QMNIST, SVHN, Omniglot) are not mirrored; folders and arrays are,
                 whatever they show: give ``Augment(flip=False)`` where a mirror image is another class.
@@ -311,9 +321,8 @@ def _load(spec: DataSpec) -> ImageData:
     if in_chans not in (1, 3, channels):
         own = "" if channels in (1, 3) else f" or the {channels} of the images"
         raise UsageError(f"in_chans must be 1 or 3{own}, got {in_chans}.")
-    loaded = load_pool(
-        found, size, in_chans, memory_limit=spec.memory_limit, max_unreadable=spec.max_unreadable, workers=spec.workers, seed=spec.seed
-    )
+    limits = {name: getattr(spec, name) for name in ("memory_limit", "max_unreadable", "workers", "seed", "framing")}
+    loaded = load_pool(found, size, in_chans, **limits)
     labels = loaded.pool.labels
     names = check_classes(loaded.own, labels, found.class_names)
     index = assign(loaded.own, labels, test=spec.test, validation=spec.validation, seed=spec.seed)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from capnas.data.decoding import fit, grey_or_rgb, opened, pixels_of
+from capnas.data.framing import Framing, picture
 from capnas.data.images import Augment, normalise, resize, shift_and_flip, shifts_and_flips
 from capnas.data.sources import Reader
 from capnas.errors import DataError
@@ -102,12 +103,14 @@ class Streamed:
         labels: (N,) class of each image.
         in_chans: 1 or 3.
         workers: processes of timm's loader; 0 decodes in the caller's process.
+        framing: as for `capnas.data.decoding.fit`; images of a training with augmentation are cropped at random instead.
     """
 
     readers: tuple[Reader, ...]
     labels: torch.Tensor
     in_chans: int
     workers: int
+    framing: Framing | None = None
 
     def open(self, position: int) -> Image.Image:
         """One image as PIL gives it, in grey or RGB; raises what the reader raises."""
@@ -121,7 +124,7 @@ class Streamed:
 
     def take(self, positions: torch.Tensor, size: int) -> torch.Tensor:
         """Some images (B, C, size, size), as bytes."""
-        return torch.stack([fit(self.open(int(p)), size, self.in_chans) for p in positions])
+        return torch.stack([fit(self.open(int(p)), size, self.in_chans, framing=self.framing) for p in positions])
 
     def batches(self, request: Request) -> Batches:
         """See `capnas.data.ImageData.batches`; the shifted crop becomes timm's random resized crop of the same extent."""
@@ -148,7 +151,7 @@ class Streamed:
             persistent_workers=False,
         )
         if augment is None:  # timm's own no_aug squeezes images that are not square
-            items.transform = timm_data.create_transform(shape, interpolation="bilinear", crop_pct=1.0, use_prefetcher=True)
+            items.transform = (self.framing or Framing()).transform(request.size)
         yield from private_randomness(loader, request.seed)
 
 
@@ -181,7 +184,7 @@ def as_pil(image: Any) -> Image.Image:
     x = found[0]
     if x.is_floating_point() or len(x) not in (1, 3):
         raise DataError(NOT_STREAMED)
-    return Image.fromarray(x[0].numpy() if len(x) == 1 else x.permute(1, 2, 0).contiguous().numpy())
+    return picture(x)
 
 
 def private_randomness(batches: Any, seed: int) -> Batches:

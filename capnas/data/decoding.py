@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from capnas.data.framing import Framing
 from capnas.data.images import as_images, as_label, resize, to_channels
 from capnas.data.sources import Pair, Reader, StreamReader, some
 from capnas.devices import usable_cpus
@@ -73,7 +74,7 @@ def grey_or_rgb(image: Image.Image, in_chans: int) -> Image.Image:
     return image.convert("L" if in_chans == 1 else "RGB")
 
 
-def fit(image: Any, size: int, in_chans: int, *, deep: bool = True) -> torch.Tensor:
+def fit(image: Any, size: int, in_chans: int, *, deep: bool = True, framing: Framing | None = None) -> torch.Tensor:
     """One image as (C, size, size): the short side resized, the long side cropped in the middle (as `capnas.data.images.resize`).
 
     Args:
@@ -81,6 +82,7 @@ def fit(image: Any, size: int, in_chans: int, *, deep: bool = True) -> torch.Ten
         size: pixels.
         in_chans: 1 or 3 for PIL images; arrays may also keep their own number.
         deep: see `pixels_of`.
+        framing: another way to make it square; JPEGs are then decoded in full.
 
     Example:
         >>> fit(Image.new("L", (40, 30), 9), 16, 3).shape
@@ -89,16 +91,27 @@ def fit(image: Any, size: int, in_chans: int, *, deep: bool = True) -> torch.Ten
     with opened(image):
         found = pixels_of(image, deep=deep)
         if isinstance(found, torch.Tensor):
-            return resize(to_channels(found, in_chans), size)[0]
-        found.draft("L" if in_chans == 1 else "RGB", (2 * size, 2 * size))
+            return squares(found, size, in_chans, framing)[0]
+        if framing is None:
+            found.draft("L" if in_chans == 1 else "RGB", (2 * size, 2 * size))
         plain = grey_or_rgb(found, in_chans)
+    pixels = _middle(plain, size) if framing is None else framing.transform(size)(plain)
+    return pixels if in_chans in (1, 3) else to_channels(pixels[None], in_chans)[0]
+
+
+def _middle(plain: Image.Image, size: int) -> torch.Tensor:
     w, h = plain.size
     if (w, h) != (size, size):  # to whole pixels as timm's evaluation transform does, so that both paths agree
         w, h = int(size * w / min(w, h)), int(size * h / min(w, h))
         left, top = round((w - size) / 2), round((h - size) / 2)
         plain = plain.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(plain)).view(size, size, -1).permute(2, 0, 1)
-    return pixels if in_chans in (1, 3) else to_channels(pixels[None], in_chans)[0]
+    return torch.from_numpy(np.array(plain)).view(size, size, -1).permute(2, 0, 1)
+
+
+def squares(x: torch.Tensor, size: int, in_chans: int, framing: Framing | None) -> torch.Tensor:
+    """Images (N, C, H, W) as (N, in_chans, size, size); ``framing`` as for `fit`."""
+    x = to_channels(x, in_chans)
+    return resize(x, size) if framing is None else framing.tensors(x, size)
 
 
 def shape_of(part: Pair | Reader) -> tuple[int, int]:
@@ -136,7 +149,7 @@ def _channels_and_side(image: Any) -> tuple[int, int]:
         return (1 if found.mode in ("L", "1", "LA") or found.mode.startswith("I") else 3), min(found.size)
 
 
-def decode(part: Pair | Reader, size: int, in_chans: int, *, workers: int | None = None) -> Block:
+def decode(part: Pair | Reader, size: int, in_chans: int, *, workers: int | None = None, framing: Framing | None = None) -> Block:
     """All images of a part at one size, in the order of the part.
 
     Args:
@@ -144,13 +157,14 @@ def decode(part: Pair | Reader, size: int, in_chans: int, *, workers: int | None
         size: pixels.
         in_chans: channels.
         workers: threads; None is the number of cores, at most 8.
+        framing: see `fit`.
     """
     if isinstance(part, Pair):
-        return Block(images=resize(to_channels(part.images, in_chans), size), labels=part.labels)
+        return Block(images=squares(part.images, size, in_chans, framing), labels=part.labels)
     images: list[torch.Tensor] = []
     labels: list[int] = []
     unreadable: list[str] = []
-    for item in _items(part, size, in_chans, workers):
+    for item in _items(part, size, in_chans, workers, framing):
         if isinstance(item, str):
             unreadable.append(item)
         else:
@@ -161,11 +175,13 @@ def decode(part: Pair | Reader, size: int, in_chans: int, *, workers: int | None
     return Block(images=join(images, torch.stack), labels=torch.tensor(labels), unreadable=tuple(unreadable))
 
 
-def _items(part: Reader, size: int, in_chans: int, workers: int | None) -> Iterator[tuple[torch.Tensor, int] | str]:
+def _items(
+    part: Reader, size: int, in_chans: int, workers: int | None, framing: Framing | None
+) -> Iterator[tuple[torch.Tensor, int] | str]:
     def one(index: int) -> tuple[torch.Tensor, int] | str:
         try:
             image, label = part.read(index)
-            pixels = fit(image, size, in_chans)
+            pixels = fit(image, size, in_chans, framing=framing)
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error...; a Dataset anything
             return why_unreadable(part, index, error)
         return pixels, label_of(part, index, label)
@@ -176,7 +192,7 @@ def _items(part: Reader, size: int, in_chans: int, workers: int | None) -> Itera
     count = 0
     for count, (image, label) in enumerate(part, 1):
         try:
-            pixels = fit(image, size, in_chans)
+            pixels = fit(image, size, in_chans, framing=framing)
         except Exception as error:
             yield why_unreadable(part, count - 1, error)
         else:
@@ -234,8 +250,8 @@ class Survey:
     damaged: int
 
 
-def survey(part: Reader, size: int, in_chans: int, *, seed: int = 0, workers: int | None = None) -> Survey:
-    """Open every file of a part and decode a random sample of 2,000."""
+def survey(part: Reader, size: int, in_chans: int, *, seed: int = 0, workers: int | None = None, framing: Framing | None = None) -> Survey:
+    """Open every file of a part and decode a random sample of 2,000; ``framing`` as for `fit`."""
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(part), generator=generator)[:_SURVEY].sort().values.tolist()
 
@@ -248,7 +264,7 @@ def survey(part: Reader, size: int, in_chans: int, *, seed: int = 0, workers: in
 
     def decodes(index: int) -> torch.Tensor | str:
         try:
-            return fit(part.read(index)[0], size, in_chans, deep=False)  # what is streamed is read as bytes
+            return fit(part.read(index)[0], size, in_chans, deep=False, framing=framing)  # what is streamed is read as bytes
         except Exception as error:
             return why_unreadable(part, index, error)
 

@@ -12,7 +12,8 @@ import torch
 
 from capnas.data import folders, named
 from capnas.data.batching import NOT_STREAMED, InMemory, Streamed
-from capnas.data.decoding import cores, decode, join, judge_unreadable, label_of, survey, why_unreadable
+from capnas.data.decoding import Block, Survey, cores, decode, join, judge_unreadable, label_of, survey, why_unreadable
+from capnas.data.framing import Framing
 from capnas.data.sources import Found, Pair, Reader, StreamReader, from_python
 from capnas.errors import DataError, UsageError, one_of
 
@@ -72,7 +73,15 @@ def find(source: Any, *, root: str | None = None, download: bool = False) -> Fou
 
 
 def load_pool(
-    found: Found, size: int, in_chans: int, *, memory_limit: int, max_unreadable: float, workers: int | None, seed: int
+    found: Found,
+    size: int,
+    in_chans: int,
+    *,
+    memory_limit: int,
+    max_unreadable: float,
+    workers: int | None,
+    seed: int,
+    framing: Framing | None = None,
 ) -> Loaded:
     """Decode everything into memory if its bytes fit in ``memory_limit`` (arrays always do), survey it otherwise.
 
@@ -83,20 +92,19 @@ def load_pool(
     arrays = all(isinstance(p, Pair) for p in parts.values())
     needed = sum(len(p.labels) if isinstance(p, Pair) else len(p) for p in parts.values()) * in_chans * size * size
     if arrays or needed <= memory_limit:
-        return _decoded(parts, size, in_chans, memory_limit, max_unreadable, workers)
+        blocks = {split: decode(part, size, in_chans, workers=workers, framing=framing) for split, part in parts.items()}
+        return _decoded(blocks, memory_limit, max_unreadable)
     readers = {s: p for s, p in parts.items() if not isinstance(p, (Pair, StreamReader))}
     if len(readers) < len(parts) or in_chans not in (1, 3):
         raise DataError(
             f"memory_limit is {memory_limit:,} bytes and the images need {needed:,} at {size} pixels; arrays, streams and images of other "
             "than 1 or 3 channels must fit: raise it, or lower image_size."
         )
-    return _streamed(readers, size, in_chans, max_unreadable, workers, seed)
+    surveys = {split: survey(r, size, in_chans, seed=seed, workers=workers, framing=framing) for split, r in readers.items()}
+    return _streamed(readers, surveys, in_chans, max_unreadable, workers, framing)
 
 
-def _decoded(
-    parts: Mapping[str, Pair | Reader], size: int, in_chans: int, memory_limit: int, max_unreadable: float, workers: int | None
-) -> Loaded:
-    blocks = {split: decode(part, size, in_chans, workers=workers) for split, part in parts.items()}
+def _decoded(blocks: Mapping[str, Block], memory_limit: int, max_unreadable: float) -> Loaded:
     unreadable = tuple(name for block in blocks.values() for name in block.unreadable)
     judge_unreadable(unreadable, sum(len(b.labels) for b in blocks.values()) + len(unreadable), max_unreadable)
     images, labels = join([b.images for b in blocks.values()]), torch.cat([b.labels for b in blocks.values()])
@@ -105,13 +113,20 @@ def _decoded(
     return Loaded(pool=pool, own=own, unreadable=unreadable, sample=torch.arange(len(images)), images=images)
 
 
-def _streamed(readers: Mapping[str, Reader], size: int, in_chans: int, max_unreadable: float, workers: int | None, seed: int) -> Loaded:
+def _streamed(
+    readers: Mapping[str, Reader],
+    surveys: Mapping[str, Survey],
+    in_chans: int,
+    max_unreadable: float,
+    workers: int | None,
+    framing: Framing | None,
+) -> Loaded:
     own = _numbered({split: len(reader) for split, reader in readers.items()})
     unreadable: list[str] = []
-    labels, surveys = [], []
+    labels, seen = [], []
     expected = 0.0
     for split, reader in readers.items():
-        found = survey(reader, size, in_chans, seed=seed, workers=workers)
+        found = surveys[split]
         if found.images.is_floating_point():
             raise DataError(NOT_STREAMED)
         estimate = len(found.unreadable) - found.damaged + len(reader) * found.damaged / (len(found.sample) + found.damaged)
@@ -119,15 +134,19 @@ def _streamed(readers: Mapping[str, Reader], size: int, in_chans: int, max_unrea
         labels.append(_labels(reader, found.unreadable) if known is None else known)
         expected += max(estimate, len(found.unreadable))
         start = int(own[split][0])
-        surveys.append((found.sample + start, found.images))
+        seen.append((found.sample + start, found.images))
         own[split] = torch.tensor([start + i for i in range(len(reader)) if i not in found.unreadable])
         unreadable += found.unreadable.values()
     total = sum(len(r) for r in readers.values())
     judge_unreadable(unreadable, total, max_unreadable, share=expected / total)
     pool = Streamed(
-        readers=tuple(readers.values()), labels=torch.cat(labels), in_chans=in_chans, workers=cores() if workers is None else workers
+        readers=tuple(readers.values()),
+        labels=torch.cat(labels),
+        in_chans=in_chans,
+        workers=cores() if workers is None else workers,
+        framing=framing,
     )
-    sample, images = (torch.cat(list(t)) for t in zip(*surveys))
+    sample, images = (torch.cat(list(t)) for t in zip(*seen))
     return Loaded(pool=pool, own=own, unreadable=tuple(unreadable), sample=sample, images=images)
 
 

@@ -140,8 +140,8 @@ def open_target(
         data: images, see `capnas.load_data`, or loaded ones. Without: the run's, those the saved model was made with, or the embedded set.
         image_size: pixels; without, the trial's or the saved model's, else the data's.
         data_options: further arguments of `capnas.load_data`.
-        pretrained: with timm's own weights. Images are then read with the size, the channels and the normalization that these expect,
-            unless said otherwise.
+        pretrained: with timm's own weights. Images are then prepared as in timm's evaluation of these (channels, size, crop, interpolation,
+            normalization), unless said otherwise.
 
     Raises:
         UsageError: the text is none of these, or ``pretrained`` is asked for what is no timm model or one without weights.
@@ -254,8 +254,9 @@ def _timm(name: str, data: str | ImageData | None, image_size: int | None, optio
     if pretrained:
         if config is None or not config.has_weights:
             raise UsageError(f"timm has no weights of {name}: timm.list_pretrained() lists those that it has; or give a file as weights.")
-        channels, _, pixels = config.input_size
-        options = {"in_chans": channels, "image_size": pixels, "mean": config.mean, "std": config.std} | options
+        prepared = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
+        channels, _, pixels = prepared.pop("input_size")
+        options = {"in_chans": channels, "image_size": pixels} | prepared | options
     images = _images(data or EMBEDDED, options)
     size = image_size or images.image_size
     args: dict[str, Any] = {"num_classes": images.num_classes, "in_chans": images.in_chans}

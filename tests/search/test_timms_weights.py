@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_space import write_images
 
@@ -62,6 +63,10 @@ def test_images_are_read_as_the_weights_expect_them_unless_said_otherwise(folder
     found = open_target(NAME, data=str(folder), pretrained=True)
     assert (found.image_size, found.data.image_size, found.data.in_chans) == (160, 160, 3)
     assert (found.data.mean, found.data.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    x, _ = found.data.probe(4)
+    first = {round(float(i.sum())) for i in x}
+    by_timm = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(NAME).to_dict()))
+    assert first <= {round(float(by_timm(Image.open(p).convert("RGB")).sum())) for p in folder.glob("*/*.png")}
     assert not found.trained  # other classes
     model = found.build()
     assert torch.equal(model.conv1[0].weight, known["conv1.0.weight"])
