@@ -16,6 +16,7 @@ from capnas.data.decoding import fit, grey_or_rgb, opened, pixels_of
 from capnas.data.framing import Framing, picture
 from capnas.data.images import Augment, normalise, resize, shift_and_flip, shifts_and_flips
 from capnas.data.sources import Reader
+from capnas.devices import is_out_of_memory
 from capnas.errors import DataError
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -170,7 +171,9 @@ class Items(torch.utils.data.Dataset):
             position = int(self.positions[(index + step) % len(self)])
             try:
                 image = self.source.open(position)
-            except Exception:  # the check before training bounds how many there are
+            except Exception as error:  # the check before training bounds how many there are
+                if is_out_of_memory(error):
+                    raise
                 continue
             return self.transform(image), int(self.source.labels[position])
         raise DataError("100 images in a row cannot be read; check the files.")

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from capnas.data.framing import Framing
 from capnas.data.images import as_images, as_label, resize, to_channels
 from capnas.data.sources import Pair, Reader, StreamReader, some
-from capnas.devices import usable_cpus
+from capnas.devices import is_out_of_memory, usable_cpus
 from capnas.errors import DataError
 
 _SAMPLE = 48
@@ -210,7 +210,13 @@ def label_of(part: Reader, index: int, label: Any) -> int:
 
 
 def why_unreadable(part: Reader, index: int, error: Exception) -> str:
-    """An item that cannot be read: "name (reason)"."""
+    """An item that cannot be read: "name (reason)".
+
+    Raises:
+        MemoryError: memory ran out, which says nothing of the item.
+    """
+    if is_out_of_memory(error):
+        raise MemoryError(f"memory ran out while {part.name(index)} was read") from error
     if isinstance(error, UnidentifiedImageError):
         return f"{part.name(index)} (not an image)"
     if isinstance(error, DataError):

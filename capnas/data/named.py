@@ -100,7 +100,7 @@ def _explained(name: str, advice: str) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # timm and torchvision print advice; stdout belongs to the caller
             yield
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except ImportError as error:
         packages = _PACKAGES.get(name.partition("/")[0].lower(), error.name or "the missing package")

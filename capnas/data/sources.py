@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from capnas.data.images import as_images, as_labels
+from capnas.devices import is_out_of_memory
 from capnas.errors import DataError
 
 SPLIT_NAMES = {
@@ -190,6 +191,8 @@ class StreamReader:
             except StopIteration:
                 return
             except Exception as error:  # a stream cannot go on behind an item that breaks it
+                if is_out_of_memory(error):
+                    raise
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 raise DataError(f"the stream breaks after {count} items ({reason}); repair it, or use a set with random access.") from error
             count += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -281,3 +282,29 @@ def test_lists_and_tuples_are_arrays() -> None:
     pair = (np.zeros((2, 4, 4)), [0, 1])
     assert from_python(pair).name == from_python(list(pair)).name == "arrays"
     assert from_python(Listed(square(4))).name == "Listed"
+
+
+class Starved(Listed):
+    """Memory runs out at its last image."""
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if index == len(self) - 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return super().__getitem__(index)
+
+
+class StarvedStream(Stream):
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        yield square(8), 0
+        raise MemoryError
+
+
+@pytest.mark.parametrize("use", [shape_of, partial(decode, size=8, in_chans=3), partial(survey, size=8, in_chans=3)])
+def test_memory_that_runs_out_is_no_unreadable_image(use: Any) -> None:
+    with pytest.raises(MemoryError, match="memory ran out while item 2 was read"):
+        use(DatasetReader(Starved(*[square(8)] * 3)))
+    if "survey" not in str(use):
+        with pytest.raises(MemoryError):
+            use(StreamReader(StarvedStream()))
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        items(SimpleNamespace(labels=[0], open=partial(Starved.__getitem__, Starved(0))))[0]  # type: ignore[arg-type]
