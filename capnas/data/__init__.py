@@ -273,7 +273,8 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
             - a folder with a folder of images per class, or with ``train/`` and ``val/`` and/or ``test/`` that hold such folders;
             - a torch Dataset of (image, class), or one of dicts with ``image`` or ``img`` and ``label``, as Hugging Face gives them;
             - a pair (images, labels) of arrays (see `capnas.data.images.as_images` for shapes);
-            - a mapping from ``train``, ``val``, ``test`` to Datasets or pairs.
+            - a mapping from ``train``, ``val``, ``test`` to Datasets or pairs;
+            - an `ImageData`, which is given back as it is: options are refused.
         **options: the fields of `DataSpec`:
             image_size: pixels; None keeps the native size (for files the median short side, at most 64).
                 Where several sizes are searched, give the largest: `batches` resizes from the stored size.
@@ -307,11 +308,12 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
         >>> load_data((x, y), validation=0.25, test=0.2).sizes
         {'train': 24, 'validation': 8, 'test': 8}
     """
-    known = {f.name for f in dataclasses.fields(DataSpec)} - {"source"}
-    check_names("option of load_data", options, known)
-    if options.get("root") is not None:
-        options["root"] = str(options["root"])
-    return DataSpec(source=source, **options).load()
+    check_names("option of load_data", options, {f.name for f in dataclasses.fields(DataSpec)} - {"source"})
+    if isinstance(source, ImageData):
+        if options:
+            raise UsageError(f"{source.name} is loaded already, it takes no {next(iter(options))}: load it anew from its source.")
+        return source
+    return DataSpec(source=source, **options | {"root": None if options.get("root") is None else str(options["root"])}).load()
 
 
 def _load(spec: DataSpec) -> ImageData:
@@ -323,9 +325,8 @@ def _load(spec: DataSpec) -> ImageData:
         raise UsageError(f"in_chans must be 1 or 3{own}, got {in_chans}.")
     limits = {name: getattr(spec, name) for name in ("memory_limit", "max_unreadable", "workers", "seed", "framing")}
     loaded = load_pool(found, size, in_chans, **limits)
-    labels = loaded.pool.labels
-    names = check_classes(loaded.own, labels, found.class_names)
-    index = assign(loaded.own, labels, test=spec.test, validation=spec.validation, seed=spec.seed)
+    names = check_classes(loaded.own, loaded.pool.labels, found.class_names)
+    index = assign(loaded.own, loaded.pool.labels, test=spec.test, validation=spec.validation, seed=spec.seed)
     sample = torch.isin(loaded.sample, index["train"]).nonzero()[:, 0]
     if is_constant(loaded.images, sample):
         raise DataError(f"{found.name}: expected images that differ, found one value in all pixels of train; look at how they were made.")

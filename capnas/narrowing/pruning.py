@@ -128,14 +128,14 @@ def propose(model: nn.Module, data: Any, config: PruneConfig, *, image_size: int
 
     Args:
         model: a classifier of the data's classes.
-        data: images, or what `capnas.load_data` takes; calibration images come from train.
+        data: what `capnas.load_data` takes; calibration images come from train.
         config: what is wanted.
         image_size: pixels, where not the data's.
 
     Raises:
         CannotNarrow, UsageError: as `prune`.
     """
-    data = data if isinstance(data, ImageData) else load_data(data)
+    data = load_data(data)
     return make_plan(*_to_measure(model, data, config, image_size or data.image_size), config)[0]
 
 
@@ -213,7 +213,7 @@ def prune(
 
     Args:
         model: a classifier of the data's classes.
-        data: images, or what `capnas.load_data` takes; calibration images come from train, accuracies from validation; the test split
+        data: what `capnas.load_data` takes; calibration images come from train, accuracies from validation; the test split
             stays closed.
         config: what is wanted.
         image_size: pixels, where not the data's.
@@ -235,7 +235,7 @@ def prune(
     """
     check_names("setting", settings, {f.name for f in fields(PruneConfig)})
     config = PruneConfig(**settings) if config is None else replace(config, **settings)
-    data = data if isinstance(data, ImageData) else load_data(data)
+    data = load_data(data)
     tell = say or (lambda text: None)
     device, size = resolve_device(config.device), image_size or data.image_size
     full, images = _to_measure(model, data, config, size)

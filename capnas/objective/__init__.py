@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 
 from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
-from capnas.data import ImageData, load_data
+from capnas.data import load_data
 from capnas.devices import is_out_of_memory, resolve_device
 from capnas.errors import StudyError, UsageError, check_type, described, one_line
 from capnas.graph.structure import structure
@@ -56,7 +56,7 @@ class Objective:
 
     Args:
         space: a search space, or what `capnas.load_space` takes.
-        data: images, or what `capnas.load_data` takes.
+        data: what `capnas.load_data` takes.
         values: what to optimize, one value each, see `capnas.objective.targets`; ``"combined"`` is accuracy less losses plus scores.
         weights: of the losses and scores in ``combined``; defaults in `capnas.objective.targets.WEIGHTS`, see ``objective.weights``.
         epochs: of the short training.
@@ -174,7 +174,7 @@ class Objective:
             raise UsageError(f"{unread[0]} is measured during the training, and record=False switches that off: leave record on.")
         resolve_device(self.train.device)
         self.space: Callable[..., Any] = load_space(space)
-        self.data = data if isinstance(data, ImageData) else load_data(data)
+        self.data = load_data(data)
         self.settings = fingerprint(self.train, self.data, trainer, **dict(counts))
         # a share by size alone needs no look at the network, unless bounds come first that do
         self._by_size = share is not None and not self.bounds and ranked.keys() <= {*COSTS, *(INIT + name for name in SIZES)}

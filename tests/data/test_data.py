@@ -212,6 +212,9 @@ def test_bad_requests(embedded: ImageData) -> None:
         embedded.batches("validate", 4)
     with pytest.raises(UsageError, match="batch_size must be at least 1, got 0"):
         embedded.batches("train", 0)
+    assert load_data(embedded) is embedded
+    with pytest.raises(UsageError, match="fashion-mnist-12k is loaded already, it takes no image_size: load it anew from its source"):
+        load_data(embedded, image_size=14)
     with pytest.raises(UsageError, match=r"option of load_data must be one of .* got 'imgsize'"):
         load_data(imgsize=3)
     for options, text in (
