@@ -195,9 +195,7 @@ class StudyConfig:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
         given |= {"study": self.name, "storage": hide_password(absolute_storage(self.storage))}
         given["reuse"] = None if self.reuse else False  # older studies know no such setting
-        given |= {"space": _file(self.space), "data": _folder(self.data), "data_options": dict(self.data_options)}
-        if isinstance(root := self.data_options.get("root"), str) and os.path.exists(os.path.expanduser(root)):
-            given["data_options"]["root"] = _absolute(root)
+        given |= dict(zip(("data", "data_options"), absolute_images(self.data, self.data_options))) | {"space": _file(self.space)}
         kept = {k: _plain(v) for k, v in given.items() if v is not None and (v != {} or k == "weights")}  # none is not the default ones
         return {"version": VERSION} | kept
 
@@ -249,8 +247,13 @@ class StudyConfig:
         Raises:
             DataError, UsageError: see `capnas.load_data`.
         """
+        return load_data(self.data, **self.image_options | more)
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        """What `images` gives to `capnas.load_data` besides their source."""
         largest = {} if self.resolutions is None else {"image_size": max(self.resolutions)}
-        return load_data(self.data, **{"seed": self.seed} | largest | dict(self.data_options) | more)
+        return {"seed": self.seed} | largest | dict(self.data_options)
 
     @property
     def rates_capacity(self) -> bool:
@@ -274,6 +277,17 @@ class StudyConfig:
             for k in keys
             if _anywhere(k, stored.get(k)) != _anywhere(k, ours.get(k))
         }
+
+
+def absolute_images(data: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Images and their options so that they hold in every directory: the paths of a folder that is there and of ``root`` are absolute.
+
+    >>> absolute_images("fashion-mnist-12k", {"image_size": 16})
+    ('fashion-mnist-12k', {'image_size': 16})
+    """
+    root = options.get("root")
+    there = isinstance(root, str) and os.path.exists(os.path.expanduser(root))
+    return _folder(data), dict(options) | ({"root": _absolute(str(root))} if there else {})
 
 
 def _absolute(path: str) -> str:

@@ -21,10 +21,12 @@ from capnas.data.named import EMBEDDED
 from capnas.devices import is_out_of_memory
 from capnas.errors import StudyError, UsageError, described
 from capnas.saved import MANIFEST, build_recipe, load_model, read_manifest
+from capnas.search.config import absolute_images
 from capnas.search.runs import open_run
 from capnas.search.trials import parse_trial, read_retrained, rebuild
 
 _SHAPE = ("num_classes", "in_chans")
+_PREPARED = ("image_size", "in_chans", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,7 @@ def open_target(
         text: a name that ``timm.create_model`` takes; ``RUN:NUMBER`` or ``RUN:best``, a trial of a run; or the folder of a model that
             capnas saved.
         data: images, see `capnas.load_data`, or loaded ones. Without: the run's, those the saved model was made with, or the embedded set.
+            These are split as they were. Others are sized, cropped and normalized as these were told to be.
         image_size: pixels; without, the trial's or the saved model's, else the data's.
         data_options: further arguments of `capnas.load_data`.
         pretrained: with timm's own weights. Images are then prepared as in timm's evaluation of these (channels, size, crop, interpolation,
@@ -154,6 +157,8 @@ def open_target(
     """
     options = {} if image_size is None else {"image_size": image_size}
     options |= dict(data_options or {})
+    if isinstance(data, str):
+        data, options = absolute_images(data, options)
     if pretrained and (Path(text).is_dir() or parse_trial(text) is not None):
         raise UsageError("pretrained is for a timm model given by its name; a trial and a saved model have weights of their own.")
     if Path(text).is_dir() and (Path(text) / MANIFEST).is_file():
@@ -274,7 +279,7 @@ def _trial(
     run = open_run(place)
     if which == "best" and run.owed:
         warnings.warn(f"the best of {run.config.name} may change: {run.owed}", stacklevel=2)
-    images = run.config.images(**options) if data is None else _images(data, options)
+    images, _ = _images_of(run.config.data, run.config.image_options, data, options)
     try:
         found = rebuild(run, which, data=images)
     except StudyError:
@@ -294,16 +299,17 @@ def _saved(folder: Path, data: str | ImageData | None, image_size: int | None, o
     manifest = read_manifest(folder)
     recipe, extra = manifest["recipe"], manifest.get("extra", {})
     known = extra.get("data") or {}
-    images = _images(data or known.get("source") or EMBEDDED, (known.get("options") or {} if data is None else {}) | options)
-    size = image_size or recipe.get("image_size") or images.image_size
     shape = {k: (_timm_shape(recipe["timm"]) | recipe.get("args", {}) if "timm" in recipe else recipe)[k] for k in _SHAPE}
+    size = recipe.get("image_size")
+    images, own = _images_of(known.get("source") or EMBEDDED, known.get("options") or {}, data, options, size=size)
+    size = image_size or size or images.image_size
     if shape != {"num_classes": images.num_classes, "in_chans": images.in_chans}:
         raise UsageError(
             f"the model in {folder} takes images of {shape['in_chans']} channels and knows {shape['num_classes']} classes, "
             f"but {images.name} has {images.in_chans} and {images.num_classes}; give its own data with --data."
         )
     trained = extra.get("trained", True)
-    saw = trained and bool(extra.get("retrained")) and data in (None, known.get("source"))
+    saw = trained and bool(extra.get("retrained")) and own
     return Target(name=str(folder), data=images, image_size=size, trained=trained, recipe=recipe, folder=folder, saw_validation=saw)
 
 
@@ -311,6 +317,17 @@ def _timm_shape(name: str) -> dict[str, int]:
     """Classes and channels of a timm model that is created without a word of them."""
     config = timm.get_pretrained_cfg(name)
     return {"num_classes": config.num_classes, "in_chans": config.input_size[0]}
+
+
+def _images_of(
+    source: str, recorded: Mapping[str, Any], data: str | ImageData | None, options: dict[str, Any], *, size: int | None = None
+) -> tuple[ImageData, bool]:
+    """The images asked for, and whether they are those of a source, which are then read and split as recorded."""
+    source, recorded = absolute_images(source, recorded)
+    if data is None or data == source:
+        return load_data(source, **recorded | options), True
+    prepared = {name: value for name, value in recorded.items() if name in _PREPARED}
+    return _images(data, {"image_size": size} | prepared | options), False
 
 
 def _images(data: str | ImageData, options: dict[str, Any]) -> ImageData:

@@ -88,7 +88,34 @@ def test_a_saved_model_is_used_as_it_says(folder: Path, tmp_path: Path) -> None:
     place = save_model(trial.build(), tmp_path / "m", trial.recipe | {"image_size": 12}, extra=extra)
     target = open_target(str(place))
     assert (target.trained, target.image_size, target.data.image_size) == (False, 12, 16)
-    assert open_target(str(place), data=source, data_options={"in_chans": 1}).data.image_size == 8  # pixels of its files
+    assert open_target(str(place), data=source, data_options={"image_size": None}).data.image_size == 8  # pixels of its files
+
+
+def test_images_given_by_name_are_split_as_they_were_and_others_prepared_like_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_run(folder).config.data
+    monkeypatch.chdir(Path(source).parent)
+    given = {"image_size": 16, "in_chans": 1, "crop_pct": 0.8, "mean": (0.2,), "std": (0.3,)}
+    plain = open_target("test_resnet", data="images", data_options=given | {"validation": 0.3, "seed": 5})
+    record = data_record(plain.data)
+    place = save_model(plain.build(), tmp_path / "m", plain.recipe, extra={"data": record, "retrained": {"seed": 0}})
+    own = [open_target(str(place), data=data) for data in (None, "images", f"{source}/")]
+    monkeypatch.chdir(tmp_path)
+    for same in (*own, open_target(str(place))):
+        assert same.saw_validation
+        assert (same.data.mean, same.data.spec.crop_pct) == ([0.2], 0.8)
+        for split, chosen in plain.data.index.items():
+            assert torch.equal(same.data.index[split], chosen)
+    write_images(tmp_path / "others")
+    other = open_target(str(place), data="others")
+    assert not other.saw_validation
+    assert (other.data.image_size, other.data.in_chans, other.data.mean, other.data.spec.crop_pct) == (16, 1, [0.2], 0.8)
+    assert (other.data.spec.validation, other.data.spec.seed) == (0.1, 0)
+    trial = open_target(f"{folder}:0", data="others", data_options={"mean": (0.1,)})
+    assert (trial.data.in_chans, trial.data.mean, trial.data.spec.source) == (1, (0.1,), str(tmp_path / "others"))
+    same_split, run = open_target(f"{folder}:0", data=source).data.index, open_target(f"{folder}:0").data.index
+    assert all(torch.equal(same_split[split], run[split]) for split in run)
 
 
 def test_a_saved_model_may_leave_classes_and_channels_to_timm(tmp_path: Path) -> None:
