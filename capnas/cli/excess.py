@@ -43,12 +43,15 @@ def excess(
     """
     with quiet():
         from capnas.excess import excess_capacity
+        from capnas.search.opening import check_outside
         from capnas.search.target import open_network
 
         if seeds < 1:
             raise UsageError(f"seeds must be at least 1, got {seeds}.")
         options = pairs(data_option or [], "--data-option")
         network, images, size, name = open_network(model, data=data, image_size=image_size, data_options=options)
+        if out is not None:
+            check_outside(out, images.spec.source)
         recipe = _recipe(epochs, pairs(train or [], "--train"))
         told = _Trainings(f"{name} on {images.name}", recipe.epochs, keep=out is not None)
         factors = [_factors(text, option) for text, option in ((lipschitz, "--lipschitz"), (distance, "--distance"))]

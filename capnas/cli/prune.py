@@ -57,7 +57,7 @@ def prune(
         from capnas.narrowing.pruning import PruneConfig, propose
         from capnas.narrowing.pruning import prune as prune_model
         from capnas.saved import check_free, save_model
-        from capnas.search.opening import data_record
+        from capnas.search.opening import check_outside, data_record
         from capnas.search.target import open_target
 
         config = PruneConfig(
@@ -79,6 +79,8 @@ def prune(
         if out is not None and not dry_run:
             check_free(out, force=force)
         found = open_target(target, data=data, image_size=image_size, pretrained=pretrained)
+        if place is not None and not dry_run:
+            check_outside(place, found.data.spec.source)
         model = _network(found, config, weights, dry_run)
         if dry_run:
             proposed = propose(model, found.data, config, image_size=found.image_size)

@@ -56,12 +56,15 @@ def resolution(
     place = None if out is None else out.absolute()  # a space may change the working directory
     with quiet():
         from capnas.resolution import advise_resolution, ladder, survey_resolutions, tune_resolution
+        from capnas.search.opening import check_outside
         from capnas.search.target import open_largest, open_target
         from capnas.training import TrainConfig
 
         options = pairs(data_option or [], "--data-option")
         chosen = chosen or ladder(open_target(target, data=data, data_options=options).data.image_size)
         found, refused = open_largest(target, chosen, data=data, data_options=options)
+        if place is not None:
+            check_outside(place, found.data.spec.source)
         if trained and not found.trained:
             raise UsageError(
                 f"--trained starts from the trained weights of a saved model, and {found.name} has none: "

@@ -40,9 +40,8 @@ def check_folder(config: StudyConfig) -> None:
     Raises:
         StudyError: it is that of the images or inside it, it holds another study, or its trials are lost and only their table is left.
     """
-    folder, images = config.folder, Path(config.to_dict()["data"])  # absolute where it is a folder
-    if images.is_absolute() and folder.resolve().is_relative_to(images.resolve()):
-        raise StudyError(f"{folder} lies in the folder of the images, {images}, where it would be read as one of them: give another --out.")
+    folder = config.folder
+    check_outside(folder, config.to_dict()["data"])
     if (folder / "study.toml").is_file():
         held = StudyConfig.from_toml((folder / "study.toml").read_text(encoding="utf-8", errors="replace"), out=str(folder)).to_dict()
         changes = {k: c for k, c in config.differences(held).items() if k in ("study", "storage", "space", "data")}
@@ -54,6 +53,23 @@ def check_folder(config: StudyConfig) -> None:
         where = hide_password(config.storage) or folder / "journal.log"
         advice = "A new study would replace the table: bring them back to where they were, or give another --out."
         raise StudyError(f"{folder / 'trials.csv'} lists {rows} finished trials, but {where} holds none. {advice}")
+
+
+def check_outside(folder: Path, source: object) -> None:
+    """Refuse to put results among the images, which could then not be read any more.
+
+    Args:
+        folder: of the results.
+        source: of the images, absolute where it is a folder.
+
+    Raises:
+        StudyError: the folder is that of the images or inside it.
+
+    >>> check_outside(Path("runs/mine"), "fashion-mnist-12k")
+    """
+    images = Path(str(source))
+    if images.is_absolute() and folder.resolve().is_relative_to(images.resolve()):
+        raise StudyError(f"{folder} lies in the folder of the images, {images}, where it would be read as one of them: give another --out.")
 
 
 def stored_config(run: str, storage: str | None = None) -> StudyConfig:

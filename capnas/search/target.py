@@ -157,8 +157,6 @@ def open_target(
     """
     options = {} if image_size is None else {"image_size": image_size}
     options |= dict(data_options or {})
-    if isinstance(data, str):
-        data, options = absolute_images(data, options)
     if pretrained and (Path(text).is_dir() or parse_trial(text) is not None):
         raise UsageError("pretrained is for a timm model given by its name; a trial and a saved model have weights of their own.")
     if Path(text).is_dir() and (Path(text) / MANIFEST).is_file():
@@ -192,7 +190,8 @@ def open_network(
         target = open_target(text, data=data, image_size=image_size, data_options=data_options)
         return target.build(trained=False), target.data, target.image_size, target.name
     build = _function(Path(place), function)
-    images = _images(data or EMBEDDED, ({} if image_size is None else {"image_size": image_size}) | dict(data_options or {}))
+    options = ({} if image_size is None else {"image_size": image_size}) | dict(data_options or {})
+    images, _ = _images_of(EMBEDDED, {}, data, options)
     size = image_size or images.image_size
     try:
         network = build(num_classes=images.num_classes, in_chans=images.in_chans, image_size=size)
@@ -262,7 +261,7 @@ def _timm(name: str, data: str | ImageData | None, image_size: int | None, optio
         prepared = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
         channels, _, pixels = prepared.pop("input_size")
         options = {"in_chans": channels, "image_size": pixels} | prepared | options
-    images = _images(data or EMBEDDED, options)
+    images, _ = _images_of(EMBEDDED, {}, data, options)
     size = image_size or images.image_size
     args: dict[str, Any] = {"num_classes": images.num_classes, "in_chans": images.in_chans}
     if getattr(config, "fixed_input_size", False):
@@ -323,12 +322,11 @@ def _images_of(
     source: str, recorded: Mapping[str, Any], data: str | ImageData | None, options: dict[str, Any], *, size: int | None = None
 ) -> tuple[ImageData, bool]:
     """The images asked for, and whether they are those of a source, which are then read and split as recorded."""
+    if isinstance(data, ImageData):
+        return data, False
     source, recorded = absolute_images(source, recorded)
-    if data is None or data == source:
+    given, options = absolute_images(source if data is None else data, options)
+    if given == source:
         return load_data(source, **recorded | options), True
     prepared = {name: value for name, value in recorded.items() if name in _PREPARED}
-    return _images(data, {"image_size": size} | prepared | options), False
-
-
-def _images(data: str | ImageData, options: dict[str, Any]) -> ImageData:
-    return data if isinstance(data, ImageData) else load_data(data, **options)
+    return load_data(given, **{"image_size": size} | prepared | options), False

@@ -113,6 +113,12 @@ def test_a_run_does_not_lie_in_its_images(run: Run, tmp_path: Path, monkeypatch:
         where = f"{out} lies in the folder of the images, {folder}, where it would be read as one of them"
         assert told == f"error: {where}: give another --out."
         assert sorted(p.name for p in folder.iterdir()) == ["0", "1", "2"]
+    words = ("--data", ".", "--image-size", 8, "--device", "cpu")
+    for command in (("prune", "test_resnet", "--target-macs", 0.5, "--train-epochs", 1), ("excess", "test_resnet", "--epochs", 1)):
+        assert f"mine lies in the folder of the images, {folder}, where" in refused(run, *command, *words, "--out", "mine")
+    told = refused(run, "resolution", "test_resnet", "--data", folder, "--candidates", "8,12", "--dry-run", "--out", "mine")
+    assert "images/mine lies in the folder of the images" in told
+    assert sorted(p.name for p in folder.iterdir()) == ["0", "1", "2"]
     assert run("search", FILE, "--data", folder, "--out", tmp_path, *QUICK)[0] == 0  # beside them is fine
 
 
