@@ -120,7 +120,7 @@ def untouched(model: nn.Module, *, training: bool = False, statistics: bool = Fa
             for held, key, buffer, before in buffers:
                 held[key] = buffer
                 if before is not None:
-                    buffer.copy_(before)
+                    buffer.data.copy_(before)  # unseen by autograd: a graph of the caller's own may hold the buffer
 
 
 def _dictionaries(modules: Iterable[nn.Module]) -> list[tuple[str, dict[Any, Any]]]:

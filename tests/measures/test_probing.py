@@ -69,6 +69,17 @@ def test_untouched_restores_statistics_of_batch_norm() -> None:
     assert norm.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_backward_pass_under_way_goes_on(training: bool) -> None:
+    net, x = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).train(training), torch.randn(4, 2)
+    (expected,) = torch.autograd.grad(net(x).square().sum(), net[0].weight)
+    loss = net(x).square().sum()
+    with untouched(net, training=True), torch.no_grad():
+        net(x + 1)
+    (got,) = torch.autograd.grad(loss, net[0].weight)
+    assert torch.equal(got, expected)
+
+
 def test_a_copy_has_containers_of_its_own() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
     net.shared = net[0].shared = {}
