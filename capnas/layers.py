@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -15,6 +16,8 @@ from capnas.errors import UsageError
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 MEASURED = (*CONVS, nn.Linear)
+_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear)
+PRODUCTS = dict(zip(MEASURED, _FUNCTIONS))  # what each kind of layer calls
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _STAGE_CHILDREN = ("blocks", "layers", "cells", "stages", "units")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from capnas.layers import CONVS
 from capnas.measures.probing import untouched, unwrap_model
 from capnas.measures.saturation import THRESHOLD, Projection, lossless_projection, random_projection
-from capnas.recording import Recorder, hooked
+from capnas.recording import DirectProducts, Recorder, hooked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,8 @@ def projected(model: nn.Module, projections: Mapping[str, Projection]) -> Iterat
 
         return apply
 
-    with hooked({name: hook(p) for name, p in projections.items()}, model):
+    hooks = {name: hook(p) for name, p in projections.items()}
+    with hooked(hooks, model), DirectProducts(model, hooks):
         yield
 
 

@@ -2,7 +2,8 @@
 
 Rows follow Shenk et al. (arXiv 2006.08679): the output of the conv or linear module itself, before normalization and activation;
 channels (the last axis of token outputs) are features, and every sample and position is one row. Large maps are sampled on a
-seeded lattice of positions, enough for the width. All state is kept here; nothing is written on the model.
+seeded lattice of positions, enough for the width. All state is kept here; nothing is written on the model. A layer that is not called but
+whose weight the network multiplies with itself, as the attentions of BEiT and Swin v2 do, is read where that happens.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from capnas.errors import UsageError, one_of
-from capnas.layers import CONVS, MEASURED, block_widths, feature_axis, find_blocks
+from capnas.layers import CONVS, MEASURED, PRODUCTS, block_widths, feature_axis, find_blocks
 from capnas.measures.lattice import Lattice
 from capnas.measures.moments import Moments, Scratch, Sums
 from capnas.measures.probing import eagerly, first_tensor, unwrap_model
@@ -125,21 +127,25 @@ class Recorder:
         self._positions: dict[tuple[str, str, str], int] = {}
         self._random = random.Random(seed)
         self._handles: list[Any] = []
-        self._eagerly = ExitStack()
+        self._eagerly, self._pass = ExitStack(), ExitStack()
         self._sums: dict[tuple[str, str, str], Sums] = {}
         self._scratch = Scratch()
         modules = dict(model.named_modules())
         self.layers = [n for n, m in modules.items() if isinstance(m, MEASURED)] if reading != "blocks" else []
         self.blocks = list(find_blocks(model, blocks)) if reading != "modules" else []
         self._modules = modules
+        self._direct: DirectProducts | None = None  # of a network without such products only in its first pass
         self._block_axis = {name: block_widths(modules[name]) for name in self.blocks}
         self._channels_last_maps = getattr(model, "output_fmt", "NCHW") == "NHWC"
 
     def __enter__(self) -> Recorder:
         self._eagerly.enter_context(eagerly(self._given))
         self._handles.append(self.model.register_forward_pre_hook(_Hook(self._count)))
-        for name in self.layers:
-            self._handles.append(self._modules[name].register_forward_hook(_Hook(self._hook(name, "modules"))))
+        self._handles.append(self.model.register_forward_hook(_Hook(self._ends), always_call=True))
+        hooks = {name: self._hook(name, "modules") for name in self.layers}
+        for name, hook in hooks.items():
+            self._handles.append(self._modules[name].register_forward_hook(_Hook(hook)))
+        self._direct = DirectProducts(self.model, hooks) if hooks else None
         for name in self.blocks:
             self._handles.append(self._modules[name].register_forward_hook(_Hook(self._hook(name, "blocks"))))
         return self
@@ -148,6 +154,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._pass.close()  # open still where the pass was interrupted
         self._eagerly.close()
 
     def pop(self, mode: Mode) -> dict[str, LayerRecord]:
@@ -170,6 +177,13 @@ class Recorder:
             self._reads = not model.training or self._passes % self.train_interval == 0
             first = first_tensor(args)
             self._images = first.shape[0] if first is not None and first.dim() else None
+            if self._direct is not None and not self._direct.entered:
+                self._pass.enter_context(self._direct)
+
+    def _ends(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._pass.close()
+        if output is not None and self._direct is not None and not self._direct.found:
+            self._direct = None
 
     def _record(self, key: tuple[str, str, str]) -> LayerRecord:
         (_, reading, name), sums = key, self._sums.pop(key)
@@ -237,6 +251,64 @@ class _Hook(functools.partial[Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (_nothing,)
+
+
+class DirectProducts(TorchFunctionMode):
+    """Inside, the hooks of layers see the products with their weights that the network makes without calling them.
+
+    Args:
+        model: its layers are to be found by the weights that they hold as parameters.
+        hooks: by name of the layer; called with it, no inputs and the product, for which what a hook returns stands.
+
+    Attributes:
+        entered: whether it is entered now.
+        found: whether there was such a product.
+
+    >>> net, seen = nn.Sequential(nn.Linear(2, 3)), []
+    >>> with DirectProducts(net, {"0": lambda layer, inputs, output: seen.append(output.shape)}):
+    ...     _ = nn.functional.linear(torch.ones(4, 2), net[0].weight), net(torch.ones(5, 2))
+    >>> seen
+    [torch.Size([4, 3])]
+    """
+
+    def __init__(self, model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.hooks, self.found, self.entered = hooks, False, False
+        self._layers = {n: m for n, m in model.named_modules() if n and isinstance(m, MEASURED)}
+        self._names: dict[tuple[Any, int], str] = {}  # by the kind of product and the weight
+        self._running = 0  # layers, in one another
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> DirectProducts:
+        self._running, self.entered = 0, True
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_pre_hook(_Hook(self._step, 1)))
+            self._handles.append(layer.register_forward_hook(_Hook(self._step, -1), always_call=True))
+            product = next(PRODUCTS[kind] for kind in MEASURED if isinstance(layer, kind))
+            if name in self.hooks and (weight := layer._parameters.get("weight")) is not None:
+                self._names.setdefault((product, id(weight)), name)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.entered = False
+        self._names.clear()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _step(self, up: int, *_: Any) -> None:
+        self._running += up
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        name = None if self._running else self._names.get((func, id(weight)))
+        if name is None:
+            return output
+        self.found = True
+        instead = self.hooks[name](self._layers[name], (), output)
+        return output if instead is None else instead
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def weight_norms(
     found: dict[str, OperatorNorm] = {}
     refused: set[str] = set()
     for node in trace.nodes:
-        module, name = modules.get(node.module), node.module
+        name = trace.owner(node)
+        module = modules.get(name)
         if name in refused or not (
             (isinstance(module, nn.Linear) and name not in found) or (isinstance(module, CONVS) and node.op.startswith("aten.convolution"))
         ):

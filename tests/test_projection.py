@@ -90,6 +90,22 @@ def test_projection_acts_on_channels_and_comes_off() -> None:
     assert torch.equal(model(x), plain)
 
 
+def test_a_layer_whose_weight_is_used_without_a_call_is_projected_too() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(F.linear(x, self.wide.weight))
+
+    model, x = Reads(), torch.randn(5, 4)
+    with projected(model, {"wide": Projection(basis=torch.zeros(3, 0), mean=torch.ones(3))}):
+        seen = model(x)
+    assert torch.equal(seen, model.head(torch.ones(5, 3)))
+    assert set(project_model(model, [x], lambda m: 0.0).kept) == {"wide"}
+
+
 def test_a_compiled_model_is_projected_as_it_was_before() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
     x = torch.randn(8, 1, 4, 4)

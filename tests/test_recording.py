@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from capnas._timm import timm
 from capnas.errors import UsageError
@@ -457,3 +458,72 @@ def test_double_precision_far_from_zero_is_not_constant() -> None:
     np.testing.assert_allclose(got.covariance.numpy(), np.cov(output.numpy().T, bias=True), atol=1e-6)
     nn.init.zeros_(layer.weight)
     assert not record(nn.Sequential(layer), noise(100, 3).double())["0"].covariance.any()
+
+
+class Reads(nn.Module):
+    """Multiplies with the weights of a layer and a convolution that it does not call; of a third layer with and without a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.plain, self.idle = nn.Conv2d(2, 4, 3), nn.Linear(4, 6), nn.Linear(6, 6)
+        self.both = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+        self.modes: list[int] = []
+        self.failing: type[BaseException] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.modes.append(torch._C._len_torch_function_stack())
+        maps = F.conv2d(x, weight=self.conv.weight)
+        F.conv_transpose2d(maps, self.conv.weight)  # another product than the layer's
+        tokens = F.linear(maps.flatten(2).transpose(1, 2), self.plain.weight, self.plain.bias)
+        if self.failing:
+            raise self.failing
+        return self.both(tokens).mean(1)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_layer_whose_weight_is_used_without_a_call_is_read_there(mode: str) -> None:
+    model, batches = Reads(), [noise(4, 2, 8, 8, seed=i) for i in range(3)]
+    found = record(model, *batches, mode=mode, reading="modules", values_per_call=None)
+    assert list(found) == ["conv", "plain", "both"]
+    with torch.no_grad():
+        maps = torch.cat([F.conv2d(x, model.conv.weight) for x in batches])
+        rows = {"conv": rows_of(maps), "plain": rows_of(F.linear(maps.movedim(1, -1), model.plain.weight, model.plain.bias).movedim(-1, 1))}
+    for name, expected in rows.items():
+        assert (found[name].rows, found[name].calls, found[name].positions) == (12 * 36, 3, 36)
+        np.testing.assert_allclose(found[name].covariance.numpy(), np.cov(expected.T, bias=True), rtol=1e-4, atol=1e-6)
+    assert found["both"].calls == 3
+    assert not hooks(model)
+    every = record(model, *batches * 2, mode=mode, reading="modules", train_interval=2, values_per_call=256)["plain"]
+    assert every.calls == (3 if mode == "train" else 6)
+
+
+def test_nothing_is_looked_for_after_a_first_pass_without_products_outside_of_layers() -> None:
+    model, layer = Reads(), nn.Linear(2, 3)
+    plain = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(144, 6))
+    plain.register_forward_pre_hook(lambda *_: model.modes.append(torch._C._len_torch_function_stack()))
+    before = hooks(plain)
+    with Recorder(plain):
+        plain.register_forward_pre_hook(lambda *_: model.modes.append(torch._C._len_torch_function_stack()))
+        for _ in range(3):
+            plain(noise(4, 2, 8, 8))
+    assert model.modes[1::2] == [1, 0, 0]
+    assert hooks(plain) == before + 1
+    assert record(layer, noise(5, 2))[""].rows == 5
+
+
+@pytest.mark.parametrize("failing", [ValueError, KeyboardInterrupt])
+def test_no_mode_is_left_where_a_pass_ends_early(failing: type[BaseException]) -> None:
+    model, x = Reads(), noise(4, 2, 8, 8)
+    model.failing = failing
+    with pytest.raises(failing):
+        record(model, x)
+    assert not torch._C._len_torch_function_stack()
+    assert not hooks(model)
+    with Recorder(model, reading="modules") as recorder:
+        with pytest.raises(failing):
+            model(x)
+        model.failing = None
+        model(x)
+    assert recorder.pop("train")["plain"].calls == 2
+    assert model.modes == [1, 1, 1]
+    assert not hooks(model)

@@ -106,11 +106,21 @@ class Trace:
 
     @cached_property
     def macs(self) -> dict[str, int]:
-        """Multiply-accumulates of the whole batch by module name; ``""`` holds what no module but the model itself did."""
+        """Multiply-accumulates of the whole batch by `owner`; ``""`` holds what no module but the model itself did."""
         flops: Counter[str] = Counter()
         for node in self.nodes:
-            flops[node.module] += node.flops
+            flops[self.owner(node)] += node.flops
         return {name: count // 2 for name, count in flops.items()}
+
+    def owner(self, node: Node) -> str:
+        """The module that did an operation: the one that ran, or a layer in it that is never called and whose weight it multiplies with."""
+        inside = f"{node.module}." if node.module else ""
+        layers = (n.removesuffix(".weight") for n in node.params if node.flops and n.startswith(inside) and n.endswith(".weight"))
+        return next((name for name in layers if name not in self._called), node.module)
+
+    @cached_property
+    def _called(self) -> frozenset[str]:
+        return frozenset(self.modules)
 
     def macs_inside(self, name: str) -> int:
         """Those of a module and of everything in it."""

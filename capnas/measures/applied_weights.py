@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from capnas.layers import MEASURED
+from capnas.layers import MEASURED, PRODUCTS
 from capnas.measures.probing import FAILURES, untouched
 
 _NORMS = re.compile("norm", re.IGNORECASE)
 _STEPS = ("forward", "_conv_forward")  # of torch's layers, that a subclass may replace
-_PRODUCTS = frozenset((F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d))
+_PRODUCTS = frozenset(PRODUCTS.values())
 
 
 class _Found(Exception):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from cases import small_cnn
@@ -163,6 +164,24 @@ def test_a_weight_that_a_function_reads_is_not_said_to_be_idle() -> None:
     skipped = profile_model(Attends(), noise(16, 6)).skipped
     assert "another module or function uses attention.out_proj.weight" in skipped["attention.out_proj"]
     assert skipped["spare"] == "Linear was never called in the forward pass"
+
+
+def test_a_layer_whose_weight_its_attention_multiplies_with_has_every_measure() -> None:
+    sizes = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "num_classes": 3}
+    model, x = timm.create_model("beit_base_patch16_224", **sizes).eval(), noise(4, 3, 32, 32)
+    tokens: list[Tensor] = []
+    model.blocks[0].norm1.register_forward_hook(lambda _, args, output: tokens.append(output.detach()))
+    profile = profile_model(model, x, CLASSES[:4], measures=MEASURES)
+    qkv = model.blocks[0].attn.qkv
+    outputs = (tokens[0] @ qkv.weight.detach().T).flatten(0, 1).double().numpy()  # its biases are 0, and constants anyway
+    shares = np.linalg.eigvalsh(np.cov(outputs.T, bias=True))[::-1].cumsum()
+    row = next(row for row in profile.layers if row.name == "blocks.0.attn.qkv")
+    assert [r.name for r in profile.layers].index(row.name) == 1
+    assert (row.rows, row.k, row.macs) == (20, 1 + int((shares / shares[-1] < 0.99).sum()), 5 * 24 * 72)
+    assert row.norm == pytest.approx(float(torch.linalg.matrix_norm(qkv.weight.detach(), 2)), rel=1e-3)
+    assert None not in (row.complexity, row.capacity, row.utilisation)
+    assert not {row.name, "blocks.0.attn.proj"} & profile.skipped.keys()
+    assert sum(r.macs or 0 for r in profile.layers) + 2 * 5 * 5 * 24 == profile.network["macs"]
 
 
 def test_capacity_is_exact_where_that_is_cheap_and_the_rows_say_so() -> None:
