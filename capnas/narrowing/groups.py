@@ -172,7 +172,8 @@ def _tied(units: Units, tied: Mapping[str, str]) -> str | None:
 
 def cannot_narrow(model: nn.Module, fixed: Mapping[str, str]) -> CannotNarrow:
     """The error of a network of which every layer is fixed, with at most three of the reasons."""
-    reasons = sorted(set(fixed.values()) - {CLASSES})[:3] or [f"its only layer has a fixed width, {CLASSES}"]
+    alone = f"its only layer has a fixed width, {CLASSES}" if fixed else "none of its modules is a conv or linear layer"
+    reasons = sorted(set(fixed.values()) - {CLASSES})[:3] or [alone]
     return CannotNarrow(f"cannot narrow this {type(model).__name__}: {'; '.join(reasons)}.")
 
 

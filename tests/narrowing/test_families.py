@@ -328,6 +328,17 @@ class Tied(nn.Module):
         return self.head(self.c(self.b(self.a(x)).relu()).relu().mean((2, 3)))
 
 
+class Bare(nn.Module):
+    """Convolves with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Parameter(torch.randn(4, 3, 1, 1)), nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.first).relu().mean((2, 3)) @ self.last.T
+
+
 class Pair(nn.Module):
     """Gives its logits in a tuple."""
 
@@ -393,6 +404,7 @@ def broken() -> nn.Module:
         (plain().double(), "0.weight is torch.float64 and the images are torch.float32; give both one type, such as model.float()"),
         (nn.Sequential(nn.Conv2d(1, 4, 1)), r"it does not run on images of shape \(2, 3, 4, 4\) \(RuntimeError: "),
         (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "this Sequential: its only layer has a fixed width, it gives the classes"),
+        (Bare(), "cannot narrow this Bare: none of its modules is a conv or linear layer"),
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(128, 2)), "1 normalizes its channels in 2 groups"),
         (Split(), "cannot narrow this Split"),
         (Reversed(), "doubled channels change what is computed"),
