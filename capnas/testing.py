@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,12 +141,18 @@ class _Picker(optuna.samplers.BaseSampler):
         return (param_distribution.low, param_distribution.high)[end]
 
 
-def draw(pick: str, seed: int) -> optuna.Trial:
-    """A trial of no stored study, whose decisions are all the "lowest" or first, the "highest" or last, or "random"."""
+def draw(pick: str, seed: int, known: Mapping[str, Any] | None = None) -> optuna.Trial:
+    """A trial of no stored study, whose decisions, but for those known, are all the "lowest" or first, the "highest" or last, or "random".
+
+    >>> draw("lowest", 0, {"width": 4}).suggest_int("width", 1, 8)
+    4
+    """
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # not a line for each draw
     try:
-        return optuna.create_study(sampler=_Picker(pick, seed)).ask()
+        study = optuna.create_study(sampler=_Picker(pick, seed))
+        study.enqueue_trial(dict(known or {}))
+        return study.ask()
     finally:
         optuna.logging.set_verbosity(verbosity)
 

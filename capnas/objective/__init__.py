@@ -219,9 +219,8 @@ class Objective:
         """
         data, metrics = self.data, found["metrics"]
         with timed(found, "cost"):
-            size = data.image_size if self.resolutions is None else trial.suggest_categorical("image_size", list(self.resolutions))
-            found["image_size"] = size
-            shape = {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": size}
+            shape = self.shape(trial)
+            size = found["image_size"] = shape["image_size"]
             try:
                 candidate = build_candidate(self.space, trial, **shape)
             except Infeasible as error:
@@ -256,8 +255,7 @@ class Objective:
                 )  # fmt: skip
                 scores = score(found["profile"], UNTRAINED)
                 metrics |= {INIT + name: value for name, value in scores.items()}
-            refusals = [text for gate in self.bounds if (text := gate.refusal(scores)) is not None]
-            if refusals:
+            if refusals := [text for gate in self.bounds if (text := gate.refusal(scores)) is not None]:
                 return "gated", "; ".join(refusals)
             if self.selection is not None and not self._by_size and (place := self.selection.judge(trial, found)) is not None:
                 return MEASURED, place
@@ -285,11 +283,16 @@ class Objective:
             metrics |= score(profile, PROFILED)
         elif not self.train.record or result.status == "complete":
             found["profile"] = None  # that of the untrained network would pass for one of a training
-        if result.status == "complete":
-            missing = [n for n in self.names if not math.isfinite(value_of(n, metrics, self.weights))]
-            if missing:
-                return "diverged", f"{', '.join(missing)} came out not finite"
+        missing = [n for n in self.names if not math.isfinite(value_of(n, metrics, self.weights))]
+        if missing and result.status == "complete":
+            return "diverged", f"{', '.join(missing)} came out not finite"
         return result.status, result.reason
+
+    def shape(self, trial: Any) -> dict[str, int]:
+        """The sizes that the space takes; that of the images is a decision of the trial where there are several."""
+        sizes, data = self.resolutions, self.data
+        size = data.image_size if sizes is None else trial.suggest_categorical("image_size", list(sizes))
+        return {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": size}
 
     def _useless(self, candidate: Candidate) -> str | None:
         """Why an architecture is not looked at: it has no blocks of the name asked for, or idles at its size but not at a larger one."""
@@ -323,10 +326,8 @@ class Objective:
         Evaluation(status=status, reason=reason, params=dict(trial.params), **found).write(trial.set_user_attr)
 
     def _check_directions(self, trial: Any) -> None:
-        if isinstance(trial, optuna.Trial):
-            given = [d.name.lower() for d in trial.study.directions]
-            if given != self.directions:
-                raise StudyError(
-                    f"the study's directions are {given}, the objective's values {', '.join(self.names)} need {self.directions}: "
-                    "create the study with optuna.create_study(directions=objective.directions)."
-                )
+        if isinstance(trial, optuna.Trial) and (given := [d.name.lower() for d in trial.study.directions]) != self.directions:
+            raise StudyError(
+                f"the study's directions are {given}, the objective's values {', '.join(self.names)} need {self.directions}: "
+                "create the study with optuna.create_study(directions=objective.directions)."
+            )

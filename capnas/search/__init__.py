@@ -29,7 +29,17 @@ from capnas.search.export import write_environment, write_trials
 from capnas.search.opening import ATTRIBUTE, SCORE, check_folder, discard, open_study, opened_here
 from capnas.search.runs import RunResult, count_finished, open_run
 from capnas.search.signals import no_sigint, sigterm_interrupts, whole
-from capnas.search.working import MAX_FAILURES, TrialCallback, check_unchanged, ended, failures_in_a_row, make_objective, work
+from capnas.search.working import (
+    MAX_FAILURES,
+    TrialCallback,
+    check_candidates,
+    check_entries,
+    check_unchanged,
+    ended,
+    failures_in_a_row,
+    make_objective,
+    work,
+)
 from capnas.spaces import load_space
 
 __all__ = ["ATTRIBUTE", "SCORE", "RunResult", "StudyConfig", "open_run", "run_study", "sweep", "worker"]
@@ -71,7 +81,8 @@ def run_study(
     Raises:
         StudyError: the study exists with other settings or images (the text says which), its folder holds another study, its storage
             does not answer, or `MAX_FAILURES` trials in a row ended in an error.
-        SpaceError, UsageError: no trial can do what is asked for, see `capnas.search.working.check_candidates`.
+        SpaceError, UsageError: no trial can do what is asked for, see `capnas.search.working.check_candidates`, or one to begin with
+            cannot be tried.
 
     Example:
         >>> import tempfile, numpy as np
@@ -104,13 +115,16 @@ def run_study(
         raise
     before = count_finished(study)
     write_whole(folder / "study.toml", config.to_toml())
-    if first and before < config.trials:
-        sweep(study, stale_after=config.stale_after)  # a killed one is enqueued again
-        enqueue_new(study, first)
     known = len(begun(study))
     interrupted, start = False, time.monotonic()
     try:
         with sigterm_interrupts() as go_on:
+            if first and before < config.trials:
+                objective = objective or make_objective(config, space, data)
+                check_candidates(objective, seed=config.seed)
+                check_entries(objective, first, seed=config.seed)
+                sweep(study, stale_after=config.stale_after)  # a killed one is enqueued again
+                enqueue_new(study, first)
             if before >= config.trials:
                 pass
             elif config.workers == 1:

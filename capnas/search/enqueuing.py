@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -51,9 +52,10 @@ def check_parameters(given: Iterable[Any], where: str = "enqueue") -> list[dict[
     """
     found = []
     for place, row in enumerate(given, 1):
-        if not isinstance(row, Mapping) or not row or not all(isinstance(v, str | int | float | None) for v in row.values()):
+        values = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()} if isinstance(row, Mapping) else {}
+        if not values or not all(isinstance(v, str | int | float | None) for v in values.values()):
             raise UsageError(f"entry {place} of {where} holds no parameters; expected {_FORM}, got {repr(row)[:80]}.")
-        found.append(dict(row))
+        found.append(values)
     return found
 
 

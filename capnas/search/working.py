@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import optuna
@@ -178,6 +178,31 @@ def check_candidates(objective: Objective, *, seed: int) -> None:
             f"no module that runs in {len(built)} candidates drawn at random full-matches the block pattern {pattern!r}; "
             f"names look like {', '.join(built[-1][:5])}."
         )
+
+
+def check_entries(objective: Objective, entries: Iterable[Mapping[str, Any]], *, seed: int) -> None:
+    """Build the architectures that a study is to begin with, so that one which cannot be meant is told before any trial.
+
+    One that the space prunes, or that is an error in it, is left to its trial, as is a number out of its range, which Optuna takes.
+
+    Args:
+        objective: see `make_objective`; `check_candidates` has nothing against it.
+        entries: parameters; what they leave out is drawn at random.
+        seed: of these draws.
+
+    Raises:
+        UsageError: a value is none that its parameter can have.
+    """
+    for place, entry in enumerate(entries, 1):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Optuna gives them again when the trial runs
+                trial = draw("random", seed, entry)
+                build_candidate(objective.space, trial, **objective.shape(trial))
+        except (SpaceError, ValueError) as error:
+            raise UsageError(f"entry {place} to enqueue, {str(entry)[:200]}, cannot be tried: {error}") from error
+        except Exception:
+            continue
 
 
 def ended(study: optuna.Study) -> frozenset[int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -85,6 +87,20 @@ def test_a_name_that_the_space_does_not_ask_for_is_told(tmp_path: Path, data: Im
 
 
 @pytest.mark.parametrize(
+    ("entry", "says"),
+    [({"kind": "odd"}, r"parameter 'kind': 'odd' not in \('plain', 'bad'\)"), ({"width": None}, "parameter 'width': 'None' is not a valid"),
+     ({"image_size": 9}, r"'9' not in \(8, 12\)")],
+)  # fmt: skip
+def test_an_entry_that_cannot_be_meant_is_told_before_any_trial(tmp_path: Path, data: ImageData, entry: Any, says: str) -> None:  # noqa: F811
+    one = config(tmp_path / "run", resolutions=(8, 12), trials=1)
+    for before in (0, 1):
+        with pytest.raises(UsageError, match=r"^entry 2 to enqueue, \{.*\}, cannot be tried: .*" + says):
+            run_study(replace(one, trials=9), space=space, data=data, enqueue=[KNOWN[1], entry])
+        assert (tmp_path / "run").exists() == before
+        assert len(drawn(run_study(one, space=space, data=data))) == 1
+
+
+@pytest.mark.parametrize(
     ("status", "names"), [("over_budget", ["depth", "width"]), ("infeasible", []), ("failed", []), ("interrupted", [])]
 )
 def test_what_ended_while_it_was_built_may_not_have_asked_for_all(status: str, names: list[str]) -> None:
@@ -126,8 +142,9 @@ def test_a_file_of_something_else_is_one_line(run: Any, tmp_path: Path, text: st
     assert not (tmp_path / "run").exists()
 
 
-def test_none_is_a_value() -> None:
-    assert check_parameters([{"norm": None}]) == [{"norm": None}]
+def test_none_is_a_value_and_a_number_of_numpy_is_one_of_python() -> None:
+    (found,) = check_parameters([{"norm": None, "width": np.int64(4)}])
+    assert json.dumps(found) == '{"norm": null, "width": 4}'
 
 
 def test_a_file_that_is_not_there_is_one_line(run: Any, tmp_path: Path) -> None:
