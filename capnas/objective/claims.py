@@ -26,6 +26,7 @@ from capnas.objective.evaluation import Evaluation, stored_with
 CLAIM = "capnas:claim"  # key of the trial's system attribute
 STALE_AFTER = 6 * 3600.0  # seconds until a trial of another host counts as abandoned
 GRACE = 30.0  # seconds that a process may take between creating a trial and claiming it
+_QUERY, _DENIED, _ACTIVE = 0x1000, 5, 259  # Windows: PROCESS_QUERY_LIMITED_INFORMATION, ERROR_ACCESS_DENIED, STILL_ACTIVE
 
 _mine: set[tuple[str, int]] = set()
 
@@ -143,6 +144,8 @@ def _age(trial: optuna.trial.FrozenTrial) -> float:
 
 
 def _exists(pid: int) -> bool:
+    if os.name == "nt":  # where signal 0 is Ctrl-C, to the process and those it started
+        return _exists_on_windows(pid)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -150,3 +153,18 @@ def _exists(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _exists_on_windows(pid: int) -> bool:
+    import ctypes
+
+    kernel = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
+    kernel.OpenProcess.restype = ctypes.c_void_p  # a handle is as wide as a pointer
+    handle = kernel.OpenProcess(_QUERY, False, pid)
+    if not handle:
+        return bool(ctypes.get_last_error() == _DENIED)  # type: ignore[attr-defined]
+    try:
+        code = ctypes.c_ulong()
+        return bool(kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code))) and code.value == _ACTIVE
+    finally:
+        kernel.CloseHandle(ctypes.c_void_p(handle))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
+from capnas.objective import claims
 from capnas.objective.claims import CLAIM, GRACE, at_work, claimed, host, local, own_claim, started, sweep
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
 
@@ -158,3 +162,24 @@ def test_the_hosts_name_is_not_stored() -> None:
 
     assert socket.gethostname() not in host()
     assert len(host()) == 16
+
+
+@pytest.mark.parametrize(
+    ("handle", "error", "code", "runs"),
+    [(7, 0, 259, True), (7, 0, 1, False), (None, 87, 0, False), (None, 5, 0, True)],
+    ids=["running", "ended", "unknown", "of another user"],
+)
+def test_on_windows_a_process_is_looked_up_and_gets_no_signal(
+    monkeypatch: pytest.MonkeyPatch, handle: int | None, error: int, code: int, runs: bool
+) -> None:
+    def exit_code(of: Any, told: Any) -> int:
+        told._obj.value = code
+        return 1
+
+    kernel = Mock(OpenProcess=Mock(return_value=handle), GetExitCodeProcess=exit_code)
+    monkeypatch.setattr(ctypes, "WinDLL", lambda name, **how: kernel, raising=False)
+    monkeypatch.setattr(ctypes, "get_last_error", lambda: error, raising=False)
+    monkeypatch.setattr(claims, "os", SimpleNamespace(name="nt"))  # without kill, whose signal 0 is Ctrl-C there
+    assert claims._exists(4711) is runs
+    assert kernel.OpenProcess.call_args.args == (0x1000, False, 4711)
+    assert [call.args[0].value for call in kernel.CloseHandle.call_args_list] == ([] if handle is None else [handle])
