@@ -31,6 +31,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
 VERSION = 1
+_NONE = "{}"  # of study.toml: TOML has no value for none, and some settings have a default that it is not
 # may change when a study is resumed
 _FREE = ("trials", "timeout", "workers", "device", "out", "stale_after", "reuse", "finalists", "final_epochs")
 
@@ -103,7 +104,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot run, before anything is built."""
         object.__setattr__(self, "values", check_values(self.values))
-        if isinstance(self.resolutions, Sequence) and not isinstance(self.resolutions, str):
+        if isinstance(self.resolutions, Sequence | np.ndarray) and not isinstance(self.resolutions, str):
             object.__setattr__(self, "resolutions", tuple(self.resolutions))
         for name in ("max_params", "max_macs"):  # 8e6 is a whole number as well
             if isinstance(value := getattr(self, name), float) and value.is_integer():
@@ -223,7 +224,7 @@ class StudyConfig:
         tables = {k: v for k, v in plain.items() if isinstance(v, dict)}
         lines = [f"{k} = {_toml(v)}" for k, v in plain.items() if k not in tables]
         for name, table in tables.items():
-            lines += ["", f"[{name}]", *(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in table.items() if v is not None)]
+            lines += ["", f"[{name}]", *(f"{json.dumps(str(k))} = {_NONE if v is None else _toml(v)}" for k, v in table.items())]
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -234,7 +235,9 @@ class StudyConfig:
             StudyError: no TOML, another version or unknown fields.
         """
         try:
-            return cls.from_dict(tomllib.loads(text), out=out)
+            given = tomllib.loads(text)
+            tables = {k: {n: None if v == {} else v for n, v in table.items()} for k, table in given.items() if isinstance(table, dict)}
+            return cls.from_dict(given | tables, out=out)
         except (tomllib.TOMLDecodeError, TypeError) as error:
             raise StudyError(f"the study's settings cannot be read: {error}.") from error
 

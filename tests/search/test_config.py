@@ -39,6 +39,13 @@ def test_text_round_trip() -> None:
     assert StudyConfig.from_toml(small.to_toml()).to_dict() == small.to_dict()
 
 
+def test_a_setting_of_none_is_none_when_it_is_read_again() -> None:
+    asked = StudyConfig(space="resnet", train={"clip_grad": None, "lr": 0.01}, data_options={"image_size": None})
+    read = StudyConfig.from_toml(asked.to_toml())
+    assert (read.training().clip_grad, read.data_options) == (None, {"image_size": None})
+    assert read.conflicts(asked.to_dict()) == []
+
+
 def test_names_and_folders() -> None:
     assert StudyConfig(space="resnet").name == "resnet-fashion-mnist-12k"
     assert StudyConfig(space="some/net.py:space", data="/x/my images/").name == "net-my-images"
@@ -189,8 +196,9 @@ def test_what_is_as_good_is_taken() -> None:
 
 
 def test_numbers_of_numpy_are_stored_as_those_of_python() -> None:
-    given = {"seed": np.int64(3), "max_macs": np.int64(9), "weights": {"macs": np.float64(1e-9)}, "train": {"batch_size": np.int64(16)}}
-    same = {"seed": 3, "max_macs": 9, "weights": {"macs": 1e-9}, "train": {"batch_size": 16}}
+    given = {"seed": np.int64(3), "max_macs": np.int64(9), "weights": {"macs": np.float64(1e-9)}, "train": {"batch_size": np.int64(16)},
+             "resolutions": np.array([8, 16])}  # fmt: skip
+    same = {"seed": 3, "max_macs": 9, "weights": {"macs": 1e-9}, "train": {"batch_size": 16}, "resolutions": [8, 16]}
     stored, plain = (StudyConfig(space="resnet", **settings) for settings in (given, same))
     assert (json.dumps(stored.to_dict()), stored.to_toml()) == (json.dumps(plain.to_dict()), plain.to_toml())
 
