@@ -38,6 +38,7 @@ from capnas.search.working import (
     ended,
     failures_in_a_row,
     make_objective,
+    stoppable,
     work,
 )
 from capnas.spaces import load_space
@@ -70,7 +71,8 @@ def run_study(
         enqueue: parameters of architectures to begin with, before the sampler draws any; each becomes a trial once, also over several
             sessions. What a dictionary leaves out is drawn.
         on_start: called once before the first trial, when space, images and storage are there and nothing stands against it.
-        on_trial: called with the study and each trial that ends, in this process.
+        on_trial: called with the study and each trial that ends, in this process. As in Optuna's callbacks, ``study.stop()`` ends the
+            session when the running trials have ended; finals follow.
         on_epoch: called after each epoch of a trial, with its number, the epoch and its row of the curve; with one worker only, but in
             the finals always.
         on_final: called with each finalist and what its training gave, see `capnas.objective.finals.hold_finals`.
@@ -118,7 +120,7 @@ def run_study(
     known = len(begun(study))
     interrupted, start = False, time.monotonic()
     try:
-        with sigterm_interrupts() as go_on:
+        with sigterm_interrupts() as go_on, stoppable(study, go_on) as wanted:
             if first and before < config.trials:
                 objective = objective or make_objective(config, space, data)
                 check_candidates(objective, seed=config.seed)
@@ -130,11 +132,11 @@ def run_study(
             elif config.workers == 1:
                 objective = objective or make_objective(config, space, data)
                 objective.on_epoch = on_epoch
-                work(study, config, objective, parallel=False, on_start=on_start, on_trial=on_trial, go_on=go_on)
+                work(study, config, objective, parallel=False, on_start=on_start, on_trial=on_trial, go_on=wanted)
             else:
-                _launch(study, config, on_start, on_trial)
-            time_is_up = config.timeout is not None and time.monotonic() - start >= config.timeout
-            if config.finalists is not None and (time_is_up or count_finished(study) >= config.trials):
+                _launch(study, config, on_start, on_trial, wanted)
+            over = not wanted() or (config.timeout is not None and time.monotonic() - start >= config.timeout)
+            if config.finalists is not None and (over or count_finished(study) >= config.trials):
                 _hold_finals(study, config, objective, space=space, data=data, on_epoch=on_epoch, on_final=on_final, go_on=go_on)
     except KeyboardInterrupt:
         interrupted = True
@@ -186,18 +188,26 @@ def worker(
     with sigterm_interrupts() as go_on:
         study, objective = open_study(config), make_objective(config)
         objective.on_epoch = on_epoch
-        return work(study, config, objective, parallel=True, on_trial=on_trial, go_on=go_on)
+        with stoppable(study, go_on) as wanted:
+            return work(study, config, objective, parallel=True, on_trial=on_trial, go_on=wanted)
 
 
-def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], None] | None, on_trial: TrialCallback | None) -> None:
-    """Start the workers, watch their trials, and pass a signal on to them."""
+def _launch(
+    study: optuna.Study,
+    config: StudyConfig,
+    on_start: Callable[[], None] | None,
+    on_trial: TrialCallback | None,
+    go_on: Callable[[], bool],
+) -> None:
+    """Start the workers, watch their trials, and pass a signal or the wish to stop on to them."""
     context = multiprocessing.get_context("spawn")
-    messages = context.SimpleQueue()
+    messages, enough = context.SimpleQueue(), context.Event()
     before = ended(study)
     threads = max(1, usable_cpus() // config.workers)
     children = [
         context.Process(
-            target=_child, args=(config.to_dict(), config.storage, config.out, _device(config.device, i), threads, before, messages)
+            target=_child,
+            args=(config.to_dict(), config.storage, config.out, _device(config.device, i), threads, before, messages, enough),
         )
         for i in range(config.workers)
     ]
@@ -230,6 +240,8 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
                 child.start()
         while any(child.is_alive() for child in children):
             tell()
+            if not go_on():
+                enough.set()
             for child in children:
                 child.join(_POLL / len(children))
         tell()
@@ -255,7 +267,14 @@ def _launch(study: optuna.Study, config: StudyConfig, on_start: Callable[[], Non
 
 
 def _child(
-    config: dict[str, Any], storage: str | None, out: str | None, device: str, threads: int, before: frozenset[int], messages: Any
+    config: dict[str, Any],
+    storage: str | None,
+    out: str | None,
+    device: str,
+    threads: int,
+    before: frozenset[int],
+    messages: Any,
+    enough: Any,
 ) -> None:
     """The body of a worker process; its start, its warnings and its error go to the parent, each short enough to be written at once."""
 
@@ -276,10 +295,11 @@ def _child(
     try:
         with sigterm_interrupts() as go_on:
             study, objective = open_study(settings), make_objective(settings)
-            work(
-                study, settings, objective, parallel=True, on_start=lambda: send("start", "", ""), on_trial=None, before=before,
-                go_on=lambda: go_on() and (parent is None or parent.is_alive()),
-            )  # fmt: skip
+            with stoppable(study, lambda: go_on() and not enough.is_set() and (parent is None or parent.is_alive())) as wanted:
+                work(
+                    study, settings, objective, parallel=True, on_start=lambda: send("start", "", ""), on_trial=None, before=before,
+                    go_on=wanted,
+                )  # fmt: skip
     except KeyboardInterrupt:
         os._exit(130)
     except Exception as error:

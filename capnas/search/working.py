@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import optuna
@@ -139,6 +140,31 @@ def work(
             raise error
         ran += 1
     return ran
+
+
+@contextlib.contextmanager
+def stoppable(study: optuna.Study, go_on: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+    """Take ``study.stop()`` for the wish to begin no further trial while the block runs; Optuna refuses it outside its own loop.
+
+    Args:
+        study: that callbacks and spaces see.
+        go_on: what says otherwise whether to go on.
+
+    Yields:
+        Whether to go on.
+
+    >>> study = optuna.create_study()
+    >>> with stoppable(study, lambda: True) as go_on:
+    ...     study.stop()
+    ...     go_on()
+    False
+    """
+    asked: list[bool] = []
+    study.stop = functools.partial(asked.append, True)  # type: ignore[method-assign]
+    try:
+        yield lambda: go_on() and not asked
+    finally:
+        del study.stop  # that of this object; its class has one still
 
 
 def check_unchanged(study: optuna.Study, config: StudyConfig, objective: Objective) -> None:

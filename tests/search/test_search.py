@@ -83,6 +83,21 @@ def test_same_seed_same_trials(tmp_path: Path, data: ImageData) -> None:
     assert len({json.dumps(p) for p, _ in finished(a)}) > 3
 
 
+@pytest.mark.parametrize("where", ["callback", "space"])
+def test_stop_of_the_study_ends_a_session_which_goes_on_when_called_again(tmp_path: Path, data: ImageData, where: str) -> None:
+    def stopping(trial: Any, **shape: int) -> nn.Module:
+        if where == "space" and getattr(trial, "number", 0) == 1 and isinstance(trial, optuna.Trial) and trial.study.study_name == "tiny":
+            trial.study.stop()
+        return space(trial, **shape)
+
+    told = optuna.study.MaxTrialsCallback(2, states=None) if where == "callback" else None
+    asked = config(tmp_path, trials=3, finalists=1, final_epochs=1, study="tiny")
+    first = run_study(asked, space=stopping, data=data, on_trial=told)
+    assert (first.n_finished, first.interrupted, len(first.finals)) == (2, False, 1)
+    assert "stop" not in vars(first.study)
+    assert run_study(asked, space=space, data=data).n_finished == 3
+
+
 @pytest.mark.parametrize(
     ("sampler", "values"), [("tpe", "combined"), ("tpe", "accuracy,macs"), ("nsga2", "accuracy,macs"), ("qmc", "accuracy")]
 )
