@@ -87,7 +87,8 @@ def from_python(source: Any) -> Found:
     parts = {SPLIT_NAMES[k]: part(v, f"data[{k!r}]") for k, v in source.items()}
     if "train" not in parts or len(parts) < len(source):
         raise DataError(f"data: expected one entry 'train' and at most one 'val' and one 'test', found {some(source) or 'none'}.")
-    return Found(name="mapping", parts=parts, class_names=class_names(source["train"]) if "train" in source else None)
+    train = next(v for k, v in source.items() if SPLIT_NAMES[k] == "train")
+    return Found(name="mapping", parts=parts, class_names=class_names(train))
 
 
 def part(value: Any, what: str) -> Pair | Reader:

@@ -308,3 +308,10 @@ def test_memory_that_runs_out_is_no_unreadable_image(use: Any) -> None:
             use(StreamReader(StarvedStream()))
     with pytest.raises(RuntimeError, match="allocate memory"):
         items(SimpleNamespace(labels=[0], open=partial(Starved.__getitem__, Starved(0))))[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", ["train", "training"])
+def test_names_of_classes_are_those_of_train_whatever_it_is_called(key: str) -> None:
+    named = Listed(square(4))
+    named.classes = ("car", "ship")  # type: ignore[attr-defined]
+    assert from_python({"test": Listed(square(4)), key: named}).class_names == ("car", "ship")
