@@ -19,72 +19,18 @@ import torch
 from capnas.data.batching import Batches, InMemory, Request, Streamed
 from capnas.data.decoding import shape_of
 from capnas.data.digest import digest
-from capnas.data.framing import Framing
 from capnas.data.images import Augment, is_constant, mean_std, normalise
 from capnas.data.loading import find, load_pool
 from capnas.data.named import EMBEDDED
+from capnas.data.spec import DataSpec
 from capnas.data.splits import assign, check_classes
-from capnas.errors import DataError, UsageError, check_names, check_types, one_of
+from capnas.errors import DataError, UsageError, check_names, one_of
 
 __all__ = ["Augment", "DataSpec", "ImageData", "load_data"]
 
-LARGEST = 2**14  # pixels; beyond, one image can fill the memory of a machine
 SPLITS = ("train", "validation", "test", "train+validation")
 _TRAINING = ("train", "train+validation")
 _NOT_AUGMENTED = Augment(flip=False, shift=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSpec:
-    """Everything `load_data` was asked for; where the source is a name or a path, it is small, picklable and loads the same data anywhere.
-
-    Example:
-        >>> DataSpec(source="fashion-mnist-12k", image_size=16).load().image_size
-        16
-    """
-
-    source: Any = EMBEDDED
-    image_size: int | None = None
-    in_chans: int | None = None
-    validation: float = 0.1
-    test: float = 0.2
-    seed: int = 0
-    max_unreadable: float = 0.01
-    root: str | None = None
-    download: bool = False
-    memory_limit: int = 2 << 30
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    crop_pct: float | None = None
-    crop_mode: str | None = None
-    interpolation: str | None = None
-    augment: bool | Augment | None = None
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("validation", "test"):
-            if not 0 < getattr(self, name) < 1:
-                raise UsageError(f"{name} must be the share of images to set aside, in (0, 1), got {getattr(self, name)}.")
-        if not 0 <= self.max_unreadable <= 1:
-            raise UsageError(f"max_unreadable must be a share in [0, 1], got {self.max_unreadable}.")
-        for name, low in (("image_size", 1), ("in_chans", 1), ("seed", 0), ("memory_limit", 0), ("workers", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UsageError(f"{name} must be at least {low}, got {value}.")
-        if self.image_size is not None and self.image_size > LARGEST:
-            raise UsageError(f"image_size must be at most {LARGEST} pixels, got {self.image_size}.")
-        _ = self.framing  # has checks of its own
-
-    @property
-    def framing(self) -> Framing | None:
-        """How images become square, where anything is said of it."""
-        given = {name: v for name in ("crop_pct", "crop_mode", "interpolation") if (v := getattr(self, name)) is not None}
-        return Framing(**given, mean=self.mean) if given else None
-
-    def load(self) -> ImageData:
-        """The data."""
-        return _load(self)
 
 
 @dataclass
@@ -148,7 +94,7 @@ class ImageData:
 
     def __reduce__(self) -> Any:
         if self.spec.source is not None:
-            return DataSpec.load, (self.spec,)
+            return _load, (self.spec,)
         return functools.partial(ImageData, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "_gate"}), ()
 
     @contextlib.contextmanager
@@ -313,7 +259,7 @@ def load_data(source: Any = EMBEDDED, **options: Any) -> ImageData:
         if options:
             raise UsageError(f"{source.name} is loaded already, it takes no {next(iter(options))}: load it anew from its source.")
         return source
-    return DataSpec(source=source, **options | {"root": None if options.get("root") is None else str(options["root"])}).load()
+    return _load(DataSpec(source=source, **options | {"root": None if options.get("root") is None else str(options["root"])}))
 
 
 def _load(spec: DataSpec) -> ImageData:

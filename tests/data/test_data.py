@@ -224,6 +224,8 @@ def test_bad_requests(embedded: ImageData) -> None:
         ({"in_chans": 0}, "in_chans must be at least 1"),
         ({"image_size": 1_000_000}, "image_size must be at most 16384 pixels, got 1000000"),
         ({"mean": (0.5, 0.5)}, "mean must have one number for each of 1 channels, got 2"),
+        ({"mean": (float("nan"),)}, r"mean must be finite numbers, one for each channel, got \(nan,\)"),
+        ({"std": (0.0,)}, r"std must be positive numbers, one for each channel, got \(0\.0,\)"),
     ):
         with pytest.raises(UsageError, match=text):
             load_data(**options)  # type: ignore[arg-type]
