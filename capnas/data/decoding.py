@@ -247,12 +247,14 @@ class Survey:
         unreadable: "name (reason)" by number: empty files, files that are no images, and the damaged ones of the sample.
         sample: numbers of the images of the sample that could be decoded.
         images: these images (n, C, S, S).
+        labels: their classes as the items give them, n.
         damaged: how many of the sample could be opened and not decoded.
     """
 
     unreadable: dict[int, str]
     sample: torch.Tensor
     images: torch.Tensor
+    labels: tuple[Any, ...]
     damaged: int
 
 
@@ -268,9 +270,10 @@ def survey(part: Reader, size: int, in_chans: int, *, seed: int = 0, workers: in
         except Exception as error:
             return why_unreadable(part, index, error)
 
-    def decodes(index: int) -> torch.Tensor | str:
+    def decodes(index: int) -> tuple[torch.Tensor, Any] | str:
         try:
-            return fit(part.read(index)[0], size, in_chans, deep=False, framing=framing)  # what is streamed is read as bytes
+            image, label = part.read(index)
+            return fit(image, size, in_chans, deep=False, framing=framing), label  # what is streamed is read as bytes
         except Exception as error:
             return why_unreadable(part, index, error)
 
@@ -279,12 +282,18 @@ def survey(part: Reader, size: int, in_chans: int, *, seed: int = 0, workers: in
         bad = {i: text for i, text in zip(range(len(part)), _in_order(opens, range(len(part)), workers)) if text}
     sample = [i for i in sample if i not in bad]
     decoded = list(_in_order(decodes, sample, workers if part.threadsafe else 1))
-    good = {i: x for i, x in zip(sample, decoded) if isinstance(x, torch.Tensor)}
+    good = {i: x for i, x in zip(sample, decoded) if not isinstance(x, str)}
     bad |= {i: x for i, x in zip(sample, decoded) if isinstance(x, str)}
     if not good:
         raise DataError(f"expected readable images, found none in a sample of {len(sample)} ({next(iter(bad.values()), 'empty')}).")
-    images = join(list(good.values()), torch.stack)
-    return Survey(unreadable=bad, sample=torch.tensor(list(good)), images=images, damaged=len(sample) - len(good))
+    pixels, labels = zip(*good.values())
+    return Survey(
+        unreadable=bad,
+        sample=torch.tensor(list(good)),
+        images=join(list(pixels), torch.stack),
+        labels=labels,
+        damaged=len(sample) - len(good),
+    )
 
 
 def judge_unreadable(unreadable: Sequence[str], total: int, limit: float, *, share: float | None = None) -> None:

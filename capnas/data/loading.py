@@ -130,8 +130,9 @@ def _streamed(
         if found.images.is_floating_point():
             raise DataError(NOT_STREAMED)
         estimate = len(found.unreadable) - found.damaged + len(reader) * found.damaged / (len(found.sample) + found.damaged)
-        known = reader.labels()
-        labels.append(_labels(reader, found.unreadable) if known is None else known)
+        known, told = reader.labels(), [label_of(reader, i, label) for i, label in zip(found.sample.tolist(), found.labels)]
+        # what a Dataset has as attributes is not always what its items give, which is what counts
+        labels.append(known if known is not None and known[found.sample].tolist() == told else _labels(reader, found.unreadable))
         expected += max(estimate, len(found.unreadable))
         start = int(own[split][0])
         seen.append((found.sample + start, found.images))

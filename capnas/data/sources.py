@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -159,13 +160,14 @@ class DatasetReader:
         return f"item {index}"
 
     def labels(self) -> torch.Tensor | None:
-        """From the attributes that torchvision's and timm's data sets have, unless the Dataset turns them into others in its items."""
+        """From attributes as torchvision's and timm's have; None without class numbers, or where the Dataset turns them into others."""
         if self.inner is None and getattr(self.dataset, "target_transform", None) is not None:
             return None
         for attribute in ("targets", "labels", "_labels"):
             values = getattr(self.dataset, attribute, None)
-            if values is not None and len(values) == len(self):
-                return as_labels(values)
+            if isinstance(values, Sized) and len(values) == len(self):
+                with contextlib.suppress(DataError):  # names, perhaps, which the Dataset numbers in its items
+                    return as_labels(values)
         samples = getattr(self.inner, "samples", None)
         if samples is not None:
             return as_labels([s[1] for s in samples])

@@ -513,6 +513,10 @@ def test_classes_are_those_of_the_items_wherever_the_images_are_kept(memory_limi
 
 
 def test_streamed_items_that_fail_are_unreadable_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for attribute in ([i // 2 % 2 for i in range(40)], ["dark", "light"] * 20, 40):
+        dataset = Shapes()
+        dataset.labels = attribute  # type: ignore[attr-defined]
+        assert load_data(dataset, memory_limit=memory_limit, workers=0).pool.labels.tolist() == [0, 1] * 20
     monkeypatch.setattr("capnas.data.decoding._SURVEY", 20)
     with pytest.warns(UserWarning, match=r"skipped 2 of 40 images, which cannot be read: item [37] \(OSError: damaged\), item"):
         data = load_data(Shapes(broken=(3, 7)), max_unreadable=0.2, memory_limit=0, workers=0)
