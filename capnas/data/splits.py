@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from capnas.data.images import RENUMBER
-from capnas.errors import DataError, UsageError
+from capnas.errors import DataError
 
 
 def carve(labels: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,8 +24,6 @@ def carve(labels: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tenso
         >>> len(kept), len(carved)
         (4, 2)
     """
-    if not 0 < fraction < 1:
-        raise UsageError(f"the share of a split must be in (0, 1), got {fraction}.")
     generator = torch.Generator().manual_seed(seed)
     carved = torch.zeros(len(labels), dtype=torch.bool)
     for c in labels.unique():
