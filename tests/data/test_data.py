@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from capnas.data import Augment, DataSpec, ImageData, load_data
+from capnas.data.batching import InMemory
 from capnas.data.decoding import judge_unreadable
 from capnas.data.splits import carve, check_classes
 from capnas.errors import DataError, UsageError
@@ -339,6 +340,7 @@ class Items:
     [
         ((0, 1.7), r"item 1: label: expected integers from 0, found values such as 1\.7; each must be the number of a class"),
         ((0, torch.tensor(0.5)), r"item 1: .* such as 0\.5;"),
+        ((0, -1), "item 1: label: expected integers from 0, found values such as -1; renumber with"),
         (("cat", "dog"), r"item 0: .* no text\), found shape \(1,\) of <U3; renumber with np\.unique\(y, return_inverse=True\)\[1\]"),
         ((np.eye(2)[0], np.eye(2)[1]), r"item 0: .*no one-hot rows.* found shape \(1, 2\) of float64; give y\.argmax\(1\)"),
         ((None, 0), "item 0: .* of object"),
@@ -366,6 +368,7 @@ def test_items_that_hold_no_image_are_unreadable() -> None:
         ((np.zeros((9, 4, 4)), np.zeros(9, int)), "expected at least two classes, found 1"),
         ((np.zeros((9, 4, 4)), np.arange(9) % 3 * 2), "images of every class from 0 to 4, found none of 1, 3; leave no class empty"),
         ((np.zeros((9, 4, 4)), np.arange(9) % 3 + 1), "0 to 3, found none of 0; leave no class empty: labels start at 1: subtract 1"),
+        ((np.zeros((9, 4, 4)), np.arange(9) % 3 * 2 + 1), "0 to 5, found none of 0, 2, 4; leave no class empty: renumber with"),
         ((np.zeros((9, 4, 4)), np.arange(9) % 3 * 10), r"found none of 1, 2, 3, 4, 5, \.\.\.; .*: renumber with np\.unique\(y, return_inv"),
         (
             (np.zeros((9, 4, 4)), np.arange(9) % 3 + 10**15),
@@ -510,13 +513,13 @@ class Halved(Shapes):
 def test_classes_are_those_of_the_items_wherever_the_images_are_kept(memory_limit: int) -> None:
     data = load_data(Halved(), memory_limit=memory_limit, workers=0)
     assert data.pool.labels.tolist() == [int(Halved()[i][1]) for i in range(40)]
-
-
-def test_streamed_items_that_fail_are_unreadable_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for attribute in ([i // 2 % 2 for i in range(40)], ["dark", "light"] * 20, 40):
         dataset = Shapes()
         dataset.labels = attribute  # type: ignore[attr-defined]
         assert load_data(dataset, memory_limit=memory_limit, workers=0).pool.labels.tolist() == [0, 1] * 20
+
+
+def test_streamed_items_that_fail_are_unreadable_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("capnas.data.decoding._SURVEY", 20)
     with pytest.warns(UserWarning, match=r"skipped 2 of 40 images, which cannot be read: item [37] \(OSError: damaged\), item"):
         data = load_data(Shapes(broken=(3, 7)), max_unreadable=0.2, memory_limit=0, workers=0)
@@ -581,6 +584,9 @@ def test_timms_loader_gives_the_same_data_by_the_same_interface(pets: Path) -> N
     memory = load_data(pets, image_size=12)
     stream = load_data(pets, image_size=12, memory_limit=0, workers=0)
     assert stream.sizes == memory.sizes
+    needed = 90 * 3 * 12 * 12
+    kept = [isinstance(load_data(pets, image_size=12, memory_limit=limit, workers=0).pool, InMemory) for limit in (needed - 1, needed)]
+    assert kept == [False, True]
     assert all(torch.equal(stream.index[s], memory.index[s]) for s in memory.index)
     np.testing.assert_allclose((stream.mean, stream.std), (memory.mean, memory.std), atol=1e-9)
     a, b = every(memory, "validation"), every(stream, "validation")
@@ -619,6 +625,13 @@ def test_torch_dataset_through_timms_loader(item: str) -> None:
     assert every(stream, "validation")[0].shape == (4, 3, 10, 10)
     kept = stream.pool.labels
     assert torch.equal(kept, torch.arange(40) % 2)
+
+
+def test_statistics_are_those_of_train_behind_another_part() -> None:
+    bright = Items(*range(2), image=[(np.full((10, 10, 3), 255, np.uint8),)] * 40)
+    memory, stream = (load_data({"test": bright, "train": Shapes()}, memory_limit=limit, workers=0) for limit in (2 << 30, 0))
+    assert stream.mean == pytest.approx(memory.mean)
+    assert stream.mean[0] < 0.6
 
 
 # --- workers --------------------------------------------------------------------------------------------------------------------------

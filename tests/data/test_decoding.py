@@ -74,6 +74,7 @@ def test_native_shapes() -> None:
 def test_a_dataset_that_may_not_be_shared_is_read_by_the_thread_that_asks() -> None:
     dataset = Listed(*(square(8) for _ in range(6)))
     decode(DatasetReader(dataset), 8, 3, workers=2)
+    survey(DatasetReader(dataset), 8, 3, workers=2)
     assert dataset.threads == {threading.get_ident()}
 
 
