@@ -116,8 +116,16 @@ def test_what_cannot_be_trained_on_the_images_is_said_before_any_training(data: 
 def test_images_may_be_given_as_load_data_takes_them() -> None:
     arrays, config = images(size=16), dataclasses.replace(CONFIG, seed=1)
     loaded = load_data(arrays, image_size=12)
-    found, expected = (tune_resolution(net, given, (8, 12), epochs=4, config=config) for given in (arrays, loaded))
+    refused = {16: "it does not fit"}
+    found, expected = (tune_resolution(net, given, (8, 12, 16), epochs=4, config=config, refused=refused) for given in (arrays, loaded))
     assert [r.reading for r in found.runs] == [r.reading for r in expected.runs]
+
+
+def test_no_size_is_trained_for_longer_than_a_full_training(data: ImageData) -> None:
+    build = lambda size: nn.Sequential(nn.Flatten(), nn.Linear(size * size, 3))  # noqa: E731
+    found = tune_resolution(build, data, (6, 8, 12), epochs=3, share=1.0, pay=1.0, config=CONFIG)
+    assert [(r.size, r.rung) for r in found.runs] == [(6, 1), (8, 1), (12, 1), (6, 2), (8, 2)]  # what 12 px leave would pay for two epochs
+    assert max(r.epochs for r in found.readings) == 3
 
 
 def test_tuning_stays_within_its_share_and_tells_every_run(data: ImageData) -> None:
@@ -154,6 +162,9 @@ def test_the_same_seed_gives_the_same_tuning_and_a_budget_is_kept(data: ImageDat
     assert "over the budget" in runs[0].surveys[-1].refusal
     assert runs[0].recommendation.worth == runs[0].recommendation.fitted  # MACs within a budget cost nothing more
     assert runs[0].macs_share <= 0.3
+    macs = {s.size: s.macs for s in runs[0].surveys}
+    spent = sum(seen * macs[size] for size, seen in runs[0].shared.seen.items()) + sum(r.epochs * macs[r.size] for r in runs[0].runs)
+    assert runs[0].macs_share == pytest.approx(spent / (4 * (macs[6] + macs[8])))  # what it refuses would not be trained
 
 
 def test_each_size_goes_on_from_the_shared_weights_by_itself(data: ImageData) -> None:
@@ -357,6 +368,9 @@ def test_a_training_that_fails_drops_its_size(data: ImageData) -> None:
     assert found.shared.reason.startswith("the training of shared weights ended: diverged")
     assert {r.status for r in found.runs if r.size == 8} == {"diverged"}
     assert found.recommendation.size == 12
+    macs = {s.size: s.macs for s in found.surveys}
+    spent = sum(r.epochs * macs[r.size] for r in found.runs if r.status == "complete")  # the other one ended in its first update
+    assert found.macs_share == pytest.approx(spent / (10 * sum(macs.values())))
     with pytest.raises(UsageError, match="no size could be trained: diverged"):
         tune_resolution(broken, data, (8,), epochs=4, config=CONFIG)
 
