@@ -65,7 +65,7 @@ def check_space(
         num_classes: outputs of the models.
         in_chans: channels of the images.
         image_size: their side in pixels.
-        draws: number of random draws, at least 1.
+        draws: number of random draws; less than 1 is 1.
         seed: of the random draws.
 
     Raises:
@@ -75,12 +75,12 @@ def check_space(
     >>> report.draws, report.feasible, report.n_params[0] < report.n_params[1]
     (4, 4, True)
     """
-    loaded = load_space(space)
+    loaded, draws = load_space(space), max(1, draws)
     sizes = {"num_classes": num_classes, "in_chans": in_chans, "image_size": image_size}
     broken: dict[str, str] = {}
     reasons: list[str] = []
     found: list[tuple[int, Candidate]] = []
-    for place, pick in enumerate(["lowest", "highest", *["random"] * max(1, draws)]):
+    for place, pick in enumerate(["lowest", "highest", *["random"] * draws]):
         trial = draw(pick, seed + place)
         try:
             with _alone(broken, f"the {pick} draw"):
@@ -109,7 +109,7 @@ def check_space(
     candidates = [candidate for _, candidate in found]
     return SpaceReport(
         name=space_name(loaded),
-        draws=2 + max(1, draws),
+        draws=2 + draws,
         feasible=len(found),
         reasons=tuple(dict.fromkeys(reasons)),
         distinct=len({c.hash for c in candidates}),

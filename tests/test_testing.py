@@ -193,6 +193,14 @@ def test_each_broken_rule_is_named(space: Callable, message: str) -> None:
     assert f"the space {space.__name__!r} breaks" in str(error.value)
 
 
+def test_one_draw_at_random_is_the_least() -> None:
+    def never(trial: optuna.Trial, **sizes: int) -> nn.Module:
+        raise optuna.TrialPruned("not today")
+
+    with pytest.raises(SpaceError, match="at least half of the random draws must be feasible: 0 of 1 are; reasons"):
+        check_space(never, **{**SIZES, "draws": 0})
+
+
 def test_several_broken_rules_are_all_named() -> None:
     def space(trial: optuna.Trial, **sizes: int) -> nn.Module:
         random.random()
