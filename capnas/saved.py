@@ -305,14 +305,15 @@ def _check_alike(name: str, module: nn.Module, plain: nn.Module) -> None:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """The public attributes of a module that are numbers or tuples of whole numbers: widths, heads, groups, sizes."""
+    """The public attributes of a module that are numbers, None or tuples of whole numbers: widths, heads, groups, sizes, a momentum."""
     return {
         name: value
         for name, value in vars(module).items()
         if not name.startswith("_")
         and name != "training"
         and (
-            isinstance(value, bool | int)
+            value is None
+            or isinstance(value, bool | int)
             or (isinstance(value, float) and math.isfinite(value))
             or (isinstance(value, tuple) and all(isinstance(v, int) for v in value))
         )

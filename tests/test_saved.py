@@ -228,6 +228,13 @@ def test_fractions_of_a_module_come_back(tmp_path: Path) -> None:
     assert load_model(save_model(model, tmp_path / "m", SPACE))[1].slope == 0.25
 
 
+def test_a_batch_norm_that_averages_all_it_has_seen_comes_back_so(tmp_path: Path) -> None:
+    model = build_recipe(TIMM)
+    model.bn1.momentum = None
+    again = load_model(save_model(model, tmp_path / "m", TIMM))
+    assert (again.bn1.momentum, again.layer1[0].bn1.momentum) == (None, 0.1)
+
+
 def test_tuples_and_new_numbers_of_a_module_come_back(tmp_path: Path) -> None:
     model = build_recipe(TIMM)
     model.layer1[0].conv1.padding, model.layer1[0].conv1.dilation = (2, 2), (2, 2)
