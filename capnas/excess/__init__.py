@@ -38,6 +38,8 @@ __all__ = [
 LIPSCHITZ = (1.0, 0.7, 0.5, 0.35)
 DISTANCES = (1.0, 0.5, 0.25, 0.125)
 HEADER, RUNS = "study.json", "runs.jsonl"
+_KEPT = {"model", "data", "sample", "recipe", "grid", "seeds", "removed_norms", "composition"}
+_LATER = ("chance", "labelling")  # what headers of older studies do not hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,8 @@ class ExcessStudy:
     """The runs of one network on one task.
 
     Attributes:
-        header: what was asked for, in plain JSON types: model, data, what a guess gets on it, sample, recipe, grid, composition of the
-            network.
+        header: what was asked for, in plain JSON types: model, data, what a guess gets on it, a hash of its labels, sample, recipe, grid,
+            composition of the network.
         runs: all of them, the unconstrained ones first.
     """
 
@@ -150,6 +152,7 @@ def excess_capacity(
         "model": name or type(model).__name__,
         "data": {"name": data.name, "image_size": size, "in_chans": data.in_chans, "num_classes": data.num_classes, "sizes": data.sizes},
         "chance": data.guess,
+        "labelling": data.digest["labels"],
         "sample": asdict(_sample(data, size)),
         "recipe": asdict(recipe),
         "grid": [list(pair) for pair in grid],
@@ -206,7 +209,9 @@ def read_study(folder: str | Path) -> ExcessStudy:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StudyError(f"{folder} holds no excess-capacity study: {HEADER} cannot be read ({error}).") from error
-    lines = (folder / RUNS).read_text(encoding="utf-8").splitlines() if (folder / RUNS).is_file() else []
+    if not isinstance(header, dict) or not header.keys() >= _KEPT:
+        raise StudyError(f"{folder} holds no excess-capacity study: its {HEADER} is another document.")
+    lines = (folder / RUNS).read_text(encoding="utf-8", errors="replace").splitlines() if (folder / RUNS).is_file() else []
     runs = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -244,8 +249,8 @@ def _open(folder: Path, header: dict[str, Any]) -> list[Run]:
         write_whole(folder / HEADER, json_text(header))
         return []
     found = read_study(folder)
-    free = ("grid", "seeds", "chance")  # a study may be widened; older ones did not keep what a guess gets
-    differ = [key for key in header if key not in free and header[key] != found.header.get(key)]
+    known = {key for key in header if key in found.header or key not in _LATER} - {"grid", "seeds"}  # a study may be widened
+    differ = [key for key in header if key in known and header[key] != found.header.get(key)]
     if differ:
         raise StudyError(f"{folder} holds a study with another {', '.join(differ)}; give a new folder or the options of that study.")
     write_whole(folder / HEADER, json_text(header))

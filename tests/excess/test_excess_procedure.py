@@ -69,6 +69,24 @@ def test_a_study_is_kept_resumed_and_widened(tmp_path: Path) -> None:
         read_study(tmp_path)
     with pytest.raises(StudyError, match="holds no excess-capacity study"):
         read_study(tmp_path / "nowhere")
+    for other in ("[]", '{"model": "net"}'):
+        (tmp_path / "study.json").write_text(other)
+        with pytest.raises(StudyError, match=r"holds no excess-capacity study: its study\.json is another document"):
+            measure(data, out=tmp_path)
+
+
+def test_a_study_on_images_that_have_other_labels_since_is_refused(tmp_path: Path) -> None:
+    (x, y), grid = images(60), {"lipschitz": (1.0,), "distance": (0.3,), "out": tmp_path}
+
+    def given(labels: np.ndarray) -> ImageData:
+        return load_data(dict.fromkeys(("train", "val", "test"), (x, labels)), in_chans=1)
+
+    measure(given(y), **grid)
+    with pytest.raises(StudyError, match="holds a study with another labelling; give a new folder"):
+        measure(given((y + 1) % 3), **grid)
+    header = json.loads((tmp_path / "study.json").read_text())
+    (tmp_path / "study.json").write_text(json.dumps({key: value for key, value in header.items() if key != "labelling"}))
+    assert len(measure(given((y + 1) % 3), **grid).runs) == 2  # an older study did not keep them
 
 
 def test_settings_tighter_than_one_that_failed_are_spared() -> None:
