@@ -84,6 +84,7 @@ def test_projection_acts_on_channels_and_comes_off() -> None:
     keep_first = Projection(basis=torch.eye(3)[:, :1], mean=torch.tensor([0.0, 5.0, 7.0]))
     with projected(model, {"0": keep_first}):
         seen = model(x).reshape(2, 3, 16)
+        assert torch.allclose(model[0](x[0]), model[0](x)[0])  # one image without an axis for the batch
     torch.testing.assert_close(seen[:, 0], plain.reshape(2, 3, 16)[:, 0])
     assert (seen[:, 1] == 5).all()
     assert (seen[:, 2] == 7).all()
@@ -117,6 +118,9 @@ def test_a_compiled_model_is_projected_as_it_was_before() -> None:
 def test_heads() -> None:
     assert head_names(timm.create_model("resnet18")) == {"fc"}
     assert head_names(nn.Conv2d(1, 1, 1)) == set()
+    both = nn.ModuleDict({"stem": nn.Linear(2, 2), "head": nn.Linear(2, 2), "head_dist": nn.Linear(2, 2)})
+    both.get_classifier = lambda: (both["head"], both["head_dist"])  # as timm's distilled networks
+    assert head_names(both) == {"head", "head_dist"}
 
 
 def test_random_directions_are_others_for_each_layer_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
