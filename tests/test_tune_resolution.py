@@ -14,7 +14,7 @@ import torch
 from tiny_space import images
 from torch import nn
 
-from capnas._timm import timm
+from capnas._timm import import_timm, timm
 from capnas.candidates import count_cost
 from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
@@ -27,6 +27,7 @@ from capnas.size_survey import are_sizes, unread_pixels
 from capnas.training import TrainConfig, TrainingResult, train
 
 CONFIG = TrainConfig(batch_size=32, lr=1e-2, device="cpu")
+LayerNorm2d = import_timm("timm.layers").LayerNorm2d
 
 
 def net(size: int, depth: int = 3, stride: int = 1) -> nn.Module:
@@ -455,6 +456,27 @@ def test_a_cut_says_which_layers_have_to_be_made_anew_and_what_stays_idle() -> N
     assert not any("5" in a.layers for a in single if a.kind == "cut")
 
 
+def behind_a_cut(*middle: nn.Module, inputs: int = 8, widths: tuple[int, ...] = (4, 8)) -> nn.Module:
+    convs = [nn.Conv2d(a, b, 3, 1, 1) for a, b in zip((1, *widths), widths)]
+    return nn.Sequential(*convs, *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 3))
+
+
+def test_a_norm_over_the_channels_of_maps_is_made_anew_behind_a_cut() -> None:
+    given, norm = behind_a_cut(LayerNorm2d(8)), LayerNorm2d(4)
+    (cut,) = (a for a in advise(given, trace(given, (1, 1, 8, 8)), 8, idle=("1",), layers=("0", "1")) if a.kind == "cut")
+    cost = count_cost(behind_a_cut(norm, inputs=4, widths=(4,)), (1, 1, 8, 8))
+    assert (cut.macs, cut.params) == (cost.macs, cost.params)
+    assert "; 2, 5 then read 4 instead of 8 channels" in cut.text
+
+
+def test_groups_that_do_not_fit_behind_a_cut_have_no_predicted_cost_and_what_stays_idle_is_counted() -> None:
+    given = behind_a_cut(nn.Conv2d(8, 16, 3, 1, 1, groups=8), inputs=16)
+    assert survey_resolutions(lambda size: given, (2,), in_chans=1)[0].unproductive == ("1", "2")
+    (cut,) = (a for a in advise(given, trace(given, (1, 1, 2, 2)), 2, idle=("1",), layers=("0", "1")) if a.kind == "cut")
+    assert (cut.layers, cut.macs, cut.params, cut.unproductive) == (("1",), None, None, 1)
+    assert cut.text.endswith("at a cost that cannot be predicted; leaves 1 idle")
+
+
 def test_costs_are_those_of_the_network_as_it_would_be_built() -> None:
     early = lambda size: staged(size, early=True)  # noqa: E731
     size = next(a for a in advise_resolution(early, 12, in_chans=1) if a.kind == "size")
@@ -494,6 +516,40 @@ def test_a_stride_in_the_code_of_a_network_has_no_predicted_cost() -> None:
     found = {a.kind: a for a in advise_resolution(lambda size: Pooled(), 10, in_chans=1)}
     assert found["stride"].macs is None
     assert found["size"].macs == count_cost(Pooled(), (1, 1, *[found["size"].size] * 2)).macs
+
+
+class Deaf(nn.Conv2d):
+    """Strides by two whatever it is told."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.weight, self.bias, 2, self.padding)
+
+
+class Stubborn(nn.Sequential):
+    """Pools where its stem may not stride."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        stem, *others = self
+        x = stem(x) if stem.stride == (2, 2) else nn.functional.max_pool2d(stem(x), 2)
+        return nn.Sequential(*others)(x)
+
+
+@pytest.mark.parametrize(
+    ("chain", "stem", "advised"), [(nn.Sequential, nn.Conv2d, True), (nn.Sequential, Deaf, True), (Stubborn, nn.Conv2d, False)]
+)
+def test_a_stride_that_does_not_go_away_has_no_predicted_cost_or_is_not_advised(
+    chain: type[nn.Sequential], stem: type[nn.Conv2d], advised: bool
+) -> None:
+    build = lambda size: chain(stem(1, 2, 3, 2, 1), *(nn.Conv2d(2, 2, 3, 1, 1) for _ in range(4)))  # noqa: E731
+    found = {a.kind: a for a in advise_resolution(build, 12, in_chans=1)}
+    assert ("stride" in found) == advised
+    assert not advised or (found["stride"].macs is None) == (stem is Deaf)
+
+
+def test_a_convolution_behind_the_pooling_may_be_cut() -> None:
+    pooled = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+    (cut,) = advise(pooled, trace(pooled, (1, 1, 8, 8)), 8, idle=("2",), layers=("0", "2"))
+    assert (cut.kind, cut.layers) == ("cut", ("2",))
 
 
 def test_candidates_by_themselves_span_two_doublings_either_way() -> None:
