@@ -140,6 +140,7 @@ def test_batches_repeat_by_seed_and_epoch(embedded: ImageData) -> None:
     assert torch.equal(first(epoch=2, seed=5), first(epoch=2, seed=5))
     assert not torch.equal(first(epoch=2, seed=5), first(epoch=3, seed=5))
     assert not torch.equal(first(epoch=2, seed=5), first(epoch=2, seed=6))
+    assert not torch.equal(first(epoch=1, seed=0), first(epoch=0, seed=1))  # seeds next to each other share no pass
 
 
 def test_an_epoch_visits_every_image_once_whatever_the_grouping(embedded: ImageData) -> None:
@@ -163,7 +164,7 @@ def test_last_batch(embedded: ImageData) -> None:
     assert [len(y) for _, y in embedded.batches("validation", 300)] == [300, 300, 300, 100]
     assert [len(y) for _, y in embedded.batches("train", 4000)] == [4000, 4000]
     assert [len(y) for _, y in embedded.batches("train", 10000)] == [9000]
-    for split, size in (("validation", 300), ("train", 4000), ("train", 10000)):
+    for split, size in (("validation", 300), ("train", 4000), ("train", 10000), ("train+validation", 300)):
         assert embedded.steps(split, size) == sum(1 for _ in embedded.batches(split, size))
 
 
