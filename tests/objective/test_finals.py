@@ -13,7 +13,7 @@ from capnas.candidates import build_model
 from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
 from capnas.objective import Objective, finals
-from capnas.objective.evaluation import ATTRIBUTE, Evaluation
+from capnas.objective.evaluation import ATTRIBUTE, Evaluation, stored_with
 from capnas.objective.finals import finalists, held, hold_finals, key_of, results, winner
 from capnas.training import TrainConfig, train
 
@@ -121,23 +121,26 @@ def test_the_finalist_that_does_best_is_named_once_all_were_trained() -> None:
 
 
 def test_a_final_training_is_the_short_one_made_longer(data: ImageData) -> None:
-    objective = objective_of(data)
+    objective = objective_of(data, resolutions=(8, 12), seed=2)
     study = searched(objective)
     heard: list[tuple[int, dict[str, Any], int]] = []
-    epochs: list[tuple[int, int, int]] = []
+    epochs: list[tuple[int, int, int, bool]] = []
     named = hold_finals(
         study, objective, count=2, epochs=3,
         on_final=lambda trial, record, left: heard.append((trial.number, dict(record), left)),
-        on_epoch=lambda number, epoch, row: epochs.append((number, epoch, row["epochs"])),
+        on_epoch=lambda number, epoch, row: epochs.append((number, epoch, row["epochs"], "saturation_mean" in row)),
     )  # fmt: skip
     chosen = finalists(study, 2)
     assert [number for number, _, _ in heard] == numbers(chosen)
     assert [left for _, _, left in heard] == [1, 0]
-    assert epochs == [(trial.number, epoch, 3) for trial in chosen for epoch in (1, 2, 3)]
+    assert epochs == [(trial.number, epoch, 3, False) for trial in chosen for epoch in (1, 2, 3)]  # nothing is measured for nobody
+    sizes = {trial.number: stored_with(trial)["image_size"] for trial in chosen}
+    assert 12 in sizes.values()
     again = {}
     for trial in chosen:
-        model = build_model(space, trial.params, num_classes=3, in_chans=1, image_size=8, seed=0)
-        again[trial.number] = train(model, data, dataclasses.replace(objective.train, epochs=3, record=False))
+        size = sizes[trial.number]
+        model = build_model(space, trial.params, num_classes=3, in_chans=1, image_size=size, seed=2)
+        again[trial.number] = train(model, data, dataclasses.replace(objective.train, epochs=3, record=False), image_size=size)
         record = results(study, 3)[trial.number]
         assert record["accuracy"] == again[trial.number].accuracy
         assert record["val_loss"] == pytest.approx(again[trial.number].curve[-1]["val_loss"], rel=1e-5)
