@@ -9,17 +9,18 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 
-from capnas.errors import StudyError
+from capnas.errors import MissingDependencyError, StudyError
 from capnas.search import storages
 from capnas.search.config import StudyConfig
 from capnas.search.opening import stored_config
 from capnas.search.runs import open_run
-from capnas.search.storages import absolute_storage, find_study, hide_password, open_storage
+from capnas.search.storages import absolute_storage, find_study, hide_password, in_memory, open_storage
 
 
 def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path) -> None:
@@ -66,7 +67,8 @@ def test_a_full_disk_leaves_no_half_record_and_harms_no_other_process(tmp_path: 
 def test_half_a_record_before_a_whole_one_is_taken_out(tmp_path: Path) -> None:
     study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
     path = tmp_path / "journal.log"
-    for half in (b'{"op_code":4,"tri', b'{"op', b'{"op_code":4,"tri{"op_code":8,"a'):
+    for asked, half in enumerate((b'{"op_code":4,"tri', b'{"op', b'{"op_code":4,"tri{"op_code":8,"a'), 1):
+        optuna.load_study(storage=open_storage(None, tmp_path), study_name="s").ask()  # the study has not read this record
         lines = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(b"".join(lines) + half)
         with path.open("ab") as file:
@@ -74,15 +76,18 @@ def test_half_a_record_before_a_whole_one_is_taken_out(tmp_path: Path) -> None:
             file.write(b'{"op_code":2,"worker_id":"w","study_id":0,"user_attr":{"last":1}}\n')
         with pytest.warns(UserWarning, match=rf"took out half a record that a failed write left, in line {len(lines) + 1};"):
             assert study.user_attrs["op"] == {"op_code": str(len(half))}
+        assert len(study.trials) == asked
         assert optuna.load_study(storage=open_storage(None, tmp_path), study_name="s").user_attrs == study.user_attrs
 
 
-def test_damage_under_an_open_study_is_an_error_of_capnas(tmp_path: Path) -> None:
+# the second is no whole record, though it ends in one object
+@pytest.mark.parametrize("line", [b"nonsense\n", b'{"op_code":4,"user_attr":{"op":{"op_code":5}\n'])
+def test_damage_under_an_open_study_is_an_error_of_capnas(tmp_path: Path, line: bytes) -> None:
     study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
     lines = (tmp_path / "journal.log").read_bytes().splitlines(keepends=True)
     with (tmp_path / "journal.log").open("ab") as file:
-        file.write(b"nonsense\n" + lines[-1])
-    with pytest.raises(StudyError, match=rf"journal\.log is damaged in line {len(lines) + 1} \(Expecting value.*restore the file from"):
+        file.write(line + lines[-1])
+    with pytest.raises(StudyError, match=rf"journal\.log is damaged in line {len(lines) + 1} \(Expecting .*restore the file from"):
         study.get_trials()
 
 
@@ -105,6 +110,7 @@ def test_the_lock_of_a_killed_process_is_freed_in_a_folder_named_relatively(tmp_
     for backend in (storage, open_storage("run/other.log", Path("run"))):
         assert backend._backend.lock.acquire()  # and is killed here: those who wait see how old it is
         assert all(link.exists() for link in Path("run").glob("*.lock"))
+        assert backend._backend.lock.grace_period == storages.GRACE
         backend._backend.lock.release()
 
 
@@ -196,6 +202,37 @@ def test_passwords_are_hidden() -> None:
     assert hide_password(None) is None
     assert hide_password("sqlite:///x.db") == "sqlite:///x.db"
     assert hide_password("mysql://u:p@h:3306/d") == "mysql://u:***@h:3306/d"
+    assert hide_password("redis://:p@h") == "redis://:***@h"
+
+
+@pytest.mark.parametrize("url", ["sqlite:///file::memory:?cache=shared&uri=true", "sqlite:///file:x?mode=memory&uri=true"])
+def test_databases_in_memory_have_many_names(url: str) -> None:
+    assert in_memory(url)
+
+
+def test_a_proxy_is_reached_at_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    proxy = SimpleNamespace(wait_server_ready=asked.update)
+    monkeypatch.setattr(optuna.storages, "GrpcStorageProxy", lambda **given: asked.update(given) or proxy)
+    assert open_storage("grpc://db.here:13000", Path()) is proxy
+    assert asked == {"host": "db.here", "port": 13000, "timeout": storages.PATIENCE}
+
+
+@pytest.mark.parametrize(
+    ("url", "advice"),
+    [
+        ("postgresql+psycopg2://me:p@db/x", r"pip install 'capnas\[distributed\]'"),
+        ("mysql://db/x", "install the one that SQLAlchemy names"),
+    ],
+)
+def test_a_driver_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, url: str, advice: str) -> None:
+    def get_storage(url: str) -> None:
+        raise ImportError("No module named 'driver'")
+
+    monkeypatch.setattr(optuna.storages, "get_storage", get_storage)
+    with pytest.raises(MissingDependencyError, match=rf"needs a driver: {advice}.*\(No module named 'driver'\)") as caught:
+        open_storage(url, Path())
+    assert ":p@" not in str(caught.value)
 
 
 @contextlib.contextmanager
@@ -271,19 +308,27 @@ def test_a_path_that_a_url_cannot_hold_stays_relative(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("said", "tries"), [("table studies already exists", 2), ("UNIQUE constraint failed: version_info", 2), ("disk I/O error", 1)]
+    ("said", "failures", "tries"),
+    [
+        ("table studies already exists", 1, 2),
+        ("UNIQUE constraint failed: version_info", 2, 3),
+        ("table studies already exists", 9, 3),
+        ("disk I/O error", 1, 1),
+    ],
 )
-def test_a_database_whose_tables_another_process_makes_is_tried_again(monkeypatch: pytest.MonkeyPatch, said: str, tries: int) -> None:
+def test_a_database_whose_tables_another_process_makes_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, said: str, failures: int, tries: int
+) -> None:
     calls: list[str] = []
 
     def get_storage(url: str) -> str:
         calls.append(url)
-        if len(calls) == 1:
+        if len(calls) <= failures:
             raise RuntimeError(said)
         return "opened"
 
     monkeypatch.setattr(optuna.storages, "get_storage", get_storage)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with contextlib.nullcontext() if tries > 1 else pytest.raises(StudyError, match="cannot be opened: disk I/O error"):
+    with contextlib.nullcontext() if tries > failures else pytest.raises(StudyError, match=f"cannot be opened: {said}"):
         assert open_storage("sqlite:///x.db", Path()) == "opened"
     assert len(calls) == tries
