@@ -15,7 +15,7 @@ from torch import nn
 
 from capnas.errors import SpaceError
 from capnas.spaces import list_spaces
-from capnas.testing import check_space
+from capnas.testing import check_space, draw
 
 SIZES: dict[str, Any] = {"in_chans": 1, "image_size": 8, "num_classes": 3, "draws": 4}
 counter = itertools.count()
@@ -30,7 +30,7 @@ def test_report_of_a_good_space() -> None:
     assert (report.name, report.draws) == ("cnn_space", 10)
     assert report.reasons == ("a wide stem needs fewer than 12 channels",), "the highest draw follows the decision that exists only there"
     assert report.feasible < report.draws
-    assert 1 < report.distinct <= report.feasible
+    assert 3 < report.distinct <= report.feasible
     smallest, largest = (small_cnn(3, 1, width, depth) for width, depth in ((4, 1), (12, 3)))
     assert report.n_params[0] == sum(p.numel() for p in smallest.parameters()), "all lowest is among the draws"
     assert report.n_params[1] <= sum(p.numel() for p in largest.parameters())
@@ -141,6 +141,10 @@ def needs_large_batches(trial: optuna.Trial, **sizes: int) -> nn.Module:
     return nn.Sequential(cnn(trial, sizes), Picky())
 
 
+def fails_between(trial: optuna.Trial, **sizes: int) -> nn.Module:
+    return needs_large_batches(trial, **sizes) if 1 < trial.suggest_int("heads", 1, 99) < 99 else cnn(trial, sizes)
+
+
 def mixes_batch(trial: optuna.Trial, **sizes: int) -> nn.Module:
     class Mean(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,6 +182,7 @@ BROKEN: list[tuple[Callable, str]] = [
     (asks_more_when_rebuilt, r"breaks .*the same architecture: a rebuild fails: .*'more' is not found"),
     (unseeded_weights, r"breaks 1 rule.*the same seed must give the same weights: 1.weight, 1.bias differ"),
     (needs_large_batches, r"breaks 1 rule.*a real forward and backward pass must work: ValueError: not in training"),
+    (fails_between, r"breaks 1 rule.*must work: ValueError: not in training; {'heads': \d+"),
     (mixes_batch, r"breaks 1 rule.*must work: .*batch"),
     (detached, r"breaks 1 rule.*no parameter gets a gradient"),
     (lighter_when_counted, r"breaks 1 rule.*the real model must be the one that was counted"),
@@ -191,6 +196,18 @@ def test_each_broken_rule_is_named(space: Callable, message: str) -> None:
         check_space(space, **SIZES)
     assert (random.getstate(), str(np.random.get_state())) == states
     assert f"the space {space.__name__!r} breaks" in str(error.value)
+
+
+def test_half_of_the_draws_at_random_are_enough() -> None:
+    middle = sum(draw("random", seed).suggest_float("x", 0, 1) for seed in (2, 3)) / 2
+
+    def half(trial: optuna.Trial, **sizes: int) -> nn.Module:
+        if trial.suggest_float("x", 0, 1) > middle:
+            raise optuna.TrialPruned("x is too large")
+        return cnn(trial, sizes)
+
+    report = check_space(half, **{**SIZES, "draws": 2})
+    assert (report.draws, report.feasible) == (4, 2)
 
 
 def test_one_draw_at_random_is_the_least() -> None:
