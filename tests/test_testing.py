@@ -116,6 +116,12 @@ def asks_more_when_rebuilt(trial: optuna.Trial, **sizes: int) -> nn.Module:
     return cnn(trial, sizes)
 
 
+def asks_less_when_rebuilt(trial: optuna.Trial, **sizes: int) -> nn.Module:
+    if not isinstance(trial, optuna.trial.FixedTrial):
+        trial.suggest_int("more", 1, 2)
+    return cnn(trial, sizes)
+
+
 class Unseeded(nn.Linear):
     """Its weights do not come from torch's generator."""
 
@@ -180,6 +186,7 @@ BROKEN: list[tuple[Callable, str]] = [
     (tuple_choices, r"breaks 1 rule.*JSON-safe: {'depths': \(1, 2\), 'width': 4} comes back as {'depths': \[1, 2\], 'width': 4}"),
     (unserialisable, r"JSON-safe: Object of type type is not JSON serializable"),
     (asks_more_when_rebuilt, r"breaks .*the same architecture: a rebuild fails: .*'more' is not found"),
+    (asks_less_when_rebuilt, r"breaks 1 rule.*the same architecture: a rebuild differs .*; {'more': 1, 'width': 4}"),
     (unseeded_weights, r"breaks 1 rule.*the same seed must give the same weights: 1.weight, 1.bias differ"),
     (needs_large_batches, r"breaks 1 rule.*a real forward and backward pass must work: ValueError: not in training"),
     (fails_between, r"breaks 1 rule.*must work: ValueError: not in training; {'heads': \d+"),
