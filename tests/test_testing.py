@@ -39,7 +39,11 @@ def test_report_of_a_good_space() -> None:
 
 def test_generators_and_logging_are_left_alone(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture) -> None:
     states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.INFO)
     check_space(cnn_space, **SIZES)
+    assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    optuna.logging.set_verbosity(verbosity)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), str(np.random.get_state())) == states[1:]
     assert capsys.readouterr() == ("", "")
@@ -108,6 +112,11 @@ def unserialisable(trial: optuna.Trial, **sizes: int) -> nn.Module:
         warnings.simplefilter("ignore")
         act = trial.suggest_categorical("act", [nn.ReLU, nn.SiLU])
     return nn.Sequential(cnn(trial, sizes), act())
+
+
+def infinite(trial: optuna.Trial, **sizes: int) -> nn.Module:
+    trial.suggest_categorical("most", [float("inf"), 6.0])
+    return cnn(trial, sizes)
 
 
 def asks_more_when_rebuilt(trial: optuna.Trial, **sizes: int) -> nn.Module:
@@ -185,6 +194,7 @@ BROKEN: list[tuple[Callable, str]] = [
     (remembers, r"the same parameters must give the same architecture: a rebuild differs .*or remember earlier calls\?\); {'width': 4}"),
     (tuple_choices, r"breaks 1 rule.*JSON-safe: {'depths': \(1, 2\), 'width': 4} comes back as {'depths': \[1, 2\], 'width': 4}"),
     (unserialisable, r"JSON-safe: Object of type type is not JSON serializable"),
+    (infinite, r"breaks 1 rule.*JSON-safe: Out of range float values are not JSON compliant.*; {'most': inf, 'width': 4}"),
     (asks_more_when_rebuilt, r"breaks .*the same architecture: a rebuild fails: .*'more' is not found"),
     (asks_less_when_rebuilt, r"breaks 1 rule.*the same architecture: a rebuild differs .*; {'more': 1, 'width': 4}"),
     (unseeded_weights, r"breaks 1 rule.*the same seed must give the same weights: 1.weight, 1.bias differ"),
