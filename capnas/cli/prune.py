@@ -57,7 +57,7 @@ def prune(
         from capnas.narrowing.pruning import PruneConfig, propose
         from capnas.narrowing.pruning import prune as prune_model
         from capnas.saved import check_free, save_model
-        from capnas.search.opening import check_outside, data_record
+        from capnas.search.opening import check_outside, data_record, input_record
         from capnas.search.target import open_target
 
         config = PruneConfig(
@@ -90,6 +90,7 @@ def prune(
             report = result.report | {"saw_validation": found.saw_validation}
             document = {"target": found.name, "plan": result.plan.to_dict(), "report": report, "out": str(out)}
             extra = {"target": found.name, "data": data_record(found.data), "trained": True, "report": report}
+            extra["inputs"] = input_record(found.data, found.image_size)
             if found.saw_validation:
                 extra["retrained"] = True
             save_model(result.model.cpu(), place, found.recipe, extra=extra, force=force)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from capnas.candidates import Infeasible, build_candidate
 from capnas.data import DataSpec, ImageData
 from capnas.data.digest import digest_changes
+from capnas.documents import plain
 from capnas.errors import SpaceError, StudyError
 from capnas.objective import Objective
 from capnas.objective.claims import at_work, own_claim
@@ -246,7 +247,21 @@ def data_record(data: ImageData) -> dict[str, Any] | None:
     """
     if data.spec.source is None:
         return None
-    plain = DataSpec(source=data.spec.source)
+    usual = DataSpec(source=data.spec.source)
     chosen = {f.name: getattr(data.spec, f.name) for f in fields(DataSpec) if f.name not in ("source", "augment", "workers")}
     chosen["augment"] = False if data.spec.augment is False else None  # an `Augment` cannot be told in JSON
-    return {"source": str(data.spec.source), "options": {k: v for k, v in chosen.items() if v != getattr(plain, k)}}
+    return {"source": str(data.spec.source), "options": {k: v for k, v in chosen.items() if v != getattr(usual, k)}}
+
+
+def input_record(data: ImageData, image_size: int) -> dict[str, Any]:
+    """What a network of these images takes, in JSON values, for a manifest: whoever uses it elsewhere has to prepare images alike.
+
+    Bytes count as 0..1 for ``mean`` and ``std``, float arrays in their own units; ``class_names`` are in the order of the outputs.
+
+    >>> from capnas.data import load_data
+    >>> record = input_record(load_data("fashion-mnist-12k"), 32)
+    >>> record["image_size"], [round(m, 2) for m in record["mean"]], record["class_names"][:2]
+    (32, [0.29], ['T-shirt/top', 'Trouser'])
+    """
+    names = ("in_chans", "mean", "std", "class_names")
+    return plain({"image_size": image_size} | {name: getattr(data, name) for name in names})

@@ -26,6 +26,7 @@ from capnas.search.runs import open_run
 from capnas.search.trials import parse_trial, read_retrained, rebuild
 
 _SHAPE = ("num_classes", "in_chans")
+_NOTHING: Mapping[str, Any] = {}
 _PREPARED = ("image_size", "in_chans", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
@@ -300,7 +301,8 @@ def _saved(folder: Path, data: str | ImageData | None, image_size: int | None, o
     known = extra.get("data") or {}
     shape = {k: (_timm_shape(recipe["timm"]) | recipe.get("args", {}) if "timm" in recipe else recipe)[k] for k in _SHAPE}
     size = recipe.get("image_size")
-    images, own = _images_of(known.get("source") or EMBEDDED, known.get("options") or {}, data, options, size=size)
+    told = {name: tuple(found) for name in ("mean", "std") if (found := (extra.get("inputs") or {}).get(name)) is not None}
+    images, own = _images_of(known.get("source") or EMBEDDED, known.get("options") or {}, data, options, like={"image_size": size} | told)
     size = image_size or size or images.image_size
     if shape != {"num_classes": images.num_classes, "in_chans": images.in_chans}:
         raise UsageError(
@@ -319,9 +321,9 @@ def _timm_shape(name: str) -> dict[str, int]:
 
 
 def _images_of(
-    source: str, recorded: Mapping[str, Any], data: str | ImageData | None, options: dict[str, Any], *, size: int | None = None
+    source: str, recorded: Mapping[str, Any], data: str | ImageData | None, options: dict[str, Any], *, like: Mapping[str, Any] = _NOTHING
 ) -> tuple[ImageData, bool]:
-    """The images asked for, and whether they are those of a source, which are then read and split as recorded."""
+    """The images asked for, prepared ``like``, and whether they are those of a source, which are then read and split as recorded."""
     if isinstance(data, ImageData):
         return data, False
     source, recorded = absolute_images(source, recorded)
@@ -329,4 +331,4 @@ def _images_of(
     if given == source:
         return load_data(source, **recorded | options), True
     prepared = {name: value for name, value in recorded.items() if name in _PREPARED}
-    return load_data(given, **{"image_size": size} | prepared | options), False
+    return load_data(given, **{**like, **prepared, **options}), False

@@ -24,7 +24,7 @@ from capnas.errors import StudyError, UsageError, one_line
 from capnas.objective.evaluation import Evaluation
 from capnas.profile import Profile
 from capnas.saved import MANIFEST, check_folder, save_model
-from capnas.search.opening import DATA, data_changes, data_facts, data_record
+from capnas.search.opening import DATA, data_changes, data_facts, data_record, input_record
 from capnas.search.runs import RunResult
 from capnas.search.standalone import standalone_script
 from capnas.search.storages import locked
@@ -236,6 +236,7 @@ def retrain_trial(
         name = f"retrained/trial-{found.number}-epochs-{epochs}-seed-{seed}"
         folder = next(n for i in itertools.count(1) if (n := f"{name}-{i}" if i > 1 else name) not in others)
         extra = {"target": f"trial {found.number} of {key['study']}", "data": data_record(found.data), "trained": True, "retrained": key}
+        extra["inputs"] = input_record(found.data, found.candidate.image_size)
         try:
             save_model(model.cpu(), found.run.folder / folder, found.recipe, extra=extra, force=True)
             place = folder

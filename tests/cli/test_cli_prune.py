@@ -48,6 +48,8 @@ def test_plan_edit_prune_and_load(run: Run, saved: Path, tmp_path: Path) -> None
     assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
     manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
     assert manifest["extra"]["report"]["accuracy"]["before"] >= 0
+    assert manifest["extra"]["inputs"]["image_size"] == manifest["recipe"]["image_size"]
+    assert manifest["extra"]["inputs"]["class_names"] == ["0", "1", "2"]
     code, out, err = run("prune", saved, "--target-macs", "0.6", "--out", tmp_path / "small", *SHORT)
     assert code == 2
     assert "force (--force) to write over it" in err

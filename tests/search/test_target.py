@@ -20,7 +20,7 @@ from capnas.saved import build_recipe, save_model
 from capnas.search import run_study
 from capnas.search.config import StudyConfig
 from capnas.search.inspection import inspect_target
-from capnas.search.opening import data_record
+from capnas.search.opening import data_record, input_record
 from capnas.search.runs import open_run
 from capnas.search.target import open_largest, open_network, open_target
 from capnas.search.trials import rebuild, retrain_trial
@@ -99,7 +99,9 @@ def test_images_given_by_name_are_split_as_they_were_and_others_prepared_like_th
     given = {"image_size": 16, "in_chans": 1, "crop_pct": 0.8, "mean": (0.2,), "std": (0.3,)}
     plain = open_target("test_resnet", data="images", data_options=given | {"validation": 0.3, "seed": 5})
     record = data_record(plain.data)
-    place = save_model(plain.build(), tmp_path / "m", plain.recipe, extra={"data": record, "retrained": {"seed": 0}})
+    inputs = input_record(plain.data, 16)
+    assert inputs == {"image_size": 16, "in_chans": 1, "mean": [0.2], "std": [0.3], "class_names": list(plain.data.class_names)}
+    place = save_model(plain.build(), tmp_path / "m", plain.recipe, extra={"data": record, "retrained": {"seed": 0}, "inputs": inputs})
     own = [open_target(str(place), data=data) for data in (None, "images", f"{source}/")]
     monkeypatch.chdir(tmp_path)
     for same in (*own, open_target(str(place))):
@@ -112,6 +114,9 @@ def test_images_given_by_name_are_split_as_they_were_and_others_prepared_like_th
     assert not other.saw_validation
     assert (other.data.image_size, other.data.in_chans, other.data.mean, other.data.spec.crop_pct) == (16, 1, [0.2], 0.8)
     assert (other.data.spec.validation, other.data.spec.seed) == (0.1, 0)
+    record["options"] = {k: v for k, v in record["options"].items() if k not in ("mean", "std")}  # those of its own images, then
+    save_model(plain.build(), tmp_path / "m", plain.recipe, extra={"data": record, "inputs": inputs}, force=True)
+    assert open_target(str(place), data="others").data.mean == (0.2,)
     trial = open_target(f"{folder}:0", data="others", data_options={"mean": (0.1,)})
     assert (trial.data.in_chans, trial.data.mean, trial.data.spec.source) == (1, (0.1,), str(tmp_path / "others"))
     same_split, run = open_target(f"{folder}:0", data=source).data.index, open_target(f"{folder}:0").data.index

@@ -211,6 +211,8 @@ def test_retraining_waits_for_another_that_writes(run: RunResult, data: ImageDat
 def test_a_retrained_network_that_is_gone_is_not_named(run: RunResult, data: ImageData, tmp_path: Path) -> None:
     found = rebuild(dataclasses.replace(run, folder=tmp_path), data=data)
     record = retrain_trial(found, epochs=1, device="cpu")
+    inputs = json.loads((tmp_path / record["model"] / "manifest.json").read_text())["extra"]["inputs"]
+    assert (inputs["mean"], inputs["class_names"]) == (list(found.data.mean), list(found.data.class_names))
     shutil.rmtree(tmp_path / record["model"])
     again = retrain_trial(found, epochs=1, device="cpu")
     assert (again["model"], again["test_accuracy"]) == (None, record["test_accuracy"])
