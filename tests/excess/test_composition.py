@@ -142,6 +142,7 @@ def test_constants_of_activations_are_their_steepest_slopes(activation: Callable
         (lambda m, x: m.a(x) * torch.sigmoid(m.b(x)), "product of two feature maps"),
         (lambda m, x: m.a(x) * m.scale, "learned scale"),
         (lambda m, x: m.a(x) + m.scale, "shift"),
+        (lambda m, x: m.a(x) + m.b(x).mean((2, 3), keepdim=True), r"aten\.add"),  # each value counts at many places
         (lambda m, x: torch.sigmoid(m.a(x)), "aten.sigmoid"),
         (lambda m, x: F.conv2d(x, m.a.weight * 2, padding=1), "weight that is computed"),
         (lambda m, x: F.conv2d(x, m.a.weight, m.scale.flatten()), "layer with a bias"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
-from capnas.excess import training
+from capnas.excess import network, training
 from capnas.excess.network import Limits, PaperNetwork, paper_network
 from capnas.excess.training import Recipe, Run, every_image, train_run
 
@@ -32,6 +33,42 @@ def fresh(seed: int = 0) -> PaperNetwork:
 @pytest.fixture(scope="module")
 def free(data: ImageData) -> Run:
     return train_run(fresh(), data, recipe=RECIPE)
+
+
+def test_a_layer_too_wide_to_be_clipped_is_rescaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, weight = fresh().trained[1], torch.randn(8, 6, 3, 3)
+    limits = Limits(norm=0.5 * operator.norm(weight), distance=1e9)
+    clipped = operator.constrain(weight, weight, limits, sweeps=1)
+    monkeypatch.setattr(network, "_WORK", 0)
+    torch.testing.assert_close(operator.constrain(weight, weight, limits, sweeps=1), 0.5 * weight)
+    assert float((clipped - weight).norm()) < 0.4 * float(weight.norm())
+
+
+def test_a_run_follows_its_recipe(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, projected, asked, batches = list[float](), list[tuple[Any, ...]](), list[tuple[Any, ...]](), ImageData.batches
+
+    class Told(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            rates.append(self.param_groups[0]["lr"])
+            super().step(closure)
+
+    def given(self: ImageData, split: str, batch_size: int, **options: Any) -> Any:
+        asked.append((split, batch_size, *(options[name] for name in ("epoch", "seed", "augment"))))
+        return batches(self, split, batch_size, **options)
+
+    def project(*_: Any, sweeps: int, exact: bool = False) -> None:
+        projected.append((len(rates), sweeps, exact))
+
+    monkeypatch.setattr(torch.optim, "SGD", Told)
+    monkeypatch.setattr(ImageData, "batches", given)
+    monkeypatch.setattr(training, "_project", project)
+    limits = {operator.name: Limits(norm=1e9, distance=1e9) for operator in fresh().trained}
+    recipe = Recipe(epochs=2, batch_size=32, lr=0.2, project_every=3, final_sweeps=4)
+    train_run(fresh(), data, limits=limits, recipe=recipe, seed=5, device="cpu")
+    total = 2 * data.steps("train", 32)
+    assert rates == pytest.approx([0.1 * (1 + math.cos(math.pi * step / total)) for step in range(total)])
+    assert projected == [*((step, 1, False) for step in range(3, total + 1, 3)), (total, 4, True)]
+    assert asked == [("train", 32, epoch, 5, False) for epoch in (0, 1)]
 
 
 def test_constraints_hold_after_training_as_recomputed_from_definitions(data: ImageData, free: Run) -> None:

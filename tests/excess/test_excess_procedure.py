@@ -12,7 +12,7 @@ from torch import nn
 
 from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
-from capnas.excess import ExcessStudy, Recipe, Run, excess_capacity, read_study
+from capnas.excess import ExcessStudy, Recipe, Run, _sample, excess_capacity, read_study
 from capnas.measures.guessing import no_better_than_a_guess
 from capnas.measures.resolution import SizeReading, recommend
 
@@ -47,7 +47,7 @@ def test_a_trivial_task_leaves_more_capacity_to_spare_than_a_hard_one() -> None:
 
 
 def test_a_study_is_kept_resumed_and_widened(tmp_path: Path) -> None:
-    data, trained = task("trivial"), list[Run]()
+    data, trained, starts = task("trivial"), list[Run](), list[tuple[int, int]]()
     first = measure(data, out=tmp_path, on_run=trained.append, full_grid=True)
     assert [(r.lipschitz, r.distance) for r in trained] == [(None, None), (1.0, 0.3), (0.5, 1.0), (0.5, 0.3)]
     assert read_study(tmp_path) == first
@@ -62,6 +62,8 @@ def test_a_study_is_kept_resumed_and_widened(tmp_path: Path) -> None:
     wider = measure(data, out=tmp_path, on_run=trained.append, full_grid=True, seeds=(0, 1))
     assert len(trained) == 9
     assert wider.read().seeds == (0, 1)
+    measure(data, out=tmp_path, seeds=(2,), lipschitz=(0.5,), distance=(1.0,), on_start=lambda *n: starts.append(n))
+    assert starts == [(0, 2)], "what is kept of other seeds and settings is none of it"
     with pytest.raises(StudyError, match=r"another recipe; give a new folder"):
         measure(data, out=tmp_path, recipe=Recipe(epochs=1))
     runs.write_text("{}\n" + runs.read_text())
@@ -115,6 +117,8 @@ def test_header_says_what_was_asked_and_the_model_is_left_alone() -> None:
     assert (study.header["model"], study.header["grid"], study.header["seeds"]) == ("mine", [[0.5, 1.0]], [4])
     stacked = np.concatenate([x.double().numpy().ravel() for x in [data.probe(10**6)[0]]])
     assert study.header["sample"] == {"data_norm": pytest.approx(float(np.sqrt((stacked**2).sum()))), "samples": data.sizes["train"]}
+    resized = data.probe(10**6, image_size=6)[0].double().norm()
+    assert _sample(data, 6).data_norm == pytest.approx(float(resized))
     rows = study.layers(study.read(tolerance=0.99).tightest["club"])
     assert [r["name"] for r in rows] == ["0", "2", "5"]
     assert rows[0]["norm_limit"] == pytest.approx(0.5 * rows[0]["norm"])
@@ -138,6 +142,8 @@ def test_a_study_whose_unconstrained_network_only_guesses_says_so(tmp_path: Path
     assert poor.at_chance
     assert not measure(data, recipe=replace(RECIPE, epochs=8), **short | {"out": None}).at_chance
     assert poor.chance == data.guess
+    others = [replace(poor.runs[0], seed=seed, validation_error=0.0) for seed in range(1, 9)]
+    assert replace(poor, runs=(*poor.runs, *others)).at_chance  # the study is of seed 0
 
     header = json.loads((tmp_path / "study.json").read_text())
     del header["chance"]  # as older studies are

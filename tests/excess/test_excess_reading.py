@@ -10,6 +10,7 @@ from capnas.errors import StudyError, UsageError
 from capnas.excess.composition import Stage, Step
 from capnas.excess.reading import Reading, Sample, class_bounds, holds, read
 from capnas.excess.training import LayerState, Run
+from capnas.measures.slack import LayerMotion, capacity_slack
 
 STAGES = tuple(Stage(branches=((Step(layer=name),),)) for name in ("a", "b", "c", "head"))
 SAMPLE = Sample(data_norm=1e7, samples=100)  # so large that ceilings and 4/n vanish beside the rest
@@ -86,6 +87,8 @@ def test_errors_are_compared_over_seeds_and_each_seed_is_also_judged_alone() -> 
     assert reading.per_seed["club"] == pytest.approx((0.0, math.log10(2)), abs=1e-4)
     assert reading.seeds == (0, 1)
     assert reading.validation_error == pytest.approx(0.25)
+    motion = [LayerMotion(norm_start=s.norm_start, norm_end=s.norm, distance=s.distance, radius=s.radius) for s in layers()[:-1]]
+    assert reading.slack == pytest.approx(capacity_slack(motion, fit=0.9))
 
 
 def test_scaling_a_network_down_has_no_decades_at_its_own_margin() -> None:
