@@ -145,6 +145,19 @@ def test_importances_are_of_reaching_the_best_of_the_first_value(tmp_path: Path)
     assert found["macs", "accuracy"] == pytest.approx(found["accuracy",])
 
 
+def test_decisions_are_told_apart_from_six_trials_on_and_their_names_are_text(tmp_path: Path) -> None:
+    config = StudyConfig(space="tiny", data="noise", study="told", trials=6, values=("accuracy",), out=str(tmp_path))
+    study = optuna.create_study(study_name=config.name, directions=config.directions)
+    run, scale = RunResult(folder=tmp_path, config=config, study=study), {"<i>w": optuna.distributions.FloatDistribution(0, 1)}
+    told = []
+    for n in range(6):
+        found = {ATTRIBUTE: Evaluation(status="complete", metrics={"accuracy": n / 9}).to_dict()}
+        study.add_trial(optuna.trial.create_trial(params={"<i>w": n / 9}, distributions=scale, values=[n / 9], user_attrs=found))
+        told += ["Which decisions mattered" in figures(run)] if n > 3 else []
+    assert told == [False, True]
+    assert all("&lt;i&gt;w: 0" in text for text in figures(run)["Accuracy over the search"].data[2].hovertext)
+
+
 def test_bars_are_the_given_correlations(run: RunResult) -> None:
     rows = [{"score": "a", "spearman": 0.5, "partial": None, "chance": 0.3, "trials": 9}]
     assert "What went with accuracy" not in figures(run)
