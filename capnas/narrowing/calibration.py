@@ -197,15 +197,15 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
     {'0': '1'}
     """
     names = {m: n for n, m in model.named_modules()}
-    made: dict[int, tuple[str, Tensor]] = {}
+    made: dict[int, tuple[str, Tensor, int]] = {}
     found: dict[str, str] = {}
 
     def note(module: nn.Module, args: Any, y: Tensor) -> None:
-        made[id(y)] = (names[module], y)
+        made[id(y)] = (names[module], y, y._version)  # an activation in place changes the tensor and passes it on
 
     def look(module: nn.Module, args: Any) -> None:
-        name, y = made.get(id(args[0]), ("", None))
-        if y is args[0]:
+        name, y, version = made.get(id(args[0]), ("", None, 0))
+        if y is args[0] and y._version == version:
             found[name] = names[module]
 
     layers = {n: note for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}

@@ -313,6 +313,9 @@ def test_residual_streams_are_narrowed_as_one() -> None:
 
 def test_norms_behind_their_layers() -> None:
     assert norms_behind(redundant(), torch.randn(2, 2, 8, 8)) == {"0": "1"}
+    for inplace in (False, True):
+        later = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(inplace=inplace), nn.BatchNorm2d(2))
+        assert norms_behind(later, torch.randn(2, 1, 2, 2)) == {}
     between = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.BatchNorm2d(2))
     assert norms_behind(copy.deepcopy(between), torch.randn(2, 1, 2, 2)) == {}
 
