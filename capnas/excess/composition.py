@@ -195,7 +195,7 @@ def _step(node: Node) -> Step:
     if kind.rstrip("_") in ("mul", "div") and isinstance(node.attrs.get("other"), int | float) and len(node.inputs) == 1:
         factor = abs(float(node.attrs["other"]))
         return Step(constant=factor if kind.startswith("mul") else 1 / factor)
-    if kind == "constant_pad_nd" and not node.attrs.get("value", 0) and min(node.attrs["pad"]) >= 0:
+    if kind == "constant_pad_nd" and not node.attrs.get("value", 0):
         return Step()
     if "norm" in kind:
         raise _outside(node, "a norm layer")

@@ -80,6 +80,11 @@ def test_bounds_of_a_residual_network_are_those_of_its_blocks_by_hand() -> None:
     assert 10**ours.lipschitz == pytest.approx((1 + 1.5 * 0.7) * 0.5 * 2)
 
 
+def test_maps_without_weights_side_by_side_add_up_in_squares() -> None:
+    found = stages_of(Called(lambda m, x: m.b(torch.cat([x[:, :2], F.relu(x[:, 2:])], 1))))
+    assert blocks(found[:1], {})[0].branches[0][0].norm == pytest.approx(math.sqrt(2))
+
+
 def test_no_pair_of_images_moves_further_than_the_product_of_constants() -> None:
     model = Called(lambda m, x: F.adaptive_avg_pool2d(torch.cat([m.b(F.silu(m.a(x))), F.max_pool2d(x, 3, 1, 1)], 1), 3).flatten(1)).double()
     shape = (1, 4, 6, 6)
@@ -104,8 +109,9 @@ def test_no_pair_of_images_moves_further_than_the_product_of_constants() -> None
     "pool",
     [lambda x: F.avg_pool2d(x, 2), lambda x: F.avg_pool2d(x, 3, 2, 1), lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
      lambda x: F.avg_pool2d(x, 2, 2, ceil_mode=True), lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
-     lambda x: F.adaptive_avg_pool2d(x, 9), lambda x: x.mean((2, 3), keepdim=True), lambda x: x / 4],
-    ids=["pairs", "overlapping", "padding left out", "ceil", "global", "uneven", "upward", "mean", "scaled"],
+     lambda x: F.adaptive_avg_pool2d(x, 9), lambda x: x.mean((2, 3), keepdim=True), lambda x: x / 4,
+     lambda x: F.pad(x, (1, -1)) / 2],
+    ids=["pairs", "overlapping", "padding left out", "ceil", "global", "uneven", "upward", "mean", "scaled", "moved"],
 )  # fmt: skip
 def test_constants_of_linear_maps_are_their_operator_norms(pool: Callable[[Tensor], Tensor]) -> None:
     found = stages_of(Called(lambda m, x: m.b(pool(x)), channels=1), (1, 1, 7, 7))
@@ -122,7 +128,19 @@ def test_a_network_whose_maps_have_their_channels_last_is_composed_alike() -> No
 
 
 @pytest.mark.parametrize(
-    "activation", [F.relu, F.gelu, F.silu, F.hardswish, F.mish, F.elu, torch.tanh, F.relu6, lambda x: F.leaky_relu(x, 1.5)]
+    "activation",
+    [
+        F.relu,
+        F.gelu,
+        F.silu,
+        F.hardswish,
+        F.mish,
+        F.elu,
+        torch.tanh,
+        F.relu6,
+        lambda x: F.leaky_relu(x, 1.5),
+        lambda x: F.leaky_relu(x, 0.1),
+    ],
 )
 def test_constants_of_activations_are_their_steepest_slopes(activation: Callable[[Tensor], Tensor]) -> None:
     found = stages_of(Called(lambda m, x: m.b(activation(x))))
@@ -142,6 +160,8 @@ def test_constants_of_activations_are_their_steepest_slopes(activation: Callable
         (lambda m, x: m.a(x) * torch.sigmoid(m.b(x)), "product of two feature maps"),
         (lambda m, x: m.a(x) * m.scale, "learned scale"),
         (lambda m, x: m.a(x) + m.scale, "shift"),
+        (lambda m, x: torch.add(x, m.b(x), alpha=3), r"aten\.add"),
+        (lambda m, x: m.a(F.pad(x, (1, 1), value=1.0)), r"aten\.constant_pad_nd"),
         (lambda m, x: m.a(x) + m.b(x).mean((2, 3), keepdim=True), r"aten\.add"),  # each value counts at many places
         (lambda m, x: torch.sigmoid(m.a(x)), "aten.sigmoid"),
         (lambda m, x: F.conv2d(x, m.a.weight * 2, padding=1), "weight that is computed"),
