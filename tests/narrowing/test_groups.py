@@ -43,6 +43,13 @@ def test_units_are_in_the_order_of_the_first_layer_and_positions_ascend() -> Non
     assert dict(found.fixed) == {"4": CLASSES}
 
 
+def test_a_layer_that_is_not_called_stays_frozen() -> None:
+    model = plain()
+    model[0].spare = nn.Linear(2, 2).requires_grad_(False)
+    assert find_groups(model, IMAGES).fixed["0.spare"] == "the network does not call it"
+    assert not model[0].spare.weight.requires_grad
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_network_is_left_as_it_was(frozen: bool) -> None:
     model = nn.Sequential(nn.Dropout(0.5), *plain()).requires_grad_(not frozen)

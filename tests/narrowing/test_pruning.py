@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from tiny_space import FILE, images
+from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 from torch.nn.utils.prune import l1_unstructured
@@ -16,8 +17,9 @@ from capnas.candidates import count_cost
 from capnas.data import Augment, ImageData, load_data
 from capnas.errors import CapnasError, MissingDependencyError, UsageError
 from capnas.narrowing import CannotNarrow, narrowed, pruning
+from capnas.narrowing.planning import plan_widths
 from capnas.narrowing.pruning import PruneConfig, calibration_images, pretrain, propose, prune
-from capnas.narrowing.survey import saturations
+from capnas.narrowing.survey import saturations, survey
 from capnas.saved import build_recipe
 from capnas.training import evaluate
 
@@ -34,6 +36,24 @@ def data() -> ImageData:
 @pytest.fixture(scope="module")
 def trained(data: ImageData) -> torch.nn.Module:
     return pretrain(build_recipe(RECIPE), data, PruneConfig(target_macs=0.5, train_epochs=25, **SHORT), image_size=8)
+
+
+def test_calibration_images_are_drawn_by_the_seed(data: ImageData) -> None:
+    first, other = (calibration_images(data, 16, 8, seed=seed, device=torch.device("cpu")) for seed in (0, 1))
+    assert torch.equal(first, data.probe(16, seed=0)[0])
+    assert torch.equal(other, data.probe(16, seed=1)[0])
+    assert not torch.equal(first, other)
+
+
+def test_a_plan_tells_what_each_group_costs_and_loses() -> None:
+    wise = nn.Conv2d(6, 6, 3, groups=6)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), wise, nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(16, 3)).eval()
+    found = survey(net, torch.randn(64, 1, 8, 8))
+    row = plan_widths(found, widths={"0": 2}).groups[0]
+    layers = count_cost(net, (1, 1, 8, 8)).layers
+    assert row.loss == float(found.paths[0].losses[4]) != float(found.paths[0].losses[2])  # of the four that go
+    assert (row.macs, row.params) == tuple(getattr(layers["0"], what) + getattr(layers["2"], what) for what in ("macs", "params"))
+    assert row.planned_macs == pytest.approx(row.macs / 3, abs=1)
 
 
 def test_half_the_macs_keep_the_accuracy_and_the_network_is_left_alone(trained: torch.nn.Module, data: ImageData) -> None:
