@@ -189,6 +189,15 @@ def test_a_table_whose_trials_are_lost_is_not_replaced(tmp_path: Path, data: Ima
     assert (tmp_path / "trials.csv").read_text() == table
 
 
+def test_a_table_of_interrupted_trials_alone_is_replaced(tmp_path: Path, data: ImageData) -> None:
+    (tmp_path / "trials.csv").write_text("number,status\n0,interrupted\n", encoding="utf-8")
+    assert run_study(config(tmp_path, trials=1), space=space, data=data).n_finished == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "trials.csv").write_text("number,status\n0,interrupted\n1,failed\n", encoding="utf-8")
+    with pytest.raises(StudyError, match=r"trials\.csv lists 1 finished trials, but .* holds none"):
+        run_study(config(tmp_path / "other", trials=1), space=space, data=data)
+
+
 def test_images_that_changed_are_refused_before_a_new_trial(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images")
     settings = config(tmp_path / "run", space=FILE, data=str(folder), trials=1, data_options={"image_size": 8, "in_chans": 1})
@@ -479,12 +488,12 @@ def test_a_space_that_changed_between_two_sessions_is_told(tmp_path: Path, data:
     def changed(layer: str, name: str = "width") -> Callable[..., nn.Module]:
         def space(trial: optuna.Trial, *, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
             width = trial.suggest_int(name, 2, 4)
-            return nn.Sequential(nn.Conv2d(in_chans, width, 3), getattr(nn, layer)(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                                 nn.Linear(width, num_classes))  # fmt: skip
+            stem = nn.Conv2d(in_chans, width, 3, stride=2 if image_size > data.image_size else 1)
+            return nn.Sequential(stem, getattr(nn, layer)(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
         return space
 
-    first = config(tmp_path, space="mine", trials=2)
+    first = config(tmp_path, space="mine", trials=2, resolutions=(data.image_size + 4,))
     run_study(first, space=changed("ReLU"), data=data)
     more = replace(first, trials=3)
     for other, what in ((changed("SiLU"), "another architecture"), (changed("ReLU", "w"), "no network")):
