@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from capnas.data import Augment, DataSpec, ImageData, load_data
+from capnas.data import Augment, ImageData, load_data
 from capnas.data.batching import InMemory
 from capnas.data.decoding import judge_unreadable
 from capnas.data.splits import carve, check_classes
@@ -643,7 +643,7 @@ def test_a_named_set_pickles_as_its_spec(embedded: ImageData, pets: Path) -> Non
         packed = pickle.dumps(data)
         assert len(packed) < 1000
         assert torch.equal(pickle.loads(packed).probe(4)[0], data.probe(4)[0])
-    assert DataSpec(image_size=12, validation=0.2).load().sizes["validation"] == 2000
+    assert load_data(image_size=12, validation=0.2).sizes["validation"] == 2000
 
 
 def test_arrays_pickle_with_the_test_split_closed() -> None:
