@@ -23,7 +23,7 @@ from capnas.latency import latencies
 from capnas.layers import has_block
 from capnas.measures.resolution import unusable
 from capnas.objective.claims import claimed
-from capnas.objective.evaluation import LOOKED, Evaluation, fingerprint, recipe, timed
+from capnas.objective.evaluation import LOOKED, Evaluation, checked, fingerprint, recipe, timed
 from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
 from capnas.objective.history import VALUED, find_twin, ignores_pruned, take_over, worst_values
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
@@ -79,7 +79,8 @@ class Objective:
         train: the training, as a `capnas.TrainConfig` or its fields by name; epochs, blocks, seed and device only where these are None.
         trainer: what trains a candidate in place, for recipes of your own; `capnas.training.train` where None. It is called as that is,
             with the model, the images, the `capnas.TrainConfig`, ``image_size`` and ``on_epoch``, and gives a
-            `capnas.training.TrainingResult`: see ``examples/own_training.py``. Finals are trained by it as well.
+            `capnas.training.TrainingResult`: see ``examples/own_training.py``. Finals are trained by it as well. Sums and finals leave out
+            losses that its curve does not tell. It is known by its name: give one that trains otherwise another name, or another study.
         stopping: the rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
         probe_images: size of the batch for the structure before training.
         initializations: draws of the untrained network's weights over which its saturations are means, see `capnas.profile_model`.
@@ -266,9 +267,7 @@ class Objective:
             judge = judging(
                 trial, found, names=self.names, weights=self.weights, epochs=self.train.epochs, rule=self.stopping, on_epoch=self.on_epoch
             )
-            result = (self.trainer or train)(model, data, self.train, image_size=size, on_epoch=judge)
-        if not isinstance(result, TrainingResult):
-            raise UsageError(f"trainer must give a capnas.training.TrainingResult, got {type(result).__name__}.")
+            result = checked((self.trainer or train)(model, data, self.train, image_size=size, on_epoch=judge))
         found["curve"] = result.curve
         if result.curve:
             metrics |= {name: result.curve[-1][name] for name in TOLD if name in result.curve[-1]}

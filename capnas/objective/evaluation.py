@@ -16,13 +16,14 @@ from optuna.trial import FrozenTrial
 
 from capnas.data import ImageData
 from capnas.documents import plain
-from capnas.errors import StudyError, check_names, check_type
+from capnas.errors import StudyError, UsageError, check_names, check_type, one_of
 from capnas.profile import INITIALIZATIONS, Profile
-from capnas.training import TrainConfig
+from capnas.training import TrainConfig, TrainingResult
 
 ATTRIBUTE = "capnas"  # key of the trial's user attribute
 SHOWN = ("accuracy", "params", "macs", "latency")  # metrics with an attribute of their own, beside ``capnas:status``
 VERSION = 1
+ENDS = ("complete", "stopped", "diverged", "out_of_memory")  # statuses of a training
 LOOKED: Mapping[str, int] = {"probe_images": 64, "initializations": INITIALIZATIONS}  # how the untrained network is read, usually
 STATUSES = (
     "complete", "duplicate", "stopped", "over_budget", "infeasible", "gated", "measured", "diverged", "out_of_memory", "failed",
@@ -152,6 +153,24 @@ def recipe(train: TrainConfig | Mapping[str, Any] | None, **own: Any) -> TrainCo
         check_names("train", train or {}, {f.name for f in fields(TrainConfig)})
         train = TrainConfig(**train or {})
     return dataclasses.replace(train, **{name: value for name, value in own.items() if value is not None})
+
+
+def checked(result: Any) -> TrainingResult:
+    """What a trainer gave, where a trial can be judged by it.
+
+    Raises:
+        UsageError: it is no `TrainingResult`, ended in no known way, or is complete without an accuracy.
+
+    >>> checked(TrainingResult(status="complete", curve=({"accuracy": 0.5},))).status
+    'complete'
+    """
+    if not isinstance(result, TrainingResult):
+        raise UsageError(f"trainer must give a capnas.training.TrainingResult, got {type(result).__name__}.")
+    if result.status not in ENDS:
+        raise UsageError(one_of("status of a trainer's TrainingResult", result.status, ENDS))
+    if result.status == "complete" and not (result.curve and all("accuracy" in row for row in result.curve)):
+        raise UsageError("a trainer's complete TrainingResult needs a curve with the accuracy on validation in every row.")
+    return result
 
 
 def fingerprint(train: TrainConfig, data: ImageData, trainer: Callable[..., Any] | None = None, **looked: int) -> str:

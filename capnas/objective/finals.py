@@ -8,6 +8,9 @@ because that says little, a longer one no longer needs.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
@@ -19,7 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 from capnas.candidates import build_model
 from capnas.documents import plain
 from capnas.errors import UsageError, described
-from capnas.objective.evaluation import fingerprint, stored_with
+from capnas.objective.evaluation import checked, fingerprint, stored_with
+from capnas.objective.gates import or_nan
 from capnas.objective.targets import LEARNED, TOLD
 from capnas.profile import Profile
 from capnas.training import TrainConfig, train
@@ -125,10 +129,12 @@ def standing(final: Mapping[str, Any]) -> float:
     the one of the training is of all its images: it alone orders architectures better than the accuracy does (Ru et al., 2021,
     arXiv 2006.04492), as long as they do not learn them by heart; then the loss on validation tells.
 
-    >>> round(standing({"accuracy": 0.75, "val_loss": 0.5, "train_loss": 0.5}), 6)
-    -0.25
+    A loss that a training of one's own does not tell is left out, as in the sums.
+
+    >>> round(standing({"accuracy": 0.75, "val_loss": 0.5, "train_loss": 0.5}), 6), standing({"accuracy": 0.75, "val_loss": 0.5})
+    (-0.25, 0.25)
     """
-    return float(final["accuracy"] - final["val_loss"] - final["train_loss"])
+    return float(functools.reduce(operator.sub, (final[name] for name in TOLD if final.get(name) is not None)))
 
 
 def winner(study: optuna.Study, count: int, epochs: int) -> FrozenTrial | None:
@@ -229,13 +235,15 @@ def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_e
         model = build_model(
             objective.space, trial.params, num_classes=data.num_classes, in_chans=data.in_chans, image_size=size, seed=config.seed
         )
-        result = (objective.trainer or train)(model, data, config, image_size=size, on_epoch=tell)
+        result = checked((objective.trainer or train)(model, data, config, image_size=size, on_epoch=tell))
     except Exception as error:
         found |= {"status": "failed", "reason": described(error, 500)}
     else:
         found |= {"status": result.status, "reason": result.reason}
         if result.status == "complete":  # else the last good epoch is not what all of them would have given
-            found |= {name: result.curve[-1][name] for name in TOLD}
+            told = {name: or_nan(result.curve[-1][name]) for name in TOLD if name in result.curve[-1]}
+            lost = [name for name, value in told.items() if not math.isfinite(value)]
+            found |= {"status": "diverged", "reason": f"{', '.join(lost)} came out not finite"} if lost else told
     if foreign:
         raise foreign[0]
     return plain(found | {"seconds": round(time.perf_counter() - start, 2)})

@@ -23,7 +23,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import StudyError, UsageError
 from capnas.objective import Objective
 from capnas.objective.evaluation import Evaluation, fingerprint
-from capnas.objective.finals import hold_finals, results
+from capnas.objective.finals import hold_finals, results, standing
 from capnas.objective.stopping import MedianRule
 from capnas.objective.targets import value_of
 from capnas.profile import INITIALIZATIONS, profile_model
@@ -754,11 +754,21 @@ def test_a_training_of_ones_own_is_asked_and_judged_as_capnas_own_is(data: Image
     assert evaluations(study)[0].reason == "pruned by ThresholdPruner after epoch 1: combined 0.2500"
 
 
-def test_finals_are_trained_by_the_same_training(data: ImageData) -> None:
-    o = objective(data, values=("accuracy",), trainer=own(val_loss=1.0, train_loss=2.0))
+@pytest.mark.parametrize("losses", [{"val_loss": 1.0, "train_loss": 2.0}, {"val_loss": 1.0}, {}])
+def test_finals_are_trained_by_the_same_training(data: ImageData, losses: dict[str, float]) -> None:
+    o = objective(data, values=("accuracy",), trainer=own(**losses))
     study = run(o, SMALL, LARGE)
     assert hold_finals(study, o, count=2, epochs=3) is not None
-    assert {final["accuracy"] for final in results(study, 3).values()} == {0.75}
+    finals = results(study, 3).values()
+    assert {final["accuracy"] for final in finals} == {0.75}
+    assert {standing(final) for final in finals} == {0.75 - sum(losses.values())}
+
+
+def test_no_final_is_won_by_losses_that_are_no_numbers(data: ImageData) -> None:
+    o = objective(data, values=("accuracy",), trainer=own(val_loss=math.nan))
+    study = run(o, LARGE)
+    assert hold_finals(study, o, count=1, epochs=3) is None
+    assert [(final["status"], final["reason"]) for final in results(study, 3).values()] == [("diverged", "val_loss came out not finite")]
 
 
 @pytest.mark.parametrize(
@@ -766,6 +776,9 @@ def test_finals_are_trained_by_the_same_training(data: ImageData) -> None:
     [
         (lambda *_, **__: 0.9, "trainer must give a capnas.training.TrainingResult, got float"),
         (lambda *_, on_epoch, **__: on_epoch(1, {"epoch": 1, "loss": 0.5}, None), "needs the accuracy on validation, got epoch, loss"),
+        (lambda *_, **__: TrainingResult(status="done"), "TrainingResult must be one of complete, diverged, .*; got 'done'"),
+        (lambda *_, **__: TrainingResult(status="complete", accuracy=0.9), "needs a curve with the accuracy on validation in every row"),
+        (lambda *_, **__: TrainingResult(status="complete", curve=({}, {"accuracy": 0.9})), "accuracy on validation in every row"),
     ],
 )
 def test_a_training_that_gives_something_else_is_told_what_is_expected(data: ImageData, trainer: Any, text: str) -> None:
