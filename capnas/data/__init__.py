@@ -269,6 +269,9 @@ def _load(spec: DataSpec) -> ImageData:
     if in_chans not in (1, 3, channels):
         own = "" if channels in (1, 3) else f" or the {channels} of the images"
         raise UsageError(f"in_chans must be 1 or 3{own}, got {in_chans}.")
+    for what, given in (("mean", spec.mean), ("std", spec.std)):
+        if given is not None and len(given) != in_chans:
+            raise UsageError(f"{what} must have one number for each of {in_chans} channels, got {len(given)}.")
     limits = {name: getattr(spec, name) for name in ("memory_limit", "max_unreadable", "workers", "seed", "framing")}
     loaded = load_pool(found, size, in_chans, **limits)
     names = check_classes(loaded.own, loaded.pool.labels, found.class_names)
@@ -277,9 +280,6 @@ def _load(spec: DataSpec) -> ImageData:
     if is_constant(loaded.images, sample):
         raise DataError(f"{found.name}: expected images that differ, found one value in all pixels of train; look at how they were made.")
     mean, std = mean_std(loaded.images, sample)
-    for what, given in (("mean", spec.mean), ("std", spec.std)):
-        if given is not None and len(given) != in_chans:
-            raise UsageError(f"{what} must have one number for each of {in_chans} channels, got {len(given)}.")
     mean, std = spec.mean or mean, spec.std or std
     return ImageData(
         name=found.name,

@@ -185,6 +185,8 @@ def fingerprint(train: TrainConfig, data: ImageData, trainer: Callable[..., Any]
     how = {k: v for k, v in dataclasses.asdict(train).items() if k not in ("device", "amp", "channels_last")}
     images = {"name": data.name, "sizes": dict(data.sizes), "mean": list(data.mean), "std": list(data.std)}
     images |= {key: value for key, value in data.digest.items() if key != "pixels"}  # which may differ a little on another machine
+    if (framing := data.spec.framing) is not None:
+        images["framing"] = dataclasses.asdict(framing)
     unusual: dict[str, Any] = {name: number for name, number in looked.items() if number != LOOKED[name]}
     if trainer is not None:
         unusual["trainer"] = f"{trainer.__module__}.{getattr(trainer, '__qualname__', type(trainer).__qualname__)}"

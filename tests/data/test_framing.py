@@ -14,6 +14,8 @@ from capnas._timm import import_timm
 from capnas.data import load_data
 from capnas.data.framing import Framing
 from capnas.errors import DataError, UsageError
+from capnas.objective.evaluation import fingerprint
+from capnas.training import TrainConfig
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.23, 0.22, 0.25)
 SIDES = ((90, 64), (40, 61), (24, 24), (320, 240))
@@ -64,6 +66,13 @@ def test_arrays_do(framing: dict[str, Any]) -> None:
     assert (floats.dtype, floats.shape) == (torch.float32, (4, 3, 32, 32))
 
 
+def test_trials_on_images_framed_otherwise_are_no_twins() -> None:
+    arrays = np.random.default_rng(1).integers(0, 256, (40, 12, 14, 3), dtype=np.uint8), np.arange(40) % 2
+    framings: tuple[dict[str, Any], ...] = ({}, {"crop_pct": 0.8}, {"crop_pct": 0.9}, {"crop_pct": 0.9, "crop_mode": "squash"})
+    loaded = [load_data(arrays, mean=MEAN, std=STD, **framing) for framing in framings]
+    assert len({fingerprint(TrainConfig(), data) for data in loaded}) == len(framings)
+
+
 def test_framing_that_cannot_be_had_is_refused() -> None:
     arrays = np.zeros((9, 4, 4, 3), np.uint8), np.arange(9) % 2
     for given, says in (
@@ -71,6 +80,7 @@ def test_framing_that_cannot_be_had_is_refused() -> None:
         ({"crop_mode": "squish"}, "crop_mode must be one of border, center, squash; got 'squish'. Did you mean 'squash'"),
         ({"interpolation": 3}, "interpolation must be one of bicubic, bilinear; got 3"),
         ({"crop_mode": "border"}, "give mean, a number per channel, or another mode"),
+        ({"crop_mode": "border", "mean": (0.5, 0.5)}, "mean must have one number for each of 3 channels, got 2"),
     ):
         with pytest.raises(UsageError, match=says):
             load_data(arrays, **given)
