@@ -233,8 +233,8 @@ class Objective:
                 return "over_budget", "; ".join(over)
             if (useless := self._useless(candidate)) is not None:
                 return "infeasible", useless
-            twin = find_twin(trial, found, names=self.names, weights=self.weights, epochs=self.train.epochs) if self.reuse else None
-            if twin is not None:
+            asked: dict[str, Any] = {"weights": self.weights, "epochs": self.train.epochs, "limits": self.limits}
+            if self.reuse and (twin := find_twin(trial, found, names=self.names, **asked)) is not None:
                 return take_over(found, *twin)
             if self.selection is not None and self._by_size:
                 metrics |= {INIT + name: value for name, value in sizes(metrics).items()}

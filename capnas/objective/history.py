@@ -10,6 +10,7 @@ import optuna
 from optuna.trial import TrialState
 
 from capnas.objective.evaluation import VERSION, Evaluation, stored_with
+from capnas.objective.gates import or_nan
 from capnas.objective.targets import LATENCY, value_of, worst_value
 from capnas.scoring import COSTS
 
@@ -54,7 +55,13 @@ def worst_values(trial: Any, metrics: Mapping[str, float | None], *, names: Sequ
 
 
 def find_twin(
-    trial: Any, found: Mapping[str, Any], *, names: Sequence[str], weights: Mapping[str, float], epochs: int
+    trial: Any,
+    found: Mapping[str, Any],
+    *,
+    names: Sequence[str],
+    weights: Mapping[str, float],
+    epochs: int,
+    limits: Mapping[str, float],
 ) -> tuple[int, Mapping[str, Any]] | None:
     """An earlier trial of the same architecture, resolution and settings whose outcome is this one's as well.
 
@@ -66,10 +73,12 @@ def find_twin(
         names: of the values wanted; an earlier trial of another objective may not have measured them all.
         weights: of the scores in a sum.
         epochs: of a whole training.
+        limits: on costs, by name; an earlier trial may have had others, under which it was not measured or went on.
     """
     for number, stored in past(trial, TrialState.COMPLETE, TrialState.PRUNED):
         same = all(stored[key] == found[key] for key in ("hash", "image_size", "settings"))
-        if same and stored["duplicate_of"] is None:
+        within = all(or_nan(stored["metrics"].get(name)) <= limit for name, limit in limits.items())
+        if same and within and stored["duplicate_of"] is None:
             if stored["status"] == "complete" and all(math.isfinite(value_of(n, stored["metrics"], weights)) for n in names):
                 return number, stored
             if stored["status"] == "diverged" and len(stored["curve"]) < epochs:  # else a value did, which may not be wanted here

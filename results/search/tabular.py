@@ -146,7 +146,8 @@ class LookedUp(Objective):
             trial.suggest_categorical(key, OPERATIONS)
         unique, row = self.table.cell(trial.params)
         found |= {"hash": unique, "image_size": 32}
-        if (twin := find_twin(trial, found, names=self.names, weights=self.weights, epochs=self.train.epochs)) is not None:
+        asked = {"weights": self.weights, "epochs": self.train.epochs, "limits": self.limits}
+        if (twin := find_twin(trial, found, names=self.names, **asked)) is not None:
             return take_over(found, *twin)
         if self.is_scored:
             self.scored += 1

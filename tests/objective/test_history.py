@@ -69,7 +69,7 @@ def test_of_two_workers_trials_the_one_that_was_trained_is_the_twin() -> None:
     for twin in (1, None):  # the first was drawn first, and ended when the second had been trained
         user_attrs = {ATTRIBUTE: Evaluation(**same, duplicate_of=twin).to_dict()}
         study.add_trial(optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=user_attrs))
-    found = find_twin(study.ask(), same, names=("accuracy",), weights={}, epochs=2)
+    found = find_twin(study.ask(), same, names=("accuracy",), weights={}, epochs=2, limits={})
     assert found is not None
     assert found[0] == 1
 

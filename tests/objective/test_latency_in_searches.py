@@ -94,6 +94,16 @@ def test_what_was_never_timed_is_no_twin_where_the_latency_is_a_value(data: Imag
     assert Evaluation.of(study.trials[1]).status == "complete"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("before", [{}, {"max_latency": 1e4}])
+def test_what_ran_under_no_limit_or_a_higher_one_is_no_twin(data: ImageData, before: dict[str, float]) -> None:
+    study, _ = run(data, LARGE, values=("macs",), **before)
+    study.enqueue_trial(LARGE)
+    train = TrainConfig(batch_size=32, lr=1e-2)
+    settings: dict[str, Any] = {"epochs": 1, "device": "cpu", "train": train, "probe_images": 8, "initializations": 1}
+    study.optimize(Objective(space, data, values=("macs",), max_latency=50, **settings), n_trials=1)
+    assert [Evaluation.of(t).status for t in study.trials] == ["complete", "over_budget"]  # type: ignore[union-attr]
+
+
 def test_a_sampler_that_needs_values_gets_the_latency_of_a_refused_candidate(data: ImageData) -> None:
     sampler = optuna.samplers.NSGAIISampler(seed=0)
     study, (small, large) = run(data, SMALL, LARGE, sampler=sampler, values=("accuracy", "latency"), max_latency=50)
