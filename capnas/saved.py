@@ -202,8 +202,8 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu") -> nn.
         device: where the weights go; "auto" is CUDA where there is one.
 
     Returns:
-        The model in eval mode. How ``capnas prune`` and ``capnas best --retrain`` prepared its images (size, channels, mean, std) and the
-        names of its classes stand in ``manifest.json``, under ``extra``, ``inputs``.
+        The model in eval mode. How ``capnas prune`` and ``capnas best --retrain`` prepared its images (size, channels, mean, std, a crop if
+        one was told) and the names of its classes stand in ``manifest.json``, under ``extra``, ``inputs``.
 
     Raises:
         SavedModelError: there is no saved model, or its weights do not fit its manifest.

@@ -256,7 +256,8 @@ def data_record(data: ImageData) -> dict[str, Any] | None:
 def input_record(data: ImageData, image_size: int) -> dict[str, Any]:
     """What a network of these images takes, in JSON values, for a manifest: whoever uses it elsewhere has to prepare images alike.
 
-    Bytes count as 0..1 for ``mean`` and ``std``, float arrays in their own units; ``class_names`` are in the order of the outputs.
+    Bytes count as 0..1 for ``mean`` and ``std``, float arrays in their own units; ``class_names`` are in the order of the outputs. Where
+    images were framed as `capnas.data.framing.Framing` tells, its fields but for the mean are there too.
 
     >>> from capnas.data import load_data
     >>> record = input_record(load_data("fashion-mnist-12k"), 32)
@@ -264,4 +265,5 @@ def input_record(data: ImageData, image_size: int) -> dict[str, Any]:
     (32, [0.29], ['T-shirt/top', 'Trouser'])
     """
     names = ("in_chans", "mean", "std", "class_names")
-    return plain({"image_size": image_size} | {name: getattr(data, name) for name in names})
+    framed = {} if data.spec.framing is None else {name: v for name, v in vars(data.spec.framing).items() if name != "mean"}
+    return plain({"image_size": image_size} | {name: getattr(data, name) for name in names} | framed)

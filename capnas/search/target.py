@@ -301,8 +301,8 @@ def _saved(folder: Path, data: str | ImageData | None, image_size: int | None, o
     known = extra.get("data") or {}
     shape = {k: (_timm_shape(recipe["timm"]) | recipe.get("args", {}) if "timm" in recipe else recipe)[k] for k in _SHAPE}
     size = recipe.get("image_size")
-    told = {name: tuple(found) for name in ("mean", "std") if (found := (extra.get("inputs") or {}).get(name)) is not None}
-    images, own = _images_of(known.get("source") or EMBEDDED, known.get("options") or {}, data, options, like={"image_size": size} | told)
+    inputs = {k: tuple(v) if isinstance(v, list) else v for k, v in (extra.get("inputs") or {}).items() if k in _PREPARED}
+    images, own = _images_of(known.get("source"), known.get("options") or {}, data, options, like={"image_size": size} | inputs)
     size = image_size or size or images.image_size
     if shape != {"num_classes": images.num_classes, "in_chans": images.in_chans}:
         raise UsageError(
@@ -321,14 +321,22 @@ def _timm_shape(name: str) -> dict[str, int]:
 
 
 def _images_of(
-    source: str, recorded: Mapping[str, Any], data: str | ImageData | None, options: dict[str, Any], *, like: Mapping[str, Any] = _NOTHING
+    source: str | None,
+    recorded: Mapping[str, Any],
+    data: str | ImageData | None,
+    options: dict[str, Any],
+    *,
+    like: Mapping[str, Any] = _NOTHING,
 ) -> tuple[ImageData, bool]:
-    """The images asked for, prepared ``like``, and whether they are those of a source, which are then read and split as recorded."""
+    """The images asked for, prepared ``like``, and whether they are those of a source, which are then read and split as recorded.
+
+    Images of no source came as arrays: nobody has them any more, and the embedded set stands in for them.
+    """
     if isinstance(data, ImageData):
         return data, False
-    source, recorded = absolute_images(source, recorded)
-    given, options = absolute_images(source if data is None else data, options)
-    if given == source:
-        return load_data(source, **recorded | options), True
+    known, recorded = absolute_images(source or EMBEDDED, recorded)
+    given, options = absolute_images(known if data is None else data, options)
+    if source and given == known:
+        return load_data(known, **recorded | options), True
     prepared = {name: value for name, value in recorded.items() if name in _PREPARED}
     return load_data(given, **{**like, **prepared, **options}), False

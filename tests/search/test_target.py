@@ -100,7 +100,8 @@ def test_images_given_by_name_are_split_as_they_were_and_others_prepared_like_th
     plain = open_target("test_resnet", data="images", data_options=given | {"validation": 0.3, "seed": 5})
     record = data_record(plain.data)
     inputs = input_record(plain.data, 16)
-    assert inputs == {"image_size": 16, "in_chans": 1, "mean": [0.2], "std": [0.3], "class_names": list(plain.data.class_names)}
+    framed = {"crop_pct": 0.8, "crop_mode": "center", "interpolation": "bilinear"}
+    assert inputs == {"image_size": 16, "in_chans": 1, "mean": [0.2], "std": [0.3], "class_names": list(plain.data.class_names)} | framed
     place = save_model(plain.build(), tmp_path / "m", plain.recipe, extra={"data": record, "retrained": {"seed": 0}, "inputs": inputs})
     own = [open_target(str(place), data=data) for data in (None, "images", f"{source}/")]
     monkeypatch.chdir(tmp_path)
@@ -121,6 +122,22 @@ def test_images_given_by_name_are_split_as_they_were_and_others_prepared_like_th
     assert (trial.data.in_chans, trial.data.mean, trial.data.spec.source) == (1, (0.1,), str(tmp_path / "others"))
     same_split, run = open_target(f"{folder}:0", data=source).data.index, open_target(f"{folder}:0").data.index
     assert all(torch.equal(same_split[split], run[split]) for split in run)
+
+
+def test_images_are_prepared_as_arrays_were_that_nobody_has_any_more(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).integers(0, 256, (60, 20, 16), dtype=np.uint8), np.arange(60) % 10
+    data = load_data((x, y), image_size=16, mean=(0.9,), std=(0.1,), crop_pct=0.8)
+    plain = open_target("test_resnet", data=data)
+    extra = {"data": data_record(data), "retrained": {"seed": 0}, "inputs": input_record(data, 16)}
+    place = save_model(plain.build(), tmp_path / "m", plain.recipe, extra=extra)
+    for i in range(60):
+        (tmp_path / "rgb" / str(y[i])).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[i]).convert("RGB").save(tmp_path / "rgb" / str(y[i]) / f"{i}.png")
+    for other in (None, str(tmp_path / "rgb")):
+        found = open_target(str(place), data=other)
+        assert not found.saw_validation
+        assert (found.data.image_size, found.data.in_chans, found.data.mean, found.data.std) == (16, 1, (0.9,), (0.1,))
+        assert found.data.spec.framing == data.spec.framing
 
 
 def test_a_saved_model_may_leave_classes_and_channels_to_timm(tmp_path: Path) -> None:
