@@ -143,8 +143,9 @@ class Objective:
         limits = {"params": max_params, "macs": max_macs, LATENCY: max_latency}
         numbers = [(f"max_{name}", limit, Real) for name, limit in limits.items()] + [(name, given, Integral) for name, given in counts]
         for name, given, kind in numbers:
-            if given is not None and not (isinstance(given, kind) and given > 0):
-                raise UsageError(f"{name} must be {'a whole number ' * (kind is Integral)}above 0, got {given!r}.")
+            if given is not None and not (isinstance(given, kind) and 0 < given < math.inf):
+                finite = " and finite" * (given == math.inf)
+                raise UsageError(f"{name} must be {'a whole number ' * (kind is Integral)}above 0{finite}, got {given!r}.")
         if resolutions is not None and not are_sizes(resolutions):
             raise UsageError(f"resolutions must be different sizes in pixels, got {resolutions!r}.")
         if stopping is not None and not hasattr(stopping, "verdict"):

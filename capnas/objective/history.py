@@ -55,13 +55,7 @@ def worst_values(trial: Any, metrics: Mapping[str, float | None], *, names: Sequ
 
 
 def find_twin(
-    trial: Any,
-    found: Mapping[str, Any],
-    *,
-    names: Sequence[str],
-    weights: Mapping[str, float],
-    epochs: int,
-    limits: Mapping[str, float],
+    trial: Any, found: Mapping[str, Any], *, names: Sequence[str], weights: Mapping[str, float], epochs: int, limits: Mapping[str, float]
 ) -> tuple[int, Mapping[str, Any]] | None:
     """An earlier trial of the same architecture, resolution and settings whose outcome is this one's as well.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -128,6 +129,8 @@ class StudyConfig:
         for name, unit in (("timeout", "seconds"), ("max_latency", "milliseconds")):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UsageError(f"{name} must be {unit}, above 0, got {value}.")
+        if self.max_latency == math.inf:
+            raise UsageError("max_latency must be a finite number of milliseconds, got inf: leave it out for no limit.")
         if not self.stale_after >= 0:
             raise UsageError(f"stale_after must be seconds, at least 0, got {self.stale_after}.")
         if self.study is not None and (self.study in ("", "..") or (self.out is None and Path(self.study).name != self.study)):

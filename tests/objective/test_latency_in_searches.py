@@ -134,7 +134,7 @@ def test_in_a_study_and_its_report(data: ImageData, tmp_path: Any) -> None:
     assert "max_latency" in Report.of(done).to_markdown()
 
 
-@pytest.mark.parametrize("limit", [0, -1.0, float("nan"), "4"])
+@pytest.mark.parametrize("limit", [0, -1.0, float("nan"), float("inf"), "4"])
 def test_limits_that_are_none_are_refused(data: ImageData, limit: Any) -> None:
     with pytest.raises(UsageError, match="max_latency must be"):
         StudyConfig(space="resnet", max_latency=limit)

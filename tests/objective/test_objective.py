@@ -640,6 +640,7 @@ def test_wrong_directions_name_the_right_ones(data: ImageData) -> None:
         ({"gate": "saturation_mean>high"}, "the gate on saturation_mean needs a number, got 'high'"),
         ({"max_macs": 0}, "max_macs must be above 0, got 0"),
         ({"max_macs": "8M"}, "max_macs must be above 0, got '8M'"),
+        ({"max_params": math.inf}, "max_params must be above 0 and finite, got inf"),
         ({"probe_images": 32.5}, r"probe_images must be a whole number above 0, got 32\.5"),
         ({"initializations": 0}, "initializations must be a whole number above 0, got 0"),
         ({"resolutions": (8, 8)}, r"resolutions must be different sizes in pixels, got \(8, 8\)"),
