@@ -80,7 +80,8 @@ class Objective:
         trainer: what trains a candidate in place, for recipes of your own; `capnas.training.train` where None. It is called as that is,
             with the model, the images, the `capnas.TrainConfig`, ``image_size`` and ``on_epoch``, and gives a
             `capnas.training.TrainingResult`: see ``examples/own_training.py``. Finals are trained by it as well. Sums and finals leave out
-            losses that its curve does not tell. It is known by its name: give one that trains otherwise another name, or another study.
+            losses that its curve does not tell. Twins are told by its name, of a `functools.partial` with what it fixes: give one that
+            trains otherwise another name.
         stopping: the rule that stops hopeless trainings when there are several values (Optuna's pruners work with one only), or None.
         probe_images: size of the batch for the structure before training.
         initializations: draws of the untrained network's weights over which its saturations are means, see `capnas.profile_model`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -173,13 +174,19 @@ def checked(result: Any) -> TrainingResult:
     return result
 
 
+def _called(trainer: Callable[..., Any]) -> str:
+    if isinstance(trainer, functools.partial):  # whose own name is that of all of them
+        return f"{_called(trainer.func)} {trainer.args} {sorted(trainer.keywords.items())}"
+    return f"{trainer.__module__}.{getattr(trainer, '__qualname__', type(trainer).__qualname__)}"
+
+
 def fingerprint(train: TrainConfig, data: ImageData, trainer: Callable[..., Any] | None = None, **looked: int) -> str:
     """Of all that decides the outcome of a trial besides the architecture; where it runs does not count.
 
     Args:
         train: the training.
         data: the images.
-        trainer: who trains, by its name, where it is not `capnas.training.train`.
+        trainer: who trains, by its name (of a `functools.partial` with what it fixes), where it is not `capnas.training.train`.
         looked: how the untrained network is read, by name; only what is not usual (`LOOKED`) counts, so that earlier trials keep theirs.
     """
     how = {k: v for k, v in dataclasses.asdict(train).items() if k not in ("device", "amp", "channels_last")}
@@ -189,7 +196,7 @@ def fingerprint(train: TrainConfig, data: ImageData, trainer: Callable[..., Any]
         images["framing"] = dataclasses.asdict(framing)
     unusual: dict[str, Any] = {name: number for name, number in looked.items() if number != LOOKED[name]}
     if trainer is not None:
-        unusual["trainer"] = f"{trainer.__module__}.{getattr(trainer, '__qualname__', type(trainer).__qualname__)}"
+        unusual["trainer"] = _called(trainer)
     text = json.dumps([how, images, *([unusual] if unusual else [])], sort_keys=True, default=methodcaller("item"))  # a number of NumPy
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

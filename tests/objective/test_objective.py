@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -749,6 +750,10 @@ def test_a_training_of_ones_own_is_asked_and_judged_as_capnas_own_is(data: Image
     assert (found.status, found.values["accuracy"], len(found.curve)) == ("complete", 0.5, 2)
     assert found.profile is None  # that of the untrained network would pass for one of a training
     assert o.settings != objective(data, values=("accuracy", "macs")).settings  # so that neither takes the other's result for a twin's
+
+    others = [own, partial(own), partial(run), partial(own, val_loss=1.0), partial(own, val_loss=2.0), partial(own, "stopped")]
+    assert len({fingerprint(o.train, data, other) for other in others}) == len(others)
+    assert fingerprint(o.train, data, partial(own, a=1, b=2)) == fingerprint(o.train, data, partial(own, b=2, a=1))
 
     pruner = optuna.pruners.ThresholdPruner(lower=0.3)
     study = run(objective(data, values=("combined",), weights={"macs": 0.0}, trainer=own(), epochs=3), LARGE, pruner=pruner)
