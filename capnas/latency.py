@@ -20,8 +20,9 @@ _WARM = 2  # passes that allocate and are not counted
 def latencies(models: Sequence[nn.Module], x: Tensor, *, passes: int = 30, seconds: float = 1.0) -> list[float]:
     """Median milliseconds of a forward pass of each network in eval mode, measured in turns so that all see the same load.
 
-    On a CPU it is the processor time of one thread: what other processes take away does not count, so that networks compare also while
-    several searches share a machine. On other devices, and on Windows, it is the time until the outputs are there, which others lengthen.
+    On a CPU it is the processor time of one thread: the time that other processes get does not count (that they share caches still tells,
+    by 18 to 35 % with four of them on two cores, see results/latency), so that networks compare also while searches share a machine.
+    On other devices, and on Windows, it is the time until the outputs are there, which others lengthen.
 
     Args:
         models: all on the device of ``x``; they and the number of threads stay as they are.

@@ -1314,10 +1314,29 @@ def test_versions_are_those_of_the_rows_where_nothing_is_measured_again(tmp_path
     assert "torch 0.1," in (copy / "table.md").read_text()
 
 
+def test_the_texts_tell_what_latencies_are() -> None:
+    rows = lines_of(RESULTS / "latency" / "raw" / "runs.jsonl")
+
+    def median(who: str, model: str, busy: int) -> float:
+        return statistics.median(row[who] for row in rows if (row["model"], row["busy"]) == (model, busy))
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    assert {len([r for r in rows if (r["model"], r["busy"]) == (model, busy)]) for model in models for busy in (0, 4)} == {7}
+    assert len(models) == 5
+    assert max(abs(median("capnas", model, 0) / median("timer", model, 0) - 1) for model in models) < 0.05
+    times = {who: [median(who, model, 4) / median(who, model, 0) for model in models] for who in ("capnas", "timer")}
+    row = table_row(STUDIES, "[latency]")
+    check_says(row, "beside four busy processes on two cores {} to {} times that, the timer {} to {} times",
+               *(f(times[who]) for who in ("capnas", "timer") for f in (min, max)))  # fmt: skip
+    told = [100 * (f(times["capnas"]) - 1) for f in (min, max)]
+    for text in ((ROOT / "README.md").read_text(), (ROOT / "capnas" / "latency.py").read_text()):
+        check_says(" ".join(text.split()), "by {} to {} %", *told)
+
+
 DERIVED = {
     "pruning/run.py": ("table.md", "--derive-only"),
     "pruning/ablation.py": ("ablation.md", "--table-only"),
-    **{f"{study}/run.py": ("table.md", "--table-only") for study in ("excess", "profile_speed", "saturation_overhead")},
+    **{f"{study}/run.py": ("table.md", "--table-only") for study in ("excess", "latency", "profile_speed", "saturation_overhead")},
 }
 
 
