@@ -37,9 +37,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=3)
     given = parser.parse_args()
-    objective = capnas.Objective(
-        "mbconv", "fashion-mnist-12k", values=("accuracy", "saturation_evenness"), epochs=1, device="cpu", trainer=mixup
-    )
+    images = capnas.load_data("fashion-mnist-12k", image_size=14)  # small ones: this is to show, not to find
+    objective = capnas.Objective("mbconv", images, values=("accuracy", "saturation_evenness"), epochs=1, device="cpu", trainer=mixup)
     study = optuna.create_study(directions=objective.directions, sampler=optuna.samplers.RandomSampler(seed=0))
     study.optimize(objective, n_trials=given.trials)
     for trial in study.best_trials:
