@@ -792,6 +792,7 @@ def test_a_signal_while_a_worker_starts_ends_that_one_too(home: Path, monkeypatc
             os.waitpid(pid, os.WNOHANG)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="sees the workers start in /proc")
 def test_workers_whose_parent_is_killed_while_they_import_leave_its_folder_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = home / "left"
