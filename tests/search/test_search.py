@@ -646,7 +646,7 @@ resume(Path({str(folder)!r}), Path({str(home)!r}), 9)
     assert result.n_finished == 9
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)])
 def test_signals_end_cleanly(home: Path, number: signal.Signals, workers: int) -> None:
     folder = home / f"signal-{number}-{workers}"
     with started(folder, 500, workers=workers, pause=0.1) as process:
