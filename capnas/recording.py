@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -302,13 +303,15 @@ class DirectProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        if attention := func is F.multi_head_attention_forward:  # ends in the product with the weight of nn.MultiheadAttention's out_proj
+            func, args, (output, *others) = F.linear, args[10:], output
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         name = None if self._running else self._names.get((func, id(weight)))
-        if name is None:
-            return output
-        self.found = True
-        instead = self.hooks[name](self._layers[name], (), output)
-        return output if instead is None else instead
+        if name is not None:
+            self.found = True
+            instead = self.hooks[name](self._layers[name], (), output)
+            output = output if instead is None else instead
+        return (output, *others) if attention else output
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from capnas.capacity.exact import affordable
 from capnas.errors import UsageError
 from capnas.graph.tracing import trace
 from capnas.profile import MEASURES, enrich, profile_model
+from capnas.recording import DirectProducts
 from capnas.scoring import score
 from capnas.weights import InitialWeights
 
@@ -59,9 +60,10 @@ class Attends(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.attention, self.head, self.spare = nn.Linear(6, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 2), nn.Linear(3, 3)
+        self.mixing = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).unsqueeze(0)
+        x = (self.stem(x) @ self.mixing.weight).unsqueeze(0)
         return self.head((x + self.attention(x, x, x)[0])[0])
 
 
@@ -162,8 +164,24 @@ def test_every_absent_measure_of_a_shared_weight_is_explained(measures: tuple[st
 
 def test_a_weight_that_a_function_reads_is_not_said_to_be_idle() -> None:
     skipped = profile_model(Attends(), noise(16, 6)).skipped
-    assert "another module or function uses attention.out_proj.weight" in skipped["attention.out_proj"]
+    assert "another module or function uses mixing.weight" in skipped["mixing"]
     assert skipped["spare"] == "Linear was never called in the forward pass"
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_torchs_attention_has_saturation_behind_its_output_projection(batch_first: bool) -> None:
+    model, x = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first).eval(), noise(6, 6, 8)
+    profile = profile_model(model, x, mode="eval")
+    with torch.no_grad():
+        outputs = model.self_attn(x, x, x)[0].flatten(0, 1).double().numpy()
+    shares = np.linalg.eigvalsh(np.cov(outputs.T, bias=True))[::-1].cumsum()
+    row = profile.layers[0]
+    assert [r.name for r in profile.layers] == ["self_attn.out_proj", "linear1", "linear2"]
+    assert (row.rows, row.k) == (36, 1 + int((shares / shares[-1] < 0.99).sum()))
+    assert row.macs == 6 * 64
+    with torch.no_grad(), DirectProducts(model, {"self_attn.out_proj": lambda layer, inputs, output: torch.zeros_like(output)}):
+        assert torch.equal(model(x), without := model.norm2((y := model.norm1(x)) + model._ff_block(y)))
+    assert not torch.equal(model(x), without)
 
 
 def test_a_layer_whose_weight_its_attention_multiplies_with_has_every_measure() -> None:
