@@ -12,6 +12,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from capnas.errors import CapnasError
+
 
 def plain(value: Any) -> Any:
     """The value in JSON's own types: what is not a finite number becomes None, a dataclass or mapping a dictionary, a tuple a list.
@@ -43,6 +45,29 @@ def json_text(document: Any, *, indent: int | None = 1) -> str:
     '{"a": null}\n'
     """
     return json.dumps(plain(document), indent=indent, allow_nan=False) + "\n"
+
+
+def read_json(path: str | Path, expected: str, error: type[CapnasError], of: type | tuple[type, ...] = object) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: of the file.
+        expected: what it should hold and, where that helps, what to do otherwise: the end of the error.
+        error: the kind of it.
+        of: Python's types of such documents.
+
+    Raises:
+        CapnasError: of that kind; the file cannot be read, is not JSON or holds a document of another type.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}; expected {expected}.") from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path} is not JSON: {problem}; expected {expected}.") from problem
+    if not isinstance(document, of):
+        raise error(f"{path} holds a {type(document).__name__}; expected {expected}.")
+    return document
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

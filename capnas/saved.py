@@ -21,7 +21,7 @@ from torch import nn
 from capnas._timm import import_timm, timm
 from capnas.candidates import build_model
 from capnas.devices import resolve_device
-from capnas.documents import write_whole
+from capnas.documents import read_json, write_whole
 from capnas.errors import CapnasError, UsageError, one_line
 from capnas.layers import unfilled
 from capnas.measures.probing import unwrap_model
@@ -181,10 +181,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise SavedModelError(f"{folder} is not a saved model: there is no {MANIFEST} in it.")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SavedModelError(f"{path} cannot be read: {error}.") from error
+    document = read_json(path, "the manifest of a model saved by capnas", SavedModelError)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise SavedModelError(f"{path} is not the manifest of a model saved by capnas.")
     if document.get("version") != _VERSION:

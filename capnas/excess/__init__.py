@@ -22,7 +22,7 @@ from torch import nn
 
 from capnas.data import ImageData
 from capnas.devices import resolve_device
-from capnas.documents import json_text, write_whole
+from capnas.documents import json_text, read_json, write_whole
 from capnas.errors import StudyError, UsageError
 from capnas.excess.composition import from_json, to_json
 from capnas.excess.network import Limits, paper_network
@@ -205,10 +205,7 @@ def read_study(folder: str | Path) -> ExcessStudy:
         StudyError: there is none, or its files are damaged.
     """
     folder = Path(folder)
-    try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{folder} holds no excess-capacity study: {HEADER} cannot be read ({error}).") from error
+    header = read_json(folder / HEADER, "the settings of an excess-capacity study", StudyError)
     if not isinstance(header, dict) or not header.keys() >= _KEPT:
         raise StudyError(f"{folder} holds no excess-capacity study: its {HEADER} is another document.")
     lines = (folder / RUNS).read_text(encoding="utf-8", errors="replace").splitlines() if (folder / RUNS).is_file() else []

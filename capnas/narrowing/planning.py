@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from capnas.documents import read_json
 from capnas.errors import UsageError, one_of
 from capnas.measures.widths import Widths, equal_saturation, least_loss, needed_widths, width_choices
 from capnas.narrowing.costs import NetworkCost
@@ -185,12 +185,7 @@ def read_widths(path: str | Path) -> dict[str, int]:
         UsageError: there is no such file, it holds something else, or a width was edited to two values.
     """
     place = Path(path)
-    try:
-        document = json.loads(place.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"the plan {place} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the plan {place} is not JSON: {error}.") from error
+    document = read_json(place, "a plan, as --dry-run --json prints it", UsageError)
     if isinstance(document, dict) and isinstance(document.get("plan"), dict):
         document = document["plan"]
     widths = document.get("widths") if isinstance(document, dict) else None

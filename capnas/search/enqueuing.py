@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from capnas.documents import read_json
 from capnas.errors import UsageError
 from capnas.objective.evaluation import Evaluation
 from capnas.search.runs import is_settled
@@ -28,12 +28,7 @@ def read_parameters(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UsageError: the file cannot be read, or holds something else.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"parameters to enqueue cannot be read from {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON ({error}); parameters to enqueue are {_FORM}.") from error
+    document = read_json(path, f"parameters to enqueue: {_FORM}", UsageError)
     rows = document if isinstance(document, list) else [document] if _printed(document) else []
     found = [row["params"] if _printed(row) else row for row in rows]
     if not found:

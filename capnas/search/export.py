@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import io
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 import capnas
 from capnas.devices import resolve_device, usable_cpus
-from capnas.documents import json_text, write_whole
+from capnas.documents import json_text, read_json, write_whole
 from capnas.errors import StudyError
 from capnas.objective.evaluation import Evaluation
 
@@ -55,11 +54,8 @@ def read_environment(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        advice = "remove it, the next session of the search writes it anew"
-        raise StudyError(f"{path} cannot be read, expected a JSON object of versions and hardware: {error}; {advice}.") from error
+    expected = "versions and hardware as an object: remove it, the next session of the search writes it anew"
+    return dict(read_json(path, expected, StudyError, dict))
 
 
 def trial_rows(study: optuna.Study, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 
 from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
 from capnas.data import ImageData
-from capnas.documents import json_text, write_whole
+from capnas.documents import json_text, read_json, write_whole
 from capnas.errors import StudyError, UsageError, one_line
 from capnas.objective.evaluation import Evaluation
 from capnas.profile import Profile
@@ -283,7 +282,8 @@ def read_retrained(run: RunResult) -> list[dict[str, Any]]:
     path = run.folder / RETRAINED
     if not path.is_file():
         return []
-    try:
-        return list(map(dict, json.loads(path.read_text(encoding="utf-8") or "[]")))  # empty while the first is being written
-    except (ValueError, TypeError) as error:
-        raise StudyError(f"{path} cannot be read, expected a JSON list of results: {error}.") from error
+    expected = "a list of results as objects"
+    records: list[Any] = read_json(path, expected, StudyError, list) if path.stat().st_size else []  # while the first is being written
+    if not all(isinstance(record, dict) for record in records):
+        raise StudyError(f"{path} holds a list of something else; expected {expected}.")
+    return records

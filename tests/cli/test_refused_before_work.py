@@ -105,7 +105,7 @@ def test_a_network_of_a_file_that_cannot_be_called(run: Run, tmp_path: Path) -> 
 def test_lists_within_lists_are_no_plan(run: Run, tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100000)
     assert "deep.json is not JSON" in refused(run, "prune", "resnet10t", "--dry-run", "--plan", tmp_path / "deep.json")
-    assert "deep.json is no JSON" in refused(run, "search", "resnet", "--out", tmp_path / "run", "--enqueue", tmp_path / "deep.json")
+    assert "deep.json is not JSON" in refused(run, "search", "resnet", "--out", tmp_path / "run", "--enqueue", tmp_path / "deep.json")
 
 
 def test_images_that_are_gone_are_told_first(run: Run, tmp_path: Path) -> None:
