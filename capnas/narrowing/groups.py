@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor, nn
 
 from capnas.errors import described
@@ -239,50 +240,28 @@ def _refusal(units: Units, modules: Mapping[str, nn.Module], heads: set[str], at
 
 def _merged(found: Sequence[Units], modules: Mapping[str, nn.Module]) -> list[Units]:
     """Units that share atoms, or sit in one group of a grouped conv, become one; groups that share units become one."""
-    parent: dict[Atom, Atom] = {}
-
-    def root(atom: Atom) -> Atom:
-        path = []
-        while parent.setdefault(atom, atom) != atom:
-            path.append(atom)
-            atom = parent[atom]
-        for step in path:
-            parent[step] = atom
-        return atom
-
-    def join(atoms: Iterable[Atom]) -> None:
-        first, *rest = atoms
-        for other in rest:
-            parent[root(other)] = root(first)
-
+    atoms = DisjointSet(atom for units in found for unit in units for atom in unit)
     for units in found:
-        for atoms in units:
-            join(atoms)
-    for name, side, position in list(parent):
+        for first, *rest in units:
+            for other in rest:
+                atoms.merge(first, other)
+    for atom in list(atoms):
+        name, side, position = atom
         module = modules.get(name)
         if isinstance(module, CONVS) and module.groups > 1 and side in ("in", "out"):
             wide, narrow = module.in_channels // module.groups, module.out_channels // module.groups
             block = position // (wide if side == "in" else narrow)
-            join([(name, "in", block * wide), (name, "out", block * narrow), (name, side, position)])
-    # groups that share a unit are one group
-    owner: dict[Atom, int] = {}
-    label = list(range(len(found)))
-
-    def top(i: int) -> int:
-        while label[i] != i:
-            i = label[i]
-        return i
-
+            for other in ((name, "in", block * wide), (name, "out", block * narrow)):
+                atoms.add(other)
+                atoms.merge(atom, other)
+    groups, place = DisjointSet(range(len(found))), dict[Atom, int]()
     for i, units in enumerate(found):
-        for atoms in units:
-            unit = root(atoms[0])
-            label[top(owner.setdefault(unit, i))] = top(i)
-            owner[unit] = i
+        for first, *_ in units:
+            groups.merge(i, place.setdefault(atoms[first], i))
     members: dict[int, dict[Atom, list[Atom]]] = defaultdict(lambda: defaultdict(list))
-    for atom in list(parent):
-        unit = root(atom)
-        if unit in owner:
-            members[top(owner[unit])][unit].append(atom)
+    for atom in atoms:
+        if (unit := atoms[atom]) in place:
+            members[groups[place[unit]]][unit].append(atom)
     return [list(units.values()) for units in members.values()]
 
 

@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import optuna
+from torch import Tensor, nn
 
 from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
 from capnas.data import load_data
@@ -28,18 +29,7 @@ from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
 from capnas.objective.history import VALUED, find_twin, ignores_pruned, take_over, worst_values
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, judging
-from capnas.objective.targets import (
-    INIT,
-    LATENCY,
-    TOLD,
-    check_values,
-    check_weights,
-    direction_of,
-    ranking,
-    terms,
-    value_of,
-    wanted,
-)
+from capnas.objective.targets import INIT, LATENCY, TOLD, check_values, check_weights, direction_of, ranking, terms, value_of, wanted
 from capnas.profile import enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, SIZES, measures_for, score, sizes
 from capnas.size_survey import are_sizes
@@ -49,6 +39,14 @@ from capnas.weights import InitialWeights
 
 _FEASIBLE = (*VALUED, "over_budget", MEASURED, "stopped")  # of the constraint "valid"; a budget and a share have their own constraints
 _TURN = threading.RLock()  # torch has one random state a process: threads (n_jobs) take turns, or no seed would hold
+
+
+class _Ended(Exception):
+    """A trial that ends before its training, with this status and reason."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
 
 
 class Objective:
@@ -220,56 +218,69 @@ class Objective:
         Returns:
             The status and the reason of the `Evaluation`.
         """
-        data, metrics = self.data, found["metrics"]
+        try:
+            candidate = self._cost(trial, found)
+            model, batch = self._structure(trial, found, candidate)
+        except _Ended as end:
+            return end.status, end.reason
+        except Infeasible as error:  # of shapes, or what shapes alone do not tell
+            return "infeasible", str(error)
+        return self._training(trial, found, candidate, model, batch)
+
+    def _cost(self, trial: Any, found: dict[str, Any]) -> Candidate:
+        """The first stage, on the meta device: what a candidate costs, and whether it is worth a look."""
+        metrics = found["metrics"]
         with timed(found, "cost"):
             shape = self.shape(trial)
-            size = found["image_size"] = shape["image_size"]
-            try:
-                candidate = build_candidate(self.space, trial, **shape)
-            except Infeasible as error:
-                return "infeasible", str(error)
+            found["image_size"] = shape["image_size"]
+            candidate = build_candidate(self.space, trial, **shape)
             found |= {"hash": candidate.hash, "n_params": candidate.n_params, "macs": candidate.macs}
             metrics |= {"params": candidate.n_params, "macs": candidate.macs}
             over = [f"{metrics[n]:,} {n} are over the limit of {most:,.0f}" for n, most in self.limits.items() if metrics.get(n, 0) > most]
             if over:
-                return "over_budget", "; ".join(over)
-            if (useless := self._useless(candidate)) is not None:
-                return "infeasible", useless
+                raise _Ended("over_budget", "; ".join(over))
+            self._check_use(candidate)
             asked: dict[str, Any] = {"weights": self.weights, "epochs": self.train.epochs, "limits": self.limits}
             if self.reuse and (twin := find_twin(trial, found, names=self.names, **asked)) is not None:
-                return take_over(found, *twin)
-            if self.selection is not None and self._by_size:
+                raise _Ended(*take_over(found, *twin))
+            if self._by_size:
                 metrics |= {INIT + name: value for name, value in sizes(metrics).items()}
-                if (place := self.selection.judge(trial, found)) is not None:
-                    return MEASURED, place
-        device = resolve_device(self.train.device)
-        try:
-            with timed(found, "structure"):
-                model = build_model(self.space, candidate.params, **shape, seed=self.train.seed).to(device)
-                x, y = data.probe(self.probe_images, seed=self.train.seed, device=device, image_size=size)
-                if self._times:
-                    metrics[LATENCY] = latencies([model], x[:1])[0]
-                    if metrics[LATENCY] > (limit := self.limits.get(LATENCY, math.inf)):
-                        return "over_budget", f"its latency of {metrics[LATENCY]:.4g} ms is over the limit of {limit:g}"
-                found["profile"] = profile_model(
-                    model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, blocks=self.train.blocks,
-                    initialize=self.initializations, graph=candidate.trace, pixels=self._pixels["before"], exact_capacity=False,
-                    seed=self.train.seed,
-                )  # fmt: skip
-                scores = score(found["profile"], UNTRAINED)
-                metrics |= {INIT + name: value for name, value in scores.items()}
-            if refusals := [text for gate in self.bounds if (text := gate.refusal(scores)) is not None]:
-                return "gated", "; ".join(refusals)
-            if self.selection is not None and not self._by_size and (place := self.selection.judge(trial, found)) is not None:
-                return MEASURED, place
-        except Infeasible as error:  # what shapes alone do not tell
-            return "infeasible", str(error)
+                self._select(trial, found)
+        return candidate
+
+    def _structure(self, trial: Any, found: dict[str, Any], candidate: Candidate) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+        """The second stage: latency and scores of the untrained network; it, and the batch that it was measured on."""
+        metrics, device, seed = found["metrics"], resolve_device(self.train.device), self.train.seed
+        with timed(found, "structure"):
+            model = build_model(self.space, candidate.params, **self.shape(trial), seed=seed).to(device)
+            x, y = self.data.probe(self.probe_images, seed=seed, device=device, image_size=found["image_size"])
+            if self._times:
+                metrics[LATENCY] = latencies([model], x[:1])[0]
+                if metrics[LATENCY] > (limit := self.limits.get(LATENCY, math.inf)):
+                    raise _Ended("over_budget", f"its latency of {metrics[LATENCY]:.4g} ms is over the limit of {limit:g}")
+            found["profile"] = profile_model(
+                model, x, y, measures=self.measures["before"], mode="train", threshold=self.train.threshold, blocks=self.train.blocks,
+                initialize=self.initializations, graph=candidate.trace, pixels=self._pixels["before"], exact_capacity=False, seed=seed,
+            )  # fmt: skip
+            scores = score(found["profile"], UNTRAINED)
+            metrics |= {INIT + name: value for name, value in scores.items()}
+        if refusals := [text for gate in self.bounds if (text := gate.refusal(scores)) is not None]:
+            raise _Ended("gated", "; ".join(refusals))
+        if not self._by_size:
+            self._select(trial, found)
+        return model, (x, y)
+
+    def _training(
+        self, trial: Any, found: dict[str, Any], candidate: Candidate, model: nn.Module, batch: tuple[Tensor, Tensor]
+    ) -> tuple[str, str]:
+        """The last two stages: a short training, and the scores of what came out."""
+        metrics = found["metrics"]
         start = InitialWeights.of(model) if self._slack else None
         with timed(found, "training"):
             judge = judging(
                 trial, found, names=self.names, weights=self.weights, epochs=self.train.epochs, rule=self.stopping, on_epoch=self.on_epoch
             )
-            result = checked((self.trainer or train)(model, data, self.train, image_size=size, on_epoch=judge))
+            result = checked((self.trainer or train)(model, self.data, self.train, image_size=found["image_size"], on_epoch=judge))
         found["curve"] = result.curve
         if result.curve:
             metrics |= {name: result.curve[-1][name] for name in TOLD if name in result.curve[-1]}
@@ -277,7 +288,7 @@ class Objective:
             if result.status == "complete" and (self.measures["after"] != ("saturation",) or start is not None):
                 with timed(found, "capacity"):
                     profile = enrich(
-                        profile, model, x, y, measures=self.measures["after"], graph=candidate.trace, start=start,
+                        profile, model, *batch, measures=self.measures["after"], graph=candidate.trace, start=start,
                         pixels=self._pixels["after"], exact_capacity=False, seed=self.train.seed,
                     )  # fmt: skip
             found["profile"] = profile
@@ -289,19 +300,25 @@ class Objective:
             return "diverged", f"{', '.join(missing)} came out not finite"
         return result.status, result.reason
 
+    def _select(self, trial: Any, found: dict[str, Any]) -> None:
+        """Ends a trial that the gate's share leaves out, where there is such a gate."""
+        if self.selection is not None and (place := self.selection.judge(trial, found)) is not None:
+            raise _Ended(MEASURED, place)
+
     def shape(self, trial: Any) -> dict[str, int]:
         """The sizes that the space takes; that of the images is a decision of the trial where there are several."""
         sizes, data = self.resolutions, self.data
         size = data.image_size if sizes is None else trial.suggest_categorical("image_size", list(sizes))
         return {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": size}
 
-    def _useless(self, candidate: Candidate) -> str | None:
-        """Why an architecture is not looked at: it has no blocks of the name asked for, or idles at its size but not at a larger one."""
+    def _check_use(self, candidate: Candidate) -> None:
+        """Ends the trial of an architecture without blocks of the name asked for, or that idles at its size but not at a larger one."""
         if not has_block(self.train.blocks, candidate.trace.modules[1:]):
-            return f"no module that runs full-matches the block pattern {self.train.blocks!r}"
+            raise Infeasible(f"no module that runs full-matches the block pattern {self.train.blocks!r}")
         larger = [size for size in self.resolutions or () if size > candidate.image_size]
         fields = structure(candidate.trace).fields if larger else ()
-        return unusable(fields, candidate.image_size) if any(unusable(fields, size) is None for size in larger) else None
+        if any(unusable(fields, size) is None for size in larger) and (useless := unusable(fields, candidate.image_size)) is not None:
+            raise Infeasible(useless)
 
     def _settle(self, trial: Any, found: dict[str, Any], status: str, reason: str) -> float | tuple[float, ...]:
         """Constraints first, then the attribute, then the values or the end: Optuna accepts neither after a trial ended."""
