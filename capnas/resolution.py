@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class Tuning:
         advice: what to change where layers of the chosen size remain idle.
         epochs: length of a full training, of which the cost is a share.
         macs_share: cost over that of training every size for `epochs`, in multiply-accumulates.
-        seconds_share: the same in seconds, each size's full training taken from its own seconds per epoch; None without runs of every size.
+        seconds_share: the same in seconds, each size's full training taken from its own seconds an epoch; None where one was not run.
     """
 
     surveys: tuple[SizeSurvey, ...]
@@ -171,8 +171,9 @@ def tune_resolution(
     surveys = survey_resolutions(build, candidates, in_chans=data.in_chans, budget=budget, refused=refused)
     rows = {s.size: s for s in surveys if not s.refusal and s.macs is not None}
     macs = _macs(rows)
-    possible = [s.macs for s in surveys if s.macs is not None and s.size not in (refused or {})]
-    sweep = epochs * sum(cost for cost in possible if budget is None or cost <= budget)
+    possible = {s.size: s.macs for s in surveys if s.macs is not None and s.size not in (refused or {})}
+    swept = {size: cost for size, cost in possible.items() if budget is None or cost <= budget}
+    sweep = epochs * sum(swept.values())
     left = share * sweep
     base, pay = config or TrainConfig(), rule.price(pay, budget)
     resolve_device(base.device)
@@ -209,7 +210,7 @@ def tune_resolution(
         advice=_advice(build, rows[choice.size], data.in_chans, next(r for r in reversed(readings) if r.size == choice.size)),
         epochs=epochs,
         macs_share=(share * sweep - left) / sweep,
-        seconds_share=_seconds_share(shared, runs, surveys, epochs),
+        seconds_share=_seconds_share(shared, runs, swept, epochs),
     )
 
 
@@ -330,8 +331,8 @@ def _saturations(profile: Profile | None, looking: Sequence[str]) -> dict[str, f
     return dict(list(found.items())[:-1])
 
 
-def _seconds_share(shared: SharedRun, runs: Sequence[SizeRun], surveys: Sequence[SizeSurvey], epochs: int) -> float | None:
+def _seconds_share(shared: SharedRun, runs: Sequence[SizeRun], sizes: Collection[int], epochs: int) -> float | None:
     per_epoch = {r.size: r.seconds / r.epochs for r in runs}
-    if any(s.macs is not None and not s.refusal and s.size not in per_epoch for s in surveys) or not per_epoch:
+    if not per_epoch.keys() >= set(sizes):
         return None
     return (shared.seconds + sum(r.seconds for r in runs)) / (epochs * sum(per_epoch.values()))

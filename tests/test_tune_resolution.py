@@ -206,6 +206,9 @@ def test_sizes_left_out_are_named(data: ImageData) -> None:
     (dropped,) = {10, 12, 14} - {r.size for r in found.runs if r.rung == 2}
     assert f"{dropped} px: dropped after round 1, it was worth less than the others" in reasons
     assert found.to_dict()["left_out"]["3"] == found.left_out[3]
+    macs = {s.size: s.macs for s in found.surveys if s.size < 16}  # of those that the budget would let one train, 3 px among them
+    spent = sum(seen * macs[size] for size, seen in found.shared.seen.items()) + sum(r.epochs * macs[r.size] for r in found.runs)
+    assert (found.macs_share, found.seconds_share) == (pytest.approx(spent / (20 * sum(macs.values()))), None)
 
 
 def test_sizes_within_a_budget_are_trained_where_the_images_are_larger(data: ImageData) -> None:
