@@ -27,19 +27,17 @@ def correct(
     images: Tensor,
     *,
     before: Mapping[str, NormInputs],
-    ridge: float = 1e-3,
 ) -> None:
-    """Refit a narrowed network in place, in eval mode.
+    """Refit a narrowed network in place.
 
     Args:
-        model: narrowed, on the images' device.
+        model: narrowed, in eval mode on the images' device.
         readings: of the full network, by layer.
         kept_outputs: per layer the output channels that stayed.
         norms: layer to the batch norm straight behind it.
         images: (N, C, H, W), the images of the readings.
         before: what each batch norm read in the full network, of the channels that stayed; its running mean and variance move by the
             difference (`capnas.measures.narrowing.moved_norm`).
-        ridge: see `capnas.measures.narrowing.refit`.
     """
 
     def fit(name: str) -> Callable[..., None]:
@@ -51,7 +49,7 @@ def correct(
             done.add(name)
             rows = input_rows(module, args[0], reading.index)
             targets = reading.outputs[:, kept_outputs[name].to(reading.outputs.device)]
-            weight, bias = refit(rows, targets, module.weight.flatten(1), ridge=ridge)
+            weight, bias = refit(rows, targets, module.weight.flatten(1))
             module.weight.copy_(weight.reshape(module.weight.shape))
             if module.bias is not None:
                 module.bias.copy_(bias)
@@ -73,7 +71,6 @@ def correct(
         return hook
 
     done: set[str] = set()
-    model.eval()
     fits, moves = {n: fit(n) for n in readings}, {n: move(n) for n in before}
     with torch.no_grad(), hooked(fits, model, before=True), hooked(moves, model, before=True):
         model(images)

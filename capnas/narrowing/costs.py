@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from capnas.candidates import count_cost
-from capnas.layers import CONVS, MEASURED
+from capnas.layers import MEASURED
 from capnas.narrowing.groups import CoupledGroup
-from capnas.narrowing.selecting import wide_axis
+from capnas.narrowing.selecting import place_width, wide_axis
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,12 +56,12 @@ class NetworkCost:
                 module, b = modules[name], port.positions.shape[1]
                 if port.side == "in":
                     if getattr(module, "groups", 1) == 1:  # in grouped convs the inputs go with the outputs
-                        inputs[place[name], j] += b / _width(module, "in")
+                        inputs[place[name], j] += b / place_width(model, modules, name, "in")
                 elif port.side == "param":  # the module's other parameters stay
                     value = model.get_parameter(port.module)
                     outputs[place[name], j] += value.numel() * b / value.shape[wide_axis(value)] / layers[name].params
                 else:
-                    outputs[place[name], j] += b / _width(module, "out")
+                    outputs[place[name], j] += b / place_width(model, modules, name, "out")
                 if port.side == "out" and name.endswith(".qkv"):  # the attention's own products shrink with its heads
                     attention = name.rpartition(".")[0]
                     if attention in place:
@@ -70,7 +70,7 @@ class NetworkCost:
         for name, i in place.items():
             if isinstance(modules[name], MEASURED):
                 biases[i] = 0 if modules[name].bias is None else modules[name].bias.numel()
-                gained[i] = _width(modules[name], "out") if name in added else 0
+                gained[i] = place_width(model, modules, name, "out") if name in added else 0
         return cls(
             names=tuple(layers),
             macs=torch.tensor([float(c.macs) for c in layers.values()], dtype=torch.float64),
@@ -106,14 +106,3 @@ class NetworkCost:
         unreached = (self.inputs.abs().sum(1) + self.outputs.abs().sum(1)) == 0
         found = {n: float(macs) for n, macs, free in zip(self.names, self.macs, unreached) if free and macs > 0}
         return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def _width(module: nn.Module, side: str) -> int:
-    if isinstance(module, CONVS):
-        return module.in_channels if side == "in" else module.out_channels
-    if isinstance(module, nn.Linear):
-        return module.in_features if side == "in" else module.out_features
-    for attribute in ("num_features", "num_channels"):
-        if isinstance(getattr(module, attribute, None), int):
-            return int(getattr(module, attribute))
-    return int(module.normalized_shape[-1])  # type: ignore[index]

@@ -11,7 +11,7 @@ from capnas.layers import CONVS
 
 
 def _take(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
-    return tensor.detach().index_select(axis, index.to(tensor.device)).clone()
+    return tensor.detach().index_select(axis, index.to(tensor.device))
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
