@@ -15,7 +15,8 @@ from capnas.errors import UsageError
 from capnas.measures.narrowing import moved_norm
 from capnas.narrowing import chosen_units, narrowed
 from capnas.narrowing.calibration import input_rows, norm_inputs, norms_behind, output_rows, read_layers, readable, sampled
-from capnas.narrowing.planning import plan_widths, read_widths
+from capnas.narrowing.costs import NetworkCost
+from capnas.narrowing.planning import check_growth, plan_widths, read_widths
 from capnas.narrowing.survey import Survey, saturations, survey
 from capnas.norms import measure_norms
 from capnas.saved import build_recipe
@@ -220,10 +221,11 @@ def test_goals_and_their_errors(measured: tuple[nn.Module, Survey], tmp_path) ->
     lossless = plan_widths(found, lossless=True, round_to=1)
     assert all(g.planned >= g.needed for g in lossless.groups)
     path = tmp_path / "plan.json"
-    path.write_text('{"plan": {"widths": {"0": 4}}}')
+    path.write_text('{"plan": {"widths": {"0": 4}, "groups": [{"name": "7", "planned": 3}]}}')
     assert plan_widths(found, widths=read_widths(path)).widths["0"] == 4
     for text, reason in (
         ("[", "is not JSON"), ('{"widths": {"0": -1}}', "must hold"), ("{}", "must hold"), ('{"widths": {"0": true}}', "must hold"),
+        ('{"widths": {"0": 0}}', "must hold"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(UsageError, match=reason):
@@ -232,8 +234,9 @@ def test_goals_and_their_errors(measured: tuple[nn.Module, Survey], tmp_path) ->
         read_widths(tmp_path / "none.json")
     with pytest.raises(UsageError, match="exactly one goal"):
         plan_widths(found, target_macs=0.5, lossless=True)
-    with pytest.raises(UsageError, match=r"share of MACs to keep, in \(0, 1\), got 1.5"):
-        plan_widths(found, target_macs=1.5)
+    for share in (0, 1, 1.5):
+        with pytest.raises(UsageError, match=rf"share of MACs to keep, in \(0, 1\), got {share}\."):
+            plan_widths(found, target_macs=share)
     with pytest.raises(
         UsageError, match=r"0.001 of the MACs cannot be reached: with every group at its least width 0.\d\d of them remain\.$"
     ):
@@ -242,6 +245,10 @@ def test_goals_and_their_errors(measured: tuple[nn.Module, Survey], tmp_path) ->
         plan_widths(found, target_macs=0.2, round_to=4)
     with pytest.raises(UsageError, match=r"0.001 of the MACs cannot be reached: .* remain\.$"):  # nor with a smaller one
         plan_widths(found, target_macs=0.001, round_to=4)
+    unread = dict.fromkeys(("inputs", "outputs"), torch.zeros(4, 2, dtype=torch.float64))
+    alone = dataclasses.replace(found.cost, names=("", *found.cost.names[1:]), **unread)
+    with pytest.raises(UsageError, match=r"layers of fixed width cost 1.00, most of it the network itself, 2\.$"):
+        plan_widths(dataclasses.replace(found, cost=alone), target_macs=0.5)
     tight = plan_widths(found, widths={"0": 1})
     assert tight.groups[0].expected == pytest.approx(found.needed[0]) != 1  # not clipped: one channel for more than one direction
     with pytest.raises(UsageError, match="a group of the plan must be one of 0, 2; got '7'"):
@@ -250,6 +257,13 @@ def test_goals_and_their_errors(measured: tuple[nn.Module, Survey], tmp_path) ->
         plan_widths(found, widths={"0": True})
     with pytest.raises(UsageError, match=r"would cost [\d,]+ times the MACs of now; give widths of at most 100 times"):
         plan_widths(found, widths={"0": 10_000_000})
+    one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    linear = NetworkCost(  # of a layer with one output
+        names=("0",), macs=none[0], params=one[0], biases=none[0], steady=none[0], added=none[0], inputs=none, outputs=one, units=one[0]
+    )
+    check_growth(linear, [100])
+    with pytest.raises(UsageError, match="would cost 101 times the parameters of now"):
+        check_growth(linear, [101])
     with pytest.raises(UsageError, match="allocation must be one of loss, saturation"):
         plan_widths(found, target_macs=0.5, allocation="best")  # type: ignore[arg-type]
 
@@ -275,9 +289,11 @@ def test_a_printed_plan_is_edited_in_a_row_or_in_widths(measured: tuple[nn.Modul
         path.write_text(json.dumps({"plan": printed}))
         assert read_widths(path) == printed["widths"] | {"0": expected}
     printed["groups"][0]["planned"], printed["widths"]["0"] = 9, 10
-    path.write_text(json.dumps({"plan": printed}))
-    with pytest.raises(UsageError, match="gives the group 0 two widths, 9 as its planned and 10 in widths: write the one that is meant"):
-        read_widths(path)
+    for expected in (printed["groups"][0]["expected"], 0):
+        printed["groups"][0]["expected"] = expected
+        path.write_text(json.dumps({"plan": printed}))
+        with pytest.raises(UsageError, match="gives the group 0 two widths, 9 as its planned and 10 in widths: write the one"):
+            read_widths(path)
     printed["groups"][0]["planned"] = True
     path.write_text(json.dumps({"plan": printed}))
     with pytest.raises(UsageError, match="whole numbers of channels above 0"):

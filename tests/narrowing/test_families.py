@@ -222,24 +222,29 @@ def test_planned_parameters_are_those_of_the_narrowed_network(name: str) -> None
 
 
 class Shifted(nn.Module):
-    """Has bare parameters of its own, of which one is in a group; a layer without bias is given one by refitting."""
+    """Has bare parameters of its own in its groups, one of several axes, and one in none; refitting gives a layer without bias one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shift, self.other = nn.Parameter(torch.randn(8, 1, 1)), nn.Parameter(torch.randn(3, 4, 4))
-        self.conv, self.inner, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1, bias=False), nn.Linear(4, 2)
+        self.shift, self.scale = nn.Parameter(torch.randn(8, 1, 1)), nn.Parameter(torch.rand(8, 1, 1))
+        self.places, self.other = nn.Parameter(torch.randn(1, 16, 2)), nn.Parameter(torch.randn(3, 4, 4))
+        self.conv, self.inner, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1, bias=False), nn.Linear(2, 2)
+        self.norm = nn.LayerNorm((16, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.inner((self.conv(x + self.other) + self.shift).relu()).relu().mean((2, 3)))
+        x = self.inner((self.scale * self.conv(x + self.other) + self.shift).relu())
+        return self.head(self.norm(x.flatten(2).transpose(1, 2) + self.places).relu().mean(1))
 
 
 def test_planned_parameters_of_modules_with_bare_ones() -> None:
     model, x = Shifted().eval(), torch.randn(32, 3, 4, 4)
     found = survey(model, x)
-    plan = plan_widths(found, widths={"conv": 5, "inner": 3})
-    count = [sum(p.numel() for p in narrowed(model, found, plan, refit=refit).parameters()) for refit in (True, False)]
-    assert any(p.module == "shift" for p in found.coupling["conv"].ports)
-    assert count == [plan.planned_params, plan.planned_params - 3]
+    plan = plan_widths(found, widths={"conv": 5, "inner": 1})
+    small = narrowed(model, found, plan)
+    count = [sum(p.numel() for p in net.parameters()) for net in (small, narrowed(model, found, plan, refit=False))]
+    assert {p.module for g in found.groups for p in g.ports if p.side == "param"} == {"shift", "scale", "places"}
+    assert count == [plan.planned_params, plan.planned_params - 1]
+    assert (small.places.shape, small.norm.weight.shape, small.norm.normalized_shape) == ((1, 16, 1), (16, 1), (16, 1))
 
 
 def test_a_narrowed_network_can_be_exported() -> None:

@@ -79,6 +79,7 @@ def test_a_layer_under_two_names_stays_one() -> None:
     state = torch.get_rng_state()
     plain, x = plain_convs(model), torch.randn(1, 4, 9, 9, generator=torch.Generator().manual_seed(0))
     assert plain[0] is plain[2]
+    assert plain_convs(layer) is layer
     assert torch.equal(plain(x), model(x))
     assert torch.equal(torch.get_rng_state(), state)
 
