@@ -18,7 +18,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from capnas.documents import write_whole
-from capnas.errors import MissingDependencyError, counted
+from capnas.errors import MissingDependencyError, counted, one_line
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
 from capnas.objective.finals import best_first
@@ -118,18 +118,15 @@ class Report:
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         environment.globals["cell"] = _cell
         template = environment.from_string((resources.files("capnas.report") / "report.html.j2").read_text(encoding="utf-8"))
-        cards = _cards(data)
-        shown = {title: rows for title, rows in tables(data).items() if rows}
-        layers = _layers(self.run)
         page = template.render(
             study=data["study"],
             lead=_lead(data),
             verdict=_verdict(self.run),
-            cards=cards,
-            tables=shown,
+            cards=_cards(data),
+            tables=tables(data),
             notes=_NOTES,
             figures=parts,
-            layers=layers,
+            layers=_layers(self.run),
             folder=self.run.folder.name,
         )
         target = Path(path)
@@ -332,7 +329,7 @@ def _layers(run: RunResult) -> dict[str, Any] | None:
 
 def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = list(rows[0])
-    body = (f"| {' | '.join(_cell(row.get(name)).replace('|', '/') for name in names)} |" for row in rows)
+    body = (f"| {' | '.join(one_line(_cell(row.get(name))).replace('|', '/') for name in names)} |" for row in rows)
     return [f"| {' | '.join(names)} |", "|" + " --- |" * len(names), *body]
 
 

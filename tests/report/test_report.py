@@ -162,7 +162,7 @@ def test_every_setting_that_changes_the_numbers_is_told(tmp_path: Path) -> None:
 
 def test_a_bar_in_a_reason_makes_no_column(tmp_path: Path) -> None:
     run = told(tmp_path, ("accuracy",), points=POINTS[:1])
-    gated = Evaluation(status="gated", reason="below | the gate").to_dict()
+    gated = Evaluation(status="gated", reason="below | the\ngate").to_dict()
     run.study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, user_attrs={ATTRIBUTE: gated}))
     assert "| gated | 1 | below / the gate |" in Report.of(run).to_markdown()
 
