@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -79,6 +79,11 @@ def _label(row: Row) -> str:
     return f"<b>trial {trial.number}</b>, {found.n_params or 0:,} parameters, {found.macs or 0:,} MACs<br>{params}"
 
 
+def _scaled(values: Iterable[float | None]) -> dict[str, str]:
+    """Settings of an axis: a single value has no scale of its own, so its axis begins at 0."""
+    return {"rangemode": "tozero"} if len(set(values)) == 1 else {}
+
+
 def _accuracy(row: Row) -> float:
     value = row[1].metrics.get("accuracy")
     return math.nan if value is None else value
@@ -96,7 +101,9 @@ def _history(graph: Any, rows: Sequence[Row], done: Sequence[Row]) -> Any:
         graph.Scatter(x=[t.number for t, _ in done], y=[_accuracy(r) for r in done], mode="markers", name="complete",
                       marker={"color": BLUE, "size": 9}, hovertext=[_label(r) for r in done]),
     ]  # fmt: skip
-    return _styled(graph.Figure(traces), "trial", "validation accuracy", xaxis={"tickformat": "d", "dtick": 1 if last < 10 else None})
+    side = max(0.5, 0.03 * last)  # lines get no room of their own beside the last trial
+    axis = {"tickformat": "d", "dtick": 1 if last < 10 else None, "range": [-side, last + side]}
+    return _styled(graph.Figure(traces), "trial", "validation accuracy", xaxis=axis, yaxis=_scaled(map(_accuracy, done)))
 
 
 def _trade(graph: Any, done: Sequence[Row]) -> Any:
@@ -117,24 +124,29 @@ def _trade(graph: Any, done: Sequence[Row]) -> Any:
 
 def _scatter(graph: Any, done: Sequence[Row], metric: str) -> Any:
     kept = [row for row in done if row[1].metrics.get(metric) is not None]
+    x, y, sizes = [e.metrics[metric] for _, e in kept], [_accuracy(r) for r in kept], [e.n_params for _, e in kept]
     trace = graph.Scatter(
-        x=[e.metrics[metric] for _, e in kept], y=[_accuracy(r) for r in kept], mode="markers", name="trial", showlegend=False,
-        hovertext=[_label(r) for r in kept],
-        marker={"color": [e.n_params for _, e in kept], "colorscale": "Viridis", "size": 10, "line": {"width": 0.5, "color": "#444"},
+        x=x, y=y, mode="markers", name="trial", showlegend=False, hovertext=[_label(r) for r in kept],
+        marker={"color": sizes, "colorscale": "Viridis", "size": 10, "line": {"width": 0.5, "color": "#444"},
+                "showscale": len(set(sizes)) > 1,
                 "colorbar": {"title": {"text": "parameters", "side": "right"}, "thickness": 12, "tickformat": "~s"}},
     )  # fmt: skip
-    return _styled(graph.Figure(trace), metric.replace("_", " "), "validation accuracy")
+    return _styled(graph.Figure(trace), metric.replace("_", " "), "validation accuracy", xaxis=_scaled(x), yaxis=_scaled(y))
 
 
 def _profiles(graph: Any, done: Sequence[Row], best: int | None) -> Any:
-    """Saturation of the study's best trial, and of the median and the worst by accuracy; blocks as lines, layers as dots."""
+    """Saturation of the study's best trial, and of the median and the worst by accuracy, each once; blocks as lines, layers as dots."""
     order = sorted((r for r in done if r[1].profile is not None), key=_accuracy, reverse=True)
     chosen = [("best", row) for row in order if row[0].number == best]
     chosen += [("median", order[len(order) // 2]), ("worst", order[-1])]
+    words: dict[int, list[str]] = {}
+    for word, (trial, _) in chosen:
+        words.setdefault(trial.number, []).append(word)
     figure = graph.Figure()
-    for word, (trial, found) in chosen:
+    for trial, found in {row[0].number: row for _, row in chosen}.values():
+        word = words[trial.number][0]
         color = {"best": RED, "median": BLUE, "worst": GREY}[word]
-        name = f"{word}: trial {trial.number}, {_accuracy((trial, found)):.3f}"
+        name = f"{', '.join(words[trial.number])}: trial {trial.number}, {_accuracy((trial, found)):.3f}"
         for reading in ("blocks", "modules"):
             rows = found.profile.reading(reading) if found.profile else ()
             lines = {"mode": "lines+markers", "line": {"color": color}} if reading == "blocks" else {"mode": "markers"}
@@ -207,6 +219,7 @@ def _optuna(run: RunResult) -> dict[str, Any]:
         if not top:
             return {}
         slices = optuna.visualization.plot_slice(run.study, params=top, target=target, target_name=name)
+    slices.update_xaxes(tickangle=90)  # long names would lie across the next panel
     graph = _plotly()
     names = list(shares)[:12][::-1]
     bars = graph.Figure(graph.Bar(x=[shares[n] for n in names], y=names, orientation="h", marker={"color": BLUE}))

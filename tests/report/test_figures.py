@@ -65,6 +65,9 @@ def test_each_trial_is_drawn_as_what_became_of_it(told: RunResult) -> None:
     assert {color for _, color in curves[1:-1]} == {BLUE}
     scatter = found["Accuracy against evenness of saturation"].data[0]
     assert (list(scatter.x), list(scatter.y)) == ([0.5, 0.5], [0.9, 0.7])
+    assert found["Accuracy against evenness of saturation"].layout.xaxis.rangemode == "tozero"  # of one value
+    assert not scatter.marker.showscale  # of one size
+    assert list(found["Accuracy over the search"].layout.xaxis.range) == [-0.5, 3.5]  # room beside the line that ends at trial 3
     assert found["Accuracy against multiply-accumulates"].layout.xaxis.type == "log"
     blocks = [trace for trace in found["Saturation through the network"].data if trace.showlegend]
     assert [trace.name for trace in blocks] == ["best: trial 1, 0.900", "median: trial 2, 0.700", "worst: trial 0, 0.500"]
@@ -106,6 +109,16 @@ def test_no_other_trial_stands_in_for_a_best_one_without_a_profile(told: RunResu
     monkeypatch.setattr(RunResult, "best", property(lambda run: run.study.trials[3]))
     blocks = [trace for trace in figures(told)["Saturation through the network"].data if trace.showlegend]
     assert [trace.name.partition(":")[0] for trace in blocks] == ["median", "worst"]
+
+
+@pytest.mark.parametrize(("n", "names"), [(1, ["best, median, worst: trial 1"]), (2, ["best: trial 1", "median, worst: trial 2"])])
+def test_of_few_trials_each_is_drawn_once(told: RunResult, monkeypatch: pytest.MonkeyPatch, n: int, names: list[str]) -> None:
+    rows = told.evaluations()
+    monkeypatch.setattr(RunResult, "evaluations", lambda _: rows[1 : n + 1])
+    found = figures(told)
+    blocks = [trace for trace in found["Saturation through the network"].data if trace.showlegend]
+    assert [trace.name.rpartition(",")[0] for trace in blocks] == names
+    assert (found["Accuracy over the search"].layout.yaxis.rangemode == "tozero") == (n == 1)
 
 
 def test_profiles_are_those_of_the_best_the_median_and_the_worst(run: RunResult) -> None:
@@ -160,7 +173,9 @@ def test_decisions_are_told_apart_from_six_trials_on_and_their_names_are_text(tm
 
 def test_bars_are_the_given_correlations(run: RunResult) -> None:
     rows = [{"score": "a", "spearman": 0.5, "partial": None, "chance": 0.3, "trials": 9}]
-    assert "What went with accuracy" not in figures(run)
+    found = figures(run)
+    assert "What went with accuracy" not in found
+    assert found["Values by decision"].layout.xaxis.tickangle == 90  # names under their own panel
     bars = {trace.name: trace for trace in figures(run, rows)["What went with accuracy"].data}
     assert list(bars["alone"].x) == [0.5]
     assert list(bars["at equal parameters and MACs"].x) == [None]
