@@ -54,8 +54,8 @@ def scores(json: Json = False) -> None:
         row["better"] = "higher" if row["direction"] == "maximize" else "lower"
     columns = ("score", "better", "range", "measure", "meaning")
     show_table(columns, ([str(row[name]) for name in columns] for row in found), left=len(columns))
-    say("Search by them: capnas search SPACE --values accuracy,NAME (init_NAME for the untrained network); val_loss, latency and the sums")
-    say("combined and principled are values too. Show them: capnas profile MODEL --measures all")
+    say("Search by them: capnas search SPACE --values accuracy,NAME (init_NAME for the untrained network); val_loss, train_loss, latency")
+    say("(milliseconds of one image) and the sums combined and principled are values too. Show them: capnas profile MODEL --measures all")
 
 
 @app.command()

@@ -192,10 +192,11 @@ def tables(data: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def _lead(data: Mapping[str, Any]) -> str:
     study, (spent, what) = data["study"], _spent(data)
+    unit = f"; {LATENCY} in milliseconds of one image" if any(LATENCY in row for row in data["best"]) else ""
     return (
         f"Space {Path(study['space']).name} on {Path(study['data']).name}: {study['finished']} of {study['asked']} trials finished, "
         f"{study['complete']} with a value, in {spent / 60:.1f} minutes of {what}; {counted(study['epochs'], 'epoch')} each, "
-        f"sampler {study['sampler']}, seed {study['seed']}, optimizing {', '.join(study['values'])}{_sum(study)}."
+        f"sampler {study['sampler']}, seed {study['seed']}, optimizing {', '.join(study['values'])}{_sum(study)}{unit}."
     )
 
 

@@ -49,7 +49,7 @@ def told(folder: Path, values: tuple[str, ...], sampler: str = "random", points:
     config = StudyConfig(space="tiny", data="noise", study="told", trials=len(points) + 2, values=values, sampler=sampler, out=str(folder))
     study = optuna.create_study(study_name=config.name, directions=config.directions)
     for number, (accuracy, macs) in enumerate([*points, points[0]]):
-        named = {"accuracy": accuracy, "macs": float(macs)}
+        named = {"accuracy": accuracy, "macs": float(macs)} | ({"latency": 4.5} if "latency" in values else {})
         status, original = ("complete", None) if number < len(points) else ("duplicate", 0)
         found = Evaluation(status=status, duplicate_of=original, values={v: named[v] for v in values}, metrics=named, macs=macs, n_params=5)
         drawn: dict[str, Any] = {"params": {"x": number}, "distributions": {"x": optuna.distributions.IntDistribution(0, 99)}}
@@ -71,6 +71,12 @@ def test_with_several_values_the_best_trials_are_the_pareto_set(tmp_path: Path) 
     rows = Report.of(run).to_dict()["best"]
     assert [(row["accuracy"], row["macs"]) for row in rows] == [POINTS[n] for n in listed(run)]
     assert listed(told(tmp_path, ("macs", "accuracy"))) == [5, 4, 2, 0]  # the first value's best comes first
+
+
+def test_a_latency_has_its_unit_where_there_is_one(tmp_path: Path) -> None:
+    texts = [Report.of(told(tmp_path, ("accuracy", second))).to_markdown() for second in ("latency", "macs")]
+    assert "optimizing accuracy, latency; latency in milliseconds of one image." in texts[0]
+    assert "optimizing accuracy, macs." in texts[1]
 
 
 def test_a_pareto_set_is_listed_whole(tmp_path: Path) -> None:
