@@ -36,7 +36,7 @@ def prune(
     allocation: Annotated[
         str, typer.Option(help="How --target-macs is met: loss (least loss per MAC saved) or saturation (made even).")
     ] = "loss",
-    round_to: Annotated[int, whole("Make channels a multiple of this.")] = 8,
+    round_to: Annotated[int, whole("Make channels a multiple of this, of half of it in groups narrower than twice that, and so on.")] = 8,
     calibration: Annotated[int, whole("Number of images to measure widths and corrections on.", "IMAGES")] = 1024,
     train_epochs: Annotated[int, whole("Epochs to train a target without weights first.")] = 0,
     finetune_epochs: Annotated[int, whole("Epochs to train the narrowed network.")] = 0,
