@@ -198,7 +198,7 @@ def tune_resolution(
     choice = rule.recommend(readings, budget=budget, pay=pay, images=data.sizes["validation"], chance=data.guess)
     left_out = _left_out(surveys, runs)
     notes = [s.note for s in surveys if s.note and not s.refusal]
-    if choice.size in rows and rows[choice.size].borderless:
+    if rows[choice.size].borderless:
         notes.append("no border: the network mixes all positions")
     told = (*choice.reasons, *notes, *(f"{size} px: {why}" for size, why in left_out.items()))
     return Tuning(

@@ -93,7 +93,7 @@ def survey_resolutions(
     ('it cannot run at 8 px: Calculated padded input size per channel: (2 ', 39600, '')
     """
     if not are_sizes(candidates):
-        raise UsageError(f"candidates must be whole numbers from 1 on, different sizes in pixels, got {tuple(candidates)}.")
+        raise UsageError(f"candidates must be whole numbers from 1 on, different sizes in pixels, got {candidates}.")
     rows, whys = [], {}
     for size in sorted(map(int, candidates)):
         try:

@@ -19,7 +19,8 @@ from capnas.candidates import count_cost
 from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
 from capnas.graph.tracing import trace
-from capnas.measures.resolution import SizeReading
+from capnas.measures import resolution
+from capnas.measures.resolution import SizeReading, recommend
 from capnas.mixed_sizes import train_together
 from capnas.repair import advise
 from capnas.resolution import SizeRun, SizeSurvey, _advice, advise_resolution, ladder, survey_resolutions, tune_resolution
@@ -120,6 +121,8 @@ def test_images_may_be_given_as_load_data_takes_them() -> None:
     refused = {16: "it does not fit"}
     found, expected = (tune_resolution(net, given, (8, 12, 16), epochs=4, config=config, refused=refused) for given in (arrays, loaded))
     assert [r.reading for r in found.runs] == [r.reading for r in expected.runs]
+    with pytest.raises(UsageError, match="candidates must be whole numbers from 1 on, different sizes in pixels, got 12"):
+        tune_resolution(net, arrays, 12)  # type: ignore[arg-type]
 
 
 def test_no_size_is_trained_for_longer_than_a_full_training(data: ImageData) -> None:
@@ -127,13 +130,15 @@ def test_no_size_is_trained_for_longer_than_a_full_training(data: ImageData) -> 
     found = tune_resolution(build, data, (6, 8, 12), epochs=3, share=1.0, pay=1.0, config=CONFIG)
     assert [(r.size, r.rung) for r in found.runs] == [(6, 1), (8, 1), (12, 1), (6, 2), (8, 2)]  # what 12 px leave would pay for two epochs
     assert max(r.epochs for r in found.readings) == 3
+    assert tune_resolution(net, data, (6, 8, 12), epochs=2, share=1.0, config=CONFIG).shared.passes == 2  # two thirds would pay for four
 
 
 def test_tuning_stays_within_its_share_and_tells_every_run(data: ImageData) -> None:
     told: list[SizeRun] = []
     passes: list[tuple[int, int]] = []
     sizes, before = (6, 8, 12, 16), torch.get_rng_state()
-    found = tune_resolution(net, data, sizes, epochs=20, config=CONFIG, on_run=told.append, on_pass=lambda *n: passes.append(n))
+    tell: dict[str, Any] = {"on_start": lambda: passes.append((0, 16)), "on_run": told.append, "on_pass": lambda *n: passes.append(n)}
+    found = tune_resolution(net, data, sizes, epochs=20, config=CONFIG, **tell)
     assert torch.equal(torch.get_rng_state(), before)
     assert tuple(told) == found.runs
     assert [r.size for r in found.runs if r.rung == 1] == list(sizes)
@@ -143,7 +148,7 @@ def test_tuning_stays_within_its_share_and_tells_every_run(data: ImageData) -> N
     together = sum(seen * macs[size] for size, seen in found.shared.seen.items())
     assert together > alone / 2
     assert (found.shared.passes, found.shared.reason) == (16, "")
-    assert passes == [(n, 16) for n in range(1, 17)]
+    assert passes == [(n, 16) for n in range(17)]
     assert found.macs_share == pytest.approx((alone + together) / (20 * sum(macs.values())))
     assert 0.2 < found.macs_share <= 0.3
     assert 0 < found.seconds_share < 1
@@ -205,7 +210,8 @@ def test_sizes_left_out_are_named(data: ImageData) -> None:
     assert any(r.startswith("16 px: not trained, ") and r.endswith("over the budget of 600,000") for r in reasons)
     (dropped,) = {10, 12, 14} - {r.size for r in found.runs if r.rung == 2}
     assert f"{dropped} px: dropped after round 1, it was worth less than the others" in reasons
-    assert found.to_dict()["left_out"]["3"] == found.left_out[3]
+    told = found.to_dict()
+    assert (told["left_out"]["3"], told["shared"]["seen"]["12"]) == (found.left_out[3], found.shared.seen[12])
     macs = {s.size: s.macs for s in found.surveys if s.size < 16}  # of those that the budget would let one train, 3 px among them
     spent = sum(seen * macs[size] for size, seen in found.shared.seen.items()) + sum(r.epochs * macs[r.size] for r in found.runs)
     assert (found.macs_share, found.seconds_share) == (pytest.approx(spent / (20 * sum(macs.values()))), None)
@@ -388,6 +394,7 @@ def test_a_training_that_fails_drops_its_size(data: ImageData) -> None:
         ({"share": 0.0}, r"share in \(0, 1\]"),
         ({"budget": 10}, "over the budget of 10"),
         ({"pay": float("nan")}, "pay must be the accuracy that a doubling of MACs has to bring, a number"),
+        ({"config": TrainConfig(device="cuda:99"), "on_start": lambda: pytest.fail("it trains")}, "device 'cuda:99' is not here"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_training(data: ImageData, changes: dict[str, Any], message: str) -> None:
@@ -557,7 +564,7 @@ def test_a_convolution_behind_the_pooling_may_be_cut() -> None:
 
 def test_candidates_by_themselves_span_two_doublings_either_way() -> None:
     assert ladder(32) == (16, 24, 32, 44, 64)
-    assert ladder(4)[0] == 4
+    assert ladder(3)[0] == 4
     assert len(set(ladder(5))) == len(ladder(5))
 
 
@@ -589,7 +596,10 @@ def test_images_come_in_another_order_in_each_round(data: ImageData, monkeypatch
         curve = ({"val_loss": 1.0},) * config.epochs
         return TrainingResult(status="complete", accuracy=0.5 + image_size / 100, curve=curve, seconds=1.0)
 
+    asked: dict[str, Any] = {}
     monkeypatch.setattr("capnas.resolution.train", trains)
-    tune_resolution(net, data, (6, 8, 10, 12), epochs=20, config=CONFIG)
+    monkeypatch.setattr(resolution, "recommend", lambda found, **given: asked.update(given) or recommend(found, **given))
+    tune_resolution(net, data, (6, 8, 10, 12), epochs=20, config=CONFIG, budget=10**6, pay=0.01)
+    assert asked == {"budget": 10**6, "pay": 0.01, "images": data.sizes["validation"], "chance": data.guess}
     first, second = ([seed for _, seed in part] for part in (seen[:4], seen[4:]))
     assert (set(first), set(second)) == ({CONFIG.seed}, {CONFIG.seed + 1})
