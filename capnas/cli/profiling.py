@@ -155,6 +155,7 @@ def _say_fields(report: Any) -> None:
     if report.feasible is not None:
         lower = f" ({_field([(low, low) for low, _ in report.functional])} by the functional bound)" if report.functional else ""
         print(f"feasible image sizes: {_field(report.feasible)} px{lower}")
+        print("feasible: below, some layer sees nothing new; above, no unit sees the whole image; layers that read all of it do not count")
 
 
 def _say_rest(found: Any) -> None:

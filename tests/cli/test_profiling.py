@@ -29,7 +29,7 @@ def test_every_measure_has_its_column(capsys: pytest.CaptureFixture[str]) -> Non
     assert "distance" not in out.split("score")[0]  # nothing was trained
     assert "left out" not in out
     assert "123..199" in out
-    assert "feasible image sizes: 123..199 px (96 by the functional bound)" in out
+    assert "feasible image sizes: 123..199 px (96 by the functional bound)\nfeasible: below, some layer sees nothing new;" in out
 
 
 def test_what_is_left_out_is_said_with_the_fields_and_the_skipped(found: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
