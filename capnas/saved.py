@@ -78,7 +78,8 @@ def save_model(
         model: built from the recipe, its modules then narrowed, widened or split into low-rank factors; only read, a compiled one as
             it was before.
         folder: is made; a folder that is there already and not empty is refused.
-        recipe: see `build_recipe`.
+        recipe: ``{"timm": name, "args": {...}, "image_size": ...}`` or ``{"space": text for `capnas.load_space`, "params": {...},
+            "num_classes": ..., "in_chans": ..., "image_size": ...}``; see `capnas.saved.build_recipe`.
         extra: JSON values kept in the manifest under "extra": where the model comes from, how accurate it is.
         force: write over a model saved there before; other files in the folder stay.
 

@@ -218,7 +218,10 @@ def prune(
         config: what is wanted.
         image_size: pixels, where not the data's.
         say: told of each step.
-        settings: fields of `PruneConfig` by name, beside ``config`` or in its place.
+        settings: fields of `capnas.narrowing.pruning.PruneConfig` by name, beside ``config`` or in its place.
+
+    Returns:
+        The narrowed ``model``, which `capnas.save_model` keeps, with its ``plan`` and ``report``.
 
     Raises:
         CannotNarrow: this network cannot be narrowed; the text says why.
