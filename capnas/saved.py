@@ -25,7 +25,7 @@ from capnas.documents import read_json, write_whole
 from capnas.errors import CapnasError, UsageError, one_line
 from capnas.layers import unfilled
 from capnas.measures.probing import unwrap_model
-from capnas.spaces import load_space
+from capnas.spaces import load_space, space_spec
 
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 _FORMAT, _VERSION = "capnas-model", 1
@@ -103,11 +103,13 @@ def save_model(
     check_free(place, force=force)
     model = unwrap_model(model)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    differences = _differences(model, build_recipe(recipe))
+    place_of_space = {} if "timm" in recipe else {"space": space_spec(load_space(recipe["space"]))}  # a file's from any folder
     document = {
         "format": _FORMAT,
         "version": _VERSION,
-        "recipe": dict(recipe),
-        **_differences(model, build_recipe(recipe)),
+        "recipe": dict(recipe) | place_of_space,
+        **differences,
         "extra": dict(extra or {}),
     }
     again = _assemble(json.loads(_text(document)))

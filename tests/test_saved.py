@@ -35,6 +35,14 @@ def test_a_model_is_loaded_to_the_device_that_the_other_calls_take(tmp_path: Pat
         load_model(tmp_path / "m", device="cuda:99")
 
 
+def test_a_space_given_by_a_relative_path_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(FILE.partition(":")[0]).parent)
+    recipe = SPACE | {"space": "tiny_space.py"}
+    saved = save_model(build_recipe(recipe), tmp_path / "model", recipe)
+    monkeypatch.chdir(tmp_path)
+    torch.testing.assert_close(load_model(saved).state_dict(), build_recipe(SPACE).state_dict(), rtol=0, atol=0)
+
+
 def test_a_compiled_model_is_saved_as_it_was_before(tmp_path: Path) -> None:
     model, x = build_recipe(SPACE, seed=1).eval(), torch.randn(2, 1, 8, 8)
     again = load_model(save_model(torch.compile(model, backend="eager"), tmp_path / "m", SPACE))
