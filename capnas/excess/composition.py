@@ -58,7 +58,7 @@ _Path = tuple["Step | _Fork", ...]
 _SAME = frozenset(
     """
     view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t contiguous clone detach alias slice narrow select
-    split split_with_sizes chunk unbind _to_copy relu relu_ tanh tanh_ hardtanh hardtanh_
+    split split_with_sizes chunk unbind _to_copy relu relu_ celu celu_ tanh tanh_ hardtanh hardtanh_
     """.split()  # noqa: SIM905 (one word a name reads better than quoted strings)
 )
 _ACTIVATIONS = {"gelu": 1.1290, "silu": 1.09984, "hardswish": 1.5, "mish": 1.08850}  # the largest slopes, rounded up
@@ -188,8 +188,11 @@ def _step(node: Node) -> Step:
         return Step()
     if kind.rstrip("_") in _ACTIVATIONS:
         return Step(constant=_ACTIVATIONS[kind.rstrip("_")])
-    if kind.rstrip("_") in ("leaky_relu", "elu"):
-        return Step(constant=max(1.0, abs(float(node.attrs.get("negative_slope", node.attrs.get("alpha", 1.0))))))
+    if kind.rstrip("_") == "leaky_relu":
+        return Step(constant=max(1.0, abs(float(node.attrs["negative_slope"]))))
+    if kind.rstrip("_") == "elu":  # SELU too: scale x above zero, scale alpha (exp(input_scale x) - 1) below
+        alpha, scale, inner = (abs(float(node.attrs[name])) for name in ("alpha", "scale", "input_scale"))
+        return Step(constant=scale * max(1.0, alpha * inner))
     if (pool := _POOLS.get(kind)) is not None:
         return Step(constant=pool(node))
     if kind.rstrip("_") in ("mul", "div") and isinstance(node.attrs.get("other"), int | float) and len(node.inputs) == 1:
