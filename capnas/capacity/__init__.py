@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from capnas.capacity.capture import LayerTaps, MomentReader, base_name, quiet
+from capnas.capacity.capture import LayerTaps, MomentReader, base_name, quiet, squared_gains
 from capnas.capacity.exact import affordable, exact_capacity
 from capnas.capacity.sweep import Sweeper
 from capnas.errors import UsageError
@@ -291,10 +291,10 @@ def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor], ta
         depth[node.index] = max((depth.get(i, 0) for i, _ in data), default=0) + own
         if base_name(node) != "add" or len(data) != 2 or len(node.input_shapes) != 2 or node.input_shapes[0] != node.input_shapes[1]:
             continue
-        stream, branch = sorted(data, key=lambda port: depth.get(port[0], 0))
+        (stream, kept), (branch, scaled) = sorted(zip(data, squared_gains(node)), key=lambda side: depth.get(side[0][0], 0))
         if stream not in moments or branch not in moments or depth.get(stream[0], 0) == depth.get(branch[0], 0):
             continue
-        s, b = float(moments[stream].double().mean()), float(moments[branch].double().mean())
+        s, b = kept * float(moments[stream].double().mean()), scaled * float(moments[branch].double().mean())
         name = node.module or "model"
         while name in found:
             name += "'"

@@ -43,6 +43,12 @@ def base_name(node: Node) -> str:
     return (node.op.split(".")[1] if "." in node.op else node.op).rstrip("_")
 
 
+def squared_gains(node: Node) -> tuple[float, ...]:
+    """What a sum or difference multiplies the second moment of each of its tensors by: torch's ``alpha`` squared, of the second one."""
+    scaled = "self" if base_name(node) == "rsub" else "other"
+    return tuple(float(node.attrs.get("alpha", 1)) ** 2 if name == scaled else 1.0 for name in node.input_names)
+
+
 @contextlib.contextmanager
 def quiet(model: nn.Module, seed: int, *, grad: bool) -> Iterator[None]:
     """Eval mode, attention taken apart; caches, buffers, the random state and every module's mode put back."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capnas.capacity.capture import ACTIVATIONS, base_name
+from capnas.capacity.capture import ACTIVATIONS, base_name, squared_gains
 from capnas.graph.tracing import INPUT, Node, Trace
 from capnas.measures.capacity_push import inject, interpolation_squared, push, push_max_pool, push_ports
 
@@ -203,10 +203,9 @@ class Sweeper:
             share = push_max_pool(k[0], self.indices[node.index].cpu(), node.input_shapes[data[0]][1:]).to(_FLOAT)
             self._give(node, data[0], share.unsqueeze(0))
         elif base in ("add", "sub", "rsub"):
-            every = range(len(node.inputs))
-            shares, left = push(
-                k, [self._moment(node, j).expand(node.input_shapes[j]) for j in every], lambda *s: sum(s[1:], s[0]).expand(k.shape)
-            )
+            every, gains = range(len(node.inputs)), squared_gains(node)
+            summed: Any = lambda *s: sum(gain * moment for gain, moment in zip(gains, s)).expand(k.shape)  # noqa: E731
+            shares, left = push(k, [self._moment(node, j).expand(node.input_shapes[j]) for j in every], summed)
             self.bias += left + sum(float(share.sum()) for j, share in zip(every, shares) if j not in data)
             for j in data:
                 self._give(node, j, shares[j])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -361,6 +362,30 @@ def test_what_addcmul_adds_takes_its_part() -> None:
     start, scaled = model.start.detach().square(), (2 * model.scale.detach()).square() * x.square().mean(0)
     torch.testing.assert_close(found.pixels.float(), found.total / 4 * scaled / (start + scaled), rtol=1e-4, atol=0)
     assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
+
+
+class Joined(nn.Module):
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.join, self.branch, self.head = join, nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)
+        nn.init.eye_(self.branch.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.join(x[:, :2], self.branch(x[:, 2:])))
+
+
+@pytest.mark.parametrize(
+    "join", [lambda x, y: torch.add(x, y, alpha=3), lambda x, y: torch.sub(x, y, alpha=3), lambda x, y: torch.rsub(y, x, alpha=3)],
+    ids=["add", "sub", "rsub"],
+)  # fmt: skip
+def test_the_factor_of_a_sum_counts_in_the_split_of_capacity_and_in_the_residual_share(join: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Joined(join), torch.randn(30, 4)
+    found = capacity_map(model, x)
+    stream, branch = x.square().mean(0)[:2], 9 * x.square().mean(0)[2:]
+    torch.testing.assert_close(found.pixels.float()[:2], found.capacity["head"] / 2 * stream / (stream + branch), rtol=1e-4, atol=0)
+    assert all(share == pytest.approx(float(branch.sum() / (stream + branch).sum())) for share in found.residual.values())
+    assert len(found.residual) == (float(join(torch.zeros(1), torch.ones(1))) > 0)  # differences are none
 
 
 class Resize(nn.Module):
