@@ -15,8 +15,8 @@ _SHAPE_ONLY = frozenset(
     view _unsafe_view reshape _reshape_alias flatten unflatten permute transpose transpose_ t t_ expand squeeze squeeze_
     unsqueeze unsqueeze_ clone contiguous detach detach_ alias lift_fresh lift_fresh_copy _to_copy to select slice narrow unbind
     split split_with_sizes unsafe_split unsafe_split_with_sizes chunk as_strided as_strided_ roll flip repeat movedim swapaxes
-    view_as resolve_conj resolve_neg
-    """.split()  # noqa: SIM905 (one word a name reads better than 46 quoted strings)
+    view_as resolve_conj resolve_neg _pad_circular
+    """.split()  # noqa: SIM905 (one word a name reads better than 47 quoted strings)
 )
 
 

@@ -14,8 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from capnas.graph.dataflow import INPUT, Node, Place, Trace, is_shape_only
@@ -146,6 +148,23 @@ class _Recorder(TorchDispatchMode):
             ):
                 found[name] = rates
         return found
+
+
+class _Padding(TorchFunctionMode):
+    """Has circular padding recorded as the one operation that it is; torch takes it apart into writes to parts of a new tensor."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.pad:
+            given = dict(zip(("input", "pad", "mode", "value"), args)) | kwargs
+            if given.get("mode") == "circular":
+                with _disable_current_modes():
+                    return self.recorder.__torch_dispatch__(_ATEN._pad_circular.default, (), (given["input"], list(given["pad"])))
+        return func(*args, **kwargs)
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
@@ -280,8 +299,9 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
     """Record the dataflow graph of ``model(x)`` for an x of ``input_shape`` (B, C, H, W), in eval mode.
 
     Nothing is computed and nothing is allocated: the model runs with parameters and buffers on the meta device, and so alike on every
-    device. Fused attention appears decomposed (bmm, softmax, bmm). The model keeps its weights, buffers, modes, gradients and hooks, and
-    the generators of torch, NumPy and Python their state, also when its forward raises; that error is passed on as it is.
+    device. Fused attention appears decomposed (bmm, softmax, bmm), circular padding as one operation, ``aten._pad_circular``. The model
+    keeps its weights, buffers, modes, gradients and hooks, and the generators of torch, NumPy and Python their state, also when its forward
+    raises; that error is passed on as it is.
 
     Args:
         model: any module that takes one tensor; of a compiled one the names are those that it had before.
@@ -306,7 +326,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
             x = torch.empty(input_shape, dtype=dtype, device="meta")
             recorder.made[id(x)] = recorder.owner[_storage(x)] = (INPUT, 0)
             recorder.alive.append(x)
-            with eagerly(model), recorder:
+            with eagerly(model), recorder, _Padding(recorder):
                 out = model(x)
             # beyond what torch takes apart itself: also subclasses of its containers
             outputs = [recorder.producer(t) for leaf in tree_flatten(out)[0] for t in tensors_in(leaf)]

@@ -19,7 +19,7 @@ BATCH = -2
 CHANNEL = -1
 _VIEW = re.compile("_?(unsafe_)?view(_as)?|_?reshape(_alias)?|(un)?flatten|(un)?squeeze")
 _SAME = re.compile("roll|flip|clone|contiguous|_to_copy|alias|detach|lift_fresh(_copy)?|as_strided")
-_CUT = re.compile("slice|narrow|(unsafe_)?split(_with_sizes)?|chunk|constant_pad_nd|(reflection|replication)_pad[123]d")
+_CUT = re.compile("slice|narrow|(unsafe_)?split(_with_sizes)?|chunk|constant_pad_nd|_pad_circular|(reflection|replication)_pad[123]d")
 
 
 @dataclass(frozen=True, kw_only=True)

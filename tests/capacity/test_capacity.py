@@ -364,6 +364,16 @@ def test_what_addcmul_adds_takes_its_part() -> None:
     assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
 
 
+def test_capacity_is_even_over_a_torus_whose_batch_holds_all_shifts_of_an_image() -> None:
+    torch.manual_seed(0)
+    around = [nn.Conv2d(c, 4, 3, padding=1, padding_mode="circular") for c in (1, 4)]
+    model = nn.Sequential(around[0], nn.ReLU(), around[1], nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    x = torch.randn(1, 4, 5)
+    found = capacity_map(model, torch.stack([x.roll((i, j), (1, 2)) for i in range(4) for j in range(5)]), mode="eval")
+    assert found.approximated == {}
+    torch.testing.assert_close(found.pixels, (found.pixels.mean()).expand(1, 4, 5), rtol=1e-4, atol=0)
+
+
 class Joined(nn.Module):
     def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()

@@ -55,6 +55,14 @@ def test_a_parameter_counts_once_and_whole_and_running_statistics_do_not() -> No
     assert report(lambda m, x: x + m.dense.bias.expand(3, -1), (3, 4)).weights == 4
 
 
+def test_padding_of_any_kind_adds_no_path_and_one_operation_at_most() -> None:
+    kinds = "constant", "circular", "reflect", "replicate"
+    graphs = [trace(Net(lambda m, x, kind=kind: m.point(F.pad(x, (1, 2, 1, 0), mode=kind))), MAPS) for kind in kinds]
+    assert [(structure(g).log2_paths, len(g.nodes), highs(Walk(g).ends[0])) for g in graphs] == [(2, 2, [1, 1])] * 4
+    layer = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"))
+    assert structure(trace(layer, MAPS)).log2_paths == math.log2(36)
+
+
 @pytest.mark.parametrize(("clamp", "bits"), [((0, 6), 4), ((0, None), 4), ((-1, 1), 0), ((None, 1), 0)])
 def test_a_clamp_at_zero_is_an_activation(clamp: tuple[float | None, float | None], bits: int) -> None:
     assert report(lambda m, x: m.conv(x).clamp(*clamp)).complexity == bits
