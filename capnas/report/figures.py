@@ -15,12 +15,19 @@ from optuna.trial import FrozenTrial, TrialState
 
 from capnas.errors import MissingDependencyError
 from capnas.objective.evaluation import Evaluation
+from capnas.objective.targets import LATENCY
+from capnas.scoring import COSTS
 from capnas.search.runs import RunResult
 
 Row = tuple[FrozenTrial, Evaluation]
 
 BLUE, GREY, RED, GREEN = "#2f6db5", "#9aa5b1", "#c4532f", "#3a8f5c"
 _WIDE_LEFT = {"l": 210, "r": 16, "t": 36, "b": 52}  # room for names
+_AXES = {  # of a metric: its name in a figure's title, and beside its axis
+    "macs": ("multiply-accumulates", "multiply-accumulates of one image"),
+    "saturation_evenness": ("evenness of saturation", "saturation evenness"),
+    LATENCY: (LATENCY, "latency, milliseconds of one image"),
+}
 _SHARE_FROM = 6  # complete trials from which on parameters are ranked by importance
 
 
@@ -41,8 +48,10 @@ def figures(run: RunResult, correlations: Sequence[Mapping[str, Any]] = ()) -> d
     found: dict[str, Any] = {}
     if done:
         found["Accuracy over the search"] = _history(graph, rows, done)
-        found["Accuracy against multiply-accumulates"] = _trade(graph, done)
-        found["Accuracy against evenness of saturation"] = _scatter(graph, done, "saturation_evenness")
+        others = [n for n in run.config.values if len(run.config.values) > 1 and any(e.metrics.get(n) is not None for _, e in done)]
+        for metric in dict.fromkeys(("macs", "saturation_evenness", *(name for name in others if name != "accuracy"))):
+            title, axis = _AXES.get(metric, (metric.replace("_", " "),) * 2)
+            found[f"Accuracy against {title}"] = (_trade if metric in (*COSTS, LATENCY) else _scatter)(graph, done, metric, axis)
         if any(e.profile is not None for _, e in done):
             found["Saturation through the network"] = _profiles(graph, done, best)
     if any(len(e.curve) > 1 for _, e in rows):
@@ -106,23 +115,23 @@ def _history(graph: Any, rows: Sequence[Row], done: Sequence[Row]) -> Any:
     return _styled(graph.Figure(traces), "trial", "validation accuracy", xaxis=axis, yaxis=_scaled(map(_accuracy, done)))
 
 
-def _trade(graph: Any, done: Sequence[Row]) -> Any:
-    """Accuracy and MACs of complete trials, with the line of those that no other beats in both."""
-    kept = [row for row in done if row[1].macs]
-    front: list[Row] = []
-    for row in sorted(kept, key=lambda r: (r[1].macs or 0, -_accuracy(r))):
-        if not front or _accuracy(row) > _accuracy(front[-1]):
-            front.append(row)
-    figure = _scatter(graph, kept, "macs")
-    line = graph.Scatter(x=[e.macs for _, e in front], y=[_accuracy(r) for r in front], mode="lines", line={"color": RED, "shape": "hv"},
-                         name="best at this cost", hoverinfo="skip")  # fmt: skip
+def _trade(graph: Any, done: Sequence[Row], metric: str, title: str) -> Any:
+    """Accuracy and a cost of complete trials, with the line of those that no other beats in both."""
+    kept = sorted((row for row in done if row[1].metrics.get(metric)), key=lambda r: (r[1].metrics[metric] or 0.0, -_accuracy(r)))
+    costs = [e.metrics[metric] or 0.0 for _, e in kept]
+    front: list[int] = []
+    for place, row in enumerate(kept):
+        if not front or _accuracy(row) > _accuracy(kept[front[-1]]):
+            front.append(place)
+    figure = _scatter(graph, kept, metric, title)
+    line = graph.Scatter(x=[costs[i] for i in front], y=[_accuracy(kept[i]) for i in front], mode="lines",
+                         line={"color": RED, "shape": "hv"}, name="best at this cost", hoverinfo="skip")  # fmt: skip
     figure.add_trace(line)
-    spread = max((e.macs or 1) for _, e in kept) / min((e.macs or 1) for _, e in kept) if kept else 1
-    figure.update_xaxes(type="log" if spread > 20 else "linear", tickformat="~s", title="multiply-accumulates of one image")
+    figure.update_xaxes(type="log" if kept and costs[-1] > 20 * costs[0] else "linear", tickformat="~s")
     return figure
 
 
-def _scatter(graph: Any, done: Sequence[Row], metric: str) -> Any:
+def _scatter(graph: Any, done: Sequence[Row], metric: str, title: str) -> Any:
     kept = [row for row in done if row[1].metrics.get(metric) is not None]
     x, y, sizes = [e.metrics[metric] for _, e in kept], [_accuracy(r) for r in kept], [e.n_params for _, e in kept]
     trace = graph.Scatter(
@@ -131,7 +140,7 @@ def _scatter(graph: Any, done: Sequence[Row], metric: str) -> Any:
                 "showscale": len(set(sizes)) > 1,
                 "colorbar": {"title": {"text": "parameters", "side": "right"}, "thickness": 12, "tickformat": "~s"}},
     )  # fmt: skip
-    return _styled(graph.Figure(trace), metric.replace("_", " "), "validation accuracy", xaxis=_scaled(x), yaxis=_scaled(y))
+    return _styled(graph.Figure(trace), title, "validation accuracy", xaxis=_scaled(x), yaxis=_scaled(y))
 
 
 def _profiles(graph: Any, done: Sequence[Row], best: int | None) -> Any:

@@ -76,8 +76,23 @@ def test_each_trial_is_drawn_as_what_became_of_it(told: RunResult) -> None:
 
 def test_costs_alike_are_on_a_plain_axis(told: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = told.evaluations()
-    monkeypatch.setattr(RunResult, "evaluations", lambda _: [(t, replace(e, macs=100 + t.number)) for t, e in rows])
+    monkeypatch.setattr(
+        RunResult, "evaluations", lambda _: [(t, replace(e, metrics=e.metrics | {"macs": 100 + t.number})) for t, e in rows]
+    )
     assert figures(told)["Accuracy against multiply-accumulates"].layout.xaxis.type == "linear"
+
+
+def test_each_of_several_values_has_its_figure(told: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = told.evaluations()
+    monkeypatch.setattr(
+        RunResult, "evaluations", lambda _: [(t, replace(e, metrics=e.metrics | {"latency": 9.0 - t.number})) for t, e in rows]
+    )
+    several = replace(told, config=replace(told.config, values=("accuracy", "latency", "tail_fraction", "combined")))
+    found = figures(several)
+    assert found.keys() - figures(told).keys() == {"Accuracy against latency"}  # no trial has the others
+    figure = found["Accuracy against latency"]
+    assert (figure.layout.xaxis.title.text, list(figure.data[-1].x)) == ("latency, milliseconds of one image", [7.0, 8.0])
+    assert list(figure.data[-1].y) == [0.7, 0.9]
 
 
 def test_history_never_falls_and_ends_at_the_best(run: RunResult) -> None:
@@ -100,7 +115,7 @@ def test_line_of_the_best_at_each_cost_is_beaten_by_nobody(run: RunResult) -> No
 
 def test_of_trials_at_one_cost_the_line_has_the_best_alone(run: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = sorted(run.evaluations(), key=lambda row: row[1].metrics.get("accuracy") or 0)  # each beats those before it
-    monkeypatch.setattr(RunResult, "evaluations", lambda _: [(t, replace(e, macs=1000)) for t, e in rows])
+    monkeypatch.setattr(RunResult, "evaluations", lambda _: [(t, replace(e, metrics=e.metrics | {"macs": 1000})) for t, e in rows])
     line = figures(run)["Accuracy against multiply-accumulates"].data[-1]
     assert (list(line.x), list(line.y)) == ([1000], [rows[-1][1].metrics["accuracy"]])
 
