@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,6 +144,6 @@ def unread_pixels(graph: Trace) -> int:
             images.add(node.index)
         elif node.op.startswith("aten.convolution") and not node.attrs["transposed"]:
             kernel, stride = node.input_shapes[1][2:], tuple(node.attrs["stride"])
-            if kernel == stride and math.prod(stride) > 1 and not any(node.attrs["padding"]):
+            if kernel == stride and not any(node.attrs["padding"]):
                 left = max(left, *(pixels % step for pixels, step in zip(node.input_shapes[0][2:], stride)))
     return left

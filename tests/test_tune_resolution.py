@@ -285,6 +285,9 @@ class Cutting(nn.Module):
         (lambda m, x: m.five(x[:, :, :16, :16]), 0),  # what is cut off on purpose is no oversight
         (lambda m, x: m.up(x), 0),
         (lambda m, x: m.seven(x).mean() + m.five(x).mean(), 4),
+        (lambda m, x: m.five(x.relu()), 0),  # no longer the image itself
+        (lambda m, x: nn.functional.conv2d(x, m.five.weight, stride=4), 0),  # not side by side
+        (lambda m, x: nn.functional.conv2d(x, m.seven.weight[:, :, :5], stride=(5, 7)), 4),
     ],
 )
 def test_unread_pixels_are_those_of_the_patches_of_the_image(cut: Any, left: int) -> None:
