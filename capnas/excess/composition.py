@@ -115,6 +115,14 @@ def _block(stage: Stage, layers: Mapping[str, WeightLayer]) -> Block:
     return Block(branches=tuple(branches), shortcut=shortcut, join=stage.join)
 
 
+def circular_padding(trace: Trace, node: Node) -> Node | None:
+    """The circular padding that a convolution reads and nothing else does, which is one map with it: the paper's layers; else None."""
+    before = node.inputs[0] if _kind(node) == "convolution" and not any(node.attrs["padding"]) else None
+    if before is None or before == INPUT or _kind(trace.nodes[before]) != "_pad_circular":
+        return None
+    return trace.nodes[before] if sum(n.inputs.count(before) for n in trace.nodes) == 1 else None
+
+
 def _dominators(sources: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, int]]:
     """For each node the last one that every way from the input passes before it, and how many such there are."""
     above = {INPUT: (INPUT, 0)}
@@ -144,7 +152,8 @@ def _walk(trace: Trace, end: int, start: int, sources: Mapping[int, Sequence[int
             step = _step(node)
             if step.layer or step.constant != 1.0:
                 steps.append(step)
-            end = sources[end][0]
+            around = circular_padding(trace, node)
+            end = sources[end if around is None else around.index][0]
     return tuple(reversed(steps))
 
 

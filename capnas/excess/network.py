@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas.errors import UsageError
-from capnas.excess.composition import Stage, composition
+from capnas.excess.composition import Stage, circular_padding, composition
 from capnas.graph.tracing import Trace, trace
 from capnas.measures.convolution import convolution
 from capnas.measures.excess import distance_to_init, simplex_classifier
@@ -41,7 +41,7 @@ class Operator:
     Attributes:
         name: of the module.
         size: input sides, () of a linear layer.
-        options: stride, padding, dilation and groups of a convolution.
+        options: stride, padding, its mode, dilation and groups of a convolution.
         fixed: whether it is the classifier, which is not trained.
     """
 
@@ -51,17 +51,19 @@ class Operator:
     fixed: bool = False
 
     def norm(self, weight: Tensor) -> float:
-        """An upper bound on the operator norm that is exact but for zero padding.
+        """An upper bound on the operator norm that is exact but for zero padding, and circular where the stride does not divide the side.
 
-        There it is the norm on the least ring that holds the padded image (about 1 + 5 / d^2 times the norm for 3x3 at side d), since the
-        projection clips there and a bound of the theorem needs no less; images up to 4 pixels wide have the exact value.
+        With zeros it is the norm on the least ring that holds the padded image (about 1 + 5 / d^2 times the norm for 3x3 at side d), since
+        the projection clips there and a bound of the theorem needs no less; images up to 4 pixels wide have the exact value. A circular one
+        whose outputs do not tile the ring has the exact value where its matrix is small, else `overlap_bound`.
         """
         weight = weight.detach().double()
         if not self.size:
             return linear_norm(weight).value
-        conv = convolution(weight, self.size, **self.options)
-        if max(self.size) <= _TINY or all(axis.disjoint for axis in conv.axes):
-            return operator_norm(weight, self.size, **self.options, tight=True).upper
+        conv, around = convolution(weight, self.size, **self.options), self.options["padding_mode"] == "circular"
+        if max(self.size) <= _TINY or all(axis.disjoint for axis in conv.axes) or around:
+            exact = "fourier" if around and all(axis.periodic for axis in conv.axes) else "auto"
+            return operator_norm(weight, self.size, **self.options, tight=True, method=exact).upper
         return ring_bound(conv)
 
     def start(self, weight: Tensor, limits: Limits) -> Tensor:
@@ -133,8 +135,8 @@ def paper_network(model: nn.Module, *, in_chans: int, image_size: int, num_class
     """A copy of a model in the paper's class: no norm layers, no biases, torch's default weights, a fixed simplex classifier.
 
     Graf et al. train without norm layers, from torch's initialization (kaiming_uniform_, a = sqrt 5), with a fixed classifier whose rows
-    are the vertices of a simplex (its orientation is ours). Zero padding is kept where the paper pads cyclically: the constants are those
-    of the map that is used.
+    are the vertices of a simplex (its orientation is ours). Zero padding is kept where the paper pads cyclically, and so is cyclic padding
+    (``padding_mode="circular"``): the constants are those of the map that is used.
 
     Args:
         model: a convolutional network, plain or residual; only read.
@@ -193,8 +195,13 @@ def _operators(graph: Trace, stages: tuple[Stage, ...], last: str) -> Iterator[O
     for name in (step.layer for stage in stages for branch in stage.branches for step in branch if step.layer):
         node = nodes[name]
         if node.op.startswith("aten.convolution"):
-            options = {key: tuple(node.attrs[key]) for key in ("stride", "padding", "dilation")} | {"groups": int(node.attrs["groups"])}
-            yield Operator(name=name, size=tuple(node.input_shapes[0][2:]), options=options, fixed=name == last)
+            options: dict[str, Any] = {key: tuple(node.attrs[key]) for key in ("stride", "padding", "dilation")}
+            options |= {"groups": int(node.attrs["groups"]), "padding_mode": "zeros"}
+            if (around := circular_padding(graph, node)) is not None:
+                cells = around.attrs["pad"]  # before and after each axis, the last one first
+                options |= {"padding": tuple(zip(cells[-2::-2], cells[::-2])), "padding_mode": "circular"}
+            size = (around or node).input_shapes[0][2:]
+            yield Operator(name=name, size=size, options=options, fixed=name == last)
         else:
             yield Operator(name=name, options={}, fixed=name == last)
 

@@ -12,8 +12,8 @@ from capnas.excess import network as network_module
 from capnas.excess.network import Limits, Operator, paper_network
 
 
-def conv(size: int, stride: int = 1, pad: int = 1, dilation: int = 1, groups: int = 1) -> Operator:
-    options = {"stride": (stride, stride), "padding": (pad, pad), "dilation": (dilation, dilation), "groups": groups}
+def conv(size: int, stride: int = 1, pad: int = 1, dilation: int = 1, groups: int = 1, mode: str = "zeros") -> Operator:
+    options = {"stride": (stride, stride), "padding": (pad, pad), "dilation": (dilation, dilation), "groups": groups, "padding_mode": mode}
     return Operator(name="a", size=(size, size), options=options)
 
 
@@ -24,6 +24,8 @@ OPERATORS = {
     "depthwise": (conv(6, groups=6), (6, 1, 3, 3)),
     "tiny": (conv(2, stride=2), (6, 4, 3, 3)),
     "one by one": (conv(8, stride=2, pad=0), (6, 4, 1, 1)),
+    "cyclic": (conv(8, stride=2, mode="circular"), (6, 4, 3, 3)),
+    "uneven": (conv(7, stride=2, mode="circular"), (4, 3, 3, 3)),
     "linear": (Operator(name="a", options={}), (6, 9)),
 }
 
@@ -37,7 +39,14 @@ def slow_norm(operator: Operator, weight: Tensor) -> float:
     sides = list(operator.size)
     outputs = [(d + 2 * pad - dilation * (weight.shape[2] - 1) - 1) // stride + 1 for d in sides]
     matrix = matrix_by_loops(
-        array, sides, stride=stride, before=pad, outputs=outputs, dilation=dilation, groups=operator.options["groups"], mode="zeros"
+        array,
+        sides,
+        stride=stride,
+        before=pad,
+        outputs=outputs,
+        dilation=dilation,
+        groups=operator.options["groups"],
+        mode=operator.options["padding_mode"],
     )
     return float(np.linalg.svd(matrix, compute_uv=False)[0])
 
@@ -54,7 +63,7 @@ def drawn(shape: tuple[int, ...], seed: int, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("case", OPERATORS)
-def test_norm_bounds_the_zero_padded_operator_and_not_by_much(case: str) -> None:
+def test_norm_bounds_the_padded_operator_and_not_by_much(case: str) -> None:
     operator, shape = OPERATORS[case]
     weight = drawn(shape, 1, 1.0)
     exact = slow_norm(operator, weight)
@@ -111,6 +120,18 @@ def test_network_of_the_class_keeps_activations_and_leaves_the_model_alone() -> 
     first = paper.operators[0]
     assert torch.equal(paper.weight(first), again.weight(first))
     assert not torch.equal(paper.weight(first), other.weight(first))
+
+
+@pytest.mark.parametrize("pad", [(1, 1), (2, 0)])
+def test_cyclic_padding_is_part_of_the_layer_as_in_the_paper(pad: tuple[int, int]) -> None:
+    own = nn.Conv2d(2, 4, (2 * pad[0] + 1, 2 * pad[1] + 1), padding=pad, padding_mode="circular")
+    apart = nn.Sequential(nn.CircularPad2d((2, 1, 0, 1)), nn.Conv2d(4, 3, 2))
+    model = nn.Sequential(own, nn.ReLU(), apart, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    paper = paper_network(model, in_chans=2, image_size=6, num_classes=2)
+    for operator, layer, shape in zip(paper.operators, (paper.model[0], paper.model[2]), ((2, 6, 6), (4, 6, 6))):
+        cells = shape[0] * 36
+        matrix = layer.double()(torch.eye(cells, dtype=torch.float64).view(cells, *shape)).detach().reshape(cells, -1).numpy()
+        assert operator.norm(paper.weight(operator)) == pytest.approx(np.linalg.svd(matrix, compute_uv=False)[0], rel=1e-9)
 
 
 @pytest.mark.parametrize(("classes", "features"), [(2, 5), (3, 3), (4, 11), (10, 9)])
