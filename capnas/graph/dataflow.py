@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,8 @@ _SHAPE_ONLY = frozenset(
     view_as resolve_conj resolve_neg _pad_circular
     """.split()  # noqa: SIM905 (one word a name reads better than 47 quoted strings)
 )
+
+_COPYING = frozenset({"clone", "lift_fresh_copy", "_to_copy", "roll", "flip", "repeat", "_pad_circular"})  # those that make new memory
 
 
 def is_shape_only(op: str) -> bool:
@@ -150,3 +153,9 @@ class Trace:
         while index is not None and index >= 0 and self.nodes[index].shape_only:
             index = self.nodes[index].inputs[0] if self.nodes[index].inputs else None
         return index
+
+    def memory(self, index: int | None, shape: tuple[int, ...]) -> tuple[int | None, int]:
+        """What made, or last wrote to, the tensor that a view of this producer and shape is taken of, and its number of entries."""
+        while index is not None and index >= 0 and (node := self.nodes[index]).shape_only and node.op.split(".")[1] not in _COPYING:
+            index, shape = node.inputs[0], node.input_shapes[0]
+        return index, math.prod(shape)

@@ -7,6 +7,7 @@ of its axes hold the image. Each leaf adds its complexity once. Decisions of our
 * Attention counts its value path: ``softmax(A) V`` over n tokens is an average of n, as a pooling. Without a softmax a product of two data
   matrices over n terms is ``n (K_A + K_B)``: the gate rule under a sum.
 * A constant (class token, position code) has no path from the input, ``K = 0``; a concatenation takes the mean over units.
+* Values written into a part of a tensor take the place of what was there; the tensor has the mean over its units, as a concatenation.
 * An activation belongs to the linear layer that it reads through views, norms and constants; otherwise it is a leaf of its own. Two
   activations of the same values cut at the same hyperplanes and count once. A layer called several times counts at each call.
 * A transposed convolution has the mean fan-in of its output phases, ``r / stride^2``; adaptive pooling that of its narrowest window.
@@ -74,20 +75,18 @@ class Walk:
     def __init__(self, trace: Trace, *, pool_gain: PoolGain = "paths", gates: bool = False) -> None:
         self.gain, self.gates = pool_gain, gates
         self.batch = max(1, trace.input_shape[0])
-        images = max(0, len(trace.input_shape) - 2)
         self.states: dict[tuple[int, int], State] = {
-            (INPUT, 0): State(layout=axes.input_layout(trace.input_shape), fields=(Field(),) * images, paths=0.0)
+            (INPUT, 0): State(layout=axes.input_layout(trace.input_shape), fields=(Field(),) * (len(trace.input_shape) - 2), paths=0.0)
         }
         self.names: dict[int, str | None] = {}  # constant node -> parameter that it was computed from
         self.rows: dict[str, Row] = {}
         self.waiting: dict[int, tuple[Row, float, float]] = {}  # linear layers whose activation has not come yet
         self.counted: set[tuple[int, int]] = set()
-        self.sizes: dict[str, int] = {}
-        self.weights: dict[str, int] = {}
+        self.trace, self.filled = trace, dict[int | None, int]()  # node that wrote to a memory -> units there that have values by then
+        self.sizes, self.weights = dict[str, int](), dict[str, int]()
         live = trace.live()
-        for node in trace.nodes:
-            if node.index in live:
-                self._visit(node)
+        for index in sorted(live):
+            self._visit(trace.nodes[index])
         self.ends = [s for end in zip(trace.output, trace.output_ports) if (s := self.states.get(end)) is not None]
         self.macs = sum(trace.nodes[i].flops for i in live) // 2 // self.batch
 
@@ -105,8 +104,7 @@ class Walk:
             return
         self.states[node.index, 0] = state = self._apply(base, node, given, data)
         for port in range(1, len(node.shapes) if operations.SPLIT.fullmatch(base) else 1):
-            cut = tuple(axes.resize(a, n) for a, n in zip(state.layout, node.shapes[port]))
-            self.states[node.index, port] = replace(state, layout=cut)
+            self.states[node.index, port] = replace(state, layout=tuple(map(axes.resize, state.layout, node.shapes[port])))
 
     def _apply(self, base: str, node: Node, given: list[State | None], data: list[State]) -> State:
         x = data[0]
@@ -132,11 +130,12 @@ class Walk:
         if base.startswith("upsample"):
             return self._upsample(base, node, x)
         if base.startswith("_fft"):
-            everything = tuple(a for axis in x.layout for a in axis)
-            spread = axes.reach(x.fields, x.layout, everything)
+            spread = axes.reach(x.fields, x.layout, tuple(a for axis in x.layout for a in axis))
             return replace(x, layout=axes.unknown([x.layout], node.shape), fields=spread, origin=node.index)
         if len(data) == 1 and (moved := axes.rearrange(base, node.attrs, x.layout, node.shape)) is not None:
             return replace(x, layout=moved)
+        if base == "copy" and (new := given[1]) is not None:
+            return self._written(node, given[0], new)
         return self._pointwise(base, node, given, data)
 
     # leaves
@@ -246,13 +245,9 @@ class Walk:
         return self._pooled("max" if "max" in base else "average", node, x, layout, fields, extent, taps)
 
     def _reduction(self, base: str, node: Node, x: State) -> State:
-        dims = node.attrs.get("dim")
-        every = range(len(x.layout))
-        gone = (
-            {i % len(x.layout) for i in ([dims] if isinstance(dims, int) else dims or every)}
-            if node.shape != node.input_shapes[0]
-            else set()
-        )
+        dims, every = node.attrs.get("dim"), range(len(x.layout))
+        named = [dims] if isinstance(dims, int) else dims or every
+        gone = {i % len(every) for i in named} if node.shape != node.input_shapes[0] else set()
         keep = len(node.shape) == len(x.layout)
         layout: Layout = tuple(() if i in gone else a for i, a in enumerate(x.layout) if keep or i not in gone)
         taken = tuple(a for i in sorted(gone) for a in x.layout[i])
@@ -294,6 +289,14 @@ class Walk:
         fields = tuple(map(receptive.merge, zip(*(s.fields for s in data))))
         depth, shortest = max(s.depth for s in data), min(s.shortest for s in data)
         return State(layout=layout, fields=fields, paths=paths, depth=depth, shortest=shortest, origin=node.index)
+
+    def _written(self, node: Node, old: State | None, new: State) -> State:
+        (source, whole), part = self.trace.memory(node.inputs[0], node.input_shapes[0]), math.prod(node.input_shapes[0])
+        kept = min(self.filled.get(source, 0 if old is None else whole), whole - part)
+        self.filled[node.index] = kept + part
+        data = [new] if old is None or not kept else [old, new]
+        paths = algebra.mean_fan_in([s.paths for s in data], [kept, part][-len(data) :])
+        return self._joined(node, axes.broadcast([s.layout for s in data], node.shape), data, paths)
 
     def _gated_half(self, node: Node, x: State) -> State:
         # nn.GLU: one half of an axis times the activation of the other

@@ -63,6 +63,27 @@ def test_padding_of_any_kind_adds_no_path_and_one_operation_at_most() -> None:
     assert structure(trace(layer, MAPS)).log2_paths == math.log2(36)
 
 
+def into(x: Tensor, *writes: tuple[slice, Tensor]) -> Tensor:
+    for channels, value in writes:
+        x[:, channels] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("body", "same"),
+    [(lambda m, x: into(x.new_empty(1, 8, 8, 8), (slice(4), m.point(x)), (slice(4, 8), m.conv(x))),
+      lambda m, x: torch.cat([m.point(x), m.conv(x)], 1)),
+     (lambda m, x: into(x.new_zeros(1, 12, 8, 8), (slice(4), m.point(x)), (slice(4, 8), m.conv(x)), (slice(8, 12), x)),
+      lambda m, x: torch.cat([m.point(x), m.conv(x), x], 1)),
+     (lambda m, x: into(m.conv(x), (slice(1), m.point(x)[:, :1])), lambda m, x: torch.cat([m.point(x)[:, :1], m.conv(x)[:, 1:]], 1)),
+     (lambda m, x: into(m.conv(x), (slice(4), m.point(x))), lambda m, x: m.point(x)),
+     (lambda m, x: into(torch.relu(m.conv(x)), (slice(2, 2), x[:, :0])), lambda m, x: m.conv(x))],
+    ids=["halves", "thirds", "one channel", "all", "none"],
+)  # fmt: skip
+def test_values_written_into_a_tensor_take_the_place_of_those_there(body: Callable[..., Tensor], same: Callable[..., Tensor]) -> None:
+    assert end(body).paths == pytest.approx(end(same).paths, abs=1e-12)
+
+
 @pytest.mark.parametrize(("clamp", "bits"), [((0, 6), 4), ((0, None), 4), ((-1, 1), 0), ((None, 1), 0)])
 def test_a_clamp_at_zero_is_an_activation(clamp: tuple[float | None, float | None], bits: int) -> None:
     assert report(lambda m, x: m.conv(x).clamp(*clamp)).complexity == bits
