@@ -55,7 +55,8 @@ def tangents(model: Model, params: Mapping[str, Tensor], inputs: Tensor, scales:
         >>> tangents(lambda p, x: (p["w"] @ x).unsqueeze(0), {"w": torch.zeros(2)}, x, {"w": 10.0})["w"].tolist()
         [[10.0, 20.0], [30.0, 40.0]]
     """
-    jacobians = torch.func.vmap(torch.func.jacrev(model), in_dims=(None, 0))(dict(params), inputs)
+    at = {name: tensor.detach() for name, tensor in params.items()}
+    jacobians = torch.func.vmap(torch.func.jacrev(model), in_dims=(None, 0))(at, inputs.detach())
     factor = dict.fromkeys(params, 1.0) if scales is None else scales
     return {name: block.flatten(2).flatten(0, 1).double() * factor[name] for name, block in jacobians.items()}
 
@@ -85,6 +86,7 @@ def exact_pixel_map(
         >>> [round(value, 6) for value in found.values.sum(0).tolist()]
         [1.0, 1.0, 1.0]
     """
+    params, inputs = {name: tensor.detach() for name, tensor in params.items()}, inputs.detach()
     factor = dict.fromkeys(params, 1.0) if scales is None else dict(scales)
     blocks = tangents(model, params, inputs, factor)
     whole = torch.cat(list(blocks.values()), 1)  # (B M, P)
@@ -105,10 +107,10 @@ def exact_pixel_map(
 
     def pairing(x: Tensor, direction: Parameters) -> Tensor:
         def along(tangent: Parameters) -> Tensor:
-            return torch.func.jvp(lambda p: model(p, x), (dict(params),), (tangent,))[1]
+            return torch.func.jvp(lambda p: model(p, x), (params,), (tangent,))[1]
 
         return torch.func.vmap(along)(direction).diagonal().sum()
 
     slopes = torch.func.vmap(torch.func.grad(pairing))(inputs, directions)
-    values = (inputs * slopes).detach().double()
+    values = (inputs * slopes).double()
     return PixelMap(values=values, effective=effective, bias=effective - float(values.sum()), mu=ridge)

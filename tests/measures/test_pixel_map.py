@@ -104,7 +104,7 @@ def test_map_of_a_linear_model_on_whitened_inputs_is_its_spatial_allocation() ->
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_map_of_a_piecewise_linear_network_is_complete(scaled: bool) -> None:
-    params, x = network(0), images(12, centred=True)
+    params, x = {name: torch.nn.Parameter(p) for name, p in network(0).items()}, images(12, centred=True)  # as a module gives them
     scales = parameter_scales(params) if scaled else None
     found = exact_pixel_map(forward(torch.relu), params, x, scales=scales)
     assert found.values.sum().item() == pytest.approx(found.effective, rel=1e-9)
