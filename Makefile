@@ -34,8 +34,8 @@ lint: .venv/dev.installed ## style, import directions, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: lint ## every test but the slow ones, under ten minutes on two cores
-	$(BIN)/python -m pytest -q
+test: lint ## every test but the slow ones, two side by side, under ten minutes on two cores
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 test-slow: .venv/dev.installed ## the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow

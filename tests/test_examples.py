@@ -4,8 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,22 +22,10 @@ def test_every_example_is_executed() -> None:
     assert set(TOY) == {path.name for path in EXAMPLES.glob("*.py")}
 
 
-def started(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """An example that was run in an empty folder."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(EXAMPLES / name), *TOY[name]], capture_output=True, text=True, cwd=folder, env=environment)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """All of them, two side by side."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(started, name, tmp_path_factory.mktemp("example")) for name in TOY}
-
-
 @pytest.mark.parametrize("name", TOY)
-def test_example_runs(name: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
-    run = runs[name].result()
+def test_example_runs(name: str, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, str(EXAMPLES / name), *TOY[name]], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     assert SAYS[name] in run.stdout
     if (done := re.search(r"(\d+) of (\d+) trials complete", run.stdout)) is not None:

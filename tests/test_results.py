@@ -15,8 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -1341,25 +1340,13 @@ DERIVED = {
 }
 
 
-def derived(script: str, folder: Path) -> str:
-    """The table that a script derives from a copy of its rows."""
+@pytest.mark.parametrize("script", list(DERIVED))
+def test_the_tables_are_those_of_the_rows(script: str, tmp_path: Path) -> None:
     (study, _, name), (table, option) = script.partition("/"), DERIVED[script]
-    copy = shutil.copytree(RESULTS / study, folder / name.partition(".")[0] / study)
+    copy = shutil.copytree(RESULTS / study, tmp_path / study)
     (copy / table).unlink()
     subprocess.run([sys.executable, str(copy / name), option], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    return (copy / table).read_text()
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[str]]]:
-    """All of them, two processes side by side."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {script: pool.submit(derived, script, tmp_path_factory.mktemp("derived")) for script in DERIVED}
-
-
-@pytest.mark.parametrize("script", list(DERIVED))
-def test_the_tables_are_those_of_the_rows(script: str, tables: dict[str, Future[str]]) -> None:
-    assert tables[script].result() == (RESULTS / script.partition("/")[0] / DERIVED[script][0]).read_text()
+    assert (copy / table).read_text() == (RESULTS / study / table).read_text()
 
 
 def gates() -> dict[str, dict[str, Any]]:
