@@ -165,9 +165,9 @@ def in_pixels(field: Field) -> Field:
     """Field in whole input pixels, rounded up; the jump stays as it is. Ours: the papers have no fractional jumps.
 
     Behind upsampling, transposed layers and adaptive pooling the recursion gives fractions of a pixel: a kernel of 2 on a map enlarged
-    twice reads 1.5 pixels, one or two by where it lies. Rounded up it is the place that sees most (one pixel too much where strides skip
-    that place; too little by up to the jump of the map that was enlarged less one where this is coarser than the image, as its units
-    are read as wholes). Round what is reported, not what a later layer starts from: roundings would add up.
+    twice reads 1.5 pixels, one or two by where it lies. Rounded up it is the place that sees most (too much, by up to the jump of the map
+    that was enlarged, where strides skip that place; too little by up to that less one where the map is coarser than the image, as its
+    units are read as wholes). Round what is reported, not what a later layer starts from: roundings would add up.
 
     >>> in_pixels(window(resampled(Field(), 2.0), 2))
     Field(low=2.0, high=2.0, jump=0.5)
