@@ -99,7 +99,7 @@ def _name_features(model: nn.Module, small: nn.Module, example: Tensor) -> None:
         return  # several, each of a width of its own
     before, after = (tuple(f.shape) for f in features)
     axes = [i for i, size in enumerate(before) if size == model.num_features]
-    if len(axes) == 1 and len(after) == len(before):
+    if len(axes) == 1:
         for owner in around_classifier(small):
             if getattr(owner, "in_features", None) == model.num_features:
                 owner.in_features = after[axes[0]]

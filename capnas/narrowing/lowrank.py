@@ -270,7 +270,7 @@ def split_layer(layer: nn.Module, moments: Moments, rank: int) -> nn.Sequential:
 def _needed(found: Spectrum, share: float, width: int) -> int:
     """Directions of a layer that hold a share of its variance; all of them where those that were found hold less."""
     partial = len(found.eigenvalues) < found.width
-    if partial and found.total > 0 and found.shares[-1] < share:
+    if partial and found.shares and found.shares[-1] < share:
         return width
     return max(1, intrinsic_dimension(found.eigenvalues, share, found.total))
 

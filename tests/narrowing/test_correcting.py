@@ -172,13 +172,26 @@ def test_layers_too_wide_to_be_refitted_read_mixtures(monkeypatch: pytest.Monkey
     assert (small(x) - net(x)).norm() < 0.5 * wrong
 
 
+class Twice(nn.Module):
+    """Calls a layer and its norm twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.norm, self.head = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.again(self.norm(self.again(self.first(x).relu())).relu())).relu().mean((2, 3)))
+
+
 def test_nothing_removed_nothing_changed(measured: tuple[nn.Module, Survey]) -> None:
-    net, found = measured
-    plan = plan_widths(found, widths={})
-    assert plan.planned_macs == plan.macs
-    assert all(g.planned == g.width for g in plan.groups)
-    small, x = narrowed(net, found, plan), found.images
-    torch.testing.assert_close(small(x), net(x), rtol=1e-4, atol=1e-4)
+    twice = Twice().eval()
+    for net, found in (measured, (twice, survey(twice, torch.randn(48, 2, 8, 8)))):
+        plan = plan_widths(found, widths={})
+        assert plan.planned_macs == plan.macs
+        assert all(g.planned == g.width for g in plan.groups)
+        small, x = narrowed(net, found, plan), found.images
+        torch.testing.assert_close(small(x), net(x), rtol=1e-4, atol=1e-4)
+    assert set(found.readings) == {"first", "again", "head"}
 
 
 def test_wider_plans_double_the_most_needed_units(measured: tuple[nn.Module, Survey]) -> None:
@@ -200,17 +213,27 @@ def test_a_wider_layer_doubles_what_would_go_last_and_differs_a_little_by_its_se
     plan = plan_widths(found, widths={"0": 8})
     keep = list(chosen_units(found, plan)["0"])
     assert {u for u in keep if keep.count(u) == 2} == set(found.paths[0].order[-2:])
-    first, again, other = (narrowed(net, found, plan, refit=False, seed=seed)[0].weight.detach() for seed in (0, 0, 1))
+    nets = [narrowed(net, found, plan, refit=False, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (small[0].weight.detach() for small in nets)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert float((first - net[0].weight[keep]).detach().std() / first.std()) == pytest.approx(0.01, rel=0.3)
+    assert torch.equal(nets[0][6].weight, net[6].weight)  # what is not widened gets no noise
+    assert torch.equal(nets[0][2].weight, nets[2][2].weight)
+    most = chosen_units(found, plan_widths(found, widths={"0": 13}))["0"]  # all twice, and the last one again
+    assert {u: most.count(u) for u in range(6)} == dict.fromkeys(range(6), 2) | {found.paths[0].order[-1]: 3}
+    with pytest.raises(UsageError, match="the plan names other groups than this network has"):
+        chosen_units(found, dataclasses.replace(plan, groups=plan.groups[:1]))
 
 
-def test_frozen_layers_stay_frozen(measured: tuple[nn.Module, Survey]) -> None:
+def test_frozen_layers_stay_frozen_and_a_network_in_training_is_refitted_as_it_is_used(measured: tuple[nn.Module, Survey]) -> None:
     net, found = measured
     frozen = copy.deepcopy(net)
     frozen[0].requires_grad_(False)
-    small = narrowed(frozen, found, plan_widths(found, widths={"0": 3}, round_to=1))
+    plan = plan_widths(found, widths={"0": 3})
+    small, trained = narrowed(frozen, found, plan), narrowed(frozen.train(), found, plan)
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in trained.state_dict().items())
+    assert not trained.training
     assert [small[0].weight.requires_grad, small[2].weight.requires_grad] == [False, True]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas._timm import timm
+from capnas.narrowing.applying import narrowable
 from capnas.narrowing.groups import (
     CLASSES,
     CoupledGroup,
@@ -29,7 +30,7 @@ def plain() -> nn.Sequential:
 def reasons(*layers: nn.Module) -> dict[str, str]:
     """What is fixed in a chain of layers behind a conv of 8 channels, but for the classifier."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), *layers, nn.Conv2d(8, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
-    return {name: why for name, why in find_groups(model, IMAGES).fixed.items() if why != CLASSES}
+    return {name: why for name, why in narrowable(model, IMAGES).fixed.items() if why != CLASSES}
 
 
 def test_units_are_in_the_order_of_the_first_layer_and_positions_ascend() -> None:

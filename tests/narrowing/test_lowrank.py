@@ -12,7 +12,7 @@ from capnas.candidates import count_cost
 from capnas.errors import UsageError
 from capnas.measures.moments import covariance, moments_of
 from capnas.measures.saturation import lossless_projection
-from capnas.narrowing.lowrank import factorized, plan_ranks, split_layer
+from capnas.narrowing.lowrank import _largest_share, factorized, plan_ranks, split_layer
 from capnas.narrowing.refusing import CannotNarrow
 from capnas.saved import build_recipe, load_model, save_model
 
@@ -61,6 +61,11 @@ def test_wide_layers_are_split_without_their_whole_decomposition(monkeypatch: py
     assert (most.needed, most.rank, most.kept) == (40, 40, 1.0)
     plan_ranks(model, x[:9])
     assert sides[-1] == 9  # samples are the cheaper side
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+    dead = plan_ranks(model, x).groups[0]
+    assert (dead.needed, dead.rank) == (1, 1)
 
 
 def test_ranks_meet_the_target_and_the_model_comes_back(tmp_path: Path) -> None:
@@ -73,6 +78,7 @@ def test_ranks_meet_the_target_and_the_model_comes_back(tmp_path: Path) -> None:
     kept = [g.kept for g in plan.groups if g.rank < g.width]
     assert kept
     assert max(kept) < 1
+    assert _largest_share(lambda share: share <= 0.7) == pytest.approx(0.7, abs=1e-11)
     again = load_model(save_model(small, tmp_path / "m", RECIPE))
     assert torch.equal(again(x), small(x))
 
@@ -82,6 +88,8 @@ def test_what_saves_nothing_stays_whole() -> None:
     plan = plan_ranks(model, torch.randn(8, 1, 2, 2))
     assert [(g.name, g.rank) for g in plan.groups] == [("0", 4)]  # one input: the second part would cost more than it saves
     assert factorized(model, plan)[0].weight.shape == (4, 1, 1, 1)
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.ones(8, 1) * torch.arange(8.0)[:, None] @ torch.ones(1, 2)
+    assert (plan_ranks(model, x).groups[0].needed, plan_ranks(model, x).groups[0].rank) == (1, 2)  # as dear in two: 2 + 2 of 2 x 2
 
 
 class ReadsWeights(nn.Module):
@@ -220,7 +228,8 @@ def test_a_target_may_leave_less_than_half_of_the_variance() -> None:
     plan = plan_ranks(net, x, target_macs=0.2)
     assert (plan.groups[0].rank, plan.planned_macs) == (2, 2 * 64 + 64)  # of 1,088
     assert plan.groups[0].kept < 0.5
-    whole = plan_ranks(net, x)  # two layers would cost more than one
+    whole = plan_ranks(nn.Sequential(*net, nn.Dropout(0.5)).train(), x)  # two layers would cost more than one
+    assert plan.groups[0].needed == whole.groups[0].needed > 2
     assert (whole.groups[0].rank, whole.planned_macs, whole.planned_params) == (32, whole.macs, whole.params)
 
 
