@@ -24,9 +24,7 @@ LEAVES = "os.chdir(os.environ['ELSEWHERE'])"
 QUICK = ["--epochs", 1, "--device", "cpu", "--train", "batch_size=32", "--data-option", "image_size=8"]
 
 
-@pytest.mark.parametrize(
-    ("first", "then", "workers"), [(LEAVES, "pass", 1), ("", LEAVES, 1), pytest.param(LEAVES, "pass", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("first", "then", "workers"), [(LEAVES, "pass", 1), ("", LEAVES, 1), (LEAVES, "pass", 2)])
 def test_relative_paths_stay_where_they_were_given(
     run: Run, first: str, then: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -646,7 +646,7 @@ resume(Path({str(folder)!r}), Path({str(home)!r}), 9)
     assert result.n_finished == 9
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_signals_end_cleanly(home: Path, number: signal.Signals, workers: int) -> None:
     folder = home / f"signal-{number}-{workers}"
     with started(folder, 500, workers=workers, pause=0.1) as process:
@@ -792,7 +792,6 @@ def test_a_signal_while_a_worker_starts_ends_that_one_too(home: Path, monkeypatc
             os.waitpid(pid, os.WNOHANG)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="sees the workers start in /proc")
 def test_workers_whose_parent_is_killed_while_they_import_leave_its_folder_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = home / "left"
