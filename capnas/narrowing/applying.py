@@ -162,11 +162,11 @@ def permute_units(model: nn.Module, groups: Sequence[CoupledGroup], orders: Mapp
         orders: per group (U,) which unit comes to each place; groups that are not named keep theirs.
 
     >>> net = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 2)).eval()
-    >>> x = torch.randn(2, 1)
+    >>> x, bias = torch.randn(2, 1), net[0].bias
     >>> before, (group,) = net(x), find_groups(net, x).groups
     >>> permute_units(net, [group], {"0": torch.tensor([2, 0, 1])})
-    >>> torch.allclose(net(x), before, atol=1e-6)
-    True
+    >>> torch.allclose(net(x), before, atol=1e-6), torch.equal(net[0].bias, bias[[2, 0, 1]])
+    (True, True)
     """
     modules = dict(model.named_modules())
     indices: dict[tuple[str, str], Tensor] = {}

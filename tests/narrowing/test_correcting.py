@@ -17,7 +17,7 @@ from capnas.narrowing import chosen_units, narrowed
 from capnas.narrowing.calibration import input_rows, norm_inputs, norms_behind, output_rows, read_layers, readable, sampled
 from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.planning import check_growth, plan_widths, read_widths
-from capnas.narrowing.survey import Survey, saturations, survey
+from capnas.narrowing.survey import Survey, _readers, saturations, survey
 from capnas.norms import measure_norms
 from capnas.saved import build_recipe
 
@@ -149,15 +149,21 @@ def test_units_of_several_channels_are_not_broken() -> None:
     net = nn.Sequential(
         nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
     ).eval()  # fmt: skip
-    found = survey(net, torch.randn(32, 2, 8, 8))
+    x = torch.randn(32, 2, 8, 8)
+    found = survey(net, x)
     assert [(g.name, g.unit_channels) for g in found.groups] == [("0", 4)]
+    assert found.saturation[0] == max(saturations(net, x)[name] for name in ("0", "1"))
     with pytest.raises(UsageError, match="must be a multiple of 4 channels, got 6"):
         plan_widths(found, widths={"0": 6})
     assert plan_widths(found, widths={"0": 4}).groups[0].needed == round(4 * found.needed[0])  # in channels
+    wide = narrowed(net, found, plan_widths(found, widths={"0": 12}))
+    with torch.no_grad():
+        torch.testing.assert_close(wide(x), net(x), rtol=0, atol=0.003)  # but for the noise that tells doubled ones apart
 
 
 def test_layers_too_wide_to_be_refitted_read_mixtures(monkeypatch: pytest.MonkeyPatch) -> None:
     net, images = redundant(), torch.randn(48, 2, 8, 8)
+    net[2].bias = None
     monkeypatch.setattr("capnas.narrowing.calibration.WIDEST", 20)
     monkeypatch.setattr("capnas.narrowing.calibration.REFITTED", 20)
     with torch.no_grad():
@@ -170,6 +176,10 @@ def test_layers_too_wide_to_be_refitted_read_mixtures(monkeypatch: pytest.Monkey
     small, sliced = narrowed(net, found, plan), narrowed(net, found, plan, refit=False)
     wrong = (sliced(x) - net(x)).norm()
     assert (small(x) - net(x)).norm() < 0.5 * wrong
+    assert plan.planned_params == sum(p.numel() for p in small.parameters())  # what is not refitted gets no bias
+    weight, (reader,) = net[2].weight.detach().double(), _readers(found.groups[0], dict(net.named_modules()), found.readings)
+    kernels = torch.einsum("ocxy,op,pdxy->cd", weight, found.readings["2"].curvature, weight)
+    torch.testing.assert_close(reader.weight.T @ reader.weight, kernels)
 
 
 class Twice(nn.Module):
@@ -328,15 +338,18 @@ def test_saturations_of_wide_layers_need_no_more_eigenvalues_than_the_threshold(
     net, x = nn.Sequential(nn.Linear(64, 40)), torch.randn(200, 64)
     with torch.no_grad():
         net[0].weight.mul_(1.4 ** -torch.arange(40.0)[:, None])
-    exact = saturations(net, x)
+    with torch.no_grad():
+        values = torch.linalg.eigvalsh(torch.cov(net(x).double().T)).flip(0)
+    shares = (0.99, float(values[:5].sum() / values.sum()) + 1e-4)  # of all, of which twelve hold 0.9997
+    exact = [saturations(net, x, share) for share in shares]
     sides: list[int] = []
     full = torch.linalg.eigvalsh
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda m: (sides.append(len(m)), full(m))[1])
     monkeypatch.setattr("capnas.measures.saturation.EXACT_EIGENVALUES", 12)  # they hold the threshold of 0.99, and not nearly everything
-    assert saturations(net, x) == exact
-    assert sides == [12]
+    assert [saturations(net, x, share) for share in shares] == exact
+    assert sides == [12, 12]
     assert saturations(net, x[:9])["0"] <= 8 / 40  # of the width, also where rows are fewer
-    assert sides == [12, 9]
+    assert sides == [12, 12, 9]
 
 
 def test_residual_streams_are_narrowed_as_one() -> None:

@@ -413,7 +413,7 @@ def broken() -> nn.Module:
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(128, 2)), "1 normalizes its channels in 2 groups"),
         (Split(), "cannot narrow this Split"),
         (Reversed(), "doubled channels change what is computed"),
-        *((Mirrored(width), "doubled channels change what is computed") for width in (4, 6, 7, 16)),  # the third ones of 3 n + 1 mirror
+        *((Mirrored(width), "doubled channels change what is computed") for width in (2, 4, 6, 7, 16)),  # the third ones of 3 n + 1 mirror
         (Mirrored(16, nn.GroupNorm(1, 16)), "doubled channels change what is computed"),
         (Branching(), r"this Branching: its path depends on the data \(RuntimeError: "),
         (Selecting(), r"this Selecting: its path depends on the data \(NotImplementedError: "),

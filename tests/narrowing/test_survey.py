@@ -11,6 +11,7 @@ from cases import small_cnn
 from torch import nn
 
 from capnas._timm import timm
+from capnas.errors import UsageError
 from capnas.narrowing import narrowed, plan_widths, survey
 from capnas.saved import build_recipe
 
@@ -49,13 +50,24 @@ def test_a_group_goes_by_the_most_demanding_of_the_layers_that_write_it(monkeypa
         asked.append(threshold)
         return {"0": 0.25, "1.conv": 0.75, "2.conv": 0.5}
 
-    capacity = SimpleNamespace(utilisation={"0": 0.6, "1.conv": 0.3, "2.conv": 0.9}, over_wide=("1.conv",))
+    def capacity(model: nn.Module, images: torch.Tensor, **options: object) -> SimpleNamespace:
+        assert (len(images), options) == (64, {"mode": "eval", "pixels": False})
+        return SimpleNamespace(utilisation={"0": 0.6, "1.conv": 0.3, "2.conv": 0.9}, over_wide=("1.conv",))
+
+    def unread(*given: object, **options: object) -> None:
+        raise UsageError("it has no path for gradients.")
+
     module = sys.modules["capnas.narrowing.survey"]  # the package names a function so
     monkeypatch.setattr(module, "saturations", saturations)
-    monkeypatch.setattr(module, "capacity_map", lambda *args, **options: capacity)
-    found = survey(small_cnn(width=8, depth=2).eval(), torch.randn(8, 3, 6, 6), threshold=0.8)
+    monkeypatch.setattr(module, "capacity_map", capacity)
+    net, x = small_cnn(width=8, depth=2, drop=0.5).train(), torch.randn(80, 3, 6, 6)
+    found = survey(torch.compile(net, backend="eager"), x, threshold=0.8)  # as it is used, and left as it was
+    assert net.training
     assert {p.module for p in found.groups[0].writers()} == {"0", "1.conv", "2.conv"}
     assert (found.needed[0], found.saturation[0], found.utilisation[0], found.over_wide[0], asked) == (6, 0.75, 0.3, True, [0.8])
+    monkeypatch.setattr(module, "capacity_map", unread)  # second evidence only
+    row = plan_widths(survey(net, x, threshold=0.8), lossless=True).groups[0]
+    assert (row.utilisation, row.over_wide, row.needed) == (None, False, 6)
 
 
 def test_the_labels_of_the_curvature_are_drawn_by_the_seed() -> None:
