@@ -57,6 +57,8 @@ def test_model_has_the_weights_that_the_search_started_from(run: RunResult, data
     first, again, other = found.model(), found.model(), found.model(seed=found.evaluation.seed + 1)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
+    seeded = dataclasses.replace(found, evaluation=dataclasses.replace(found.evaluation, seed=found.evaluation.seed + 1)).model()
+    assert all(torch.equal(a, b) for a, b in zip(seeded.parameters(), other.parameters()))
 
 
 def test_a_trial_over_budget_can_be_rebuilt_too(run: RunResult, data: ImageData) -> None:
@@ -213,7 +215,7 @@ def test_a_retrained_network_that_is_gone_is_not_named(run: RunResult, data: Ima
     record = retrain_trial(found, epochs=1, device="cpu")
     inputs = json.loads((tmp_path / record["model"] / "manifest.json").read_text())["extra"]["inputs"]
     assert (inputs["mean"], inputs["class_names"]) == (list(found.data.mean), list(found.data.class_names))
-    shutil.rmtree(tmp_path / record["model"])
+    (tmp_path / record["model"] / "manifest.json").unlink()
     again = retrain_trial(found, epochs=1, device="cpu")
     assert (again["model"], again["test_accuracy"]) == (None, record["test_accuracy"])
     assert re.fullmatch(r"the trained network is gone: .*retrained/trial.* holds no manifest\.json; .*with another seed\.", again["reason"])
@@ -224,7 +226,8 @@ def test_a_retraining_of_another_study_or_architecture_is_not_taken(run: RunResu
     record = retrain_trial(found, epochs=1, device="cpu")
     old = {name: value for name, value in record.items() if name not in ("study", "hash")}
     stale: dict[str, object]
-    for stale in (record | {"study": "other"}, record | {"hash": "other"}, old | {"n_params": 7}):
+    assert record["labels"] == data.digest["labels"]
+    for stale in (*(record | {name: "other"} for name in ("study", "hash", "labels")), old | {"n_params": 7}):
         (tmp_path / RETRAINED).write_text(json.dumps([stale | {"test_accuracy": -1.0}]))
         again = retrain_trial(found, epochs=1, device="cpu")
         assert again["test_accuracy"] >= 0
@@ -245,28 +248,37 @@ def test_a_retraining_that_did_not_complete_is_tried_again(run: RunResult, data:
 def test_a_retraining_shuffles_by_its_own_seed(run: RunResult, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[TrainConfig] = []
 
-    def diverges(model: nn.Module, data: ImageData, config: TrainConfig, **_: object) -> tuple[TrainingResult, dict[str, float]]:
+    def diverges(
+        model: nn.Module, data: ImageData, config: TrainConfig, *, image_size: int, **_: object
+    ) -> tuple[TrainingResult, dict[str, float]]:
+        assert image_size == 7
+        assert torch.equal(next(model.parameters()), next(found.model(config.seed).parameters()))
         asked.append(config)
         return TrainingResult(status="diverged"), {}
 
     monkeypatch.setattr(trials, "retrain", diverges)
     found = rebuild(dataclasses.replace(run, folder=tmp_path), data=data)
+    found = dataclasses.replace(found, candidate=dataclasses.replace(found.candidate, image_size=7))
     records = [retrain_trial(found, epochs=5, seed=seed, device="cpu") for seed in (0, 7)]
     assert [(c.seed, c.epochs, c.batch_size) for c in asked] == [(0, 5, 32), (7, 5, 32)]
     assert [(r["seed"], r["test_accuracy"], r["model"]) for r in records] == [(0, None, None), (7, None, None)]
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left"), (UsageError("it holds\nothers"), "it holds others")],
+)
 def test_a_full_disk_costs_the_network_and_not_what_the_test_split_said(
-    run: RunResult, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunResult, data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
 ) -> None:
     def full(*_: object, **__: object) -> Path:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(trials, "save_model", full)
     found = rebuild(dataclasses.replace(run, folder=tmp_path), data=data)
     record = retrain_trial(found, epochs=1, device="cpu")
     assert (record["status"], record["model"]) == ("complete", None)
-    assert "the trained network is not kept: [Errno 28] No space left" in record["reason"]
+    assert f"the trained network is not kept: {text}" in record["reason"]
     assert read_retrained(found.run) == [record]
 
 
