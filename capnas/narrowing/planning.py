@@ -194,7 +194,9 @@ def read_widths(path: str | Path) -> dict[str, int]:
     given = [*widths.values(), *(row["planned"] for row in named if "planned" in row)] if isinstance(widths, dict) else []
     if not isinstance(widths, dict) or not all(_is_width(w) for w in given):
         raise UsageError(f'the plan {place} must hold {{"widths": {{"layer": channels}}}} with whole numbers of channels above 0.')
-    return widths | {row["name"]: _edited(row, widths[row["name"]], place) for row in named if row.get("name") in widths}
+    return widths | {
+        name: _edited(row, widths[name], place) for row in named if isinstance(name := row.get("name"), str) and name in widths
+    }
 
 
 def _is_width(value: Any) -> bool:
@@ -212,9 +214,9 @@ def _edited(row: Mapping[str, Any], width: int, place: Path) -> int:
     numbers = [row.get(name) for name in ("saturation", "width", "expected")]
     saturation, now, expected = (float(n) if isinstance(n, int | float) else 0.0 for n in numbers)
     if min(saturation, now, expected) > 0:
-        before = round(saturation * now / expected)
-        if before in (written, width):
-            return int(width if before == written else written)
+        before = [w for w in (written, width) if abs(saturation * now / expected - w) <= 0.5]
+        if before:
+            return int(width if before[0] == written else written)
     raise UsageError(
         f"the plan {place} gives the group {row['name']} two widths, {written} as its planned and {width} in widths: "
         'write the one that is meant in "widths" and take "groups" out.'

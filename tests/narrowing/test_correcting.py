@@ -322,11 +322,14 @@ def test_a_printed_plan_is_edited_in_a_row_or_in_widths(measured: tuple[nn.Modul
         path.write_text(json.dumps({"plan": printed}))
         assert read_widths(path) == printed["widths"] | {"0": expected}
     printed["groups"][0]["planned"], printed["widths"]["0"] = 9, 10
-    for expected in (printed["groups"][0]["expected"], 0):
+    for expected in (printed["groups"][0]["expected"], 0, 5e-324):
         printed["groups"][0]["expected"] = expected
         path.write_text(json.dumps({"plan": printed}))
         with pytest.raises(UsageError, match="gives the group 0 two widths, 9 as its planned and 10 in widths: write the one"):
             read_widths(path)
+    printed["groups"][0]["name"] = ["0"]  # no group's name
+    path.write_text(json.dumps({"plan": printed}))
+    assert read_widths(path) == printed["widths"]
     printed["groups"][0]["planned"] = True
     path.write_text(json.dumps({"plan": printed}))
     with pytest.raises(UsageError, match="whole numbers of channels above 0"):
