@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # torch is pinned and comes first: pip then picks the CPU build where one is offered, and the package's own range is already met.
 TORCH := torch==2.13.0 torchvision==0.28.0
+PYTEST := $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 .PHONY: help demo test test-slow lint clean
 
@@ -35,10 +36,10 @@ lint: .venv/dev.installed ## style, import directions, types
 	$(BIN)/mypy
 
 test: lint ## every test but the slow ones, two side by side, under ten minutes on two cores
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
+	$(PYTEST)
 
 test-slow: .venv/dev.installed ## the tests that take minutes each
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 clean: ## remove the environment and caches, never results or runs
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
