@@ -47,14 +47,14 @@ def json_text(document: Any, *, indent: int | None = 1) -> str:
     return json.dumps(plain(document), indent=indent, allow_nan=False) + "\n"
 
 
-def read_json(path: str | Path, expected: str, error: type[CapnasError], of: type | tuple[type, ...] = object) -> Any:
+def read_json(path: str | Path, expected: str, error: type[CapnasError], of: type = object) -> Any:
     """What a JSON file holds.
 
     Args:
         path: of the file.
         expected: what it should hold and, where that helps, what to do otherwise: the end of the error.
         error: the kind of it.
-        of: Python's types of such documents.
+        of: Python's type of such a document.
 
     Raises:
         CapnasError: of that kind; the file cannot be read, is not JSON or holds a document of another type.

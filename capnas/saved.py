@@ -104,11 +104,11 @@ def save_model(
     model = unwrap_model(model)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     differences = _differences(model, build_recipe(recipe))
-    place_of_space = {} if "timm" in recipe else {"space": space_spec(load_space(recipe["space"]))}  # a file's from any folder
+    found_anywhere = {"space": space_spec(load_space(recipe["space"]))} if "space" in recipe else {}  # a file by its absolute path
     document = {
         "format": _FORMAT,
         "version": _VERSION,
-        "recipe": dict(recipe) | place_of_space,
+        "recipe": dict(recipe) | found_anywhere,
         **differences,
         "extra": dict(extra or {}),
     }

@@ -203,10 +203,9 @@ class Sweeper:
             share = push_max_pool(k[0], self.indices[node.index].cpu(), node.input_shapes[data[0]][1:]).to(_FLOAT)
             self._give(node, data[0], share.unsqueeze(0))
         elif base in ("add", "sub", "rsub"):
-            every, gains = range(len(node.inputs)), squared_gains(node)
-            summed: Any = lambda *s: sum(gain * moment for gain, moment in zip(gains, s)).expand(k.shape)  # noqa: E731
-            shares, left = push(k, [self._moment(node, j).expand(node.input_shapes[j]) for j in every], summed)
-            self.bias += left + sum(float(share.sum()) for j, share in zip(every, shares) if j not in data)
+            moments = [(gain * self._moment(node, j)).expand(node.input_shapes[j]) for j, gain in enumerate(squared_gains(node))]
+            shares, left = push(k, moments, lambda *s: sum(s[1:], s[0]).expand(k.shape))
+            self.bias += left + sum(float(share.sum()) for j, share in enumerate(shares) if j not in data)
             for j in data:
                 self._give(node, j, shares[j])
         elif base in ("mul", "div"):

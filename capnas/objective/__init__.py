@@ -252,8 +252,9 @@ class Objective:
         """The second stage: latency and scores of the untrained network; it, and the batch that it was measured on."""
         metrics, device, seed = found["metrics"], resolve_device(self.train.device), self.train.seed
         with timed(found, "structure"):
-            model = build_model(self.space, candidate.params, **self.shape(trial), seed=seed).to(device)
-            x, y = self.data.probe(self.probe_images, seed=seed, device=device, image_size=found["image_size"])
+            shape = {name: getattr(candidate, name) for name in ("num_classes", "in_chans", "image_size")}
+            model = build_model(self.space, candidate.params, **shape, seed=seed).to(device)
+            x, y = self.data.probe(self.probe_images, seed=seed, device=device, image_size=candidate.image_size)
             if self._times:
                 metrics[LATENCY] = latencies([model], x[:1])[0]
                 if metrics[LATENCY] > (limit := self.limits.get(LATENCY, math.inf)):

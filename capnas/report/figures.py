@@ -117,17 +117,17 @@ def _history(graph: Any, rows: Sequence[Row], done: Sequence[Row]) -> Any:
 
 def _trade(graph: Any, done: Sequence[Row], metric: str, title: str) -> Any:
     """Accuracy and a cost of complete trials, with the line of those that no other beats in both."""
-    kept = sorted((row for row in done if row[1].metrics.get(metric)), key=lambda r: (r[1].metrics[metric] or 0.0, -_accuracy(r)))
-    costs = [e.metrics[metric] or 0.0 for _, e in kept]
-    front: list[int] = []
-    for place, row in enumerate(kept):
-        if not front or _accuracy(row) > _accuracy(kept[front[-1]]):
-            front.append(place)
+    kept = [row for row in done if row[1].metrics.get(metric)]
+    points = sorted(((e.metrics[metric] or 0.0, _accuracy((t, e))) for t, e in kept), key=lambda point: (point[0], -point[1]))
+    front: list[tuple[float, float]] = []
+    for cost, accuracy in points:
+        if not front or accuracy > front[-1][1]:
+            front.append((cost, accuracy))
     figure = _scatter(graph, kept, metric, title)
-    line = graph.Scatter(x=[costs[i] for i in front], y=[_accuracy(kept[i]) for i in front], mode="lines",
+    line = graph.Scatter(x=[cost for cost, _ in front], y=[accuracy for _, accuracy in front], mode="lines",
                          line={"color": RED, "shape": "hv"}, name="best at this cost", hoverinfo="skip")  # fmt: skip
     figure.add_trace(line)
-    figure.update_xaxes(type="log" if kept and costs[-1] > 20 * costs[0] else "linear", tickformat="~s")
+    figure.update_xaxes(type="log" if points and points[-1][0] > 20 * points[0][0] else "linear", tickformat="~s")
     return figure
 
 
