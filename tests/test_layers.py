@@ -40,6 +40,8 @@ class Pair(nn.Module):
     ],
 )  # fmt: skip
 def test_blocks_of_nested_branched_and_unlisted_units(name: str, kinds: dict[str, int]) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"this version of timm has no {name}")
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=4)
     modules = dict(model.named_modules())

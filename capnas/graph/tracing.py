@@ -87,6 +87,8 @@ class _Recorder(TorchDispatchMode):
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
         if op == "aten.empty.memory_format" and outputs[0].numel() == 0:
             return out  # the reserve that every batch norm allocates and nobody reads
+        if op == "aten.convolution.default" and outputs[0].numel() == 0 and args[0].numel() > 0:  # older torch asks on devices alone
+            raise RuntimeError(f"Calculated output size {tuple(outputs[0].shape[2:])}: kernel size can't be greater than actual input size")
         producers = [self.producer(t) for _, t in tensors]
         names = [self.name(t) for _, t in tensors]
         index = len(self.nodes)

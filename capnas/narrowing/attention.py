@@ -1,4 +1,8 @@
-"""Attentions of which whole heads can be taken out: timm's plain ``Attention``."""
+"""Attentions of which whole heads can be taken out: timm's plain ``Attention``.
+
+In versions of timm whose attentions have no ``attn_dim`` all heads together must be as wide as the stream; there they stay, with that error
+as their reason.
+"""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from capnas.narrowing.refusing import CannotNarrow
 from capnas.saved import build_recipe, load_model, save_model
 from capnas.spaces import load_space
 
+WHOLE_HEADS = hasattr(timm.layers.Attention(4, num_heads=2), "attn_dim")  # before, timm tied the heads to the width of the stream
 SIZES: dict[str, dict[str, Any]] = {
     "resnet18": {"channels": [8, 16, 24, 32]},
     "resnet50": {"channels": [8, 8, 16, 16], "layers": [1, 1, 2, 1]},
@@ -63,7 +64,7 @@ def test_timm_families(name: str, tmp_path: Path) -> None:
     small, macs = halve(model, x)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert count_cost(small, (1, 3, 32, 32)).macs == pytest.approx(macs)
-    assert macs < 0.7 * count_cost(model, (1, 3, 32, 32)).macs
+    assert macs < (0.7 if WHOLE_HEADS else 0.75) * count_cost(model, (1, 3, 32, 32)).macs
     again = load_model(save_model(small, tmp_path / "m", recipe(name)))
     assert torch.equal(again(x), small(x))
     assert getattr(again, "head_hidden_size", again.num_features) == again.get_classifier().in_features
@@ -112,6 +113,9 @@ def test_grouped_convs_lose_whole_groups_and_attentions_whole_heads() -> None:
     assert {p.side for p in inner.ports if p.module == "s1.b1.conv2.conv"} == {"in", "out"}
     model = build_recipe(recipe("vit_tiny_patch16_224")).eval()
     tokens = narrowable(model, torch.randn(2, 3, 32, 32))
+    if not WHOLE_HEADS:
+        assert "it does not run" in tokens.fixed["blocks.0.attn.qkv"]
+        pytest.skip("attentions of this version of timm have heads as wide as the stream alone")
     heads = tokens["blocks.0.attn.qkv"]
     assert (heads.units, heads.channels) == (3, 144)
     change_widths(model, tokens.groups, {"blocks.0.attn.qkv": [0, 2]})

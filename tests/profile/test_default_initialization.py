@@ -167,6 +167,8 @@ def test_norms_with_an_activation_inside_start_at_one_too() -> None:
 def test_position_biases_of_window_attention_start_from_the_seed() -> None:
     shape = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}
     models = [timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape) for _ in range(2)]
+    if not hasattr(models[0].layers[0].blocks[0].attn, "reset_parameters"):
+        pytest.skip("in this version of timm nothing resets them: they are flagged as kept")
     same(*(at_default_initialization(model, seed=1) for model in models))
 
 

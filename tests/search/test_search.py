@@ -329,7 +329,7 @@ def test_what_is_left_on_disk(tmp_path: Path, data: ImageData) -> None:
             assert [float(row["value.accuracy"]), float(row["value.macs"])] == trial.values
             assert float(row["seconds.training"]) > 0
     environment = json.loads((tmp_path / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"] in (torch.__version__, torch.__version__.partition("+")[0])  # not all wheels name a build
     assert (environment["workers"], environment["device"]) == (1, "cpu")
     text = "".join((tmp_path / name).read_text() for name in ("environment.json", "study.toml", "trials.csv", "journal.log"))
     assert socket.gethostname() not in text
