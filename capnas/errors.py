@@ -113,8 +113,19 @@ def check_names(what: str, given: Iterable[str], known: Collection[str]) -> None
     >>> check_names("train", {"lr": 0.1}, {"lr", "optimizer"})
     """
     for name in given:
-        if name not in known:
-            raise UsageError(one_of(what, name, known))
+        check_name(what, name, known)
+
+
+def check_name(what: str, given: object, known: Collection[str]) -> None:
+    """Refuse what is none of the names known.
+
+    Raises:
+        UsageError: with the nearest of those known.
+
+    >>> check_name("sampler", "tpe", ("tpe", "random"))
+    """
+    if given not in known:
+        raise UsageError(one_of(what, given, known))
 
 
 def counted(number: int, what: str) -> str:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name
 from capnas.layers import CONVS, MEASURED, PRODUCTS, block_widths, feature_axis, find_blocks
 from capnas.measures.lattice import Lattice
 from capnas.measures.moments import Moments, Scratch, Sums
@@ -113,8 +113,7 @@ class Recorder:
         train_interval: int = 1,
         seed: int = 0,
     ) -> None:
-        if reading not in ("modules", "blocks", "both"):
-            raise UsageError(one_of("reading", reading, ("modules", "blocks", "both")))
+        check_name("reading", reading, ("modules", "blocks", "both"))
         if train_interval < 1:
             raise UsageError(f"train_interval must be 1 (every pass) or more, got {train_interval}.")
         self._given = model  # the user runs this one
@@ -167,8 +166,7 @@ class Recorder:
         Returns:
             Records in execution order, keyed by name, blocks as ``"block:" + name``.
         """
-        if mode not in ("train", "eval"):
-            raise UsageError(one_of("mode", mode, ("train", "eval")))
+        check_name("mode", mode, ("train", "eval"))
         keys = [k for k in self._sums if k[0] == mode]
         return {("block:" if reading == "blocks" else "") + name: self._record((m, reading, name)) for m, reading, name in keys}
 

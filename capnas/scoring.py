@@ -9,7 +9,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_names
 from capnas.measures import evenness
 from capnas.profile import LayerProfile, Profile
 
@@ -237,7 +237,5 @@ def score(profile: Profile, names: str | Sequence[str] | None = None) -> dict[st
     if not isinstance(profile, Profile):
         raise UsageError(f"score takes a profile, got {type(profile).__name__}: capnas.profile_model(model, inputs) gives one.")
     chosen = list(SCORES) if names is None else [names] if isinstance(names, str) else list(names)
-    for name in chosen:
-        if name not in SCORES:
-            raise UsageError(one_of("score", name, SCORES))
+    check_names("score", chosen, SCORES)
     return {name: float(SCORES[name].compute(profile)) for name in chosen}

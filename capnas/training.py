@@ -20,7 +20,7 @@ from torch import nn
 from capnas._timm import import_timm
 from capnas.data import ImageData
 from capnas.devices import SWITCHES, device_of, is_out_of_memory, resolve_device, use_amp, use_channels_last
-from capnas.errors import UsageError, check_types, one_of
+from capnas.errors import UsageError, check_name, check_types
 from capnas.layers import block_pattern
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.probing import seeded
@@ -102,14 +102,11 @@ class TrainConfig:
             block_pattern(self.blocks)
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise UsageError(f"clip_grad must be above 0 or None, got {self.clip_grad}.")
-        if self.schedule not in SCHEDULES:
-            raise UsageError(one_of("schedule", self.schedule, SCHEDULES))
+        check_name("schedule", self.schedule, SCHEDULES)
         optimizers = import_timm("timm.optim").list_optimizers()
-        if self.optimizer not in optimizers:
-            raise UsageError(one_of("optimizer", self.optimizer, optimizers))
+        check_name("optimizer", self.optimizer, optimizers)
         for name in ("amp", "channels_last"):
-            if getattr(self, name) not in SWITCHES:
-                raise UsageError(one_of(name, getattr(self, name), SWITCHES))
+            check_name(name, getattr(self, name), SWITCHES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from capnas.cli.app import Device, Json, app, decimal, quiet, seeding, sizes, whole
 from capnas.console import SAW_VALIDATION, duration, out_json, pairs, say, short, show_table
 from capnas.documents import json_text, write_whole
-from capnas.errors import counted
+from capnas.errors import UsageError, check_names, counted
 
 if TYPE_CHECKING:
     from capnas.resolution import SizeRun, SizeSurvey, Tuning
@@ -42,10 +43,6 @@ def resolution(
     json: Json = False,
 ) -> None:
     """Find the smallest image size at which all layers work and a larger one is not worth its compute."""
-    from dataclasses import fields
-
-    from capnas.errors import UsageError, check_names
-
     chosen = None if candidates is None else sizes(candidates, "--candidates")
     if out is not None:
         from capnas.saved import check_folder

@@ -24,7 +24,7 @@ from capnas.data.loading import find, load_pool
 from capnas.data.named import EMBEDDED
 from capnas.data.spec import DataSpec
 from capnas.data.splits import assign, check_classes
-from capnas.errors import DataError, UsageError, check_names, one_of
+from capnas.errors import DataError, UsageError, check_name, check_names
 
 __all__ = ["Augment", "DataSpec", "ImageData", "load_data"]
 
@@ -185,8 +185,7 @@ class ImageData:
         return normalise(x, self.mean, self.std), self.pool.labels[chosen].to(device)
 
     def _positions(self, split: str) -> torch.Tensor:
-        if split not in SPLITS:
-            raise UsageError(one_of("split", split, SPLITS))
+        check_name("split", split, SPLITS)
         if split == "test" and not self._gate.open:
             raise UsageError(
                 "the test split is closed while searching; for the final evaluation: "

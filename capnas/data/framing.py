@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from capnas.errors import DataError, UsageError, one_of
+from capnas.errors import DataError, UsageError, check_name
 
 _CHUNK = 256
 _CHOICES = {"crop_mode": ("center", "squash", "border"), "interpolation": ("bilinear", "bicubic")}
@@ -43,8 +43,7 @@ class Framing:
         if not 0.1 <= self.crop_pct <= 2:
             raise UsageError(f"crop_pct must be the share of an image's side to keep, in [0.1, 2], got {self.crop_pct}.")
         for name, known in _CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise UsageError(one_of(name, value, known))
+            check_name(name, getattr(self, name), known)
         if self.crop_mode == "border" and self.mean is None:
             raise UsageError("crop_mode border fills what an image lacks with the mean: give mean, a number per channel, or another mode.")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from capnas.errors import StudyError, UsageError, one_of
+from capnas.errors import StudyError, UsageError, check_name
 from capnas.excess.composition import Stage, blocks
 from capnas.excess.training import LayerState, Run
 from capnas.measures.excess import CapacityBounds, WeightLayer, capacity_bounds
@@ -127,8 +127,7 @@ def holds(rises: Sequence[tuple[float, float]], *, tolerance: float, hold: Hold)
     """
     if not 0 <= tolerance < 1:
         raise UsageError(f"tolerance is a share of images in [0, 1), got {tolerance}.")
-    if hold not in HOLDS:
-        raise UsageError(one_of("hold", hold, HOLDS))
+    check_name("hold", hold, HOLDS)
     columns = {"train": (0,), "validation": (1,), "both": (0, 1)}[hold]
     return bool(rises) and all(_mean(r[c] for r in rises) <= tolerance + 1e-12 for c in columns)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name
 
 PoolGain = Literal["paths", "averaging"]
 
@@ -135,8 +135,7 @@ def pool_leaf(kind: Literal["max", "average"], units: int, *, kernel: int, posit
     >>> pool_leaf("max", 64, kernel=9).log2_fan_in == math.log2(9), pool_leaf("average", 64, kernel=4, pool_gain="averaging").log2_fan_in
     (True, -2.0)
     """
-    if kind not in ("max", "average"):
-        raise UsageError(one_of("kind", kind, ("max", "average")))
+    check_name("kind", kind, ("max", "average"))
     if min(units, kernel, positions) < 1:
         raise UsageError(f"a pooling leaf needs positive sizes, got units={units}, kernel={kernel}, positions={positions}.")
     bits = units * math.log2(kernel) if kind == "max" else 0.0
@@ -153,8 +152,7 @@ def average_gain(taps: float, pool_gain: PoolGain = "paths") -> float:
     >>> average_gain(9, "averaging") == -average_gain(9)
     True
     """
-    if pool_gain not in ("paths", "averaging"):
-        raise UsageError(one_of("pool_gain", pool_gain, ("paths", "averaging")))
+    check_name("pool_gain", pool_gain, ("paths", "averaging"))
     return math.log2(taps) if pool_gain == "paths" else -math.log2(taps)
 
 

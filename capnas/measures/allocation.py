@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name
 
 Convention = Literal["W", "C", "R", "O"]
 """How the covariance enters: whitened by the symmetric root, by the Cholesky factor, raw coordinates, oblique projector."""
@@ -162,8 +162,7 @@ def subspace_capacity(
         >>> round(subspace_capacity(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [0.0]])), 6)
         0.5
     """
-    if convention not in ("W", "C", "R"):
-        raise UsageError(one_of("convention", convention, ("W", "C", "R")))
+    check_name("convention", convention, ("W", "C", "R"))
     inputs, outputs, _ = _as_blocks(jacobian).shape
     columns = basis.to(torch.float64)
     if columns.ndim != 2 or columns.shape[0] != inputs:
@@ -192,8 +191,7 @@ def parameter_leverage(jacobian: Tensor, covariance: Tensor | None = None, *, mu
 
 
 def _known(convention: str) -> None:
-    if convention not in get_args(Convention):
-        raise UsageError(one_of("convention", convention, get_args(Convention)))
+    check_name("convention", convention, get_args(Convention))
 
 
 def _as_blocks(jacobian: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name, one_of
 
 Sizes = int | Sequence[int]
 Padding = int | str | Sequence[int | tuple[int, int]]
@@ -201,8 +201,7 @@ def convolution(
         raise UsageError(f"a convolution weight must be {expected}; got {tuple(weight.shape)}.")
     if groups < 1 or weight.shape[0] % groups:
         raise UsageError(f"groups must divide the {weight.shape[0]} output channels; got {groups}.")
-    if padding_mode not in _MODES:
-        raise UsageError(one_of("padding_mode", padding_mode, _MODES))
+    check_name("padding_mode", padding_mode, _MODES)
     sides, strides = per_axis("input_size", input_size, spatial), per_axis("stride", stride, spatial)
     dilations = per_axis("dilation", dilation, spatial)
     pads = _paddings(padding, weight.shape[2:], sides, strides, dilations)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -82,8 +82,7 @@ def analytic_decoupling(activation: str | Activation) -> Decoupling:
         0.627
     """
     if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
-            raise UsageError(one_of("activation", activation, ACTIVATIONS))
+        check_name("activation", activation, ACTIVATIONS)
         return _named(activation)
     return _integrate(activation)
 

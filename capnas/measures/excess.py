@@ -17,7 +17,7 @@ import torch
 from scipy.special import digamma, zeta
 from torch import Tensor
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name
 
 _EXACT = 36.0  # natural logarithm above which a double no longer tells a number from its ceiling
 _ROUNDING = 1e-12  # relative, added before a ceiling: rounding errors may raise an upper bound, never lower it
@@ -69,8 +69,7 @@ class Block:
     join: str = "add"
 
     def __post_init__(self) -> None:
-        if self.join not in ("add", "concat"):
-            raise UsageError(one_of("join", self.join, ("add", "concat")))
+        check_name("join", self.join, ("add", "concat"))
         if not 0 <= self.shortcut < math.inf:
             raise UsageError(f"shortcut must be finite and not negative; got {self.shortcut}.")
 

@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name
 from capnas.measures.convolution import Convolution, Padding, Sizes, convolution, per_axis
 from capnas.measures.singular import EXACT_EIGENVALUES, largest_singular_value, leading_eigenvalue, root
 
@@ -111,8 +111,7 @@ def operator_norm(
     >>> norm.method, round(norm.value, 4)  # 2 + 2 cos(pi / 9)
     ('dense', 3.8794)
     """
-    if method not in METHODS:
-        raise UsageError(one_of("method", method, METHODS))
+    check_name("method", method, METHODS)
     if not bool(torch.isfinite(weight).all()):
         raise UsageError(
             "the weight must be finite to have a norm; got infinite or undefined entries, as after a diverged training: lower its rate."

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name, check_names
 from capnas.measures.activation_codes import CodeOverlap, all_finite
 from capnas.measures.applied_weights import WeightSwap, computing_layers, is_norm
 from capnas.measures.probing import FAILURES, Loss, gradable, linear_weights, reason, swapped, tensor_of, untouched, weight_gradients
@@ -67,8 +67,7 @@ def synflow(model: nn.Module, inputs: Tensor, *, variant: Literal["sum", "log"] 
     >>> round(math.exp(synflow(net, torch.zeros(1, 3)).value) / float(net.weight.detach().abs().sum()), 6)
     1.0
     """
-    if variant not in ("sum", "log"):
-        raise UsageError(one_of("variant", variant, ("sum", "log")))
+    check_name("variant", variant, ("sum", "log"))
     flag = "the flow is not finite at any scale"
     for dtype in (torch.float64, torch.float32):  # a few models fix float32 inside
         for scale in (1.0, 1e-120, 1e-290) if dtype == torch.float64 else (1.0, 1e-15):
@@ -230,8 +229,7 @@ def baseline_proxies(
     >>> sorted(baseline_proxies(nn.Linear(3, 2), torch.zeros(4, 3), names=["params", "macs"]))
     ['macs', 'params']
     """
-    if unknown := next((n for n in names if n not in PROXIES), None):
-        raise UsageError(one_of("names", unknown, PROXIES))
+    check_names("names", names, PROXIES)
     inputs, *rest = gradable(model, inputs, *([] if targets is None else [targets]))
     targets = rest[0] if rest else None
     shared = _in_one_pass(model, inputs, targets, loss) if len(_SHARED & set(names)) > 1 else {}

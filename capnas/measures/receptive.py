@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name
 
 BorderRule = Literal["strict", "longest", "shortest", "longest_with_1x1", "shortest_with_1x1", "notebook", "toolbox"]
 _RULES: tuple[BorderRule, ...] = get_args(BorderRule)
@@ -193,8 +193,7 @@ def critical_layers(
     >>> critical_layers(chain, 4)
     ('1',)
     """
-    if path not in ("low", "high"):
-        raise UsageError(one_of("path", path, ("low", "high")))
+    check_name("path", path, ("low", "high"))
     return tuple(x.name for x in layers if x.expands and _every(x.after, image_size, lambda f, i: getattr(f, path) > i))
 
 
@@ -228,8 +227,7 @@ def border_layers(layers: Sequence[LayerField], image_size: int | tuple[int, ...
     >>> border_layers(chain, 2), border_layers(chain, 3), border_layers(chain, 3, rule="toolbox")
     (('1',), (), ('0', '1'))
     """
-    if rule not in _RULES:
-        raise UsageError(one_of("rule", rule, _RULES))
+    check_name("rule", rule, _RULES)
     convs = [x for x in layers if x.learned and (x.finite if rule.endswith("_with_1x1") else x.expands)]
     if rule == "toolbox":
         return tuple(x.name for x in convs if _toolbox(x, image_size))
@@ -269,8 +267,7 @@ def feasible_range(
     >>> feasible_range([conv])
     ((3.0,), (3.0,))
     """
-    if lower not in ("largest", "functional"):
-        raise UsageError(one_of("lower", lower, ("largest", "functional")))
+    check_name("lower", lower, ("largest", "functional"))
     finite = [x for x in layers if x.finite]
     if not finite:
         return None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from capnas.documents import read_json
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name
 from capnas.measures.widths import Widths, equal_saturation, least_loss, needed_widths, width_choices
 from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.groups import CoupledGroup
@@ -170,8 +170,7 @@ def check_division(allocation: str, round_to: int) -> None:
     Raises:
         UsageError: an unknown allocation, or a multiple below 1.
     """
-    if allocation not in ALLOCATIONS:
-        raise UsageError(one_of("allocation", allocation, ALLOCATIONS))
+    check_name("allocation", allocation, ALLOCATIONS)
     if round_to < 1:
         raise UsageError(f"round_to must be at least 1, got {round_to}.")
 
@@ -235,8 +234,7 @@ def check_widths(groups: Sequence[CoupledGroup], widths: Mapping[str, int]) -> l
     """
     known = {g.name: g for g in groups}
     for name, width in widths.items():
-        if name not in known:
-            raise UsageError(one_of("a group of the plan", name, known))
+        check_name("a group of the plan", name, known)
         if not _is_width(width):
             raise UsageError(f"the width of {name} must be a whole number of channels above 0, got {width!r}.")
         if width % known[name].unit_channels:

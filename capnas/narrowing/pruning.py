@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from capnas.candidates import count_cost
 from capnas.data import ImageData, load_data
 from capnas.devices import device_of, resolve_device
-from capnas.errors import CapnasError, UsageError, check_names, check_types, one_of
+from capnas.errors import CapnasError, UsageError, check_name, check_names, check_types
 from capnas.latency import latencies
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.guessing import no_better_than_a_guess
@@ -78,8 +78,7 @@ class PruneConfig:
             raise UsageError("give exactly one goal: target_macs, lossless or widths (--target-macs, --lossless or --plan).")
         if self.target_macs is not None:
             check_target(self.target_macs)
-        if self.method not in ("channels", "lowrank"):
-            raise UsageError(one_of("method", self.method, ("channels", "lowrank")))
+        check_name("method", self.method, ("channels", "lowrank"))
         if self.method == "lowrank" and self.widths is not None:
             raise UsageError("a plan of widths is for the method channels; lowrank takes --target-macs or --lossless.")
         check_division(self.allocation, self.round_to)

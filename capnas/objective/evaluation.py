@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial
 
 from capnas.data import ImageData
 from capnas.documents import plain
-from capnas.errors import StudyError, UsageError, check_names, check_type, one_of
+from capnas.errors import StudyError, UsageError, check_name, check_names, check_type
 from capnas.profile import INITIALIZATIONS, Profile
 from capnas.training import TrainConfig, TrainingResult
 
@@ -167,8 +167,7 @@ def checked(result: Any) -> TrainingResult:
     """
     if not isinstance(result, TrainingResult):
         raise UsageError(f"trainer must give a capnas.training.TrainingResult, got {type(result).__name__}.")
-    if result.status not in ENDS:
-        raise UsageError(one_of("status of a trainer's TrainingResult", result.status, ENDS))
+    check_name("status of a trainer's TrainingResult", result.status, ENDS)
     if result.status == "complete" and not (result.curve and all("accuracy" in row for row in result.curve)):
         raise UsageError("a trainer's complete TrainingResult needs a curve with the accuracy on validation in every row.")
     return result

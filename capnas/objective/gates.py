@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name
 from capnas.scoring import PROFILED, SCORES
 
 UNTRAINED = tuple(name for name in PROFILED if name != "capacity_slack")  # which is a score of a training
@@ -159,8 +159,7 @@ def _bound(name: str, compare: str, text: str) -> Bound:
 
 
 def _known(name: str, sums: tuple[str, ...] = ()) -> str:
-    if name not in (*UNTRAINED, *sums):
-        raise UsageError(one_of("gate", name, (*sums, *UNTRAINED)))
+    check_name("gate", name, (*sums, *UNTRAINED))
     return name
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
-from capnas.errors import UsageError, one_of
+from capnas.errors import UsageError, check_name, check_names
 from capnas.objective.gates import SUMS, UNTRAINED, BestShare, or_nan
 from capnas.scoring import COSTS, PROFILED, SCORES, Direction
 
@@ -56,9 +56,7 @@ def check_values(values: str | Sequence[str]) -> tuple[str, ...]:
         raise UsageError(f"values must be one or more different names, got {names}.")
     if "principled-pareto" in names:
         raise UsageError(f"principled-pareto is given alone: it stands for {', '.join(PARETO)}; got {', '.join(names)}.")
-    for name in names:
-        if name not in NAMES:
-            raise UsageError(one_of("values", name, (*NAMES, "principled-pareto")))
+    check_names("values", names, (*NAMES, "principled-pareto"))
     if set(SUMS) <= set(names):
         raise UsageError("values may hold combined or principled, not both: they are sums of the same kind with one set of weights.")
     return names
@@ -84,8 +82,7 @@ def check_weights(
     if not isinstance(weights, Mapping | None):
         raise UsageError(f"weights must be numbers by name, such as {{'tail_fraction': 0.1}}, got {weights!r}.")
     for name, weight in (weights or {}).items():
-        if name not in (*_PLAIN, *_SCORES):
-            raise UsageError(one_of("weights", name, (*_PLAIN, *_SCORES)))
+        check_name("weights", name, (*_PLAIN, *_SCORES))
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise UsageError(f"the weight of {name} must be a finite number, got {weight!r}.")
     sums = summed(names, share)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from capnas.errors import CapnasError, UsageError, one_of
+from capnas.errors import CapnasError, UsageError, check_names
 from capnas.graph.tracing import Trace, trace
 from capnas.measures.probing import gradable, reason, untouched, unwrap_model
 from capnas.measures.saturation import THRESHOLD
@@ -85,9 +85,7 @@ def profile_model(
     """
     if isinstance(measures, str):
         measures = MEASURES if measures == "all" else (measures,)
-    for measure in measures or ():
-        if measure not in MEASURES:
-            raise UsageError(one_of("measures", measure, MEASURES))
+    check_names("measures", measures or (), MEASURES)
     if not 0 < threshold <= 1:
         raise UsageError(f"threshold must be in (0, 1], got {threshold}.")
     if not isinstance(initialize, Integral) or initialize < 0:

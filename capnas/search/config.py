@@ -15,7 +15,7 @@ import numpy as np
 
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED, TIMM_PREFIXES
-from capnas.errors import StudyError, UsageError, check_names, check_types, one_of
+from capnas.errors import StudyError, UsageError, check_name, check_names, check_types
 from capnas.objective.finals import LONGER, check_finals
 from capnas.objective.gates import best_share, parse_gate
 from capnas.objective.pool import check_pool
@@ -140,8 +140,7 @@ class StudyConfig:
         if sizes is not None and not are_sizes(sizes):
             raise UsageError(f"resolutions must be different sizes in pixels, got {sizes}.")
         for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
-            if getattr(self, name) not in known:
-                raise UsageError(one_of(name, getattr(self, name), known))
+            check_name(name, getattr(self, name), known)
         check_sampler(self.sampler, self.pruner, len(self.values))
         check_pool(self.gate, self.pool)
         share = best_share(parse_gate(self.gate))

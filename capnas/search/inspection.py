@@ -14,7 +14,7 @@ from torch import nn
 from capnas.candidates import cost_of
 from capnas.data import ImageData
 from capnas.devices import resolve_device
-from capnas.errors import StudyError, UsageError, counted, one_line, one_of
+from capnas.errors import StudyError, UsageError, check_names, counted, one_line
 from capnas.graph.tracing import trace
 from capnas.profile import INITIALIZATIONS, MEASURES, Profile, at_default_initialization, enrich, profile_model, with_macs
 from capnas.projection import ProjectionResult, project_model
@@ -153,9 +153,7 @@ def inspect_target(
     """
     if batch < 1:
         raise UsageError(f"batch must be at least 1, got {batch}.")
-    for measure in measures:
-        if measure not in MEASURES:
-            raise UsageError(one_of("measures", measure, MEASURES))
+    check_names("measures", measures, MEASURES)
     if batch < 2 and "capacity" in measures:
         raise UsageError(f"batch must be at least 2 for capacity, got {batch}.")
     if project is not None and not 0 < project <= 1:

@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 
-from capnas.errors import MissingDependencyError, UsageError, one_of
+from capnas.errors import MissingDependencyError, UsageError, check_name
 
 PRUNERS = ("median", "hyperband", "off")
 
@@ -88,8 +88,7 @@ def make_sampler(
         >>> type(make_sampler("random", seed=0)).__name__
         'RandomSampler'
     """
-    if name not in _MAKERS:
-        raise UsageError(one_of("sampler", name, SAMPLERS))
+    check_name("sampler", name, SAMPLERS)
     draw = int(np.random.SeedSequence([seed, *draws]).generate_state(1)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -98,13 +97,12 @@ def make_sampler(
 
 def make_pruner(name: str, *, epochs: int) -> Any:
     """A pruner for a study with one value; the median's stops nothing before the second epoch, nor before the sixth trial."""
+    check_name("pruner", name, PRUNERS)
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=first_judged(epochs))
     if name == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
-    if name == "off":
-        return optuna.pruners.NopPruner()
-    raise UsageError(one_of("pruner", name, PRUNERS))
+    return optuna.pruners.NopPruner()
 
 
 def first_judged(epochs: int) -> int:
