@@ -113,8 +113,7 @@ def _cut(model: nn.Module, graph: Trace, size: int, layers: Sequence[str], idle:
     macs, params = structure(graph).macs, sum(p.numel() for p in model.parameters())
     changed = cloned(model).to("meta").eval()
     for name in units:
-        parent, _, child = name.rpartition(".")
-        setattr(changed.get_submodule(parent), child, _Passing())
+        changed.set_submodule(name, _Passing())
     text = f"cut {_names(units)}"
     try:
         followers = _fit(changed, graph.input_shape)

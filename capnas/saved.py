@@ -226,8 +226,7 @@ def _assemble(manifest: Mapping[str, Any]) -> nn.Module:
     """The modules of a manifest, with fresh weights where the recipe's own shapes stay."""
     model = build_recipe(manifest["recipe"])
     for name, steps in manifest["replaced"].items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _built(steps))
+        model.set_submodule(name, _built(steps))
     for name, attributes in manifest["attributes"].items():
         module = model.get_submodule(name)
         for attribute, value in attributes.items():

@@ -154,10 +154,9 @@ def paper_network(model: nn.Module, *, in_chans: int, image_size: int, num_class
     (('1',), ['0', '5'], [False, True])
     """
     model = cloned(unwrap_model(model))
-    removed = tuple(name for name, module in model.named_modules() if isinstance(module, _NORMS))
+    removed = tuple(name for name, module in model.named_modules() if name and isinstance(module, _NORMS))
     for name in removed:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _without_norm(model.get_submodule(name)))
+        model.set_submodule(name, _without_norm(model.get_submodule(name)))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         for module in model.modules():

@@ -170,10 +170,6 @@ def _irreplaceable(model: nn.Module, names: Sequence[str], example: Tensor) -> d
     """Layers that the network cannot do without, as where it reads their weights itself, each with what then happens."""
     trial, found = cloned(model).eval(), {}
 
-    def swap(name: str, layer: nn.Module) -> None:
-        parent, _, child = name.rpartition(".")
-        setattr(trial.get_submodule(parent), child, layer)
-
     def fails() -> str | None:
         for module, leaf in kept:
             setattr(module, leaf, None)
@@ -198,16 +194,16 @@ def _irreplaceable(model: nn.Module, names: Sequence[str], example: Tensor) -> d
                 setattr(module, leaf, value)
             kept = []
         for name, layer in layers.items():
-            swap(name, nn.Sequential(layer, nn.Identity()))  # as a split layer is, and computes the same
+            trial.set_submodule(name, nn.Sequential(layer, nn.Identity()))  # as a split layer is, and computes the same
         if fails() is None:
             return {}
         for name, layer in layers.items():
-            swap(name, layer)
+            trial.set_submodule(name, layer)
         for name, layer in layers.items():
-            swap(name, nn.Sequential(layer, nn.Identity()))
+            trial.set_submodule(name, nn.Sequential(layer, nn.Identity()))
             if (what := fails()) is not None:
                 found[name] = f"with {name} in two parts the network {what}"
-                swap(name, layer)
+                trial.set_submodule(name, layer)
     return found
 
 
@@ -234,8 +230,7 @@ def factorized(model: nn.Module, plan: RankPlan) -> nn.Module:
     small = cloned(unwrap_model(model)).eval()
     for row in plan.groups:
         if row.rank < row.width:
-            parent, _, child = row.name.rpartition(".")
-            setattr(small.get_submodule(parent), child, split_layer(small.get_submodule(row.name), plan.moments[row.name], row.rank))
+            small.set_submodule(row.name, split_layer(small.get_submodule(row.name), plan.moments[row.name], row.rank))
     return small
 
 

@@ -42,8 +42,7 @@ def plain_convs(model: nn.Module) -> nn.Module:
         layer = model.get_submodule(name)
         if layer not in made:
             made[layer] = _plain(layer)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[layer])
+        model.set_submodule(name, made[layer])
     return model
 
 
