@@ -38,6 +38,15 @@ def plain(value: Any) -> Any:
     return plain(value.item()) if getattr(value, "ndim", None) == 0 else str(value)  # a scalar of NumPy or torch
 
 
+def or_nan(value: float | None) -> float:
+    """A number as `plain` left it: NaN where it is None.
+
+    >>> or_nan(None), or_nan(2)
+    (nan, 2.0)
+    """
+    return math.nan if value is None else float(value)
+
+
 def json_text(document: Any, *, indent: int | None = 1) -> str:
     r"""`plain` as JSON text with a line's end.
 

@@ -9,6 +9,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
+from capnas.documents import or_nan
 from capnas.errors import UsageError, check_names
 from capnas.measures import evenness
 from capnas.profile import LayerProfile, Profile
@@ -135,8 +136,7 @@ def _log2_of_network(profile: Profile, *, name: str) -> float:
 
 
 def _of_network(profile: Profile, *, name: str) -> float:
-    value = profile.network.get(name)
-    return math.nan if value is None else value
+    return or_nan(profile.network.get(name))
 
 
 def _table() -> Mapping[str, Score]:

@@ -20,10 +20,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from capnas.candidates import build_model
-from capnas.documents import plain
+from capnas.documents import or_nan, plain
 from capnas.errors import UsageError, described
 from capnas.objective.evaluation import checked, fingerprint, stored_with
-from capnas.objective.gates import or_nan
 from capnas.objective.targets import LEARNED, TOLD
 from capnas.profile import Profile
 from capnas.training import TrainConfig, train

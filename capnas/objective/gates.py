@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from capnas.documents import or_nan
 from capnas.errors import UsageError, check_name
 from capnas.scoring import PROFILED, SCORES
 
@@ -168,8 +169,3 @@ def _float(text: str, message: str) -> float:
         return float(text)
     except ValueError:
         raise UsageError(message) from None
-
-
-def or_nan(value: float | None) -> float:
-    """A stored number, NaN where it is missing."""
-    return math.nan if value is None else float(value)

@@ -9,8 +9,8 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from capnas.documents import or_nan
 from capnas.objective.evaluation import VERSION, Evaluation, stored_with
-from capnas.objective.gates import or_nan
 from capnas.objective.targets import LATENCY, value_of, worst_value
 from capnas.scoring import COSTS
 

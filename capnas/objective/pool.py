@@ -26,9 +26,10 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from capnas.documents import or_nan
 from capnas.errors import StudyError, UsageError, check_type
 from capnas.objective.evaluation import VERSION, stored_with
-from capnas.objective.gates import SUMS, BestShare, Measured, best_share, or_nan, parse_gate
+from capnas.objective.gates import SUMS, BestShare, Measured, best_share, parse_gate
 from capnas.objective.history import unfixed
 from capnas.objective.targets import INIT, weighted
 

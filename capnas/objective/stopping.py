@@ -16,8 +16,8 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from capnas.documents import or_nan
 from capnas.errors import UsageError
-from capnas.objective.gates import or_nan
 from capnas.objective.history import past
 from capnas.objective.targets import LEARNED, costs_before, is_known_before, value_of
 from capnas.profile import Profile

@@ -12,8 +12,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
+from capnas.documents import or_nan
 from capnas.errors import UsageError, check_name, check_names
-from capnas.objective.gates import SUMS, UNTRAINED, BestShare, or_nan
+from capnas.objective.gates import SUMS, UNTRAINED, BestShare
 from capnas.scoring import COSTS, PROFILED, SCORES, Direction
 
 INIT = "init_"

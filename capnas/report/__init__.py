@@ -17,7 +17,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from capnas.documents import write_whole
+from capnas.documents import or_nan, write_whole
 from capnas.errors import MissingDependencyError, counted, one_line
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
@@ -282,11 +282,11 @@ def _seconds(rows: Sequence[tuple[FrozenTrial, Evaluation]], finals: Sequence[Ma
 
 def _correlations(complete: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Strongest first; scores that are nowhere missing only."""
-    accuracy = [math.nan if (a := e.metrics.get("accuracy")) is None else a for e in complete]
+    accuracy = [or_nan(e.metrics.get("accuracy")) for e in complete]
     controls = [[float(e.n_params or 0) for e in complete], [float(e.macs or 0) for e in complete]]
     found = []
     for name in (*COSTS, LATENCY, *PROFILED, *(f"init_{s}" for s in UNTRAINED)):
-        values = [math.nan if (v := e.metrics.get(name)) is None else float(v) for e in complete]
+        values = [or_nan(e.metrics.get(name)) for e in complete]
         alone = spearman(values, accuracy)
         if math.isnan(alone):
             continue

@@ -6,13 +6,13 @@ Needs the extra ``report``.
 from __future__ import annotations
 
 import html
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from capnas.documents import or_nan
 from capnas.errors import MissingDependencyError
 from capnas.objective.evaluation import Evaluation
 from capnas.objective.targets import LATENCY
@@ -94,8 +94,7 @@ def _scaled(values: Iterable[float | None]) -> dict[str, str]:
 
 
 def _accuracy(row: Row) -> float:
-    value = row[1].metrics.get("accuracy")
-    return math.nan if value is None else value
+    return or_nan(row[1].metrics.get("accuracy"))
 
 
 def _history(graph: Any, rows: Sequence[Row], done: Sequence[Row]) -> Any:
