@@ -70,7 +70,7 @@ def enrich(
         names = [name for name in PROXIES if name != "macs" or graph is None]
         baselines = baseline_proxies(model, inputs, targets, names=names)
         profile = profile.with_network(**{n: baseline.value for n, baseline in baselines.items()})
-        profile = replace(profile, flags={**profile.flags, **{n: baseline.flag for n, baseline in baselines.items() if baseline.flag}})
+        profile = profile.with_flags(**{n: baseline.flag for n, baseline in baselines.items() if baseline.flag})
         if graph is not None:
             profile = profile.with_network(macs=sum(graph.macs.values()) / graph.input_shape[0])
     if traced and graph is not None:
@@ -86,11 +86,9 @@ def enrich(
                 found = capacity_map(model, inputs, **options)
                 profile, without_capacity = with_capacity(profile, found), found.skipped
             except DegenerateError as error:  # gradients that overflow, as of a constant batch through batch norms, cost only this
-                unread = dict.fromkeys(_CAPACITY_SCORES, f"capacity cannot be read: {error}")
-                profile = replace(profile, flags={**profile.flags, **unread})
+                profile = profile.with_flags(**dict.fromkeys(_CAPACITY_SCORES, f"capacity cannot be read: {error}"))
             if start is None and "capacity_slack" not in profile.network:
-                untrained = "needs a training from known weights: the trials of a search have it"
-                profile = replace(profile, flags={**profile.flags, "capacity_slack": untrained})
+                profile = profile.with_flags(capacity_slack="needs a training from known weights: the trials of a search have it")
     if graph is not None:
         profile = with_reasons(profile, model, graph, without_capacity)
     return profile if start is None or graph is None else with_motion(profile, model, graph, start)
@@ -121,9 +119,8 @@ def with_structure(profile: Profile, report: StructureReport, image_size: tuple[
 def with_params(profile: Profile, model: nn.Module) -> Profile:
     """The profile with the number of the model's parameters, as torch counts them; a flag names quantized layers, which it leaves out."""
     quantized = [name for name, module in model.named_modules() if is_quantized(module)]
-    flags = {name: text for name, text in profile.flags.items() if name != "params"}
-    flags |= {"params": f"quantized weights left out, as they are no parameters: {', '.join(quantized)}"} if quantized else {}
-    return replace(profile, flags=flags).with_network(params=float(sum(p.numel() for p in model.parameters())))
+    flag = f"quantized weights left out, as they are no parameters: {', '.join(quantized)}" if quantized else ""
+    return profile.with_flags(params=flag).with_network(params=float(sum(p.numel() for p in model.parameters())))
 
 
 def with_macs(profile: Profile, graph: Trace) -> Profile:
@@ -166,13 +163,12 @@ def with_capacity(profile: Profile, found: CapacityMap) -> Profile:
     groups = [[name for name in found.capacity if name.startswith(block.name + ".")] for block in profile.blocks]
     scores = found.scores([g for g in groups if g] or None)
     audit = {"coherent": found.coherent, "shattering": found.shattering, "residual_sum": found.residual_sum}
-    flags = {name: text for name, text in profile.flags.items() if name not in ("coverage", "propagation", "scaling")}
-    return replace(profile, layers=tuple(rows), flags=flags | _limits(found)).with_network(**scores, **audit)
+    return replace(profile, layers=tuple(rows)).with_flags(**_limits(found)).with_network(**scores, **audit)
 
 
 def _limits(found: CapacityMap) -> dict[str, str]:
-    """What limits the capacity scores, by the name of the score."""
-    flags = {}
+    """What limits the capacity scores, by the name of the score; empty where nothing does."""
+    flags = {"coverage": "", "propagation": "", "scaling": ""}
     if found.unswept:
         flags["coverage"] = f"capacity cannot be swept down to the pixels: {found.unswept}"
     elif found.pixels is not None and not float(found.pixels.sum()) > 0:
@@ -255,15 +251,12 @@ def with_norms(profile: Profile, model: nn.Module, graph: Trace) -> Profile:
     if kinds:
         listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
         said.append(f"norm layers left out, as their slope has no bound but by the data: {listed}")
-    flags = {name: text for name, text in profile.flags.items() if name != "log10_lipschitz"}
-    flags |= {"log10_lipschitz": "; ".join(said)} if said else {}
-    return replace(profile, layers=tuple(rows), flags=flags).with_network(log10_lipschitz=log10)
+    return replace(profile, layers=tuple(rows)).with_flags(log10_lipschitz="; ".join(said)).with_network(log10_lipschitz=log10)
 
 
 def with_motion(profile: Profile, model: nn.Module, graph: Trace, start: InitialWeights) -> Profile:
     """The profile with each layer's (2,1) distance from initialization, and the score ``capacity_slack`` of the training since."""
     with untouched(model):
         distances, slack = start.distances(model), start.slack(model, graph)
-    flags = {name: text for name, text in profile.flags.items() if name != "capacity_slack"}
     rows = tuple(replace(r, distance=distances.get(r.name, r.distance)) for r in profile.layers)
-    return replace(profile, layers=rows, flags=flags).with_network(capacity_slack=slack)
+    return replace(profile, layers=rows).with_flags(capacity_slack="").with_network(capacity_slack=slack)

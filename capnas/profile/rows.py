@@ -181,6 +181,11 @@ class Profile:
         """The same profile with further numbers of the whole network."""
         return replace(self, network={**self.network, **numbers})
 
+    def with_flags(self, **texts: str) -> Profile:
+        """The same profile with these flags of numbers in place of those that it has of them; an empty text is none."""
+        others = {name: text for name, text in self.flags.items() if name not in texts}
+        return replace(self, flags=others | {name: text for name, text in texts.items() if text})
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe mapping; NaN becomes ``None``."""
         return {"version": VERSION, **plain(self)}
