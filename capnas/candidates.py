@@ -85,6 +85,11 @@ class Candidate:
     cost: Cost = field(repr=False, compare=False)
     trace: Trace = field(repr=False, compare=False)
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes that the space took: num_classes, in_chans, image_size."""
+        return {"num_classes": self.num_classes, "in_chans": self.in_chans, "image_size": self.image_size}
+
 
 def cost_of(model: nn.Module, graph: Trace) -> Cost:
     """The cost of a model that has been traced already; see `count_cost`."""

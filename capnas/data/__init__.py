@@ -169,6 +169,10 @@ class ImageData:
         size = self._size(image_size)
         return ((self.in_chans, size, size),)
 
+    def shape(self, image_size: int | None = None) -> dict[str, int]:
+        """Sizes that a search space takes: num_classes, in_chans and image_size, the stored one if not said."""
+        return {"num_classes": self.num_classes, "in_chans": self.in_chans, "image_size": self._size(image_size)}
+
     def probe(
         self, n: int, *, seed: int = 0, device: str | torch.device = "cpu", image_size: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -145,7 +145,7 @@ def excess_capacity(
     holds([], tolerance=tolerance, hold=hold)
 
     def fresh(seed: int) -> Any:
-        return paper_network(model, in_chans=data.in_chans, image_size=size, num_classes=data.num_classes, seed=seed)
+        return paper_network(model, **data.shape(size), seed=seed)
 
     network = fresh(seeds[0])
     header = {

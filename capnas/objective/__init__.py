@@ -252,8 +252,7 @@ class Objective:
         """The second stage: latency and scores of the untrained network; it, and the batch that it was measured on."""
         metrics, device, seed = found["metrics"], resolve_device(self.train.device), self.train.seed
         with timed(found, "structure"):
-            shape = {name: getattr(candidate, name) for name in ("num_classes", "in_chans", "image_size")}
-            model = build_model(self.space, candidate.params, **shape, seed=seed).to(device)
+            model = build_model(self.space, candidate.params, **candidate.shape, seed=seed).to(device)
             x, y = self.data.probe(self.probe_images, seed=seed, device=device, image_size=candidate.image_size)
             if self._times:
                 metrics[LATENCY] = latencies([model], x[:1])[0]
@@ -308,9 +307,8 @@ class Objective:
 
     def shape(self, trial: Any) -> dict[str, int]:
         """The sizes that the space takes; that of the images is a decision of the trial where there are several."""
-        sizes, data = self.resolutions, self.data
-        size = data.image_size if sizes is None else trial.suggest_categorical("image_size", list(sizes))
-        return {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": size}
+        sizes = self.resolutions
+        return self.data.shape(None if sizes is None else trial.suggest_categorical("image_size", list(sizes)))
 
     def _check_use(self, candidate: Candidate) -> None:
         """Ends the trial of an architecture without blocks of the name asked for, or that idles at its size but not at a larger one."""

@@ -231,9 +231,7 @@ def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_e
             raise
 
     try:
-        model = build_model(
-            objective.space, trial.params, num_classes=data.num_classes, in_chans=data.in_chans, image_size=size, seed=config.seed
-        )
+        model = build_model(objective.space, trial.params, **data.shape(size), seed=config.seed)
         result = checked((objective.trainer or train)(model, data, config, image_size=size, on_epoch=tell))
     except Exception as error:
         found |= {"status": "failed", "reason": described(error, 500)}

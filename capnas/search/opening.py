@@ -200,8 +200,7 @@ def check_architectures(study: optuna.Study, objective: Objective) -> None:
     trial, known = next(((t, s) for t in complete if (s := stored_with(t)).get("hash")), (None, {}))
     if trial is None:
         return
-    data = objective.data
-    shape = {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": known.get("image_size") or data.image_size}
+    shape = objective.data.shape(known.get("image_size"))
     try:
         built = build_candidate(objective.space, optuna.trial.FixedTrial(dict(known["params"])), **shape).hash
     except (Infeasible, SpaceError):

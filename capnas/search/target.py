@@ -195,7 +195,7 @@ def open_network(
     images, _ = _images_of(EMBEDDED, {}, data, options)
     size = image_size or images.image_size
     try:
-        network = build(num_classes=images.num_classes, in_chans=images.in_chans, image_size=size)
+        network = build(**images.shape(size))
     except (Exception, SystemExit) as error:
         how = f"fails when it is called with num_classes, in_chans and image_size: {type(error).__name__}: {error}"
         raise UsageError(f"{text} {how}") from error
@@ -287,7 +287,7 @@ def _trial(
             raise
         found = rebuild(run, which)  # other classes or channels make another hash: check with the run's own images
     size = image_size or found.candidate.image_size
-    recipe = found.recipe | {"num_classes": images.num_classes, "in_chans": images.in_chans, "image_size": size}
+    recipe = found.recipe | images.shape(size)
     same = {"study": run.config.name, "trial": found.number, "hash": found.candidate.hash}
     kept = [run.folder / r["model"] for r in read_retrained(run) if r.get("model") and all(r.get(k) == v for k, v in same.items())]
     retrained = next((folder for folder in reversed(kept) if (folder / MANIFEST).is_file()), None)

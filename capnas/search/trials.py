@@ -66,7 +66,7 @@ class Rebuilt:
     @property
     def shape(self) -> dict[str, int]:
         """Sizes that the space takes: num_classes, in_chans, image_size."""
-        return {name: getattr(self.candidate, name) for name in ("num_classes", "in_chans", "image_size")}
+        return self.candidate.shape
 
     def model(self, seed: int | None = None) -> nn.Module:
         """The model with the weights that the search started from, or those of another seed.

@@ -185,8 +185,7 @@ def check_candidates(objective: Objective, *, seed: int) -> None:
         SpaceError: the space returns no model, or one of another output than the classes.
         UsageError: None of those that can be built calls a module of the name asked for as blocks.
     """
-    data, pattern = objective.data, objective.train.blocks
-    shape = {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": max(objective.resolutions or [data.image_size])}
+    pattern, shape = objective.train.blocks, objective.data.shape(max(objective.resolutions or [objective.data.image_size]))
     built: list[tuple[str, ...]] = []
     for place in range(_DRAWS):
         try:

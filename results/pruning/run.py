@@ -125,7 +125,7 @@ class Bench:
         self.data, self.fitting, self.key = data, {}, {"data": data_name, "model": model_name, "seed": seed}
         self.raw = HERE / "raw" / f"{data_name}-{model_name}-{seed}.jsonl"
         place = folder / f"{data_name}-{model_name}-{seed}"
-        recipe = MODELS[model_name] | {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": data.image_size}
+        recipe = MODELS[model_name] | data.shape()
         if not (place / "manifest.json").exists():
             model = build_recipe(recipe, seed=seed)
             start = time.process_time()

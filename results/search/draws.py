@@ -87,7 +87,7 @@ def run(given):
     case = CASES[given.case]
     data = images(given.case, given.cifar, given.runs)
     held_out = fresh(given.case, data, given.cifar)
-    space, shape = load_space(case["space"]), {k: getattr(data, k) for k in ("num_classes", "in_chans", "image_size")}
+    space, shape = load_space(case["space"]), data.shape()
     path = HERE / "raw" / f"draws-{given.case}.jsonl"
     for number in range(len(read(path)), given.draws):
         candidate = drawn(space, number, shape, case["max_macs"])

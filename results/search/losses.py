@@ -93,7 +93,7 @@ def measure(given):
         from train import images as ranked
 
         data, space = ranked(given.data, 8000, 24), load_space(RANKED[given.case][0])
-    shape = {name: getattr(data, name) for name in ("num_classes", "in_chans", "image_size")}
+    shape = data.shape()
     done = {(r["case"], r["arch"], r["epochs"]) for r in read(RAW)}
     for row in stored(given.case):
         for epochs in given.epochs:

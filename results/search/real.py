@@ -144,7 +144,7 @@ def summary(case, method, seed, study, given):
 
 def retrained(case, row, seed, data, given):
     """A winner from new weights, evaluated once on the test split, and the evenness of its profile then."""
-    space, shape = load_space(CASES[case]["space"]), {k: getattr(data, k) for k in ("num_classes", "in_chans", "image_size")}
+    space, shape = load_space(CASES[case]["space"]), data.shape()
     candidate = build_candidate(space, optuna.trial.FixedTrial(row["params"]), **shape)
     config = TrainConfig(epochs=given.final_epochs, seed=seed, device="cpu")
     start = time.process_time()
