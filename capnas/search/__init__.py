@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import multiprocessing
 import os
 import sys
@@ -11,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import optuna
@@ -102,11 +104,11 @@ def run_study(
     first = check_parameters(enqueue)
     if space is None:
         load_space(config.space)  # its errors belong before anything is created
-    folder, objective = config.folder, None
+    folder, objective = config.folder, functools.cache(functools.partial(make_objective, config, space, data))
     made = not folder.exists()
     fresh = not any((folder / name).exists() for name in ("study.toml", "journal.log"))
     if config.workers == 1 and not (folder / "study.toml").is_file():
-        objective = make_objective(config, space, data)  # those of the data as well
+        objective()  # those of the data as well
     folder.mkdir(parents=True, exist_ok=True)
     try:
         study = open_study(config)
@@ -122,22 +124,20 @@ def run_study(
     try:
         with sigterm_interrupts() as go_on, stoppable(study, go_on) as wanted:
             if first and before < config.trials:
-                objective = objective or make_objective(config, space, data)
-                check_candidates(objective, seed=config.seed)
-                check_entries(objective, first, seed=config.seed)
+                check_candidates(objective(), seed=config.seed)
+                check_entries(objective(), first, seed=config.seed)
                 sweep(study, stale_after=config.stale_after)  # a killed one is enqueued again
                 enqueue_new(study, first)
             if before >= config.trials:
                 pass
             elif config.workers == 1:
-                objective = objective or make_objective(config, space, data)
-                objective.on_epoch = on_epoch
-                work(study, config, objective, parallel=False, on_start=on_start, on_trial=on_trial, go_on=wanted)
+                objective().on_epoch = on_epoch
+                work(study, config, objective(), parallel=False, on_start=on_start, on_trial=on_trial, go_on=wanted)
             else:
                 _launch(study, config, on_start, on_trial, wanted)
             over = not wanted() or (config.timeout is not None and time.monotonic() - start >= config.timeout)
             if config.finalists is not None and (over or count_finished(study) >= config.trials):
-                _hold_finals(study, config, objective, space=space, data=data, on_epoch=on_epoch, on_final=on_final, go_on=go_on)
+                _hold_finals(study, config, objective, on_epoch=on_epoch, on_final=on_final, go_on=go_on)
     except KeyboardInterrupt:
         interrupted = True
     except Exception:
@@ -158,13 +158,12 @@ def _leave(study: optuna.Study, config: StudyConfig) -> None:
     write_trials(config.folder / "trials.csv", study, config.values)
 
 
-def _hold_finals(study: optuna.Study, config: StudyConfig, objective: Objective | None, *, space: Any, data: Any, **how: Any) -> None:
+def _hold_finals(study: optuna.Study, config: StudyConfig, objective: Callable[[], Objective], **how: Any) -> None:
     """The finals of a study whose trials are finished; images are loaded only where somebody is still to be trained."""
     count, epochs = config.finalists or 0, config.finals_epochs
     if any(unsettled(final) for _, final in held(study, count, epochs)):
-        objective = objective or make_objective(config, space, data)
-        check_unchanged(study, config, objective)
-        hold_finals(study, objective, count=count, epochs=epochs, **how)
+        check_unchanged(study, config, objective())
+        hold_finals(study, objective(), count=count, epochs=epochs, **how)
 
 
 def worker(
@@ -215,13 +214,7 @@ def _launch(
     heard: dict[tuple[str, str, str], None] = {}  # each once, whoever sent it
 
     def tell() -> None:
-        while not messages.empty():
-            if (message := messages.get()) not in heard:
-                heard[message] = None
-                if message[0] == "warning":
-                    warnings.warn(message[2], getattr(builtins, message[1]), stacklevel=2)
-                elif message[0] == "start" and on_start is not None:
-                    on_start()
+        _hear(messages, heard, on_start)
         for i, child in enumerate(children):
             killed = (child.exitcode or 0) < 0 and i not in lost
             if killed and (any(other.is_alive() for other in children) or count_finished(study) >= config.trials):
@@ -246,15 +239,7 @@ def _launch(
                 child.join(_POLL / len(children))
         tell()
     finally:
-        started = [child for child in children if child.pid is not None]
-        for child in started:
-            if child.is_alive():
-                child.terminate()
-        for child in started:
-            child.join(20)
-            if child.is_alive():
-                child.kill()
-                child.join()
+        _end(children)
     errors = [(name, text) for kind, name, text in heard if kind == "error"]
     if count_finished(study) < config.trials or len(failures_in_a_row(study.get_trials(deepcopy=False), before)) >= MAX_FAILURES:
         for name, text in errors:
@@ -264,6 +249,32 @@ def _launch(
             raise StudyError(f"the workers ended early with exit codes {codes}; the finished trials are kept, the same command resumes.")
     for _, text in errors:
         warnings.warn(f"a worker ended early and the others finished the trials: {text}", RuntimeWarning, stacklevel=2)
+
+
+def _hear(messages: Any, heard: dict[tuple[str, str, str], None], on_start: Callable[[], None] | None) -> None:
+    """Take what workers sent to `heard`, and pass on what is new there: their start and their warnings."""
+    while not messages.empty():
+        kind, name, text = message = messages.get()
+        if message in heard:
+            continue
+        heard[message] = None
+        if kind == "warning":
+            warnings.warn(text, getattr(builtins, name), stacklevel=2)
+        elif kind == "start" and on_start is not None:
+            on_start()
+
+
+def _end(children: Sequence[BaseProcess]) -> None:
+    """End those that were started and still run, by force where they do not heed the signal."""
+    started = [child for child in children if child.pid is not None]
+    for child in started:
+        if child.is_alive():
+            child.terminate()
+    for child in started:
+        child.join(20)
+        if child.is_alive():
+            child.kill()
+            child.join()
 
 
 def _child(
