@@ -154,8 +154,8 @@ class Objective:
             raise UsageError(f"trainer must be a function that trains a model, or None, got {trainer!r}.")
         self.names = check_values(values)
         self.directions = [direction_of(name) for name in self.names]
-        check_pool(gate, pool)
         share = best_share(gates := parse_gate(gate))
+        check_pool(pool, share)
         self.bounds = [g for g in gates if isinstance(g, Bound)]
         self.weights = check_weights(weights, self.names, share)
         ranked = ranking(share, self.names, self.weights)

@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from capnas.documents import or_nan
 from capnas.errors import StudyError, UsageError, check_type
 from capnas.objective.evaluation import VERSION, stored_with
-from capnas.objective.gates import SUMS, BestShare, Measured, best_share, parse_gate
+from capnas.objective.gates import SUMS, BestShare, Measured
 from capnas.objective.history import unfixed
 from capnas.objective.targets import INIT, weighted
 
@@ -40,16 +40,16 @@ QUEUED = "capnas:queued"  # user attribute of a trial that trains a measured one
 _LEAST = 1e-6  # violation of a measured candidate inside the share: it waits for its training
 
 
-def check_pool(gate: Any, pool: int | None) -> None:
-    """Refuse a gate that cannot be read and a pool without a share to choose from it.
+def check_pool(pool: int | None, share: BestShare | None) -> None:
+    """Refuse a pool that is no number of candidates, or without a share that chooses from it.
 
     Raises:
-        UsageError: either, or a pool that is no number.
+        UsageError: it is so.
     """
     check_type("pool", pool, int | None)
     if pool is not None and pool < 1:
         raise UsageError(f"pool must be at least 1, got {pool}.")
-    if best_share(parse_gate(gate)) is None and pool is not None:
+    if share is None and pool is not None:
         raise UsageError("a pool needs a gate that says which share of it is trained, such as best:10%.")
 
 

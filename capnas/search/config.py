@@ -15,13 +15,13 @@ import numpy as np
 
 from capnas.data import ImageData, load_data
 from capnas.data.named import EMBEDDED, TIMM_PREFIXES
-from capnas.errors import StudyError, UsageError, check_name, check_names, check_types
+from capnas.errors import StudyError, UsageError, check_names, check_types
 from capnas.objective.finals import LONGER, check_finals
 from capnas.objective.gates import best_share, parse_gate
 from capnas.objective.pool import check_pool
 from capnas.objective.targets import check_values, check_weights, direction_of, ranking, summed, wanted
 from capnas.scoring import Direction
-from capnas.search.samplers import PRUNERS, SAMPLERS, check_sampler
+from capnas.search.samplers import check_sampler
 from capnas.search.storages import absolute_storage, hide_password, in_memory
 from capnas.size_survey import are_sizes
 from capnas.training import TrainConfig
@@ -104,46 +104,13 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, before anything is built."""
-        object.__setattr__(self, "values", check_values(self.values))
-        if isinstance(self.resolutions, Sequence | np.ndarray) and not isinstance(self.resolutions, str):
-            object.__setattr__(self, "resolutions", tuple(self.resolutions))
-        for name in ("max_params", "max_macs"):  # 8e6 is a whole number as well
-            if isinstance(value := getattr(self, name), float) and value.is_integer():
-                object.__setattr__(self, name, int(value))
-        for name in ("space", "data", "out"):
-            if isinstance(value := getattr(self, name), os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
+        self._convert()
         check_types(self, "space", "data", "study", "storage", "out")
-        for name in ("space", "data", "study", "storage"):
-            if any("\ud800" <= letter <= "\udfff" for letter in getattr(self, name) or ""):  # bytes of a command line that are no text
-                raise UsageError(f"{name} must be text that UTF-8 can write, got {getattr(self, name)!r}: give it another name.")
-        for name in ("trials", "workers", "max_params", "max_macs", "pool"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, got {value}.")
-        if self.out == "":
-            raise UsageError("out is the run's folder, got an empty name; name one ('.' is where you are), or leave it out.")
-        if in_memory(self.storage):
-            advice = "leave storage out, or name a file as in sqlite:///study.db"
-            raise UsageError(f"the storage {self.storage} keeps nothing after the process ends; {advice}.")
-        for name, unit in (("timeout", "seconds"), ("max_latency", "milliseconds")):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UsageError(f"{name} must be {unit}, above 0, got {value}.")
-        if self.max_latency == math.inf:
-            raise UsageError("max_latency must be a finite number of milliseconds, got inf: leave it out for no limit.")
-        if not self.stale_after >= 0:
-            raise UsageError(f"stale_after must be seconds, at least 0, got {self.stale_after}.")
-        if self.study is not None and (self.study in ("", "..") or (self.out is None and Path(self.study).name != self.study)):
-            advice = "give a name without slashes, or a folder as out"
-            raise UsageError(f"study must be the name of a folder under runs/, got {self.study!r}; {advice}.")
-        sizes = self.resolutions
-        if sizes is not None and not are_sizes(sizes):
-            raise UsageError(f"resolutions must be different sizes in pixels, got {sizes}.")
-        for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
-            check_name(name, getattr(self, name), known)
+        self._check_places()
+        self._check_numbers()
         check_sampler(self.sampler, self.pruner, len(self.values))
-        check_pool(self.gate, self.pool)
         share = best_share(parse_gate(self.gate))
+        check_pool(self.pool, share)
         weights = check_weights(self.weights, self.values, share)
         ranking(share, self.values, weights)
         if self.weights is None and summed(self.values, share):  # stored with the study: later defaults leave it alone
@@ -153,6 +120,45 @@ class StudyConfig:
             check_finals(self.finalists, self.finals_epochs, self.values)
         elif self.final_epochs is not None:
             raise UsageError("final_epochs needs finalists: say how many of them as well.")
+
+    def _convert(self) -> None:
+        """Keep what may be given in other types in the declared ones."""
+        object.__setattr__(self, "values", check_values(self.values))
+        if isinstance(self.resolutions, Sequence | np.ndarray) and not isinstance(self.resolutions, str):
+            object.__setattr__(self, "resolutions", tuple(self.resolutions))
+        for name in ("max_params", "max_macs"):  # 8e6 is a whole number as well
+            if isinstance(value := getattr(self, name), float) and value.is_integer():
+                object.__setattr__(self, name, int(value))
+        for name in ("space", "data", "out"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+
+    def _check_places(self) -> None:
+        for name in ("space", "data", "study", "storage"):
+            if any("\ud800" <= letter <= "\udfff" for letter in getattr(self, name) or ""):  # bytes of a command line that are no text
+                raise UsageError(f"{name} must be text that UTF-8 can write, got {getattr(self, name)!r}: give it another name.")
+        if self.out == "":
+            raise UsageError("out is the run's folder, got an empty name; name one ('.' is where you are), or leave it out.")
+        if in_memory(self.storage):
+            advice = "leave storage out, or name a file as in sqlite:///study.db"
+            raise UsageError(f"the storage {self.storage} keeps nothing after the process ends; {advice}.")
+        if self.study is not None and (self.study in ("", "..") or (self.out is None and Path(self.study).name != self.study)):
+            advice = "give a name without slashes, or a folder as out"
+            raise UsageError(f"study must be the name of a folder under runs/, got {self.study!r}; {advice}.")
+
+    def _check_numbers(self) -> None:
+        for name in ("trials", "workers", "max_params", "max_macs"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}.")
+        for name, unit in (("timeout", "seconds"), ("max_latency", "milliseconds")):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UsageError(f"{name} must be {unit}, above 0, got {value}.")
+        if self.max_latency == math.inf:
+            raise UsageError("max_latency must be a finite number of milliseconds, got inf: leave it out for no limit.")
+        if not self.stale_after >= 0:
+            raise UsageError(f"stale_after must be seconds, at least 0, got {self.stale_after}.")
+        if self.resolutions is not None and not are_sizes(self.resolutions):
+            raise UsageError(f"resolutions must be different sizes in pixels, got {self.resolutions}.")
 
     @property
     def finals_epochs(self) -> int:
@@ -179,8 +185,7 @@ class StudyConfig:
 
     def training(self) -> TrainConfig:
         """The training of one trial."""
-        known = {f.name for f in fields(TrainConfig)} - {"epochs", "blocks", "seed", "device"}
-        check_names("train", self.train, known)
+        check_names("train", self.train, {f.name for f in fields(TrainConfig)} - {"epochs", "blocks", "seed", "device"})
         return TrainConfig(epochs=self.epochs, blocks=self.blocks, seed=self.seed, device=self.device, **self.train)
 
     def absolute(self) -> StudyConfig:
@@ -333,9 +338,7 @@ def _plain(value: Any) -> Any:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
+    if isinstance(value, bool | str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"

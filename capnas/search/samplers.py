@@ -50,12 +50,14 @@ SAMPLERS = tuple(_MAKERS)
 
 
 def check_sampler(sampler: str, pruner: str, n_values: int) -> None:
-    """Refuse what Optuna cannot do with several values.
+    """Refuse names of neither, and what Optuna cannot do with several values.
 
     Raises:
-        UsageError: ``cmaes`` or ``hyperband`` with several values.
+        UsageError: an unknown name, or ``cmaes`` or ``hyperband`` with several values.
         MissingDependencyError: ``cmaes`` without its package.
     """
+    check_name("sampler", sampler, SAMPLERS)
+    check_name("pruner", pruner, PRUNERS)
     if sampler == "cmaes" and n_values > 1:
         raise UsageError(f"sampler cmaes works with one value, got {n_values}: use tpe, nsga2, nsga3 or gp, or the value combined.")
     if sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
