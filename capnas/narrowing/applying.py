@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from capnas.errors import described
 from capnas.layers import CONVS, MEASURED
 from capnas.measures.probing import FAILURES, cloned
 from capnas.narrowing.attention import has_plain_heads
-from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, find_groups, layers_of
+from capnas.narrowing.groups import CoupledGroup, Coupling, Port, cannot_narrow, find_groups, layers_of
 from capnas.narrowing.refusing import CannotNarrow, check_network, check_weights, differ
 from capnas.narrowing.selecting import place_width, select
 from capnas.projection import head_names
@@ -25,6 +26,7 @@ _LARGE = 30_000_000  # parameters
 _UNBIASED_NORMS = tuple(kind for name, kind in vars(import_timm("timm.layers")).items() if name.startswith("SimpleNorm"))
 _OTHER_ORDER = "its channels are read in another order, or together, than Torch-Pruning says: doubled channels change what is computed"
 Keep = Mapping[str, Sequence[int]]  # group name -> units that stay, ascending; a unit named twice is doubled
+Fate = tuple[object, int]  # of a position: the unit that it belongs to, and how often that stays
 
 
 def narrowable(model: nn.Module, example: Tensor) -> Coupling:
@@ -198,21 +200,16 @@ def change_widths(model: nn.Module, groups: Sequence[CoupledGroup], keep: Keep) 
     >>> net[0].out_features, net[1].weight.shape
     (2, torch.Size([2, 2]))
     """
-    counts: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-    blocks: dict[tuple[str, str], dict[int, tuple[str, int]]] = defaultdict(dict)
+    places: dict[tuple[str, str], dict[int, Fate]] = defaultdict(dict)
     for group in groups:
-        kept = Counter(keep.get(group.name, range(group.units)))
-        if not kept:
+        if len(keep.get(group.name, range(group.units))) == 0:
             raise CannotNarrow(f"group {group.name} must keep at least one of its {group.units} units.")
         for port in group.ports:
-            for unit, positions in enumerate(port.positions.tolist()):
-                for position in positions:
-                    counts[port.module, port.side][position] = kept[unit]
-                    blocks[port.module, port.side][position] = (group.name, unit)
+            places[port.module, port.side] |= _fates(group, port, keep)
     modules = dict(model.named_modules())
     head, attentions = _classifier(model), [m for m in modules.values() if has_plain_heads(m)]
-    for (name, side), count in counts.items():
-        index, often = _indices(place_width(model, modules, name, side), count, blocks[name, side])
+    for (name, side), fates in places.items():
+        index, often = _indices(place_width(model, modules, name, side), fates)
         select(model, modules, name, side, index, often)
     for module in attentions:
         module.num_heads = module.qkv.out_features // (3 * module.head_dim)
@@ -244,29 +241,27 @@ def _inputs(layer: Any) -> int:
     return int(layer.in_channels if isinstance(layer, CONVS) else layer.in_features)
 
 
-def _indices(width: int, count: Mapping[int, int], block: Mapping[int, tuple[str, int]]) -> tuple[Tensor, Tensor]:
-    """Positions that stay, and how often each is there; neighbours of one unit are repeated together."""
-    kept: list[int] = []
-    position = 0
-    while position < width:
-        end = position + 1
-        while end < width and position in block and block.get(end) == block[position]:
-            end += 1
-        kept += list(range(position, end)) * count.get(position, 1)
-        position = end
-    index = torch.tensor(kept, dtype=torch.long)
-    return index, torch.tensor([count.get(i, 1) for i in kept], dtype=torch.float32)
+def _fates(group: CoupledGroup, port: Port, keep: Keep) -> dict[int, Fate]:
+    """What becomes of each position of a port."""
+    often = Counter(keep.get(group.name, range(group.units)))
+    return {p: ((group.name, unit), often[unit]) for unit, positions in enumerate(port.positions.tolist()) for p in positions}
+
+
+def _indices(width: int, fates: Mapping[int, Fate]) -> tuple[Tensor, Tensor]:
+    """Positions that stay, and how often each is there; neighbours of one unit are repeated together, those of no group stay."""
+    kept, counts = list[int](), list[int]()
+    for (_, often), run in itertools.groupby(range(width), key=lambda position: fates.get(position, (position, 1))):
+        positions = list(run) * often
+        kept += positions
+        counts += [often] * len(positions)
+    return torch.tensor(kept, dtype=torch.long), torch.tensor(counts, dtype=torch.float32)
 
 
 def kept_channels(groups: Sequence[CoupledGroup], keep: Keep, module: str, side: str, width: int) -> Tensor:
     """Which of a module's channels stay, in order."""
-    count: dict[int, int] = {}
-    block: dict[int, tuple[str, int]] = {}
+    fates: dict[int, Fate] = {}
     for group in groups:
-        kept = Counter(keep.get(group.name, range(group.units)))
         for port in group.ports:
             if (port.module, port.side) == (module, side):
-                for unit, positions in enumerate(port.positions.tolist()):
-                    count |= dict.fromkeys(positions, kept[unit])
-                    block |= dict.fromkeys(positions, (group.name, unit))
-    return _indices(width, count, block)[0]
+                fates |= _fates(group, port, keep)
+    return _indices(width, fates)[0]
