@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any, Literal
 
@@ -103,33 +104,15 @@ def profile_model(
         except Exception as error:  # whatever a model's own code raises; saturation does not need the graph
             measures, untraced = ("saturation",), {"structure": f"the model cannot be traced: {type(error).__name__}: {error}"}
     chosen: Literal["train", "eval"] = mode or ("train" if model.training else "eval")
-
-    def read(network: nn.Module, given: Sequence[Tensor], seed: int) -> tuple[Profile, bool]:
-        """The network's profile, and whether it takes images in the fast layout."""
-
-        def record(images: Sequence[Tensor]) -> dict[str, LayerRecord]:
-            with untouched(network, training=chosen == "train", seed=seed), torch.no_grad():
-                with Recorder(network, reading=reading, blocks=blocks, values_per_call=values_per_call, seed=seed) as recorder:
-                    for batch in images:
-                        network(batch)
-                return recorder.pop(chosen)
-
-        if not torch.is_inference_mode_enabled():
-            gradable(network)
-        try:
-            records, fast = record([_channels_last(batch) for batch in given]), True
-        except RuntimeError:  # some models take a view of a map that this layout does not allow
-            records, fast = record(given), False
-        return Profile.from_records(network, records, mode=chosen, threshold=threshold), fast
-
+    read = partial(_read, mode=chosen, threshold=threshold, reading=reading, blocks=blocks, values_per_call=values_per_call)
     try:
         if initialize:
             model = copied(model)
             kept = restart(model, seed + initialize - 1)
             for later in range(seed + initialize - 1, seed, -1):  # down to the first, which stays for the other measures
-                others.append(read(model, [some(batch) for batch in batches], later)[0])
+                others.append(read(model, [some(batch) for batch in batches], seed=later)[0])
                 restart(model, later - 1)
-        profile, fast = read(model, batches, seed)
+        profile, fast = read(model, batches, seed=seed)
         profile = averaged([profile, *others]) if others else profile
     except CapnasError:
         raise
@@ -146,6 +129,27 @@ def profile_model(
     return enrich(
         profile, model, first, targets, measures=measures, graph=graph, pixels=pixels, exact_capacity=exact_capacity, seed=seed
     )  # fmt: skip
+
+
+def _read(
+    model: nn.Module, batches: Sequence[Tensor], *, mode: Literal["train", "eval"], threshold: float, seed: int, **recording: Any
+) -> tuple[Profile, bool]:
+    """The profile of what a `Recorder` sees of the batches, and whether the model takes images in the fast layout."""
+
+    def record(images: Sequence[Tensor]) -> dict[str, LayerRecord]:
+        with untouched(model, training=mode == "train", seed=seed), torch.no_grad():
+            with Recorder(model, seed=seed, **recording) as recorder:
+                for batch in images:
+                    model(batch)
+            return recorder.pop(mode)
+
+    if not torch.is_inference_mode_enabled():
+        gradable(model)
+    try:
+        records, fast = record([_channels_last(batch) for batch in batches]), True
+    except RuntimeError:  # some models take a view of a map that this layout does not allow
+        records, fast = record(batches), False
+    return Profile.from_records(model, records, mode=mode, threshold=threshold), fast
 
 
 def some(batch: Tensor) -> Tensor:
