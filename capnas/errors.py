@@ -48,7 +48,7 @@ def one_line(text: object, most: int | None = None) -> str:
     return " ".join(str(text).split())[:most]
 
 
-def described(error: BaseException, most: int = 160) -> str:
+def described(error: BaseException, most: int | None = 160) -> str:
     r"""The kind of an error and the start of its text, in one line.
 
     >>> described(ValueError("too small:\n  2")), described(ValueError())
@@ -135,6 +135,16 @@ def counted(number: int, what: str) -> str:
     ('1 epoch', '20 epochs')
     """
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def listed(names: Iterable[object], limit: int = 5) -> str:
+    """The first few of many, for a message.
+
+    >>> listed(range(9), 3)
+    '0, 1, 2 and 6 more'
+    """
+    names = list(names)
+    return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 _WORDS: dict[Any, str] = {

@@ -15,7 +15,7 @@ import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
-from capnas.errors import CapnasError, SpaceError, counted
+from capnas.errors import CapnasError, SpaceError, counted, described
 from capnas.spaces import load_space, space_name
 
 _GLOBAL_SEEDS = (11, 12, 13)  # under which a space must make the same model of the same parameters
@@ -200,7 +200,7 @@ def _running(space: Callable[..., Any], candidate: Candidate, sizes: dict[str, i
             logits = model.train()(images)
             torch.nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.long)).backward()
     except Exception as error:
-        return rule, f"{type(error).__name__}: {' '.join(str(error).split())}; {where}"
+        return rule, f"{described(error, None)}; {where}"
     if tuple(logits.shape) != (2, sizes["num_classes"]):
         return rule, f"2 images give an output of shape {tuple(logits.shape)}; {where}"
     if not any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()):

@@ -226,6 +226,6 @@ class InitialWeights:
             for name, weight in initial.items()
         }  # fmt: skip
 
-    def slack(self, model: nn.Module, trace: Trace, *, fit: float = 1.0) -> float:
+    def slack(self, model: nn.Module, trace: Trace) -> float:
         """`capacity_slack` of the training so far, in [0, 1]."""
-        return capacity_slack(list(self.motion(model, trace).values()), fit=fit)
+        return capacity_slack(list(self.motion(model, trace).values()))

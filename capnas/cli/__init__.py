@@ -15,7 +15,7 @@ import typer
 
 from capnas.cli.app import app
 from capnas.console import say
-from capnas.errors import CapnasError, is_disk_full
+from capnas.errors import CapnasError, is_disk_full, one_line
 
 # isort: split
 # in the order in which help lists the commands
@@ -89,5 +89,5 @@ def _failed(text: str, debug: bool, *, status: int, hint: str = "") -> int:
     if debug:
         traceback.print_exc()
     else:
-        say(f"error: {' '.join(text.split())}{hint}")
+        say(f"error: {one_line(text)}{hint}")
     return status

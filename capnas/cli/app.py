@@ -12,7 +12,7 @@ import typer
 
 from capnas import __version__
 from capnas.console import number, say
-from capnas.errors import UsageError
+from capnas.errors import UsageError, one_line
 
 app = typer.Typer(
     help="Architecture search for Optuna, timm and PyTorch that looks inside each candidate.",
@@ -101,14 +101,14 @@ def quiet() -> Iterator[None]:
     """Optuna's log lines off (progress tells the same), warnings as one line each, and what a user's space prints on stderr."""
     import optuna
 
-    def one_line(
+    def tell(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
     ) -> None:
-        say(f"warning: {' '.join(str(message).split())}")
+        say(f"warning: {one_line(message)}")
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message=r".*is experimental.*")
-        warnings.showwarning = one_line
+        warnings.showwarning = tell
         yield

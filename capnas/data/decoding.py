@@ -15,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 
 from capnas.data.framing import Framing
 from capnas.data.images import as_images, as_label, resize, to_channels
-from capnas.data.sources import Pair, Reader, StreamReader, some
+from capnas.data.sources import Pair, Reader, StreamReader
 from capnas.devices import is_out_of_memory, usable_cpus
-from capnas.errors import DataError
+from capnas.errors import DataError, described, listed
 
 _SAMPLE = 48
 _LARGEST_DEFAULT = 64
@@ -178,9 +178,9 @@ def decode(part: Pair | Reader, size: int, in_chans: int, *, workers: int | None
 def _items(
     part: Reader, size: int, in_chans: int, workers: int | None, framing: Framing | None
 ) -> Iterator[tuple[torch.Tensor, int] | str]:
-    def one(index: int) -> tuple[torch.Tensor, int] | str:
+    def one(index: int, item: tuple[Any, Any] | None = None) -> tuple[torch.Tensor, int] | str:
         try:
-            image, label = part.read(index)
+            image, label = part.read(index) if item is None else item
             pixels = fit(image, size, in_chans, framing=framing)
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error...; a Dataset anything
             return why_unreadable(part, index, error)
@@ -190,13 +190,8 @@ def _items(
         yield from _in_order(one, range(len(part)), workers if part.threadsafe else 1)
         return
     count = 0
-    for count, (image, label) in enumerate(part, 1):
-        try:
-            pixels = fit(image, size, in_chans, framing=framing)
-        except Exception as error:
-            yield why_unreadable(part, count - 1, error)
-        else:
-            yield pixels, label_of(part, count - 1, label)
+    for count, item in enumerate(part, 1):
+        yield one(count - 1, item)
     for index in range(count, len(part)):  # timm's streams leave out what they cannot decode
         yield f"{part.name(index)} (announced, not delivered)"
 
@@ -221,7 +216,7 @@ def why_unreadable(part: Reader, index: int, error: Exception) -> str:
         return f"{part.name(index)} (not an image)"
     if isinstance(error, DataError):
         return f"{part.name(index)} ({str(error).rstrip('.')})"
-    return f"{part.name(index)} ({type(error).__name__}: {' '.join(str(error).split())})"
+    return f"{part.name(index)} ({described(error, None)})"
 
 
 def _in_order(work: Callable[[int], Any], indexes: Sequence[int], workers: int | None) -> Iterator[Any]:
@@ -305,9 +300,9 @@ def judge_unreadable(unreadable: Sequence[str], total: int, limit: float, *, sha
     if share > limit:
         raise DataError(
             f"{len(unreadable)} of {total} images cannot be read ({'' if known else 'an estimated '}{share:.1%}, "
-            f"max_unreadable is {limit:.1%}): {some(unreadable)}; repair or remove them, or raise max_unreadable."
+            f"max_unreadable is {limit:.1%}): {listed(unreadable)}; repair or remove them, or raise max_unreadable."
         )
-    warnings.warn(f"skipped {len(unreadable)} of {total} images, which cannot be read: {some(unreadable)}", UserWarning, stacklevel=6)
+    warnings.warn(f"skipped {len(unreadable)} of {total} images, which cannot be read: {listed(unreadable)}", UserWarning, stacklevel=6)
 
 
 def join(blocks: list[torch.Tensor], how: Any = torch.cat) -> torch.Tensor:

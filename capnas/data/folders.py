@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from capnas.data.sources import SPLIT_NAMES, FileReader, Found, Pair, Reader, some
-from capnas.errors import DataError
+from capnas.data.sources import SPLIT_NAMES, FileReader, Found, Pair, Reader
+from capnas.errors import DataError, listed
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 
@@ -94,7 +94,7 @@ def read_folder(path: Path) -> Found:
     others = [f for f in folders if f not in splits.values()] if splits else []
     extra = [f.name + "/" for f in others if _images(f, _way(path))] + [p.name for p in loose]
     if splits and extra:
-        raise DataError(f"{path}: expected images only in train/, val/ and test/, found also {some(extra)}; move them away.")
+        raise DataError(f"{path}: expected images only in train/, val/ and test/, found also {listed(extra)}; move them away.")
     splits = splits or {"train": path}
     class_names: tuple[str, ...] = ()
     parts: dict[str, Pair | Reader] = {}
@@ -108,15 +108,15 @@ def _class_folders(folder: Path, known: tuple[str, ...], root: Path) -> tuple[Fi
     if loose:
         beside = f"beside {len(folders)} class folders" if folders else "and no folders"
         raise DataError(
-            f"{folder}: expected one folder per class, found {len(loose)} image files {beside} ({some([p.name for p in loose])})."
+            f"{folder}: expected one folder per class, found {len(loose)} image files {beside} ({listed([p.name for p in loose])})."
         )
     names = tuple(f.name for f in folders)
     if len(names) < 2 and not known:
         inside = f"; is the data set inside, in {folders[0]}?" if folders and _visible(folders[0])[0] else "."
-        raise DataError(f"{folder}: expected at least two class folders, found {some(names) or 'none'}{inside}")
+        raise DataError(f"{folder}: expected at least two class folders, found {listed(names) or 'none'}{inside}")
     if known and set(names) - set(known):
-        more = some(sorted(set(names) - set(known)))
-        raise DataError(f"{folder}: expected the classes of train ({some(known)}), found also {more}; add them to train or take them away.")
+        found = f"expected the classes of train ({listed(known)}), found also {listed(sorted(set(names) - set(known)))}"
+        raise DataError(f"{folder}: {found}; add them to train or take them away.")
     paths: list[Path] = []
     classes: list[int] = []
     way = _way(folder, _way(root))

@@ -138,7 +138,7 @@ def as_labels(array: Any, what: str = "labels") -> torch.Tensor:
     return torch.from_numpy(whole)
 
 
-def as_label(label: Any, what: str = "label") -> int:
+def as_label(label: Any) -> int:
     """The class number of one image: a whole number from 0, or an array or tensor of one; DataError for anything else.
 
     Example:
@@ -147,7 +147,7 @@ def as_label(label: Any, what: str = "label") -> int:
     """
     if type(label) is int and label >= 0:
         return label
-    return int(as_labels([label.detach().cpu().numpy() if isinstance(label, torch.Tensor) else label], what)[0])
+    return int(as_labels([label.detach().cpu().numpy() if isinstance(label, torch.Tensor) else label], "label")[0])
 
 
 def resize(x: torch.Tensor, size: int) -> torch.Tensor:

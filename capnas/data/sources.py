@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from PIL import Image
 
 from capnas.data.images import as_images, as_labels
 from capnas.devices import is_out_of_memory
-from capnas.errors import DataError
+from capnas.errors import DataError, described, listed
 
 SPLIT_NAMES = {
     "train": "train",
@@ -87,7 +87,7 @@ def from_python(source: Any) -> Found:
             raise DataError(f"data: expected splits named train, val (or valid, validation) and test, found {key!r}.")
     parts = {SPLIT_NAMES[k]: part(v, f"data[{k!r}]") for k, v in source.items()}
     if "train" not in parts or len(parts) < len(source):
-        raise DataError(f"data: expected one entry 'train' and at most one 'val' and one 'test', found {some(source) or 'none'}.")
+        raise DataError(f"data: expected one entry 'train' and at most one 'val' and one 'test', found {listed(source) or 'none'}.")
     train = next(v for k, v in source.items() if SPLIT_NAMES[k] == "train")
     return Found(name="mapping", parts=parts, class_names=class_names(train))
 
@@ -116,7 +116,7 @@ def _pair(item: Any) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
         key = next((key for key in ("image", "img") if key in item), None)
         if key is None or "label" not in item:
-            keys = some(map(repr, item)) or "none"
+            keys = listed(map(repr, item)) or "none"
             advice = "a dict needs 'image' or 'img', and 'label'"
             raise TypeError(f"expected an item (image, class), found {type(item).__name__} with the keys {keys}; {advice}")
         return item[key], item["label"]
@@ -196,7 +196,7 @@ class StreamReader:
             except Exception as error:  # a stream cannot go on behind an item that breaks it
                 if is_out_of_memory(error):
                     raise
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                reason = described(error, None)
                 raise DataError(f"the stream breaks after {count} items ({reason}); repair it, or use a set with random access.") from error
             count += 1
             yield pair
@@ -236,13 +236,3 @@ class FileReader:
     def labels(self) -> torch.Tensor | None:
         """One class per file."""
         return torch.tensor(self.classes, dtype=torch.int64)
-
-
-def some(names: Iterable[object], limit: int = 5) -> str:
-    """The first few of many, for a message.
-
-    >>> some(range(9), 3)
-    '0, 1, 2 and 6 more'
-    """
-    names = list(names)
-    return ", ".join(map(str, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -125,7 +125,7 @@ def positions(module: nn.Module, y: Tensor) -> int:
     return y.numel() // y.shape[-1 if isinstance(module, nn.Linear) else 1]
 
 
-def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0, batch: int | None = None) -> dict[str, Reading]:
+def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0) -> dict[str, Reading]:
     """Run a network in eval mode and read the named layers.
 
     The curvature is that of the network's own predictions (the true Fisher information: labels are drawn from its outputs), so that a
@@ -136,9 +136,8 @@ def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed:
         names: of layers that are `readable`.
         images: (N, C, H, W) on the model's device; run as one batch.
         seed: of the labels drawn.
-        batch: images per backward pass; by their size when absent.
     """
-    batch = batch or max(4, min(64, 2**19 // images[0, 0].numel()))
+    batch = max(4, min(64, 2**19 // images[0, 0].numel()))  # images per backward pass
     outputs: dict[str, Tensor] = {}
     indices: dict[str, Tensor] = {}
     covariances: dict[str, Tensor] = {}

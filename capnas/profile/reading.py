@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from capnas.errors import CapnasError, UsageError, check_names
+from capnas.errors import CapnasError, UsageError, check_names, listed
 from capnas.graph.tracing import Trace, trace
 from capnas.measures.probing import gradable, reason, untouched, unwrap_model
 from capnas.measures.saturation import THRESHOLD
@@ -120,7 +120,7 @@ def profile_model(
         if unfit := _unfit(model, batches, chosen, error):
             raise UsageError(unfit) from error
         raise
-    flags = {"initialization": f"no reset sets {_listed(kept)}, which kept the values the model came with"} if kept else {}
+    flags = {"initialization": f"no reset sets {listed(kept, 4)}, which kept the values the model came with"} if kept else {}
     unread = {} if reading == "blocks" else profile.skipped  # layers that nobody asked for are not skipped
     profile = replace(profile, skipped={**unread, **untraced}, flags=flags)
     if untraced:
@@ -170,7 +170,8 @@ def _channels_last(batch: Tensor) -> Tensor:
 def _check_initialized(model: nn.Module) -> None:
     lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
     if lazy:
-        raise UsageError(f"parameters must have a shape, these are uninitialized: {_listed(lazy)}. Run the lazy model on one batch first.")
+        advice = "Run the lazy model on one batch first."
+        raise UsageError(f"parameters must have a shape, these are uninitialized: {listed(lazy, 4)}. {advice}")
 
 
 def _unfit(model: nn.Module, batches: Sequence[Tensor], mode: str, error: Exception) -> str | None:
@@ -215,7 +216,3 @@ def _is_pair(item: Any) -> bool:
     if not (isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(part, Tensor) for part in item)):
         return False
     return item[1].ndim == 1 and item[0].ndim > 1 and not item[1].is_floating_point()
-
-
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage, journal
 
-from capnas.errors import CapnasError, MissingDependencyError, StudyError, is_disk_full
+from capnas.errors import CapnasError, MissingDependencyError, StudyError, is_disk_full, one_line
 from capnas.search.signals import whole
 
 HIDDEN = "***"
@@ -56,7 +56,7 @@ def open_storage(url: str | None, folder: Path) -> Any:
             f"nothing answers at {hide_password(url)} within {PATIENCE:g} s: is the proxy of the storage running there?"
         ) from error
     except Exception as error:
-        raise StudyError(f"the storage {hide_password(url) or folder} cannot be opened: {' '.join(str(error).split())[:300]}") from error
+        raise StudyError(f"the storage {hide_password(url) or folder} cannot be opened: {one_line(error, 300)}") from error
 
 
 def find_study(name: str, url: str | None, folder: Path) -> optuna.Study | None:

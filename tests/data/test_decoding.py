@@ -19,8 +19,8 @@ from capnas._timm import import_timm
 from capnas.data.batching import NOT_STREAMED, InMemory, Items, Request, Streamed, as_pil, private_randomness
 from capnas.data.decoding import cores, decode, fit, grey_or_rgb, join, shape_of, survey
 from capnas.data.images import Augment
-from capnas.data.sources import DatasetReader, FileReader, Pair, StreamReader, class_names, from_python, some
-from capnas.errors import DataError
+from capnas.data.sources import DatasetReader, FileReader, Pair, StreamReader, class_names, from_python
+from capnas.errors import DataError, listed
 
 
 class Listed(torch.utils.data.Dataset):
@@ -276,7 +276,7 @@ def test_labels_and_images_of_timms_readers_are_read_below_it(tmp_path: Path) ->
 
 
 def test_a_few_names_are_told_whole() -> None:
-    assert (some("abc", 3), some("abcd", 3), some([])) == ("a, b, c", "a, b, c and 1 more", "")
+    assert (listed("abc", 3), listed("abcd", 3), listed([])) == ("a, b, c", "a, b, c and 1 more", "")
 
 
 def test_lists_and_tuples_are_arrays() -> None:
