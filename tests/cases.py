@@ -1,9 +1,10 @@
-"""Small models and search spaces as data; each test module picks what it needs by name."""
+"""Small models and search spaces as data, and scripts as modules; each test module picks what it needs by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 
 import optuna
 import torch
@@ -127,4 +128,11 @@ def cnn_space(trial: optuna.trial.BaseTrial, *, num_classes: int, in_chans: int,
     return small_cnn(num_classes, in_chans, width, depth)
 
 
-Space = Callable[..., Any]
+def module_of(path: Path) -> ModuleType:
+    """The code of a script, such as a study's, as a module."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

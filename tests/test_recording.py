@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from cases import module_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -334,13 +335,8 @@ def test_blocks_by_pattern() -> None:
 # --------------------------------------------------------- reference numbers
 
 
-def load_models(shared: Path) -> object:
-    spec = importlib.util.spec_from_file_location("overhead_tool", shared / "tools" / "bench_saturation_overhead.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_models(shared: Path) -> ModuleType:
+    return module_of(shared / "tools" / "bench_saturation_overhead.py")
 
 
 def fill(model: nn.Module) -> nn.Module:
@@ -373,7 +369,7 @@ def mlp() -> nn.Module:
 def test_reference_models(shared: Path, name: str, mode: str) -> None:
     tool = load_models(shared)
     reference = json.loads((shared / "theory" / "saturation_reference.json").read_text())["cases"][f"{name}/{mode}"]
-    model = fill({"mlp": mlp, "vgg8": lambda: tool.VGGLike(8), "resnet18_8": lambda: tool.ResNet18Like(8)}[name]())  # type: ignore[attr-defined]
+    model = fill({"mlp": mlp, "vgg8": lambda: tool.VGGLike(8), "resnet18_8": lambda: tool.ResNet18Like(8)}[name]())
     seen = record(model, vectors(256) if name == "mlp" else images(32), mode=mode, reading="modules", values_per_call=None)
     assert set(seen) == set(reference["layers"])
     shares = [[saturation(covariance(found.moments), legacy=legacy) for found in seen.values()] for legacy in (False, True)]

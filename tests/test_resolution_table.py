@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from cases import module_of
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "resolution"
 
 
 @pytest.fixture(scope="module")
 def table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("resolution_table", FOLDER / "table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(FOLDER / "table.py")
 
 
 def test_what_is_missing_is_told_for_each_seed(table: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

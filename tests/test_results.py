@@ -18,12 +18,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from cases import module_of
 from torch import nn
 
 from capnas.excess import read_study
@@ -219,16 +219,6 @@ def check_says(text: str, template: str, *values: float) -> None:
     for shown, value in zip(found.groups(), values, strict=True):
         digits = len(shown.partition(".")[2])
         assert abs(float(shown.replace(",", "")) - value) <= 0.5 * 10**-digits + 1e-9, f"{template!r}: shown {shown}, measured {value:.5f}"
-
-
-def module_of(path: Path) -> ModuleType:
-    """A study's own code, for the means that its table holds."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import optuna
 import pandas as pd
 import pytest
 from capnas.search_spaces import nasbench201
+from cases import module_of
 
 from capnas.scoring import CAPACITY_WEIGHTS
 
@@ -22,12 +22,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 @pytest.fixture(scope="module")
 def tabular() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tabular_search", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(SCRIPT)
 
 
 @pytest.fixture(scope="module")
