@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import sys
 import tokenize
 from collections.abc import Callable, Mapping
@@ -141,64 +142,83 @@ def _source_of(function: Callable[..., Any]) -> str:
         raise SpaceError(f"the source of the space {function!r} cannot be read ({error}); put the space into a file.") from error
 
 
+class _Text:
+    """A source in bytes, and where its nodes stand."""
+
+    def __init__(self, source: str) -> None:
+        self.raw = source.encode()
+        self.starts = [0, *itertools.accumulate(map(len, self.raw.splitlines(keepends=True)))]  # of each line
+
+    def span(self, node: Any) -> tuple[int, int]:
+        return self.starts[node.lineno - 1] + node.col_offset, self.starts[node.end_lineno - 1] + node.end_col_offset
+
+    def lines(self, node: Any) -> tuple[int, int]:
+        return self.starts[node.lineno - 1], self.starts[node.end_lineno]
+
+
 def _rewritten(source: str, trial: str, guard: str) -> tuple[str, bool]:
     """The source without its trial, and True; or nearly as it is, and False where something else is asked of the trial or of Optuna."""
-    tree, raw = ast.parse(source), source.encode()
-    starts = [0]
-    for line in raw.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
+    tree, text = ast.parse(source), _Text(source)
+    always = _frame(tree, text, guard)
+    edits, trials, known = _without_trial(tree, text, trial)
+    whole = not _asks_more(tree, trials, known)
+    return _edited(text.raw, always + edits if whole else always), whole
 
-    def span(node: Any) -> tuple[int, int]:
-        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
 
-    def whole_lines(node: Any) -> tuple[int, int]:
-        return starts[node.lineno - 1], starts[node.end_lineno]
-
-    always: list[Edit] = []  # right in any case
+def _frame(tree: ast.Module, text: _Text, guard: str) -> list[Edit]:
+    """Edits that are right in any case: what runs as a script is left out, the guard comes behind the docstring."""
     edits: list[Edit] = []
     top = 0
     for statement in tree.body:
         if isinstance(statement, ast.If) and ast.unparse(statement.test).startswith("__name__"):
-            always.append((*whole_lines(statement), b""))
+            edits.append((*text.lines(statement), b""))
         elif (statement is tree.body[0] and isinstance(statement, ast.Expr)) or _is_from(statement, "__future__"):
-            top = whole_lines(statement)[1]
-    always.append((top, top, guard.encode()))
+            top = text.lines(statement)[1]
+    return [*edits, (top, top, guard.encode())]
 
-    trials = {trial}
-    known: set[int] = set()  # nodes that an edit takes care of
-    seen: set[int] = set()  # names of the trial whose use is plain: asked, or handed to a function of this source
-    lines = {id(s): place for s in tree.body if b";" not in raw[slice(*(place := whole_lines(s)))]}
-    here = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+def _without_trial(tree: ast.Module, text: _Text, trial: str) -> tuple[list[Edit], set[str], set[int]]:
+    """Edits that take the trial and Optuna out; the names of trials, and the ids of the nodes that the edits take care of."""
+    edits: list[Edit] = []
+    trials, known = {trial}, set[int]()
+    alone = {id(s): place for s in tree.body if b";" not in text.raw[slice(*(place := text.lines(s)))]}
     node: Any
     for node in ast.walk(tree):
         if (label := _label(node)) is not None:
-            low, high = span(label)
             trials.add(node.func.value.id)
             known.add(id(node.func))
-            edits.append((*span(node), node.func.value.id.encode() + b"[" + raw[low:high] + b"]"))
+            edits.append((*text.span(node), node.func.value.id.encode() + b"[" + text.raw[slice(*text.span(label))] + b"]"))
         elif isinstance(node, ast.Import) and [(a.name, a.asname) for a in node.names] == [("optuna", None)]:
             known.add(id(node))
-            edits.append((*lines[id(node)], b"") if id(node) in lines else (*span(node), b"pass"))
+            edits.append((*alone[id(node)], b"") if id(node) in alone else (*text.span(node), b"pass"))
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "optuna.TrialPruned":
             known.add(id(node.value))
-            edits.append((*span(node), b"ValueError"))
+            edits.append((*text.span(node), b"ValueError"))
         elif isinstance(node, ast.arg) and node.annotation is not None and "optuna" in ast.unparse(node.annotation):
             known.update(id(inner) for inner in ast.walk(node.annotation))
-            edits.append((*span(node.annotation), b"dict"))
+            edits.append((*text.span(node.annotation), b"dict"))
+    return edits, trials, known
+
+
+def _asks_more(tree: ast.Module, trials: set[str], known: set[int]) -> bool:
+    """Whether anything is asked of the trial or of Optuna beside what is `known`, or the trial is handed to code that is not here."""
+    here = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    plain: set[int] = set()  # names of the trial whose use is plain: asked, or handed to a function of this source
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in here:  # what it asks is in this source
-            seen.update(id(given) for given in (*node.args, *(k.value for k in node.keywords)))
+            plain.update(id(given) for given in (*node.args, *(k.value for k in node.keywords)))
         elif isinstance(node, ast.Attribute):
-            seen.add(id(node.value))
+            plain.add(id(node.value))
     for node in ast.walk(tree):
         optuna_left = (_imports_optuna(node) or (isinstance(node, ast.Name) and node.id == "optuna")) and id(node) not in known
         owner = node.value if isinstance(node, ast.Attribute) else None
         of_trial = isinstance(owner, ast.Name) and owner.id in trials
         suggests = isinstance(node, ast.Attribute) and node.attr in _SUGGEST  # of whomever, called or handed on
         trial_left = (of_trial or suggests) and id(node) not in known
-        handed_on = isinstance(node, ast.Name) and node.id in trials and id(node) not in seen  # to other modules, as far as one can tell
+        handed_on = isinstance(node, ast.Name) and node.id in trials and id(node) not in plain  # to other modules, as far as one can tell
         if optuna_left or trial_left or handed_on or _is_from(node, "optuna"):
-            return _edited(raw, always), False
-    return _edited(raw, always + edits), True
+            return True
+    return False
 
 
 def _further(source: str) -> list[str]:
