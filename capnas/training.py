@@ -24,6 +24,7 @@ from capnas.errors import UsageError, check_name, check_types
 from capnas.layers import block_pattern
 from capnas.measures.evenness import evenness, mean
 from capnas.measures.probing import seeded
+from capnas.measures.saturation import check_threshold
 from capnas.norms import measure_norms, running_norms
 from capnas.profile import Profile
 from capnas.recording import Recorder
@@ -96,8 +97,7 @@ class TrainConfig:
             raise UsageError(f"seed must be at least 0 and below 2**32, got {self.seed}.")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
-        if not 0 < self.threshold <= 1:
-            raise UsageError(f"threshold must be in (0, 1], got {self.threshold}.")
+        check_threshold(self.threshold)
         if self.blocks is not None:
             block_pattern(self.blocks)
         if self.clip_grad is not None and not self.clip_grad > 0:

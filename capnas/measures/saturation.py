@@ -104,7 +104,7 @@ def intrinsic_dimension(eigenvalues: Tensor, threshold: float = THRESHOLD, total
     >>> intrinsic_dimension(torch.zeros(4))
     0
     """
-    _check(threshold)
+    check_threshold(threshold)
     values = eigenvalues.double()
     return _reach(values, _shares(values, float(values.sum()) if total is None else total), threshold)
 
@@ -159,7 +159,7 @@ def saturation_of(spec: Spectrum, threshold: float = THRESHOLD, *, legacy: bool 
     """
     if not spec.finite:
         return float("nan")
-    _check(threshold)
+    check_threshold(threshold)
     k = _reach(spec.eigenvalues, spec.shares, threshold)
     return max(k - 1, 0) / spec.width if legacy else k / spec.width
 
@@ -246,7 +246,7 @@ def lossless_projection(moments: Moments, threshold: float = THRESHOLD) -> Proje
     >>> lossless_projection(moments_of(rows))(rows).tolist()
     [[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]]
     """
-    _check(threshold)
+    check_threshold(threshold)
     cov = covariance(moments)
     values, vectors = leading_eigenvectors(cov, max(threshold, _HELD))
     total = _trace(cov) if len(values) < len(cov) else None
@@ -310,7 +310,12 @@ def _leading_subspace(cov: Tensor, size: int) -> Tensor:
     return basis
 
 
-def _check(threshold: float) -> None:
+def check_threshold(threshold: float) -> None:
+    """Refuse what is no share of the variance, as delta is in Shenk et al. (arXiv 2006.08679).
+
+    Raises:
+        UsageError: outside (0, 1].
+    """
     if not 0 < threshold <= 1:
         raise UsageError(f"threshold must be in (0, 1], got {threshold}.")
 

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from capnas.errors import CapnasError, UsageError, check_names, listed
 from capnas.graph.tracing import Trace, trace
 from capnas.measures.probing import gradable, reason, untouched, unwrap_model
-from capnas.measures.saturation import THRESHOLD
+from capnas.measures.saturation import THRESHOLD, check_threshold
 from capnas.profile.enriching import enrich, with_params
 from capnas.profile.initialization import copied, restart
 from capnas.profile.rows import MEASURES, Profile, averaged
@@ -87,8 +87,7 @@ def profile_model(
     if isinstance(measures, str):
         measures = MEASURES if measures == "all" else (measures,)
     check_names("measures", measures or (), MEASURES)
-    if not 0 < threshold <= 1:
-        raise UsageError(f"threshold must be in (0, 1], got {threshold}.")
+    check_threshold(threshold)
     if not isinstance(initialize, Integral) or initialize < 0:
         raise UsageError(f"initialize must be a number of copies, 0 or more, got {initialize!r}.")
     model = unwrap_model(model)
