@@ -16,6 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from capnas.candidates import Candidate, Infeasible, build_candidate, build_model
 from capnas.errors import CapnasError, SpaceError, counted, described
+from capnas.measures.probing import seeded
 from capnas.spaces import load_space, space_name
 
 _GLOBAL_SEEDS = (11, 12, 13)  # under which a space must make the same model of the same parameters
@@ -169,7 +170,7 @@ def _rebuilding(space: Callable[..., Any], candidate: Candidate, sizes: dict[str
     rule = "the same parameters must give the same architecture"
     for seed in _GLOBAL_SEEDS:
         try:
-            with _seeded(seed):
+            with seeded(seed):
                 again = build_candidate(space, optuna.trial.FixedTrial(params), **sizes)
         except CapnasError as error:
             return rule, f"a rebuild fails: {error}; {params}"
@@ -219,21 +220,6 @@ def _alone(broken: dict[str, str], where: str) -> Iterator[None]:
             if old != new:
                 _note(broken, "the space must not draw from global generators", f"{name} was used in {where}")
         random.setstate(before[0])
-        np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Other global seeds for a moment."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
         np.random.set_state(numpy)
 
 

@@ -33,6 +33,7 @@ from capnas.search.runs import RunResult, count_finished, open_run
 from capnas.search.signals import no_sigint, sigterm_interrupts, whole
 from capnas.search.working import (
     MAX_FAILURES,
+    POLL,
     TrialCallback,
     check_candidates,
     check_entries,
@@ -46,8 +47,6 @@ from capnas.search.working import (
 from capnas.spaces import load_space
 
 __all__ = ["ATTRIBUTE", "SCORE", "RunResult", "StudyConfig", "open_run", "run_study", "sweep", "worker"]
-
-_POLL = 0.3  # seconds
 
 
 def run_study(
@@ -236,7 +235,7 @@ def _launch(
             if not go_on():
                 enough.set()
             for child in children:
-                child.join(_POLL / len(children))
+                child.join(POLL / len(children))
         tell()
     finally:
         _end(children)

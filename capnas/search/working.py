@@ -33,7 +33,7 @@ from capnas.search.signals import whole
 from capnas.testing import draw
 
 MAX_FAILURES = 3  # errors in a row, not merely bad candidates, after which a study gives up
-_POLL = 0.3  # seconds
+POLL = 0.3  # seconds between two looks at what others do
 _DRAWS = 16  # candidates to look at before a search is refused for all of them
 
 TrialCallback = Callable[[optuna.Study, FrozenTrial], None]
@@ -113,7 +113,7 @@ def work(
         if finished + len(running) >= config.trials:
             if not any(map(local, running)):
                 break  # the workers of other hosts see to the rest
-            time.sleep(_POLL)
+            time.sleep(POLL)
             continue
         if ran == 0:
             check_unchanged(study, config, objective)
