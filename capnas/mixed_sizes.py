@@ -106,6 +106,16 @@ class MixedSizes(ImageData):
         count = self.steps(split, batch_size)
         return tuple(self.turns[(epoch * count + number) % len(self.turns)] for number in range(count))
 
+    def shares(self, batch_size: int, passes: int) -> dict[int, float]:
+        """By size, how many of so many passes from the first on are spent at it: its share of the batches.
+
+        >>> from capnas.data import load_data
+        >>> MixedSizes.of(load_data("fashion-mnist-12k"), (14, 20, 28)).shares(2000, passes=2)
+        {14: 0.75, 20: 0.75, 28: 0.5}
+        """
+        seen = Counter(size for number in range(passes) for size in self.order("train", batch_size, number))
+        return {size: count / self.steps("train", batch_size) for size, count in seen.items()}
+
     def training_shapes(self, image_size: int | None = None) -> tuple[tuple[int, int, int], ...]:
         """As `ImageData.training_shapes`: those of the sizes that take turns, the images' own only if it is one of them."""
         return tuple((self.in_chans, size, size) for size in dict.fromkeys(self.turns))
@@ -199,9 +209,6 @@ def train_together(
     mixed = MixedSizes.of(data, tuple(networks))
     settings = dataclasses.replace(config, epochs=passes, schedule="constant", record=False)
     result = train(SharedSizes(networks), mixed, settings, evaluate_on=None, on_epoch=tell)
-    seen: Counter[int] = Counter()
-    for number in range(len(result.curve)):
-        seen.update(mixed.order("train", config.batch_size, number))
-    shares = {size: count / mixed.steps("train", config.batch_size) for size, count in seen.items()}
     reason = "" if result.status == "complete" else f"the training of shared weights ended: {result.status}, {result.reason}"
-    return SharedRun(passes=len(result.curve), seen=shares, seconds=result.seconds, reason=reason)
+    passes = len(result.curve)
+    return SharedRun(passes=passes, seen=mixed.shares(config.batch_size, passes), seconds=result.seconds, reason=reason)

@@ -30,7 +30,7 @@ from capnas.measures import halving, receptive
 from capnas.measures import resolution as rule
 from capnas.measures.probing import cloned, why_no_logits
 from capnas.measures.resolution import Recommendation, SizeReading
-from capnas.mixed_sizes import SharedRun, train_together
+from capnas.mixed_sizes import MixedSizes, SharedRun, train_together
 from capnas.profile import Profile
 from capnas.repair import Advice, advise
 from capnas.size_survey import Build, SizeSurvey, are_sizes, survey_resolutions, trace_size
@@ -182,17 +182,24 @@ def tune_resolution(
         example = data.probe(2, device=device_of(network), image_size=size)[0]
         if (why := why_no_logits(network, example, data.num_classes)) is not None:
             raise UsageError(f"the network at {size} px cannot be trained: {why}.")
-    passes = halving.shared_passes(list(macs.values()), left=left, most=epochs)
+    costs, mixed = list(macs.values()), MixedSizes.of(data, tuple(macs))
+
+    def rest(seen: Mapping[int, float]) -> float:
+        return left - sum(passes * macs[size] for size, passes in seen.items())
+
+    if halving.rung_epochs(costs, left=left, last=True, most=1) < 1:
+        least = math.ceil(sum(costs) * epochs / left)
+        of = f"a share of {share:g} of {counted(epochs, 'epoch')}"
+        raise UsageError(f"{of} does not pay for one epoch of every size: give at least {least} epochs.")
+    passes = halving.shared_passes(costs, left=left, most=epochs)
+    while halving.rung_epochs(costs, left=rest(mixed.shares(base.batch_size, passes)), last=True, most=1) < 1:
+        passes -= 1  # a few batches do not take turns evenly, and the first sizes may be the dearest
     if on_start is not None:
         on_start()
     shared = train_together(networks, data, base, passes=passes, on_pass=on_pass)
-    left -= sum(seen * macs[size] for size, seen in shared.seen.items())
+    left = rest(shared.seen)
     if shared.reason:
         networks = {size: cloned(build(size)) for size in rows}
-    if halving.rung_epochs(list(macs.values()), left=left, last=True, most=1) < 1:
-        least = math.ceil(sum(macs.values()) * epochs / left)
-        of = f"a share of {share:g} of {counted(epochs, 'epoch')}"
-        raise UsageError(f"{of} does not pay for one epoch of every size: give at least {least} epochs.")
     runs, left = _compare(rows, networks, data, base, most=epochs if len(rows) > 1 else 1, left=left, pay=pay, on_run=on_run)
     readings = [r.reading for r in runs if r.reading is not None]
     choice = rule.recommend(readings, budget=budget, pay=pay, images=data.sizes["validation"], chance=data.guess)

@@ -405,6 +405,17 @@ def test_what_cannot_be_done_is_refused_before_training(data: ImageData, changes
         tune_resolution(net, data, (8, 12), **{"epochs": 4, "config": CONFIG} | changes)
 
 
+@pytest.mark.parametrize(("epochs", "passes"), [(5, 0), (8, 3)])
+def test_passes_of_one_batch_that_begin_with_the_dearest_size_leave_an_epoch_of_every_size(
+    data: ImageData, epochs: int, passes: int
+) -> None:
+    build = lambda size: net(size, stride=1 if size == 8 else 2)  # noqa: E731
+    config = dataclasses.replace(CONFIG, batch_size=data.sizes["train"])
+    found = tune_resolution(build, data, (8, 10, 12), epochs=epochs, config=config)
+    assert (found.shared.passes, sorted({r.size for r in found.runs})) == (passes, [8, 10, 12])
+    assert found.macs_share <= 0.3
+
+
 def test_advice_predicts_fields_and_cost_of_the_changed_network() -> None:
     wide = lambda size: net(size, depth=6, stride=2)  # noqa: E731
     found = {a.kind: a for a in advise_resolution(wide, 12, in_chans=1)}
