@@ -3,10 +3,14 @@
 The manifest names a *recipe* (a timm model, or a search space and its parameters) and what the model's modules have other than the
 recipe builds: widths, numbers of heads, added biases, layers split in two, plain convolutions for standardized ones, number types. Loading
 builds the recipe, changes those modules, and reads the weights. Nothing is executed but timm's constructors or the space's own code.
+
+The weights hold the manifest that they were saved with as well: where a process is killed between the two files, the model is the new one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -125,7 +129,8 @@ def save_model(
     if wrong:
         raise UsageError(f"the recipe does not build this model again: {', '.join(sorted(wrong)[:5])} would differ.")
     place.mkdir(parents=True, exist_ok=True)
-    for name, content in ((WEIGHTS, save(state)), (MANIFEST, _text(document).encode())):
+    text = _text({"id": hashlib.sha256(_text(document).encode()).hexdigest()[:16], **document})
+    for name, content in ((WEIGHTS, save(state, {_FORMAT: text})), (MANIFEST, text)):
         write_whole(place / name, content)
     return place
 
@@ -176,17 +181,22 @@ def check_free(folder: str | Path, *, force: bool = False) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a saved model.
+    """The manifest of a saved model: that of its weights where the file beside them, which may be edited, was saved with others.
 
     Raises:
         SavedModelError: there is none, or it cannot be read.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise SavedModelError(f"{folder} is not a saved model: there is no {MANIFEST} in it.")
     document = read_json(path, "the manifest of a model saved by capnas", SavedModelError)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise SavedModelError(f"{path} is not the manifest of a model saved by capnas.")
+    with contextlib.suppress(OSError, SafetensorError), safe_open(Path(folder) / WEIGHTS, "pt") as weights:
+        theirs = json.loads((weights.metadata() or {}).get(_FORMAT, "{}"))
+        document = document if theirs.get("id") in (None, document.get("id")) else theirs
     if document.get("version") != _VERSION:
         raise SavedModelError(f"{path} has version {document.get('version')}, this capnas reads version {_VERSION}.")
     return document

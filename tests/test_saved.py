@@ -11,8 +11,9 @@ from torch import nn
 
 import capnas
 from capnas.devices import resolve_device
+from capnas.documents import write_whole
 from capnas.errors import UsageError
-from capnas.saved import MANIFEST, WEIGHTS, SavedModelError, build_recipe, load_model, save_model
+from capnas.saved import MANIFEST, WEIGHTS, SavedModelError, build_recipe, load_model, read_manifest, save_model
 
 SPACE = {"space": FILE, "params": {"width": 4, "depth": 2, "kind": "plain"}, "num_classes": 3, "in_chans": 1, "image_size": 8}
 TIMM = {"timm": "resnet10t", "args": {"num_classes": 3, "in_chans": 1}, "image_size": 32}
@@ -183,6 +184,30 @@ def test_manifests_without_number_types_are_read(tmp_path: Path) -> None:
     assert document.pop("dtypes") == {}
     (folder / MANIFEST).write_text(json.dumps(document))
     assert next(load_model(folder).parameters()).dtype == torch.float32
+
+
+def test_a_model_that_is_replaced_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = (build_recipe(SPACE, seed=seed) for seed in (1, 2))
+
+    def killed_before(last: str) -> None:
+        def write(path: Path, content: str | bytes) -> None:
+            if path.name == last:
+                raise KeyboardInterrupt
+            write_whole(path, content)
+
+        monkeypatch.setattr("capnas.saved.write_whole", write)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(new, tmp_path, SPACE, extra={"accuracy": 2}, force=True)
+
+    save_model(old, tmp_path, SPACE, extra={"accuracy": 1})
+    for last, model, accuracy in ((WEIGHTS, old, 1), (MANIFEST, new, 2)):
+        killed_before(last)
+        assert read_manifest(tmp_path)["extra"] == {"accuracy": accuracy}
+        torch.testing.assert_close(load_model(tmp_path).state_dict(), model.state_dict(), rtol=0, atol=0)
+    monkeypatch.undo()
+    edited = save_model(new, tmp_path, SPACE, extra={"accuracy": 3}, force=True) / MANIFEST
+    edited.write_text(edited.read_text().replace('"accuracy": 3', '"accuracy": 4'))
+    assert read_manifest(tmp_path)["extra"] == {"accuracy": 4}
 
 
 def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
