@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from capnas.cli.app import Blocks, Device, Json, app, decimal, quiet, sizes, whole
+from capnas.cli.app import Blocks, Json, app, decimal, quiet, sizes, whole
 from capnas.console import closing, no_value, out_json, pairs, remark, run_document, say, show_run
 from capnas.errors import counted
 from capnas.progress import Progress
@@ -56,7 +56,9 @@ def search(
     study: Annotated[str | None, typer.Option(help="Name of the study; default: made from space and data.")] = None,
     out: Annotated[str | None, typer.Option(help="The run's folder; default: runs/STUDY.")] = None,
     workers: Annotated[int, whole("Worker processes on this machine.")] = 1,
-    device: Device = "auto",
+    device: Annotated[
+        str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...; a study that measures latency keeps to the type of device.")
+    ] = "auto",
     enqueue: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Architectures to try first: a JSON list of parameters, or what best --json prints.")
     ] = None,
@@ -138,7 +140,7 @@ def search(
 def worker(
     run: Annotated[str, typer.Argument(help="Folder of a run, or the name of a study in --storage.")],
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL of the study, if its folder is not on this machine.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device to use instead of the study's.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device to use instead of the study's; of its type where latency is measured.")] = None,
     json: Json = False,
 ) -> None:
     """Run trials of an existing study, alongside other workers on this or other machines, until all are done."""

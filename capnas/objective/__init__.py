@@ -165,7 +165,7 @@ class Objective:
         self.measures = {"before": measures_for(early), "after": measures_for(needed)}
         self._slack = "capacity_slack" in needed
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
-        self._times = LATENCY in {*self.limits, *ranked, *terms(self.names, self.weights)}
+        self.times = LATENCY in {*self.limits, *ranked, *terms(self.names, self.weights)}
         self.resolutions = None if resolutions is None else tuple(map(int, resolutions))
         self.stopping, self.trainer = stopping, trainer
         self.probe_images, self.initializations, self.reuse = probe_images, int(initializations), reuse
@@ -254,7 +254,7 @@ class Objective:
         with timed(found, "structure"):
             model = build_model(self.space, candidate.params, **candidate.shape, seed=seed).to(device)
             x, y = self.data.probe(self.probe_images, seed=seed, device=device, image_size=candidate.image_size)
-            if self._times:
+            if self.times:
                 metrics[LATENCY] = latencies([model], x[:1])[0]
                 if metrics[LATENCY] > (limit := self.limits.get(LATENCY, math.inf)):
                     raise _Ended("over_budget", f"its latency of {metrics[LATENCY]:.4g} ms is over the limit of {limit:g}")

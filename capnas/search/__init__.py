@@ -82,8 +82,8 @@ def run_study(
         The run, also after a signal (``interrupted``) and when nothing was left to do (``finished_before >= config.trials``).
 
     Raises:
-        StudyError: the study exists with other settings or images (the text says which), its folder holds another study, its storage
-            does not answer, or `MAX_FAILURES` trials in a row ended in an error.
+        StudyError: the study exists with other settings, images or latencies of another device (the text says which), its folder
+            holds another study, its storage does not answer, or `MAX_FAILURES` trials in a row ended in an error.
         SpaceError, UsageError: no trial can do what is asked for, see `capnas.search.working.check_candidates`, or one to begin with
             cannot be tried.
 

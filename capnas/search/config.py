@@ -33,7 +33,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 VERSION = 1
 _NONE = "{}"  # of study.toml: TOML has no value for none, and some settings have a default that it is not
-# may change when a study is resumed
+# may change when a study is resumed; the device to another type only where no latency is measured, see `capnas.search.opening.check_device`
 _FREE = ("trials", "timeout", "workers", "device", "out", "stale_after", "reuse", "finalists", "final_epochs")
 
 

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from capnas.candidates import Infeasible, build_candidate
 from capnas.data import DataSpec, ImageData
 from capnas.data.digest import digest_changes
+from capnas.devices import resolve_device
 from capnas.documents import plain
 from capnas.errors import SpaceError, StudyError
 from capnas.objective import Objective
@@ -32,6 +33,7 @@ from capnas.spaces import space_name
 ATTRIBUTE = "capnas:config"  # keys of the study's user attributes
 SCORE = "capnas:capacity_score"  # the weights of its terms
 DATA = "capnas:data"  # see data_facts
+TIMED = "capnas:latency_device"  # the type of device on which latencies are measured
 OPENER = "capnas:opener"  # claim of the process that opened it before its first trial
 
 
@@ -188,6 +190,22 @@ def check_data(study: optuna.Study, objective: Objective) -> None:
             study.set_user_attr(DATA, data_facts(objective.data))
     elif not trials or any(stored_with(t).get("settings") == objective.settings for t in trials):
         study.set_user_attr(DATA, data_facts(objective.data))  # else of a study from before this was kept: nobody knows its images
+
+
+def check_device(study: optuna.Study, objective: Objective) -> None:
+    """Where latency is measured, compare the type of the device with that of the study's earlier trials; of the first one's, keep it.
+
+    Raises:
+        StudyError: it is another one.
+    """
+    if not objective.times:
+        return
+    stored, here = study.user_attrs.get(TIMED), resolve_device(objective.train.device).type
+    if stored not in (None, here) and begun(study):
+        what = f"the study {study.study_name} measured latency on {stored}, and this session would on {here}"
+        raise StudyError(f"{what}. They do not compare: give --device {stored}, or another --study.")
+    if stored != here:
+        study.set_user_attr(TIMED, here)
 
 
 def check_architectures(study: optuna.Study, objective: Objective) -> None:

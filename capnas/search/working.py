@@ -26,7 +26,7 @@ from capnas.objective.pool import superseded
 from capnas.objective.stopping import MedianRule
 from capnas.search.config import StudyConfig
 from capnas.search.enqueuing import unasked
-from capnas.search.opening import check_architectures, check_data, check_settings
+from capnas.search.opening import check_architectures, check_data, check_device, check_settings
 from capnas.search.runs import is_finished, is_settled
 from capnas.search.samplers import first_judged, make_sampler
 from capnas.search.signals import whole
@@ -87,7 +87,8 @@ def work(
         How many trials it ran.
 
     Raises:
-        StudyError: the images or the space have changed, or `MAX_FAILURES` trials in a row, of whichever worker, ended in an error.
+        StudyError: the images, the space or the device of its latencies have changed, or `MAX_FAILURES` trials in a row, of whichever
+            worker, ended in an error.
         SpaceError, UsageError: see `check_candidates`.
     """
 
@@ -117,6 +118,7 @@ def work(
             continue
         if ran == 0:
             check_unchanged(study, config, objective)
+            check_device(study, objective)
             check_candidates(objective, seed=config.seed)
         settled = sum(map(is_settled, trials))
         study.sampler = sampler(settled, own, ran) if parallel else sampler(settled)

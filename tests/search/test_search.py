@@ -34,7 +34,7 @@ from capnas.objective.finals import finalists, key_of, standing
 from capnas.objective.stopping import MedianRule
 from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, worker
 from capnas.search.export import trial_rows
-from capnas.search.opening import DATA, open_study, stored_config
+from capnas.search.opening import DATA, TIMED, open_study, stored_config
 from capnas.search.runs import is_finished
 from capnas.search.working import failures_in_a_row, make_objective, work
 
@@ -227,6 +227,16 @@ def test_images_relabelled_or_repainted_in_place_are_refused(tmp_path: Path, dat
     assert run_study(config(tmp_path, trials=2), space=space, data=other).n_finished == 2
     with pytest.raises(StudyError, match=text):
         run_study(config(tmp_path, trials=3), space=space, data=data)
+
+
+def test_latencies_of_two_types_of_device_do_not_meet_in_a_study(tmp_path: Path, data: ImageData) -> None:
+    for folder, limit, refused in ((tmp_path / "timed", 1e6, True), (tmp_path / "untimed", None, False)):
+        study = run_study(config(folder, trials=1, max_latency=limit), space=space, data=data).study
+        assert study.user_attrs.get(TIMED) == ("cpu" if refused else None)
+        study.set_user_attr(TIMED, "cuda")
+        text = "the study tiny measured latency on cuda, and this session would on cpu.* give --device cuda, or another --study"
+        with pytest.raises(StudyError, match=text) if refused else contextlib.nullcontext():
+            run_study(config(folder, trials=2, max_latency=limit), space=space, data=data)
 
 
 def test_a_study_of_unknown_images_goes_on(tmp_path: Path, data: ImageData) -> None:
