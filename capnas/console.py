@@ -63,6 +63,15 @@ def short(value: float | None, digits: int = 4) -> str:
     return str(int(value)) if value == int(value) else f"{value:.{digits}f}"
 
 
+def with_unit(name: str) -> str:
+    """The name of a value or metric for people: latency, which alone has a unit, with it.
+
+    >>> with_unit("latency"), with_unit("macs")
+    ('latency (ms)', 'macs')
+    """
+    return f"{name} (ms)" if name == "latency" else name
+
+
 def duration(seconds: float) -> str:
     """A time for people.
 
@@ -266,9 +275,9 @@ def show_run(result: Any) -> None:
     numbers = ((t, [*t.values, *(result.evaluation(t.number).metrics.get(n) for n in beside)]) for t in result.front[:_FRONT])
     rows = [[str(t.number), *map(short, values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t, values in numbers]
     several = f"Pareto set, {counted(len(result.front), 'trial')}"
-    several += f", the {_FRONT} best by {names[0]}" if len(result.front) > _FRONT else ""
+    several += f", the {_FRONT} best by {with_unit(names[0])}" if len(result.front) > _FRONT else ""
     title = ("best value" if result.finals or result.owed else "best trial") if len(names) == 1 else several
-    show_table(["trial", *names, *beside, "parameters"], rows, title=title, texts=["parameters"])
+    show_table(["trial", *map(with_unit, names), *beside, "parameters"], rows, title=title, texts=["parameters"])
     if result.finals:
         show_finals(result)
     print(f"best architecture: capnas best {where}\nreport: capnas report {where} --html report.html")
@@ -291,7 +300,8 @@ def show_best(document: Mapping[str, Any], test: Mapping[str, Any] | None, code:
     """One trial: values, parameters, metrics, its accuracy in the finals, its code, and last the result of its retraining."""
     print(f"trial {document['trial']} of {document['study']}: {document['status']}, {document['image_size']} px")
     metrics = {k: v for k, v in document["metrics"].items() if v is not None and not k.startswith("init_")}
-    for name, rows in (("value", document["values"]), ("parameter", document["params"]), ("metric (see capnas scores)", metrics)):
+    values, metrics = ({with_unit(k): v for k, v in found.items()} for found in (document["values"], metrics))
+    for name, rows in (("value", values), ("parameter", document["params"]), ("metric (see capnas scores)", metrics)):
         texts = [[k, short(v) if isinstance(v, int | float) and not isinstance(v, bool) else str(v)] for k, v in rows.items()]
         if texts:
             show_table([name, ""], texts)

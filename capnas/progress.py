@@ -10,7 +10,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any
 
-from capnas.console import duration, say, short, time_left
+from capnas.console import duration, say, short, time_left, with_unit
 from capnas.errors import counted
 
 
@@ -79,7 +79,7 @@ class Progress:
         if (found := Evaluation.of(trial)) is None:
             return
         shown = {**found.values} | {n: a for n in ("accuracy",) if found.values and (a := found.metrics.get(n)) is not None}
-        what = ", ".join(f"{name} {short(value)}" for name, value in shown.items()) or found.reason
+        what = ", ".join(f"{with_unit(name)} {short(value)}" for name, value in shown.items()) or found.reason
         line = f"trial {trial.number:>3}  {found.status:<11} {what}  ({duration(sum(found.seconds.values()))})"
         left = time_left(time.monotonic() - self.start, self.ran, self.total - finished, within=self.timeout)
         state = "  ".join(filter(None, (self._best(trials), left)))
@@ -110,4 +110,4 @@ class Progress:
     def _best(self, trials: Sequence[Any]) -> str:
         usable = [t for t in trials if t.state.name == "COMPLETE" and all(v <= 0 for v in t.constraints.values())]
         best = max(usable, key=lambda t: ([s * v for s, v in zip(self.signs, t.values)], -t.number), default=None)
-        return "" if best is None else f"best {self.names[0]} {short(best.values[0])} (trial {best.number})"
+        return "" if best is None else f"best {with_unit(self.names[0])} {short(best.values[0])} (trial {best.number})"

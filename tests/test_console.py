@@ -289,15 +289,19 @@ def test_a_guess_names_the_commonest_class() -> None:
     assert data_facts(uneven)["guess"] == max(uneven.pool.labels[uneven.index["validation"]].bincount()) / uneven.sizes["validation"] > 0.7
 
 
-def test_accuracy_stands_beside_another_value(capsys: pytest.CaptureFixture[str]) -> None:
-    found = Evaluation(status="complete", values={"combined": 1.5}, metrics={"accuracy": 0.25}, hash="a")
-    study = optuna.create_study(directions=["maximize"])
+def test_accuracy_stands_beside_another_value_and_a_latency_has_its_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    found = Evaluation(status="complete", values={"latency": 1.5}, metrics={"accuracy": 0.25, "latency": 1.5}, hash="a")
+    study = optuna.create_study(directions=["minimize"])
     study.add_trial(optuna.trial.create_trial(value=1.5, user_attrs={ATTRIBUTE: found.to_dict()}))
-    Progress(total=1, names=["combined"], directions=["maximize"]).on_trial(study, study.trials[0])
-    assert "combined 1.5000, accuracy 0.2500" in capsys.readouterr().err
-    config = StudyConfig(space="tiny", data="noise", study="told", out="runs/told")
+    Progress(total=1, names=["latency"], directions=["minimize"]).on_trial(study, study.trials[0])
+    assert "latency (ms) 1.5000, accuracy 0.2500  (0 s)  best latency (ms) 1.5000" in capsys.readouterr().err
+    config = StudyConfig(space="tiny", data="noise", study="told", out="runs/told", values=("latency",))
     show_run(RunResult(folder=Path("runs/told"), config=config, study=study))
-    assert ["trial", "combined", "accuracy", "parameters"] in map(str.split, capsys.readouterr().out.splitlines())
+    assert ["trial", "latency", "(ms)", "accuracy", "parameters"] in map(str.split, capsys.readouterr().out.splitlines())
+    show_best({"trial": 0, "study": "told", "image_size": 8, **found.to_dict(), "params": {"latency": 9}}, None, "import timm")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows.count(["latency", "(ms)", "1.5000"]) == 2
+    assert ["latency", "9"] in rows
 
 
 def test_a_column_of_texts_stands_left(capsys: pytest.CaptureFixture[str]) -> None:
