@@ -189,6 +189,9 @@ def show_plan(plan: dict[str, Any]) -> None:
                    "(results/pruning); --allocation saturation makes needed / planned even")  # fmt: skip
     if growing := [g["name"] for g in plan["groups"] if g.get("grow")]:
         typer.echo(f"candidates to grow (saturation at the ceiling): {', '.join(growing)}")
+    if mixed := [g["name"] for g in plan["groups"] if g.get("grow") and g["over_wide"]]:
+        typer.echo(f"evidence disagrees on {', '.join(mixed)}: the data fills its width (saturation), yet the parameters of one of its "
+                   "layers are used far less than the best layers' (utilisation): train it wider before you believe either")  # fmt: skip
     reasons: dict[str, list[str]] = {}
     for name, reason in plan["fixed"].items():
         reasons.setdefault(reason, []).append(name)

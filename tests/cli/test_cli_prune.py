@@ -10,6 +10,7 @@ import torch
 from tiny_space import FILE, write_images
 
 import capnas
+from capnas.cli.prune import show_plan
 from capnas.errors import CapnasError
 from capnas.narrowing.pruning import PruneConfig
 from capnas.saved import build_recipe, save_model
@@ -88,6 +89,17 @@ def test_the_plan_is_shown_as_a_table(run: Run, saved: Path) -> None:
     code, out, err = run("prune", saved, "--target-macs", "0.6", "--allocation", "saturation", "--dry-run", *SHORT)
     assert code == 0, err
     assert "widths go by the loss" not in out
+
+
+def test_a_group_to_grow_that_is_over_wide_as_well_is_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"width": 8, "needed": 8, "planned": 8, "saturation": 1.0, "expected": 1.0, "utilisation": 0.2, "loss": 0.0, "grow": True}
+    cost = {"macs": 9, "planned_macs": 9, "params": 9, "planned_params": 9}
+    rows = [{"name": name, "layers": [name], "over_wide": wide, **common, **cost} for name, wide in (("a", False), ("b", True))]
+    for groups, told in ((rows, True), (rows[:1], False)):
+        show_plan({"goal": "any", "groups": groups, "fixed": {}, **cost})
+        out = capsys.readouterr().out
+        assert f"candidates to grow (saturation at the ceiling): {'a, b' if told else 'a'}\n" in out
+        assert ("evidence disagrees on b: the data fills its width (saturation)" in out) == told
 
 
 def test_trained_weights_of_a_timm_model(run: Run, tmp_path: Path) -> None:
