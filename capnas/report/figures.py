@@ -187,7 +187,8 @@ def _bars(graph: Any, correlations: Sequence[Mapping[str, Any]]) -> Any:
         graph.Bar(y=names, x=[r["partial"] for r in shown], orientation="h", marker={"color": GREEN}, name="at equal parameters and MACs"),
         graph.Bar(y=names, x=[r["spearman"] for r in shown], orientation="h", marker={"color": BLUE}, name="alone"),
     ]
-    traces[0].showlegend = any(r["partial"] is not None for r in shown)
+    if all(r["partial"] is None for r in shown):
+        del traces[0]  # it would keep room beside the other bars
     figure = graph.Figure(traces)
     chance = shown[0]["chance"] if shown else None
     for x in () if chance is None else (-chance, chance):
