@@ -28,7 +28,7 @@ from capnas.objective.evaluation import LOOKED, Evaluation, checked, fingerprint
 from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
 from capnas.objective.history import VALUED, find_twin, ignores_pruned, take_over, worst_values
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
-from capnas.objective.stopping import MedianRule, judging
+from capnas.objective.stopping import MedianRule, judging, released
 from capnas.objective.targets import INIT, LATENCY, TOLD, check_values, check_weights, direction_of, ranking, terms, value_of, wanted
 from capnas.profile import enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, SIZES, measures_for, score, sizes
@@ -89,7 +89,7 @@ class Objective:
     Attributes:
         names: value names in order.
         directions: ``"maximize"`` or ``"minimize"`` for each: what ``optuna.create_study(directions=...)`` needs.
-        on_epoch: None, or what is called after each epoch of a training with the trial's number, the epoch and its row of the curve.
+        on_epoch: None, or what is called after each epoch with the trial's number, the epoch and its row of the curve; errors of it pass.
 
     Raises:
         UsageError: an argument that cannot be used; the text says which and why.
@@ -198,7 +198,7 @@ class Objective:
         """
         self._check_directions(trial)
         found: dict[str, Any] = {"metrics": {}, "seconds": {}, "seed": self.train.seed, "settings": self.settings}
-        with claimed(trial), _TURN:
+        with claimed(trial), _TURN, released():
             try:
                 status, reason = self.stages(trial, found)
             except BaseException as error:

@@ -23,6 +23,7 @@ from capnas.candidates import build_model
 from capnas.documents import or_nan, plain
 from capnas.errors import UsageError, described
 from capnas.objective.evaluation import checked, fingerprint, stored_with
+from capnas.objective.stopping import released, tell
 from capnas.objective.targets import LEARNED, TOLD
 from capnas.profile import Profile
 from capnas.training import TrainConfig, train
@@ -213,6 +214,7 @@ def hold_finals(
     return winner(study, count, epochs)
 
 
+@released()
 def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_epoch: EpochCallback | None) -> dict[str, Any]:
     """What the final training of one candidate gave, in JSON types; its errors are results, so that one does not end the finals.
 
@@ -220,19 +222,13 @@ def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_e
     """
     data, size, start = objective.data, stored_with(trial)["image_size"], time.perf_counter()
     found: dict[str, Any] = dict.fromkeys(TOLD)
-    foreign: list[Exception] = []
 
-    def tell(epoch: int, row: dict[str, Any], profile: Profile | None) -> None:
-        try:
-            if on_epoch is not None:
-                on_epoch(trial.number, epoch, row | {"epochs": config.epochs})
-        except Exception as error:
-            foreign.append(error)
-            raise
+    def each(epoch: int, row: dict[str, Any], profile: Profile | None) -> None:
+        tell(on_epoch, trial.number, epoch, row | {"epochs": config.epochs})
 
     try:
         model = build_model(objective.space, trial.params, **data.shape(size), seed=config.seed)
-        result = checked((objective.trainer or train)(model, data, config, image_size=size, on_epoch=tell))
+        result = checked((objective.trainer or train)(model, data, config, image_size=size, on_epoch=each))
     except Exception as error:
         found |= {"status": "failed", "reason": described(error, 500)}
     else:
@@ -241,6 +237,4 @@ def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_e
             told = {name: or_nan(result.curve[-1][name]) for name in TOLD if name in result.curve[-1]}
             lost = [name for name, value in told.items() if not math.isfinite(value)]
             found |= {"status": "diverged", "reason": f"{', '.join(lost)} came out not finite"} if lost else told
-    if foreign:
-        raise foreign[0]
     return plain(found | {"seconds": round(time.perf_counter() - start, 2)})

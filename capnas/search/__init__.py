@@ -75,7 +75,7 @@ def run_study(
         on_trial: called with the study and each trial that ends, in this process. As in Optuna's callbacks, ``study.stop()`` ends the
             session when the running trials have ended; finals follow.
         on_epoch: called after each epoch of a trial, with its number, the epoch and its row of the curve; with one worker only, but in
-            the finals always.
+            the finals always. As of any callback, an error of it ends the session and passes through; the trial does not count.
         on_final: called with each finalist and what its training gave, see `capnas.objective.finals.hold_finals`.
 
     Returns:

@@ -138,8 +138,8 @@ def work(
             warnings.warn(f"trial {number} was enqueued with {', '.join(names)}, which the space does not ask for.", stacklevel=2)
         if on_trial is not None:
             on_trial(study, trial)
-        if isinstance(error, CapnasError):
-            raise error
+        if error is not None and (isinstance(error, CapnasError) or stored_with(trial).get("status") == "interrupted"):
+            raise error  # the second of a callback, as in Optuna
         ran += 1
     return ran
 

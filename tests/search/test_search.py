@@ -298,6 +298,19 @@ def test_each_epoch_is_told_while_a_trial_runs(tmp_path: Path, data: ImageData) 
     assert (0, 2) in told
 
 
+@pytest.mark.parametrize("error", [ValueError("no such plot"), MemoryError("no room for the plot")])
+def test_an_error_of_the_callback_ends_the_session_and_is_none_of_the_trial(tmp_path: Path, data: ImageData, error: Exception) -> None:
+    def plot(number: int, epoch: int, row: dict[str, Any]) -> None:
+        raise error
+
+    settings = config(tmp_path, trials=1)
+    with pytest.raises(type(error), match="plot"):
+        run_study(settings, space=space, data=data, on_epoch=plot)
+    assert [e.status for _, e in open_run(tmp_path).evaluations()] == ["interrupted"]
+    result = run_study(settings, space=space, data=data)
+    assert ([e.status for _, e in result.evaluations()], result.n_finished) == (["interrupted", "complete"], 1)
+
+
 def test_errors_in_a_row_end_the_study_and_single_ones_do_not(tmp_path: Path, data: ImageData) -> None:
     def sometimes(trial: Any, **shape: Any) -> nn.Module:
         if trial.number in (1, 3, 4, 5):
