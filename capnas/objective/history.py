@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from capnas.documents import or_nan
 from capnas.objective.evaluation import VERSION, Evaluation, stored_with
@@ -24,6 +25,23 @@ def past(trial: Any, *states: TrialState) -> Iterator[tuple[int, Mapping[str, An
             stored = stored_with(earlier)
             if stored.get("version") == VERSION:
                 yield earlier.number, stored
+
+
+def evaluated(study: optuna.Study) -> list[tuple[FrozenTrial, Evaluation]]:
+    """Every ended trial that has an evaluation, with it, in order.
+
+    Trials that came from another study (``study.add_trials``) hold that one's numbers: such a duplicate names its twin here, or none.
+    """
+    found = [(t, e) for t in study.get_trials(deepcopy=False) if t.state.is_finished() and (e := Evaluation.of(t)) is not None]
+    kinds = {t.number: (e.hash, e.image_size, e.settings) for t, e in found}
+    known = {t.number: kinds[t.number] for t, e in found if e.duplicate_of is None and e.status in ("complete", "diverged")}
+    first = {kind: number for number, kind in reversed(known.items())}
+    for place, (trial, one) in enumerate(found):
+        if one.duplicate_of is not None and known.get(one.duplicate_of) != kinds[trial.number]:
+            here = first.get(kinds[trial.number])
+            reason = one.reason.replace(_same_as(one.duplicate_of), _same_as(here), 1)
+            found[place] = trial, replace(one, duplicate_of=here, reason=reason)
+    return found
 
 
 def unfixed(sampler: Any) -> Any:
@@ -85,5 +103,9 @@ def take_over(found: dict[str, Any], number: int, stored: Mapping[str, Any]) -> 
     twin = Evaluation.from_dict(stored)
     found |= {"metrics": dict(twin.metrics), "curve": twin.curve, "profile": twin.profile, "duplicate_of": number}
     if twin.status == "complete":
-        return "duplicate", f"same architecture as trial {number}"
-    return twin.status, f"same architecture as trial {number}: {twin.reason}"
+        return "duplicate", _same_as(number)
+    return twin.status, f"{_same_as(number)}: {twin.reason}"
+
+
+def _same_as(number: int | None) -> str:
+    return "same architecture as " + ("one of another study" if number is None else f"trial {number}")

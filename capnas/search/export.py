@@ -17,7 +17,7 @@ import capnas
 from capnas.devices import resolve_device, usable_cpus
 from capnas.documents import json_text, read_json, write_whole
 from capnas.errors import StudyError
-from capnas.objective.evaluation import Evaluation
+from capnas.objective.history import evaluated
 
 _PACKAGES = ("torch", "torchvision", "timm", "optuna", "numpy", "scipy")
 
@@ -66,10 +66,7 @@ def trial_rows(study: optuna.Study, names: Sequence[str]) -> list[dict[str, Any]
         names: value names in order.
     """
     rows = []
-    for trial in study.get_trials(deepcopy=False):
-        found = Evaluation.of(trial)
-        if found is None or not trial.state.is_finished():
-            continue
+    for trial, found in evaluated(study):
         row: dict[str, Any] = {"number": trial.number, "state": trial.state.name, "status": found.status}
         row |= {f"value.{name}": found.values.get(name) for name in names}
         row |= {f"param.{name}": value for name, value in trial.params.items()}

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from capnas.errors import StudyError, counted
 from capnas.objective.evaluation import Evaluation, stored_with
 from capnas.objective.finals import RETRIED, best_first, held, winner
+from capnas.objective.history import evaluated
 from capnas.objective.pool import is_untrained
 from capnas.search.config import StudyConfig
 from capnas.search.storages import HIDDEN, find_study
@@ -113,9 +114,8 @@ class RunResult:
         return None if count is None else winner(self.study, count, self.config.finals_epochs)
 
     def evaluations(self) -> list[tuple[FrozenTrial, Evaluation]]:
-        """Every trial that has an evaluation, with it, in order."""
-        trials = self.study.get_trials(deepcopy=False)
-        return [(t, e) for t in trials if t.state.is_finished() and (e := Evaluation.of(t)) is not None]
+        """See `capnas.objective.history.evaluated`."""
+        return evaluated(self.study)
 
     @property
     def n_known(self) -> int:

@@ -14,7 +14,8 @@ from torch import nn
 
 from capnas.data import ImageData, load_data
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
-from capnas.objective.history import find_twin
+from capnas.objective.history import evaluated, find_twin
+from capnas.search.export import trial_rows
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,22 @@ def test_of_two_workers_trials_the_one_that_was_trained_is_the_twin() -> None:
     found = find_twin(study.ask(), same, names=("accuracy",), weights={}, epochs=2, limits={})
     assert found is not None
     assert found[0] == 1
+
+
+def test_duplicates_that_were_added_from_another_study_name_the_twin_here(data: ImageData) -> None:
+    first = run(objective(data, epochs=1), SMALL)
+    first.enqueue_trial(SMALL)
+    first.optimize(objective(data, epochs=1), n_trials=1)
+    both, alone = (optuna.create_study(directions=first.directions) for _ in range(2))
+    both.enqueue_trial({})  # numbers are others than there
+    both.add_trials(first.trials)
+    alone.add_trials([*first.trials[1:]] * 2)
+    ended = [[(t.number, e) for t, e in evaluated(study) if e.status == "duplicate"] for study in (first, both, alone)]
+    told = [[(number, e.duplicate_of, e.reason) for number, e in found] for found in ended]
+    same = "same architecture as"
+    other = f"{same} one of another study"
+    assert told == [[(1, 0, f"{same} trial 0")], [(2, 1, f"{same} trial 1")], [(0, None, other), (1, None, other)]]
+    assert [row["duplicate_of"] for row in trial_rows(both, ["accuracy"])] == [None, 1]
 
 
 def test_the_worst_value_so_far_is_read_where_it_was_wanted(data: ImageData) -> None:
