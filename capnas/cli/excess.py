@@ -48,10 +48,11 @@ def excess(
 
         if seeds < 1:
             raise UsageError(f"seeds must be at least 1, got {seeds}.")
+        place = None if out is None else out.absolute()  # the file of a network may change the working directory
         options = pairs(data_option or [], "--data-option")
         network, images, size, name = open_network(model, data=data, image_size=image_size, data_options=options)
-        if out is not None:
-            check_outside(out, images.spec.source)
+        if place is not None:
+            check_outside(place, images.spec.source)
         recipe = _recipe(epochs, pairs(train or [], "--train"))
         told = _Trainings(f"{name} on {images.name}", recipe.epochs, keep=out is not None)
         factors = [_factors(text, option) for text, option in ((lipschitz, "--lipschitz"), (distance, "--distance"))]
@@ -68,7 +69,7 @@ def excess(
             image_size=size,
             device=device,
             name=name,
-            out=out,
+            out=place,
             on_start=told.start,
             on_run=told.tell,
         )

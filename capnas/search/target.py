@@ -190,8 +190,10 @@ def open_network(
     if not place.endswith(".py"):
         target = open_target(text, data=data, image_size=image_size, data_options=data_options)
         return target.build(trained=False), target.data, target.image_size, target.name
-    build = _function(Path(place), function)
     options = ({} if image_size is None else {"image_size": image_size}) | dict(data_options or {})
+    if isinstance(data, str):
+        data, options = absolute_images(data, options)  # the file may change the working directory
+    build = _function(Path(place), function)
     images, _ = _images_of(EMBEDDED, {}, data, options)
     size = image_size or images.image_size
     try:

@@ -21,6 +21,13 @@ def space(trial, *, num_classes, in_chans, image_size):
     return nn.Sequential(nn.Conv2d(in_chans, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 """
 LEAVES = "os.chdir(os.environ['ELSEWHERE'])"
+NETWORK = f"""
+import os
+from torch import nn
+{LEAVES}
+def net(num_classes, in_chans, image_size):
+    return nn.Sequential(nn.Conv2d(in_chans, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+"""
 QUICK = ["--epochs", 1, "--device", "cpu", "--train", "batch_size=32", "--data-option", "image_size=8"]
 
 
@@ -53,4 +60,8 @@ def test_relative_paths_stay_where_they_were_given(
         assert (here / "narrow" / "manifest.json").is_file()
         there("resolution", "run:best", "--candidates", 8, "--dry-run", "--device", "cpu", "--out", "sizes")
         assert (here / "sizes" / "resolution.json").is_file()
+        (here / "net.py").write_text(NETWORK)
+        small = ["--lipschitz", 1, "--distance", 0.5, "--seeds", 1, "--epochs", 1, "--train", "batch_size=32", "--device", "cpu"]
+        there("excess", "net.py:net", "--data", "images", "--data-option", "image_size=8", "--out", "kept", *small)
+        assert len((here / "kept" / "runs.jsonl").read_text().splitlines()) == 2
     assert not list(elsewhere.iterdir())
