@@ -29,7 +29,7 @@ from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
 from capnas.objective.history import VALUED, find_twin, ignores_pruned, take_over, worst_values
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
 from capnas.objective.stopping import MedianRule, judging, released
-from capnas.objective.targets import INIT, LATENCY, TOLD, check_values, check_weights, direction_of, ranking, terms, value_of, wanted
+from capnas.objective.targets import INIT, LATENCY, TOLD, check_values, check_weights, direction_of, lacks, ranking, terms, value_of, wanted
 from capnas.profile import enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, SIZES, measures_for, score, sizes
 from capnas.size_survey import are_sizes
@@ -295,9 +295,9 @@ class Objective:
             metrics |= score(profile, PROFILED)
         elif not self.train.record or result.status == "complete":
             found["profile"] = None  # that of the untrained network would pass for one of a training
-        missing = [n for n in self.names if not math.isfinite(value_of(n, metrics, self.weights))]
-        if missing and result.status == "complete":
-            return "diverged", f"{', '.join(missing)} came out not finite"
+        told = self.trainer is None or profile is not None  # capnas's own training gives none of a network without layers
+        if result.status == "complete" and (why := lacks(self.names, metrics, self.weights, profiled=told)):
+            return "diverged", why
         return result.status, result.reason
 
     def _select(self, trial: Any, found: dict[str, Any]) -> None:

@@ -194,6 +194,28 @@ def value_of(name: str, metrics: Mapping[str, float | None], weights: Mapping[st
     return or_nan(metrics.get("accuracy")) + weighted(metrics, known)
 
 
+def lacks(names: Sequence[str], metrics: Mapping[str, float | None], weights: Mapping[str, float], *, profiled: bool) -> str:
+    """Why a training that came to its end gives no value of some of the names, in words; "" where it gives all.
+
+    Args:
+        names: of the values.
+        metrics: of the trial.
+        weights: of a sum among the values.
+        profiled: whether the training gave a profile, as far as it could.
+
+    >>> lacks(("accuracy", "rank_mean"), {"accuracy": 0.5}, {}, profiled=True)
+    'rank_mean came out not finite'
+    >>> lacks(("rank_mean",), {"accuracy": 0.5}, {}, profiled=False).partition(":")[0]
+    'the training told nothing of rank_mean'
+    """
+    missing = [name for name in names if not math.isfinite(value_of(name, metrics, weights))]
+    needed = terms(missing, weights) - metrics.keys()
+    if untold := sorted(needed & {*LOSSES, *(() if profiled else PROFILED)}):
+        how = "scores are measured on the profile of its TrainingResult, losses are in its curve"
+        return f"the training told nothing of {', '.join(untold)}: {how}"
+    return f"{', '.join(missing)} came out not finite" if missing else ""
+
+
 def weighted(metrics: Mapping[str, float | None], weights: Mapping[str, float]) -> float:
     """The sum of scores and costs, each oriented so that higher is better; NaN where one is missing.
 

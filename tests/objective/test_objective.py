@@ -760,6 +760,15 @@ def test_a_training_of_ones_own_is_asked_and_judged_as_capnas_own_is(data: Image
     assert evaluations(study)[0].reason == "pruned by ThresholdPruner after epoch 1: combined 0.2500"
 
 
+@pytest.mark.parametrize(
+    ("value", "untold"),
+    [("saturation_mean", "saturation_mean"), ("principled", "capacity_slack, depth_evenness"), ("val_loss", "val_loss")],
+)
+def test_a_training_of_ones_own_that_tells_too_little_for_a_value_is_told_so(data: ImageData, value: str, untold: str) -> None:
+    (found,) = evaluations(run(objective(data, values=("accuracy", value), trainer=own(), epochs=1), SMALL))
+    assert (found.status, found.reason.partition(":")[0]) == ("diverged", f"the training told nothing of {untold}")
+
+
 @pytest.mark.parametrize("losses", [{"val_loss": 1.0, "train_loss": 2.0}, {"val_loss": 1.0}, {}])
 def test_finals_are_trained_by_the_same_training(data: ImageData, losses: dict[str, float]) -> None:
     o = objective(data, values=("accuracy",), trainer=own(**losses))
