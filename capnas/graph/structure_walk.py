@@ -127,8 +127,8 @@ class Walk:
             return self._reduction(base, node, x)
         if base in ("cat", "stack"):
             return self._concat(base, node, given, data)
-        if base.startswith("upsample"):
-            return self._upsample(base, node, x)
+        if operations.RESIZE.fullmatch(base):
+            return self._resize(base, node, x)
         if base.startswith("_fft"):
             spread = axes.reach(x.fields, x.layout, tuple(a for axis in x.layout for a in axis))
             return replace(x, layout=axes.unknown([x.layout], node.shape), fields=spread, origin=node.index)
@@ -224,16 +224,7 @@ class Walk:
     def _pool(self, base: str, node: Node, x: State) -> State:
         lead = len(x.layout) - int(base[base.index("pool") + 4])
         sizes, before = node.shape[lead:], node.input_shapes[0][lead:]
-        kernel: tuple[int, ...]
-        stride: Extent
-        if "adaptive" in base:
-            kernel, stride = tuple(map(receptive.adaptive_kernel, before, sizes)), tuple(i / o for i, o in zip(before, sizes))
-            taps = math.prod(math.ceil(i / o) for i, o in zip(before, sizes))  # K and C of the narrowest window, such as the first
-        else:
-            kernel = operations.each(node.attrs["kernel_size"], len(sizes))
-            stride = operations.each(node.attrs.get("stride") or kernel, len(sizes))
-            taps = math.prod(kernel)
-        dilation = operations.each(node.attrs.get("dilation") or 1, len(sizes))
+        kernel, stride, dilation, taps = operations.pooling_window(base, node.attrs, before, sizes)
 
         def rule(f: Field, i: int) -> tuple[Field, float]:
             if "adaptive" in base and sizes[i] == 1:
@@ -303,14 +294,10 @@ class Walk:
         half = replace(x, layout=tuple(map(axes.resize, x.layout, node.shape)))
         return self._joined(node, half.layout, [half, self._activation(node, half)], algebra.log2_add([x.paths, x.paths]))
 
-    def _upsample(self, base: str, node: Node, x: State) -> State:
-        taps = operations.neighbours(base)
-        sizes, before = node.shape[2:], node.input_shapes[0][2:]
-
-        def rule(f: Field, i: int) -> tuple[Field, float]:
-            return receptive.resampled(f, sizes[i] / before[i], taps if sizes[i] != before[i] else 1), 1.0
-
-        layout, fields, _ = axes.slide(x.layout, x.fields, sizes, rule)
+    def _resize(self, base: str, node: Node, x: State) -> State:
+        factors = [after / before for after, before in zip(node.shape[2:], node.input_shapes[0][2:])]
+        windows = [(factor, operations.neighbours(base, factor)) for factor in factors]
+        layout, fields, _ = axes.slide(x.layout, x.fields, node.shape[2:], lambda f, i: (receptive.resampled(f, *windows[i]), 1.0))
         return replace(x, layout=layout, fields=fields, origin=node.index)
 
     def _pointwise(self, base: str, node: Node, given: list[State | None], data: list[State]) -> State:

@@ -147,6 +147,8 @@ def test_the_shortest_way_is_that_of_the_least_layers() -> None:
 
 def test_enlarging_one_axis_leaves_the_other() -> None:
     assert highs(end(lambda m, x: F.interpolate(x, (16, 8), mode="bilinear"))) == [2, 1]
+    assert highs(end(lambda m, x: F.interpolate(x, (4, 8), mode="nearest-exact"))) == [1, 1]
+    assert highs(end(lambda m, x: F.interpolate(x, (2, 8), mode="bilinear", antialias=True))) == [8, 1]
 
 
 def test_what_the_data_are_divided_by_opens_no_paths() -> None:
