@@ -84,6 +84,11 @@ class Node:
         """See `is_shape_only`."""
         return is_shape_only(self.op)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the operation changes values of its first argument in place."""
+        return self.op.split(".")[1].endswith("_") and not self.shape_only
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
@@ -156,6 +161,23 @@ class Trace:
 
     def memory(self, index: int | None, shape: tuple[int, ...]) -> tuple[int | None, int]:
         """What made, or last wrote to, the tensor that a view of this producer and shape is taken of, and its number of entries."""
-        while index is not None and index >= 0 and (node := self.nodes[index]).shape_only and node.op.split(".")[1] not in _COPYING:
+        for node in self._views(index):
             index, shape = node.inputs[0], node.input_shapes[0]
         return index, math.prod(shape)
+
+    def stands(self, node: Node) -> bool:
+        """Whether a node copies to a place of a memory what was computed there, as ``y[:2] += x`` does in the end."""
+        views = self._views(node.inputs[0])
+        source = views[-1].inputs[0] if views else node.inputs[0]
+        if not node.op.startswith("aten.copy_") or source is None or source < 0 or node.inputs[1:] != (source,):
+            return False
+        before = self._views(self.nodes[source].inputs[0])
+        return [(v.op, v.attrs) for v in views] == [(v.op, v.attrs) for v in before]
+
+    def _views(self, index: int | None) -> list[Node]:
+        """The views, the last one first, that lead from a memory to what a node gives."""
+        views: list[Node] = []
+        while index is not None and index >= 0 and (node := self.nodes[index]).shape_only and node.op.split(".")[1] not in _COPYING:
+            views.append(node)
+            index = node.inputs[0]
+        return views

@@ -7,7 +7,7 @@ of its axes hold the image. Each leaf adds its complexity once. Decisions of our
 * Attention counts its value path: ``softmax(A) V`` over n tokens is an average of n, as a pooling. Without a softmax a product of two data
   matrices over n terms is ``n (K_A + K_B)``: the gate rule under a sum.
 * A constant (class token, position code) has no path from the input, ``K = 0``; a concatenation takes the mean over units.
-* Values written into a part of a tensor take the place of what was there; the tensor has the mean over its units, as a concatenation.
+* Values written or computed in a part of a tensor replace those that were there; it has the mean over its units, as a concatenation.
 * An activation belongs to the linear layer that it reads through views, norms and constants; otherwise it is a leaf of its own. Two
   activations of the same values cut at the same hyperplanes and count once. A layer called several times counts at each call.
 * A transposed convolution has the mean fan-in of its output phases, ``r / stride^2``; adaptive pooling that of its narrowest window.
@@ -24,13 +24,14 @@ import math
 from dataclasses import dataclass, field, replace
 
 from capnas.graph import operations
-from capnas.graph.tracing import INPUT, Node, Trace
+from capnas.graph.dataflow import INPUT, Node, Place, Trace
 from capnas.measures import algebra, axes, receptive
 from capnas.measures.algebra import PoolGain
 from capnas.measures.axes import CHANNEL, Atom, Axis, Layout
 from capnas.measures.receptive import Field
 
 Extent = tuple[float, ...]
+WHOLE = -1  # port of the memory that a node wrote a part of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +76,10 @@ class Walk:
     def __init__(self, trace: Trace, *, pool_gain: PoolGain = "paths", gates: bool = False) -> None:
         self.gain, self.gates = pool_gain, gates
         self.batch = max(1, trace.input_shape[0])
-        self.states: dict[tuple[int, int], State] = {
+        self.states: dict[tuple[int | None, int], State] = {
             (INPUT, 0): State(layout=axes.input_layout(trace.input_shape), fields=(Field(),) * (len(trace.input_shape) - 2), paths=0.0)
         }
-        self.names: dict[int, str | None] = {}  # constant node -> parameter that it was computed from
+        self.names: dict[int | None, str | None] = {}  # constant node -> parameter that it was computed from
         self.rows: dict[str, Row] = {}
         self.waiting: dict[int, tuple[Row, float, float]] = {}  # linear layers whose activation has not come yet
         self.counted: set[tuple[int, int]] = set()
@@ -87,7 +88,7 @@ class Walk:
         live = trace.live()
         for index in sorted(live):
             self._visit(trace.nodes[index])
-        self.ends = [s for end in zip(trace.output, trace.output_ports) if (s := self.states.get(end)) is not None]
+        self.ends = [s for end in zip(trace.output, trace.output_ports, trace.output_places) if (s := self._state(*end)) is not None]
         self.macs = sum(trace.nodes[i].flops for i in live) // 2 // self.batch
 
     def _visit(self, node: Node) -> None:
@@ -97,14 +98,24 @@ class Walk:
                 self.sizes.setdefault(name, math.prod(shape))  # as it is, before a slice or an expansion
                 if not node.shape_only:
                     self.weights[name] = self.sizes[name]
-        given = [None if i is None else self.states.get((i, p)) for i, p in zip(node.inputs, node.input_ports)]
+        given = list(map(self._state, node.inputs, node.input_ports, node.input_places, node.input_shapes))
         data = [s for s in given if s is not None]
         if not data or operations.CONSTANT.fullmatch(base):
             self.names[node.index] = next((n for i in range(len(node.inputs)) if (n := self._name_of(i, node))), None)
             return
         self.states[node.index, 0] = state = self._apply(base, node, given, data)
         for port in range(1, len(node.shapes) if operations.SPLIT.fullmatch(base) else 1):
-            self.states[node.index, port] = replace(state, layout=tuple(map(axes.resize, state.layout, node.shapes[port])))
+            self.states[node.index, port] = replace(state, layout=axes.cut(state.layout, node.shapes[port]))
+        if node.writes:
+            self.states[node.index, WHOLE] = self._written(node, given[0], state)
+
+    def _state(self, producer: int | None, port: int, place: Place | None, shape: tuple[int, ...] | None = None) -> State | None:
+        """State of a tensor, or where another view of its memory was written, of all of that memory in the tensor's shape."""
+        state = self.states.get((producer, port))
+        if state is None or place is None:
+            return state
+        state = self.states.get((producer, WHOLE), state)
+        return state if shape is None else replace(state, layout=axes.cut(state.layout, shape))
 
     def _apply(self, base: str, node: Node, given: list[State | None], data: list[State]) -> State:
         x = data[0]
@@ -134,8 +145,9 @@ class Walk:
             return replace(x, layout=axes.unknown([x.layout], node.shape), fields=spread, origin=node.index)
         if len(data) == 1 and (moved := axes.rearrange(base, node.attrs, x.layout, node.shape)) is not None:
             return replace(x, layout=moved)
-        if base == "copy" and (new := given[1]) is not None:
-            return self._written(node, given[0], new)
+        if base in ("copy", "fill", "zero"):
+            new = given[1] if len(given) > 1 else None
+            return replace(x, paths=-math.inf) if new is None else self._pointwise(base, node, [new], [new])
         return self._pointwise(base, node, given, data)
 
     # leaves
@@ -184,8 +196,7 @@ class Walk:
         if self.gates or not attention:
             second = other.fields if attention else axes.reach(b.fields, b.layout, b.layout[-2])
             fields = tuple(map(receptive.merge, zip(fields, second)))
-        layout = (*a.layout[:-1], b.layout[-1])
-        after = replace(self._joined(node, layout, [a, b], paths), fields=fields)
+        after = replace(self._joined(node, (*a.layout[:-1], b.layout[-1]), [a, b], paths), fields=fields)
         if attention:
             self._row(node.module, "attention", gain, value, after)
         return after
@@ -283,15 +294,18 @@ class Walk:
 
     def _written(self, node: Node, old: State | None, new: State) -> State:
         (source, whole), part = self.trace.memory(node.inputs[0], node.input_shapes[0]), math.prod(node.input_shapes[0])
+        if self.trace.stands(node) and source in self.filled:
+            self.filled[node.index] = self.filled[source]
+            return self.states[source, WHOLE]
         kept = min(self.filled.get(source, 0 if old is None else whole), whole - part)
         self.filled[node.index] = kept + part
         data = [new] if old is None or not kept else [old, new]
         paths = algebra.mean_fan_in([s.paths for s in data], [kept, part][-len(data) :])
-        return self._joined(node, axes.broadcast([s.layout for s in data], node.shape), data, paths)
+        base = self.states.get((source, WHOLE)) or self.states.get((source, 0), new)
+        return self._joined(node, base.layout, data, paths)
 
     def _gated_half(self, node: Node, x: State) -> State:
-        # nn.GLU: one half of an axis times the activation of the other
-        half = replace(x, layout=tuple(map(axes.resize, x.layout, node.shape)))
+        half = replace(x, layout=axes.cut(x.layout, node.shape))  # nn.GLU: one half of an axis times the activation of the other
         return self._joined(node, half.layout, [half, self._activation(node, half)], algebra.log2_add([x.paths, x.paths]))
 
     def _resize(self, base: str, node: Node, x: State) -> State:
@@ -321,8 +335,7 @@ class Walk:
     # records
 
     def _name_of(self, place: int, node: Node) -> str | None:
-        producer = node.inputs[place]
-        return node.input_params[place] or (self.names.get(producer) if producer is not None else None)
+        return node.input_params[place] or self.names.get(node.inputs[place])
 
     def _row(self, name: str, kind: str, own: float, x: State, after: State, extent: Extent = ()) -> Row:
         key = name or kind

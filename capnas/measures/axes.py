@@ -145,6 +145,15 @@ def resize(axis: Axis, size: int, step: int = 1) -> Axis:
     return (Atom(axes=tuple(sorted({i for a in axis for i in a.axes})), size=size),)
 
 
+def cut(layout: Layout, shape: Sequence[int]) -> Layout:
+    """Layout of a part of a tensor: `resize` along every axis, `unknown` for another number of axes.
+
+    >>> [axis[0].size for axis in cut(input_layout((1, 4, 8, 8)), (1, 2, 8, 8))]
+    [1, 2, 8, 8]
+    """
+    return tuple(map(resize, layout, shape)) if len(layout) == len(shape) else unknown([layout], shape)
+
+
 def broadcast(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
     """Layout of an element-wise operation: for each axis that of the operand of full size that tells most; `unknown` if one does not fit.
 

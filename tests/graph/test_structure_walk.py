@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from capnas.graph.structure import StructureReport, structure
 from capnas.graph.structure_walk import State, Walk
 from capnas.graph.tracing import trace
+from capnas.measures import axes
 
 MAPS = (1, 4, 8, 8)
 
@@ -69,6 +70,11 @@ def into(x: Tensor, *writes: tuple[slice, Tensor]) -> Tensor:
     return x
 
 
+def added(x: Tensor, y: Tensor) -> Tensor:
+    x[0, :3] += y[0, :3]
+    return x
+
+
 @pytest.mark.parametrize(
     ("body", "same"),
     [(lambda m, x: into(x.new_empty(1, 8, 8, 8), (slice(4), m.point(x)), (slice(4, 8), m.conv(x))),
@@ -77,11 +83,15 @@ def into(x: Tensor, *writes: tuple[slice, Tensor]) -> Tensor:
       lambda m, x: torch.cat([m.point(x), m.conv(x), x], 1)),
      (lambda m, x: into(m.conv(x), (slice(1), m.point(x)[:, :1])), lambda m, x: torch.cat([m.point(x)[:, :1], m.conv(x)[:, 1:]], 1)),
      (lambda m, x: into(m.conv(x), (slice(4), m.point(x))), lambda m, x: m.point(x)),
-     (lambda m, x: into(torch.relu(m.conv(x)), (slice(2, 2), x[:, :0])), lambda m, x: m.conv(x))],
-    ids=["halves", "thirds", "one channel", "all", "none"],
+     (lambda m, x: into(torch.relu(m.conv(x)), (slice(2, 2), x[:, :0])), lambda m, x: torch.relu(m.conv(x))),
+     (lambda m, x: into(m.conv(x), (slice(1), 0)), lambda m, x: torch.cat([x.new_zeros(1, 1, 8, 8), m.conv(x)[:, 1:]], 1)),
+     (lambda m, x: added(m.conv(x), m.point(x)), lambda m, x: torch.cat([m.conv(x)[:, :3] + m.point(x)[:, :3], m.conv(x)[:, 3:]], 1)),
+     (lambda m, x: m.conv(x)[:, :3].add_(m.point(x)[:, :3]), lambda m, x: m.conv(x)[:, :3] + m.point(x)[:, :3])],
+    ids=["halves", "thirds", "one channel", "all", "none", "zeros", "sum", "sum read itself"],
 )  # fmt: skip
 def test_values_written_into_a_tensor_take_the_place_of_those_there(body: Callable[..., Tensor], same: Callable[..., Tensor]) -> None:
     assert end(body).paths == pytest.approx(end(same).paths, abs=1e-12)
+    assert axes.channels(end(lambda m, x: torch.relu(body(m, x))).layout) == axes.channels(end(same).layout)
 
 
 @pytest.mark.parametrize(("clamp", "bits"), [((0, 6), 4), ((0, None), 4), ((-1, 1), 0), ((None, 1), 0)])
