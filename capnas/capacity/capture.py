@@ -44,9 +44,20 @@ def base_name(node: Node) -> str:
 
 
 def squared_gains(node: Node) -> tuple[float, ...]:
-    """What a sum or difference multiplies the second moment of each of its tensors by: torch's ``alpha`` squared, of the second one."""
+    """What a sum, difference or ``lerp`` multiplies the second moment of each of its tensors by.
+
+    Torch's ``alpha`` squared for the second tensor of a sum; with ``weight`` w of a ``lerp``, (1 - w)^2 and w^2.
+    """
+    if base_name(node) == "lerp":
+        return (1 - node.attrs["weight"]) ** 2, node.attrs["weight"] ** 2
     scaled = "self" if base_name(node) == "rsub" else "other"
     return tuple(float(node.attrs.get("alpha", 1)) ** 2 if name == scaled else 1.0 for name in node.input_names)
+
+
+def squared_shift(node: Node) -> float:
+    """Square of the number that a sum or difference adds to its only tensor, which takes capacity as a bias does; 0 of two tensors."""
+    factor = 1 if base_name(node) == "rsub" else node.attrs.get("alpha", 1)
+    return float(factor * node.attrs.get("other", 0)) ** 2
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capnas.capacity.capture import ACTIVATIONS, base_name, squared_gains
+from capnas.capacity.capture import ACTIVATIONS, base_name, squared_gains, squared_shift
 from capnas.graph.tracing import INPUT, Node, Trace
 from capnas.measures.capacity_push import inject, interpolation_squared, push, push_max_pool, push_ports
 
@@ -202,9 +202,9 @@ class Sweeper:
         elif base.startswith("max_pool") and node.index in self.indices and len(node.shape) == 4:
             share = push_max_pool(k[0], self.indices[node.index].cpu(), node.input_shapes[data[0]][1:]).to(_FLOAT)
             self._give(node, data[0], share.unsqueeze(0))
-        elif base in ("add", "sub", "rsub"):
+        elif base in ("add", "sub", "rsub") or (base == "lerp" and "weight" in node.attrs):
             moments = [(gain * self._moment(node, j)).expand(node.input_shapes[j]) for j, gain in enumerate(squared_gains(node))]
-            shares, left = push(k, moments, lambda *s: sum(s[1:], s[0]).expand(k.shape))
+            shares, left = push(k, moments, lambda *s: sum(s[1:], s[0]).expand(k.shape), squared_shift(node))
             self.bias += left + sum(float(share.sum()) for j, share in enumerate(shares) if j not in data)
             for j in data:
                 self._give(node, j, shares[j])
@@ -241,20 +241,25 @@ class Sweeper:
             self.bias += float(k.sum())
 
     def _mix(self, node: Node, k: Tensor, data: list[int]) -> None:
-        """Matrix products and convolutions: by squared weights, or by the second moments of the other factor."""
+        """Matrix products and convolutions: by squared weights, or by the second moments of the other factor; what is added as in sums."""
         bias = [j for j, a in enumerate(node.input_names) if a in ("bias", "self") and len(node.inputs) == 3]
         factors = [j for j in range(len(node.inputs)) if j not in bias]
         signal = [j for j in data if j in factors]
         signal = [j for j in signal if (node.inputs[j], node.input_ports[j]) not in self.gates] or signal
-        offset: Tensor | float = 0.0
-        if bias and bias[0] not in data:
-            offset = self._moment(node, bias[0])
-            if base_name(node) == "convolution":
-                offset = offset.view(-1, *[1] * (len(node.shape) - 2))
+        alpha, beta = (float(node.attrs.get(name, 1)) ** 2 for name in ("alpha", "beta"))
+        offset = beta * self._moment(node, bias[0]) if bias else torch.zeros(())
+        if bias and base_name(node) == "convolution":
+            offset = offset.view(-1, *[1] * (len(node.shape) - 2))
+        if bias and bias[0] in data:
+            product = alpha * self._product(node, {j: self._moment(node, j) for j in factors})
+            (start, k), left = push(k, [offset, product], lambda a, b: a.expand(b.shape) + b)
+            self.bias += left + (0.0 if signal else float(k.sum()))
+            self._give(node, bias[0], start)
+            offset = torch.zeros(())
         for j in signal:
             other = {i: self._moment(node, i) for i in factors if i != j}
             (share,), left = push(
-                k / len(signal), [self._moment(node, j)], lambda s, j=j, other=other: self._product(node, {**other, j: s}), offset
+                k / len(signal), [self._moment(node, j)], lambda s, j=j, other=other: alpha * self._product(node, {**other, j: s}), offset
             )
             self.bias += left
             self._give(node, j, share)

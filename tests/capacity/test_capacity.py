@@ -346,22 +346,38 @@ def test_two_equal_factors_share_what_their_product_carries() -> None:
     assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
 
 
-class Shifted(nn.Module):
-    def __init__(self) -> None:
+class Affine(nn.Module):
+    """A map without products of its data, whose constants are parameters, before a head."""
+
+    def __init__(self, apply: Callable[[Tensor, Tensor], Tensor], outputs: int) -> None:
         super().__init__()
-        self.start, self.scale, self.head = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4)), nn.Linear(4, 1, bias=False)
+        self.apply, self.start, self.head = apply, nn.Parameter(torch.rand(4) + 0.5), nn.Linear(outputs, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.addcmul(self.start, x, self.scale, value=2))
+        return self.head(self.apply(x, self.start))
 
 
-def test_what_addcmul_adds_takes_its_part() -> None:
+@pytest.mark.parametrize(
+    ("apply", "outputs"),
+    [(lambda x, start: x + 2, 4), (lambda x, start: torch.sub(x, 2, alpha=3), 4), (lambda x, start: 3 - x, 4),
+     (lambda x, start: torch.lerp(x[:, :2], x[:, 2:], 0.25), 2),
+     (lambda x, start: torch.addcmul(start, x, start.flip(0), value=2), 4),
+     (lambda x, start: torch.addmm(start[:2], x[:, 2:], start.view(2, 2), beta=2, alpha=3), 2),
+     (lambda x, start: torch.addmm(x[:, :2], x[:, 2:], start.view(2, 2), beta=2, alpha=3), 2),
+     (lambda x, start: torch.baddbmm(x[:, None, :2], x[:, None, 2:], start.view(1, 2, 2).expand(len(x), 2, 2), beta=0.5, alpha=2)[:, 0],
+      2)],
+    ids=["number", "minus", "from", "lerp", "addcmul", "addmm", "addmm data", "baddbmm data"],
+)  # fmt: skip
+def test_affine_maps_hand_capacity_on_by_their_squared_coefficients(apply: Callable[..., Tensor], outputs: int) -> None:
     torch.manual_seed(0)
-    model, x = Shifted(), torch.randn(30, 4)
-    found = capacity_map(model, x)
-    start, scaled = model.start.detach().square(), (2 * model.scale.detach()).square() * x.square().mean(0)
-    torch.testing.assert_close(found.pixels.float(), found.total / 4 * scaled / (start + scaled), rtol=1e-4, atol=0)
-    assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total, rel=1e-4)
+    model, x = Affine(apply, outputs), torch.randn(30, 4) * torch.tensor([0.5, 1, 2, 3])
+    found = capacity_map(model, x, mode="eval")
+    coefficients = torch.func.jacrev(lambda v: apply(v[None], model.start.detach())[0])(torch.zeros(4))
+    shift, moment = apply(torch.zeros(1, 4), model.start.detach())[0].square(), x.square().mean(0)
+    rate = found.total / outputs / (coefficients.square() @ moment + shift)  # the head reads each of its inputs once
+    torch.testing.assert_close(found.pixels.float(), moment * (rate @ coefficients.square()), rtol=1e-4, atol=1e-6)
+    assert found.bias == pytest.approx(float(rate @ shift), rel=1e-3, abs=1e-5)
+    assert found.approximated == {}
 
 
 def test_capacity_is_even_over_a_torus_whose_batch_holds_all_shifts_of_an_image() -> None:
