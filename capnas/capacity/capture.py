@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten
 
 from capnas.capacity.patches import LAYERS, arguments, groups_of, input_rows, unravel
-from capnas.graph.tracing import Node, Trace, caches_kept
+from capnas.graph.tracing import INPUT, Node, Trace, caches_kept
 from capnas.layers import MEASURED
 from capnas.measures.activation_codes import all_finite
 from capnas.measures.axes import CHANNEL, Atom, Layout, rearrange, resize, unknown
@@ -110,6 +110,7 @@ class MomentReader(TorchDispatchMode):
         super().__init__()
         self.trace, self.batch, self.place = trace, batch, 0
         self.nodes = [node for node in trace.nodes if not node.shape_only]
+        self.fed = trace.fed() | {INPUT}
         self.moments: dict[tuple[int, int], Tensor] = {}
         self.indices: dict[int, Tensor] = {}
         self.activations: dict[str, tuple[Any, Any, Any, Tensor, Tensor]] = {}  # function, its other arguments, rows, maps
@@ -131,6 +132,7 @@ class MomentReader(TorchDispatchMode):
             return func(*args, **kwargs)
         if base_name(node) in ACTIVATIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self.keep(node, func, args, kwargs)
+        self.read_outside(node, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)])
         out = func(*args, **kwargs)
         self.place += 1
         for port, (tensor, shape) in enumerate(zip([t for t in tree_flatten(out)[0] if isinstance(t, Tensor)], node.shapes)):
@@ -141,6 +143,15 @@ class MomentReader(TorchDispatchMode):
             elif base_name(node).startswith("max_pool"):
                 self.indices[node.index] = tensor
         return out
+
+    def read_outside(self, node: Node, tensors: Sequence[Tensor]) -> None:
+        """Second moments of constants that are no parameters, no buffers and not read as values; of argument j of node i: (i, -1 - j)."""
+        for j, (tensor, name, producer) in enumerate(zip(tensors, node.input_params, node.inputs)):
+            source = self.trace.source(producer)
+            if name is None and tensor.is_floating_point() and source not in self.fed and (source, 0) not in self.moments:
+                moment = mean_square(tensor, node.input_shapes[j], self.batch)
+                if moment is not None:
+                    self.moments[node.index, -1 - j] = moment
 
     def keep(self, node: Node, func: Any, args: Any, kwargs: Any) -> None:
         """Keep what the decoupling of one activation needs: its input at some rows, and at some positions for all samples."""

@@ -64,7 +64,8 @@ class Sweeper:
     Args:
         model: holds the parameters that the trace names.
         trace: of one sample.
-        moments: second moment of each traced value at one sample's shape, and of the input under (-1, 0).
+        moments: second moment of each traced value at one sample's shape, of the input under (-1, 0), and of argument j of node i under
+            (i, -1 - j) where that is a tensor from outside the model's parameters, buffers and operations.
         indices: of max poolings, (B, ...).
         capacity: c_l by weight name.
         responses: per weight name and call, the flat map ``E sum_o (d f_o / d z)^2``.
@@ -153,11 +154,10 @@ class Sweeper:
     def _moment(self, node: Node, j: int) -> Tensor:
         """Second moment of one argument; a parameter's is its square."""
         index, name, shape = node.inputs[j], node.input_params[j], node.input_shapes[j]
-        if index is None:
-            if name is None or name not in self.tensors:
-                return torch.ones(shape, dtype=_FLOAT)
+        if index is None and name in self.tensors:
             return self.tensors[name].detach().cpu().to(_FLOAT).square().reshape(shape)
-        found = self.moments.get((index, node.input_ports[j]))
+        own = node.index, -1 - j
+        found = self.moments.get(own if own in self.moments or index is None else (index, node.input_ports[j]))
         if found is None:
             return torch.ones(shape, dtype=_FLOAT)
         # a view that was written in place may have another shape than the node that wrote it

@@ -347,7 +347,7 @@ def test_two_equal_factors_share_what_their_product_carries() -> None:
 
 
 class Affine(nn.Module):
-    """A map without products of its data, whose constants are parameters, before a head."""
+    """A map without products of its data, whose constants are parameters or tensors of the code, before a head."""
 
     def __init__(self, apply: Callable[[Tensor, Tensor], Tensor], outputs: int) -> None:
         super().__init__()
@@ -357,6 +357,9 @@ class Affine(nn.Module):
         return self.head(self.apply(x, self.start))
 
 
+OUTSIDE = torch.tensor([[3.0, 1.0], [-2.0, 5.0]])  # neither parameter nor buffer
+
+
 @pytest.mark.parametrize(
     ("apply", "outputs"),
     [(lambda x, start: x + 2, 4), (lambda x, start: torch.sub(x, 2, alpha=3), 4), (lambda x, start: 3 - x, 4),
@@ -364,9 +367,10 @@ class Affine(nn.Module):
      (lambda x, start: torch.addcmul(start, x, start.flip(0), value=2), 4),
      (lambda x, start: torch.addmm(start[:2], x[:, 2:], start.view(2, 2), beta=2, alpha=3), 2),
      (lambda x, start: torch.addmm(x[:, :2], x[:, 2:], start.view(2, 2), beta=2, alpha=3), 2),
-     (lambda x, start: torch.baddbmm(x[:, None, :2], x[:, None, 2:], start.view(1, 2, 2).expand(len(x), 2, 2), beta=0.5, alpha=2)[:, 0],
-      2)],
-    ids=["number", "minus", "from", "lerp", "addcmul", "addmm", "addmm data", "baddbmm data"],
+     (lambda x, start: torch.baddbmm(x[:, None, :2], x[:, None, 2:], start.view(1, 2, 2).expand(len(x), 2, 2), beta=0.5, alpha=2)[:, 0], 2),
+     (lambda x, start: x * OUTSIDE.flatten() + OUTSIDE.view(4), 4),
+     (lambda x, start: torch.addmm(torch.arange(2).to(x), x[:, 2:], OUTSIDE), 2)],
+    ids=["number", "minus", "from", "lerp", "addcmul", "addmm", "addmm data", "baddbmm data", "outside", "addmm outside"],
 )  # fmt: skip
 def test_affine_maps_hand_capacity_on_by_their_squared_coefficients(apply: Callable[..., Tensor], outputs: int) -> None:
     torch.manual_seed(0)
