@@ -27,6 +27,9 @@ Pretrained = Annotated[
     bool,
     typer.Option("--pretrained", help="Use timm's own weights; images are cropped, sized and normalized as in timm's evaluation of these."),
 ]
+WEIGHTS: Any = typer.Option(
+    metavar="FILE", help="Trained weights of a timm model: a safetensors file, or a checkpoint of timm's training or torch.save."
+)
 Run = Annotated[str, typer.Argument(help="A run's folder, or the name of a study under runs/.")]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capnas.cli.app import Blocks, Device, Json, Pretrained, app, decimal, quiet, seeding, whole
+from capnas.cli.app import WEIGHTS, Blocks, Device, Json, Pretrained, app, decimal, quiet, seeding, whole
 from capnas.console import duration, out_json, say, short, show_table
 
 Cell = Callable[[Any], str]
@@ -35,7 +35,7 @@ def profile(
     reading: Annotated[str, typer.Option(help="Rows to show: modules (single layers), blocks or both.")] = "both",
     blocks: Blocks = None,
     initial: Annotated[bool, typer.Option("--initial", help="Measure a trial's network as it was before training.")] = False,
-    weights: Annotated[str | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, a safetensors file.")] = None,
+    weights: Annotated[str | None, WEIGHTS] = None,
     pretrained: Pretrained = False,
     project: Annotated[
         float | None, decimal("Also the accuracy if every layer but the head keeps only this share of its variance.", "SHARE")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capnas.cli.app import Device, Json, Pretrained, app, decimal, quiet, seeding, whole
+from capnas.cli.app import WEIGHTS, Device, Json, Pretrained, app, decimal, quiet, seeding, whole
 from capnas.console import LONGER, SAW_VALIDATION, at_chance, out_json, remark, say, short, show_table
 from capnas.errors import UsageError, counted
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def prune(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
     data: Annotated[str | None, typer.Option(help="Images; default: those of the run or the saved model, else fashion-mnist-12k.")] = None,
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Trained weights of a timm model, a safetensors file.")] = None,
+    weights: Annotated[Path | None, WEIGHTS] = None,
     pretrained: Pretrained = False,
     image_size: Annotated[int | None, whole("Image size in pixels; default: the target's.")] = None,
     target_macs: Annotated[float | None, decimal("Share of the multiply-accumulates to keep.", "SHARE")] = None,

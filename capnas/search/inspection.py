@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from capnas._timm import import_timm
 from capnas.candidates import cost_of
 from capnas.data import ImageData
 from capnas.devices import resolve_device
-from capnas.errors import StudyError, UsageError, check_names, counted, one_line
+from capnas.errors import StudyError, UsageError, check_names, counted, described, one_line
 from capnas.graph.tracing import trace
 from capnas.profile import INITIALIZATIONS, MEASURES, Profile, at_default_initialization, enrich, profile_model, with_macs
 from capnas.projection import ProjectionResult, project_model
@@ -139,7 +141,7 @@ def inspect_target(
         measures: any of `capnas.profile.MEASURES`; saturation always.
         blocks: regular expression of the units to read as blocks, see `capnas.layers.find_blocks`; by default a trial's are its run's.
         initial: profile a trial's network before training instead.
-        weights: a safetensors file for a timm model.
+        weights: a file for a timm model, see `load_weights`.
         pretrained: of a timm model, its own weights, see `capnas.search.target.open_target`.
         project: the share of variance of the eigenspaces that every layer but the head is projected on, in (0, 1].
         seed: of the weights and the choice of images.
@@ -295,33 +297,41 @@ def load_weights(model: nn.Module, found: Target, weights: str | Path) -> None:
     Args:
         model: built by the target.
         found: a timm model given by its name.
-        weights: a safetensors file of its state dict.
+        weights: a safetensors file of its state dict, or a checkpoint as timm's training and ``torch.save`` write them.
 
     Raises:
         UsageError: the target has weights of its own or is no timm model, or the file cannot be read or does not fit.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path, name = Path(weights), found.name
     if "timm" not in found.recipe or found.trained or found.pretrained:
         raise UsageError("weights are for a timm model given by its name, without pretrained; a saved model has its own.")
-    try:
-        state = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        how = "safetensors.torch.save_file(model.state_dict(), FILE) writes one"
-        raise UsageError(f"weights must be a safetensors file, {path} cannot be read: {one_line(error, 300)}; {how}.") from None
-    for prefix in ("module.", "_orig_mod."):  # of DataParallel, of torch.compile
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state = _read_weights(path)
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         images, first = found.data, one_line(error, 300)
         shape = f"classes: {images.num_classes}, channels: {images.in_chans}"
         wanted = f"give a model of their architecture, and the images of these weights as --data: {first}"
         says = f"the weights in {path} do not fit {name} for {images.name} ({shape}); {wanted}."
         raise UsageError(says) from None
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file, without what DataParallel and torch.compile add to its names; of two in a checkpoint, the averaged one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    models = import_timm("timm.models")
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        with contextlib.suppress(SafetensorError):  # under any name
+            return models.clean_state_dict(load_file(str(path)))
+        return models.load_state_dict(str(path), weights_only=True)  # which runs no code of the file
+    except Exception as error:  # of pickle, of torch, of a file that holds something else
+        how = "safetensors.torch.save_file(model.state_dict(), FILE) writes one"
+        what = "weights must be a safetensors file, or a checkpoint of tensors and plain values"
+        raise UsageError(f"{what}; {path} cannot be read: {described(error, 300)}; {how}.") from None
 
 
 def _project(model: nn.Module, data: ImageData, share: float, size: int, seed: int, device: str) -> ProjectionResult:

@@ -7,6 +7,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from tiny_space import FILE, write_images
 from torch import nn
 
@@ -15,7 +16,8 @@ from capnas.errors import StudyError, UsageError
 from capnas.profile import MEASURES, at_default_initialization
 from capnas.search import open_run, run_study
 from capnas.search.config import StudyConfig
-from capnas.search.inspection import inspect_target
+from capnas.search.inspection import inspect_target, load_weights
+from capnas.search.target import open_target
 from capnas.search.trials import rebuild, retrain_trial
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -204,15 +206,38 @@ def test_weights_of_a_timm_model_from_a_file(tmp_path: Path) -> None:
         inspect_target("resnet10t", batch=4, weights=tmp_path / "w.safetensors", initial=True)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
-def test_weights_of_a_wrapped_model_are_those_of_the_model(tmp_path: Path, prefix: str) -> None:
+@pytest.mark.parametrize(
+    ("prefix", "keys"),
+    [
+        ("module.", None),
+        ("_orig_mod.", ()),
+        ("", ()),
+        ("module.", ("state_dict",)),
+        ("", ("model",)),
+        ("", ("state_dict_ema", "state_dict")),
+    ],
+)
+def test_weights_of_a_wrapped_model_or_a_checkpoint_are_those_of_the_model(tmp_path: Path, prefix: str, keys: tuple[str, ...]) -> None:
     from safetensors.torch import save_file
 
-    model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
-    model.fc.weight.data.fill_(0.5)
-    save_file({prefix + name: value for name, value in model.state_dict().items()}, tmp_path / "w.safetensors")
-    found = inspect_target("resnet10t", batch=4, image_size=32, weights=tmp_path / "w.safetensors", measures=("norms",))
-    assert found.profile.layers[-1].norm == pytest.approx(0.5 * (10 * 512) ** 0.5, rel=1e-4)
+    found = open_target("resnet10t")
+    trained, other = ({prefix + name: value for name, value in found.build(seed).state_dict().items()} for seed in (1, 2))
+    if keys is None:
+        save_file(trained, tmp_path / "w.bin")
+    else:
+        torch.save(dict(zip(keys, (trained, other))) | {"epoch": 3} if keys else trained, tmp_path / "w.bin")
+    model = found.build(3)
+    load_weights(model, found, tmp_path / "w.bin")
+    torch.testing.assert_close(model.state_dict(), found.build(1).state_dict(), rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_would_run_code_or_holds_no_weights_is_refused(tmp_path: Path) -> None:
+    found = open_target("resnet10t")
+    model = found.build(1)
+    for what, says in ((model, "cannot be read: .*weights_only"), ([1], "cannot be read: "), ({"a": 1}, "do not fit resnet10t")):
+        torch.save(what, tmp_path / "w.pth")
+        with pytest.raises(UsageError, match=says):
+            load_weights(model, found, tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
