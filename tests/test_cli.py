@@ -50,6 +50,15 @@ def study(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_shell_completes_commands_and_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_CAPNAS_COMPLETE", "complete_bash")
+    for words, found in (("capnas pr", "profile prune"), ("capnas search --sam", "--sampler")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        code, out, err = run()
+        assert (code, out.split(), err) == (0, found.split(), "")
+
+
 def test_search_leaves_the_files_of_a_run(study: Path) -> None:
     assert {"study.toml", "journal.log", "environment.json", "trials.csv"} <= {p.name for p in study.iterdir()}
     assert len((study / "trials.csv").read_text().splitlines()) == 4

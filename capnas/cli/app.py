@@ -17,7 +17,6 @@ from capnas.errors import UsageError, one_line
 app = typer.Typer(
     help="Architecture search for Optuna, timm and PyTorch that looks inside each candidate.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
