@@ -10,7 +10,7 @@ linear 0.45; a two-block transformer 0.11 to 0.15 by pixels and 0.05 to 0.08 by 
 Partial decoupling, (20) and (21), exists for one dense layer, in `capnas.measures.propagation`, not here. Decisions of ours:
 
 * Normalisation, activations and copies pass capacity on unchanged; a norm's bias keeps ``beta^2 / (gamma^2 + beta^2)``.
-* Of a product of two values, the one that a softmax, a sigmoid or a norm of the data made is a gate and gets nothing; two equals share.
+* Of a product, what a softmax, a sigmoid or a norm of the data made is a gate and gets nothing, nor does a divisor; two equals share.
 * An operation without a rule hands its capacity to its inputs by their second moments, and is listed as approximated.
 """
 
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capnas.capacity.capture import ACTIVATIONS, base_name, squared_gains, squared_shift
+from capnas.capacity.capture import base_name, squared_gains, squared_shift
+from capnas.graph.operations import ACTIVATION
 from capnas.graph.tracing import INPUT, Node, Trace
 from capnas.measures.capacity_push import inject, interpolation_squared, push, push_max_pool, push_ports
 
@@ -37,14 +38,13 @@ _FLOAT = torch.float32  # of the maps; sums are kept in double precision
 _GATE = re.compile("_?softmax|_safe_softmax|sigmoid|hardsigmoid|linalg_vector_norm|norm|(var|std)(_mean)?|r?sqrt|reciprocal")
 _NORM = re.compile("native_(batch|layer|group)_norm|cudnn_batch_norm|.*rms_norm")
 _LINEAR = re.compile(
-    "mean|sum|avg_pool[123]d|_?adaptive_avg_pool[123]d|upsample_.*|_upsample_.*|constant_pad_nd|reflection_pad.*|replication_pad.*|cat|stack|"
-    "pixel_(un)?shuffle|im2col|col2im|select_scatter|slice_scatter"
+    "mean|sum|avg_pool[123]d|_?adaptive_avg_pool[123]d|_?upsample_.*|constant_pad_nd|(reflection|replication)_pad.*|cat|stack|"
+    "pixel_(un)?shuffle|channel_shuffle|im2col|col2im|select_scatter|slice_scatter"
 )
 _INTERPOLATION = re.compile("_?upsample_(linear1d|bilinear2d|trilinear3d|bicubic2d|lanczos2d)(_aa)?")  # taps that weigh unalike
 _MIX = re.compile("mm|bmm|addmm|baddbmm|mv|matmul|linear|convolution|einsum")
-_ELEMENTWISE = re.compile(
-    "pow|square|abs|exp|log|neg|clamp.*|round|erf|where|masked_fill|dropout|native_dropout|_?prelu(_kernel)?|threshold"
-)
+_ELEMENTWISE = re.compile("pow|square|exp|log|neg|clamp.*|round|erf|where|masked_fill|(native_)?dropout")
+_MAX_POOL = re.compile(".*max_pool([23])d.*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +137,7 @@ class Sweeper:
                 out = self._call(node, {0: self._moment(node, 0)})
             except _UNFIT:
                 continue
-            for port, part in enumerate([out] if isinstance(out, Tensor) else out):
-                self.moments[node.index, port] = part
+            self.moments |= {(node.index, port): part for port, part in enumerate([out] if isinstance(out, Tensor) else out)}
 
     def _find_gates(self) -> set[Port]:
         gates: set[Port] = set()
@@ -199,7 +198,7 @@ class Sweeper:
             self.bias += amount  # capacity on a statistic only
         elif _MIX.fullmatch(base):
             self._mix(node, k, data)
-        elif base.startswith("max_pool") and node.index in self.indices and len(node.shape) == 4:
+        elif (pool := _MAX_POOL.fullmatch(base)) and node.index in self.indices and len(node.shape) == 2 + int(pool[1]):
             share = push_max_pool(k[0], self.indices[node.index].cpu(), node.input_shapes[data[0]][1:]).to(_FLOAT)
             self._give(node, data[0], share.unsqueeze(0))
         elif base in ("add", "sub", "rsub") or (base == "lerp" and "weight" in node.attrs):
@@ -223,14 +222,15 @@ class Sweeper:
         elif _NORM.fullmatch(base) and same:
             self._give(node, same[0], k * (1 - self._norm_leak(node)))
             self.bias += float((k * self._norm_leak(node)).sum())
-        elif (base in ACTIVATIONS or _ELEMENTWISE.fullmatch(base) or _GATE.fullmatch(base)) and same:
+        elif (ACTIVATION.fullmatch(base) or _ELEMENTWISE.fullmatch(base) or _GATE.fullmatch(base)) and same:
             self._give(node, same[-1 if base == "where" else 0], k)
         else:
             self._fallback(node, data, amount)
 
     def _multiply(self, node: Node, k: Tensor, factors: list[int], data: list[int]) -> None:
-        """Element-wise product or quotient: all to the values, nothing to gates; equals share."""
+        """Element-wise product or quotient: all to the values, nothing to gates and to what divides them; equal factors share."""
         signal = [j for j in data if (node.inputs[j], node.input_ports[j]) not in self.gates] or data
+        signal = signal[:1] if base_name(node) == "div" else signal
         for j in signal:
             others = [self._moment(node, i) for i in factors if i != j and base_name(node) != "div"]
             factor = others[0] if others else torch.ones((), dtype=_FLOAT)

@@ -14,7 +14,7 @@ from capnas.measures.receptive import adaptive_kernel
 
 ACTIVATION = re.compile(
     "relu6?|leaky_relu|_?prelu(_kernel)?|rrelu.*|c?elu|selu|gelu|silu|mish|hardswish|hardtanh|hardsigmoid|sigmoid|tanh|softplus|softsign|"
-    "threshold|abs|log_sigmoid.*"
+    "threshold|abs|log_sigmoid.*|(soft|hard)shrink|sin|cos"
 )
 NORM = re.compile("native_(batch|layer|group)_norm|_native_batch_norm_legit.*|.*rms_norm")
 STATISTIC = re.compile("linalg_vector_norm|norm|(var|std)(_mean)?|r?sqrt|reciprocal")

@@ -9,6 +9,7 @@ The papers treat one-dimensional stacks; the extension to strides, groups, pooli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -220,7 +221,7 @@ def push_max_pool(capacity: Tensor, indices: Tensor, input_shape: Sequence[int])
     Our extension: the papers treat no pooling.
 
     Args:
-        capacity: (C, H', W').
+        capacity: (C, H', W'), or with any other number of pooled axes.
         indices: (B, C, H', W') from ``max_pool2d(..., return_indices=True)``, flat positions in H * W.
         input_shape: (C, H, W).
 
@@ -233,10 +234,10 @@ def push_max_pool(capacity: Tensor, indices: Tensor, input_shape: Sequence[int])
         >>> push_max_pool(torch.ones(1, 1, 1), where, (1, 2, 2)).tolist()
         [[[0.0, 1.0], [0.0, 0.0]]]
     """
-    channels, height, width = input_shape
+    channels, *sides = input_shape
     flat = indices.flatten(2).permute(1, 0, 2).flatten(1)  # (C, B * H' * W')
     share = (capacity.double().flatten(1) / len(indices)).repeat(1, len(indices))
-    return torch.zeros(channels, height * width, dtype=torch.float64).scatter_add_(1, flat, share).view(channels, height, width)
+    return torch.zeros(channels, math.prod(sides), dtype=torch.float64).scatter_add_(1, flat, share).view(channels, *sides)
 
 
 def push_concat(capacity: Tensor, sizes: Sequence[int], axis: int = 0) -> tuple[Tensor, ...]:

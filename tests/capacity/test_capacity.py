@@ -369,8 +369,9 @@ OUTSIDE = torch.tensor([[3.0, 1.0], [-2.0, 5.0]])  # neither parameter nor buffe
      (lambda x, start: torch.addmm(x[:, :2], x[:, 2:], start.view(2, 2), beta=2, alpha=3), 2),
      (lambda x, start: torch.baddbmm(x[:, None, :2], x[:, None, 2:], start.view(1, 2, 2).expand(len(x), 2, 2), beta=0.5, alpha=2)[:, 0], 2),
      (lambda x, start: x * OUTSIDE.flatten() + OUTSIDE.view(4), 4),
-     (lambda x, start: torch.addmm(torch.arange(2).to(x), x[:, 2:], OUTSIDE), 2)],
-    ids=["number", "minus", "from", "lerp", "addcmul", "addmm", "addmm data", "baddbmm data", "outside", "addmm outside"],
+     (lambda x, start: torch.addmm(torch.arange(2).to(x), x[:, 2:], OUTSIDE), 2),
+     (lambda x, start: F.channel_shuffle((x * start).view(-1, 4, 1), 2).flatten(1), 4)],
+    ids=["number", "minus", "from", "lerp", "addcmul", "addmm", "addmm data", "baddbmm data", "outside", "addmm outside", "shuffle"],
 )  # fmt: skip
 def test_affine_maps_hand_capacity_on_by_their_squared_coefficients(apply: Callable[..., Tensor], outputs: int) -> None:
     torch.manual_seed(0)
@@ -447,6 +448,27 @@ def test_interpolation_hands_capacity_on_by_its_squared_coefficients(sides: tupl
     np.testing.assert_allclose(found.pixels.flatten().numpy(), expected, rtol=1e-4)
     assert found.approximated == {}
     assert found.bias == pytest.approx(0, abs=1e-4 * found.total)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2, ceil_mode=True), nn.AdaptiveMaxPool2d(2), nn.MaxPool3d(2), nn.AdaptiveMaxPool3d(2)])
+def test_maxima_hand_capacity_to_what_they_select(pool: nn.Module) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(12, 1, *((3,) * (int(type(pool).__name__[-2]))))
+    leaf = x.clone().requires_grad_()
+    (chosen,) = torch.autograd.grad(pool(leaf).sum(), leaf)
+    outputs = pool(x)[0].numel()
+    found = capacity_map(nn.Sequential(pool, nn.Flatten(), nn.Linear(outputs, 1, bias=False)), x, mode="eval")
+    assert found.approximated == {}
+    torch.testing.assert_close(found.pixels.float(), found.total / outputs * chosen.mean(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("act", [nn.Softsign(), nn.LogSigmoid(), nn.Softshrink(0.1), nn.Hardshrink(0.1), nn.RReLU(), torch.sin, nn.ReLU()])
+def test_activations_pass_capacity_on_to_the_unit_that_they_read(act: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(30, 4) * torch.tensor([0.5, 1, 2, 3])
+    found = capacity_map(Affine(lambda x, start: act(x * start), 4), x, mode="eval")
+    torch.testing.assert_close(found.pixels, torch.full((4,), found.total / 4).double(), rtol=1e-4, atol=0)
+    assert found.approximated == {}
 
 
 def test_gates_get_nothing_from_what_they_multiply() -> None:

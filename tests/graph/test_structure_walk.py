@@ -99,6 +99,11 @@ def test_a_clamp_at_zero_is_an_activation(clamp: tuple[float | None, float | Non
     assert report(lambda m, x: m.conv(x).clamp(*clamp)).complexity == bits
 
 
+@pytest.mark.parametrize("act", [F.leaky_relu, F.softshrink, F.hardshrink, torch.sin])
+def test_activations_of_a_layer_cut_as_a_rectifier_does(act: Callable[[Tensor], Tensor]) -> None:
+    assert report(lambda m, x: act(m.conv(x))).complexity == 4
+
+
 def test_attention_counts_the_paths_of_its_values_and_a_product_of_two_maps_those_of_both() -> None:
     conv, point, terms = math.log2(36), math.log2(4), math.log2(4)
     attention = end(lambda m, x: rows(m.conv(x)).softmax(-1) @ m.point(x).flatten(2))
