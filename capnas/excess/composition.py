@@ -58,7 +58,7 @@ _Path = tuple["Step | _Fork", ...]
 _SAME = frozenset(
     """
     view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t contiguous clone detach alias slice narrow select
-    split split_with_sizes chunk unbind _to_copy relu relu_ celu celu_ tanh tanh_ hardtanh hardtanh_
+    split split_with_sizes chunk unbind _to_copy relu relu_ celu celu_ tanh tanh_
     """.split()  # noqa: SIM905 (one word a name reads better than quoted strings)
 )
 _ACTIVATIONS = {"gelu": 1.1290, "silu": 1.09984, "hardswish": 1.5, "mish": 1.08850}  # the largest slopes, rounded up
@@ -197,6 +197,8 @@ def _step(node: Node) -> Step:
         return Step()
     if kind.rstrip("_") in _ACTIVATIONS:
         return Step(constant=_ACTIVATIONS[kind.rstrip("_")])
+    if kind.rstrip("_") == "hardtanh" and node.attrs["min_val"] <= 0 <= node.attrs["max_val"]:
+        return Step()
     if kind.rstrip("_") == "leaky_relu":
         return Step(constant=max(1.0, abs(float(node.attrs["negative_slope"]))))
     if kind.rstrip("_") == "elu":  # SELU too: scale x above zero, scale alpha (exp(input_scale x) - 1) below
@@ -204,6 +206,8 @@ def _step(node: Node) -> Step:
         return Step(constant=scale * max(1.0, alpha * inner))
     if (pool := _POOLS.get(kind)) is not None:
         return Step(constant=pool(node))
+    if node.attrs.get("rounding_mode") is not None:
+        raise _outside(node, "a quotient that is rounded")
     if kind.rstrip("_") in ("mul", "div") and isinstance(node.attrs.get("other"), int | float) and len(node.inputs) == 1:
         factor = abs(float(node.attrs["other"]))
         return Step(constant=factor if kind.startswith("mul") else 1 / factor)
