@@ -19,7 +19,7 @@ from capnas.measures.operator_norms import linear_norm, operator_norm, ring_boun
 from capnas.measures.probing import cloned, unwrap_model
 from capnas.measures.projections import project, project_distance, project_radially, pull_back
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # of the first are batch and instance norms
 _TINY = 4  # sides up to which a convolution is small enough for its explicit matrix
 _GRID = 8  # sides of the grid on which singular values are clipped; the last step measures on the full one
 _ROUNDING = 1e-6

@@ -107,14 +107,14 @@ def test_init_is_scaled_down_to_a_constraint_that_it_exceeds() -> None:
 def test_network_of_the_class_keeps_activations_and_leaves_the_model_alone() -> None:
     held = [timm.layers.BatchNormAct2d(6), timm.layers.GroupNormAct(8, num_groups=2)]  # norm layers that hold the activations
     convs = [nn.Conv2d(3, 6, 3), held[0], nn.Conv2d(6, 8, 3), held[1]]
-    model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 5)).train()
+    model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 5)).train()
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     paper = paper_network(model, in_chans=3, image_size=8, num_classes=5, seed=3)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.training
-    assert paper.removed == ("1", "3", "6")
-    assert sorted(name for name, _ in paper.model.named_parameters()) == ["0.weight", "2.weight", "7.weight"]
+    assert paper.removed == ("1", "3", "6", "7")
+    assert sorted(name for name, _ in paper.model.named_parameters()) == ["0.weight", "2.weight", "8.weight"]
     assert sum(isinstance(m, nn.ReLU) for m in paper.model.modules()) == 2
     again, other = (paper_network(model, in_chans=3, image_size=8, num_classes=5, seed=s) for s in (3, 4))
     first = paper.operators[0]
