@@ -179,7 +179,7 @@ def convolution(
     """The operator of a 1-, 2- or 3-dimensional convolution.
 
     Args:
-        weight: (C_out, C_in / groups, *kernel), cross-correlation as in torch.
+        weight: (C_out, C_in / groups, *kernel), cross-correlation as in torch. Its gradient is not followed.
         input_size: input side, one number or one per axis.
         stride: step between outputs, one number or one per axis.
         padding: one number or one per axis, both sides alike; or pairs (before, after), one per axis; or "same"
@@ -206,7 +206,7 @@ def convolution(
     dilations = per_axis("dilation", dilation, spatial)
     pads = _paddings(padding, weight.shape[2:], sides, strides, dilations)
     axes = tuple(_axis(*numbers, padding_mode) for numbers in zip(sides, weight.shape[2:], strides, dilations, pads))
-    return Convolution(weight=weight, groups=groups, axes=axes)
+    return Convolution(weight=weight.detach(), groups=groups, axes=axes)
 
 
 def per_axis(name: str, value: Sizes, axes: int) -> tuple[int, ...]:

@@ -161,7 +161,7 @@ def unfolding_bound(weight: Tensor) -> float:
     """
     kernel = weight.shape[2:]
     choices = product((True, False), repeat=len(kernel))
-    return math.prod(kernel) ** 0.5 * min(_unfolded_norm(weight.double()[None], rows) for rows in choices)
+    return math.prod(kernel) ** 0.5 * min(_unfolded_norm(weight.detach().double()[None], rows) for rows in choices)
 
 
 def overlap_bound(conv: Convolution) -> float:

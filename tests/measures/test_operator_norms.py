@@ -228,7 +228,7 @@ def test_single_precision_iteration_on_a_real_size_agrees_with_double_and_its_bo
 
 @pytest.mark.parametrize("shape", [(4, 3, 3, 3), (8, 2, 5, 5), (3, 9, 1, 7), (2, 5, 3)])
 def test_overlap_bound_is_the_unfolding_bound_or_better(shape: tuple[int, ...]) -> None:
-    weight = drawn(list(shape), 3)
+    weight = torch.nn.Parameter(drawn(list(shape), 3))  # as a layer holds it
     padding = tuple(k // 2 for k in shape[2:])
     flat = unfolding_bound(weight)
     assert overlap_bound(convolution(weight, 16, padding=padding)) == pytest.approx(flat, rel=1e-10)
