@@ -8,7 +8,7 @@
 The committed rows are of --final-epochs 6, on CIFAR-10 of --final-epochs 10, and of
     --budget 450 --epochs 3 --retrainings 2 --test-images 10000 --methods capnas "TPE on accuracy" random
     the same on CIFAR-10 with --methods "capnas, gate by size"
-    --budget 1000 --epochs 3 --retrainings 2 --test-images 10000 --seeds 0 1 2 3 4 --methods capnas "TPE on accuracy" random
+    --budget 1000 --epochs 3 --retrainings 2 --test-images 10000 --seeds 0 1 2 3 4 5 --methods capnas "TPE on accuracy" random
     --budget 240
     --budget 900 --retrainings 3 --methods capnas "TPE on accuracy" random    # on CIFAR-10 --test-images 10000
 Two trainings of a network differ, and a test split of 2,000 images has a standard error of 1.1 points at 55 %. Rows of one budget are
