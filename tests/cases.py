@@ -1,10 +1,6 @@
-"""Small models and search spaces as data, and scripts as modules; each test module picks what it needs by name."""
+"""Small models and search spaces as data; each test module picks what it needs by name."""
 
 from __future__ import annotations
-
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 
 import optuna
 import torch
@@ -126,13 +122,3 @@ def cnn_space(trial: optuna.trial.BaseTrial, *, num_classes: int, in_chans: int,
     if depth == 3 and trial.suggest_categorical("wide_stem", [False, True]) and width == 12:
         raise optuna.TrialPruned("a wide stem needs fewer than 12 channels")
     return small_cnn(num_classes, in_chans, width, depth)
-
-
-def module_of(path: Path) -> ModuleType:
-    """The code of a script, such as a study's, as a module."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

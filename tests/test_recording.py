@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from cases import module_of
+from scripts import module_of
 from torch import nn
 from torch.nn import functional as F
 

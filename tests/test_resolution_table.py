@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from cases import module_of
+from scripts import module_of
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "resolution"
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from cases import module_of
+from scripts import module_of
 from torch import nn
 
 from capnas.excess import read_study

@@ -12,7 +12,7 @@ import optuna
 import pandas as pd
 import pytest
 from capnas.search_spaces import nasbench201
-from cases import module_of
+from scripts import module_of
 
 from capnas.scoring import CAPACITY_WEIGHTS
 
