@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import optuna
 from torch import nn
 
 from capnas.devices import is_out_of_memory
-from capnas.errors import UsageError
+from capnas.errors import CapnasError, UsageError
 from capnas.graph.structure import structure
 from capnas.graph.tracing import INPUT, Trace, trace
 from capnas.measures import receptive
 from capnas.measures import resolution as rule
+from capnas.measures.probing import FAILURES
 
 Build = Callable[[int], nn.Module]
+_FAILURES = (*FAILURES, CapnasError, MemoryError, optuna.TrialPruned)  # of a network, or of a space, at a size that it is not for
 _WIDE = 160  # letters of an error that a refusal repeats
 
 
@@ -97,7 +100,7 @@ def survey_resolutions(
     for size in sorted(map(int, candidates)):
         try:
             graph = trace_size(build(size), in_chans, size)
-        except (RuntimeError, ValueError, AssertionError, MemoryError) as error:
+        except _FAILURES as error:
             if is_out_of_memory(error):
                 rows.append(SizeSurvey(size=size, refusal=f"it does not fit into memory at {size} px"))
                 continue

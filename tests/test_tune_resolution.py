@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from tiny_space import images
 from torch import nn
 
 from capnas._timm import import_timm, timm
-from capnas.candidates import count_cost
+from capnas.candidates import Infeasible, count_cost
 from capnas.data import ImageData, load_data
 from capnas.errors import UsageError
 from capnas.graph.tracing import trace
@@ -233,7 +234,7 @@ def test_a_budget_may_be_spent_whole() -> None:
     assert [s.refusal != "" for s in survey_resolutions(net, (8, 12, 16), in_chans=1, budget=macs)] == [False, False, True]
 
 
-@pytest.mark.parametrize("error", [ValueError, AssertionError])
+@pytest.mark.parametrize("error", [ValueError, AssertionError, ZeroDivisionError, Infeasible, optuna.TrialPruned])
 def test_a_size_that_a_network_refuses_in_code_is_set_aside(error: type[Exception]) -> None:
     def build(size: int) -> nn.Module:
         if size == 8:

@@ -124,6 +124,8 @@ def _show_surveys(surveys: tuple[SizeSurvey, ...]) -> None:
 
 
 def _border(survey: SizeSurvey) -> tuple[str, str]:
+    if survey.macs is None:
+        return "-", "-"
     if survey.borderless:
         return "no border", "-"
     return f"{len(survey.unproductive)} of {len(survey.looking)}", survey.unproductive[0] if survey.unproductive else "-"
