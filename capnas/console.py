@@ -246,6 +246,8 @@ def _outcomes(result: Any) -> dict[str, int]:
 
 def closing(result: Any) -> list[str]:
     """The last lines of a search: what came of the trials, what to do where most were refused or finals are owed, who only guesses."""
+    from capnas.objective.gates import best_share, parse_gate
+
     found, config = _outcomes(result), result.config
     if not found:
         return []
@@ -256,7 +258,9 @@ def closing(result: Any) -> list[str]:
         given = {f"--max-{name}": getattr(config, f"max_{name}") and "over_budget" for name in ("macs", "params", "latency")}
         limits = given | {"--gate": "gated"}
         ease = " or ".join(option for option, status in limits.items() if status in found)
-        lines.append(f"{refused} of {total} were refused before training: raise --trials" + (f", or ease {ease}" if ease else ""))
+        more = ["raise --trials"] if best_share(parse_gate(config.gate)) is None else []  # with a share these trials do not count
+        advice = ", or ".join(more + ([f"ease {ease}"] if ease else []))
+        lines.append(f"{refused} of {total} were refused before training" + (f": {advice}" if advice else ""))
     different = len({e.hash for _, e in result.evaluations()} - {None})
     if (known := result.n_known) >= max(5, 2 * different):  # one more, as likely as these, would be missed in 1 of 5 cases at most
         lines.append(f"the last {known} draws repeat {different} known architectures: the space, or the sampler, has little new to offer")
