@@ -69,10 +69,11 @@ def host() -> str:
 
 
 def started(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None where there is no such process or no /proc."""
+    """When a process started, in the kernel's ticks; None where there is none that runs, or no /proc."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state == "Z" else rest[18]  # a zombie has ended, and stays listed until its parent asks for that
+    except (OSError, IndexError, ValueError):
         return None
 
 

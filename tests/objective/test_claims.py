@@ -124,12 +124,16 @@ def test_a_process_at_work_is_of_this_host_and_alive(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(not Path("/proc/self/comm").is_file(), reason="reads /proc")
-def test_the_start_of_a_process_is_its_own_whatever_its_name() -> None:
+def test_the_start_and_the_end_of_a_process_are_its_own_whatever_its_name() -> None:
     before = time.clock_gettime(time.CLOCK_BOOTTIME)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         ticks = int(started(process.pid) or 0) / os.sysconf("SC_CLK_TCK")
         assert before - 1 <= ticks <= time.clock_gettime(time.CLOCK_BOOTTIME) + 1
-        process.communicate(b"\n")
+        claim = mine(pid=process.pid, started=started(process.pid))
+        assert at_work(claim)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # the kernel lists it until its parent asks for its end
+        assert not at_work(claim)
     comm = Path("/proc/self/comm")
     name, own = comm.read_text(), started(os.getpid())
     try:
