@@ -97,7 +97,7 @@ class BestShare:
 
     def passes(self, standing: Standing) -> bool:
         """Whether a candidate of this place is trained."""
-        return standing.better < self.share * standing.rivals
+        return standing.share < self.share  # not better < share * rivals: 0.07 * 100 is above 7
 
 
 def parse_gate(gate: str | Mapping[str, float] | None) -> tuple[Bound | BestShare, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from capnas.errors import UsageError
-from capnas.objective.gates import RANKED_BY, BestShare, Bound, Measured, best_share, parse_gate
+from capnas.objective.gates import RANKED_BY, BestShare, Bound, Measured, Standing, best_share, parse_gate
 
 
 def measured(score: float, *costs: float, key: str | None = None) -> Measured:
@@ -22,6 +22,8 @@ def test_a_share_trains_the_best_and_as_many_as_it_says() -> None:
     seen = [measured(s) for s in scores]
     passing = [s for s in scores if gate.passes(gate.standing(measured(s), seen))]
     assert sorted(passing) == sorted(scores)[-10:]  # fewer than 9.5 are better than the tenth, not than the eleventh
+    seventh = BestShare(name="naswot", share=0.07)  # times 100 more than 7, as floats are rounded
+    assert [seventh.passes(Standing(better=better, rivals=100)) for better in (6, 7)] == [True, False]
 
 
 def test_the_first_and_every_record_pass_and_equals_pass_together() -> None:
