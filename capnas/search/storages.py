@@ -269,7 +269,8 @@ def hide_password(url: str | None) -> str | None:
     """
     if url is None:
         return None
-    return re.sub(r"([?&]password=)[^&]*", rf"\g<1>{HIDDEN}", re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url))
+    shown = re.sub(r"(://[^:/]*):[^@]*@", rf"\1:{HIDDEN}@", url)  # as SQLAlchemy reads it: a user's name may hold an @
+    return re.sub(r"([?&]\w*passw(?:or)?d=)[^&]*", rf"\g<1>{HIDDEN}", shown)
 
 
 def absolute_storage(url: str | None) -> str | None:

@@ -203,6 +203,8 @@ def test_passwords_are_hidden() -> None:
     assert hide_password("sqlite:///x.db") == "sqlite:///x.db"
     assert hide_password("mysql://u:p@h:3306/d") == "mysql://u:***@h:3306/d"
     assert hide_password("redis://:p@h") == "redis://:***@h"
+    assert hide_password("postgresql://me@server:p@h/d") == "postgresql://me@server:***@h/d"
+    assert hide_password("mysql://h/d?passwd=p&sslpassword=q&port=1") == "mysql://h/d?passwd=***&sslpassword=***&port=1"
 
 
 @pytest.mark.parametrize("url", ["sqlite:///file::memory:?cache=shared&uri=true", "sqlite:///file:x?mode=memory&uri=true"])
