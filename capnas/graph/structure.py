@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from capnas.graph.structure_walk import Row, Walk
+from capnas.graph.leaf_totals import Totals
+from capnas.graph.structure_walk import Walk
 from capnas.graph.tracing import Trace
 from capnas.measures import algebra, receptive
 from capnas.measures.algebra import PoolGain
@@ -112,9 +113,9 @@ def structure(trace: Trace, *, pool_gain: PoolGain = "paths", gates: bool = Fals
     paths = ends[0].paths if ends else -math.inf
     classes = shape[-1] if shape else 1
     return StructureReport(
-        layers={name: _freeze(name, row) for name, row in walk.rows.items()},
-        complexity=math.fsum(r.bits for r in walk.rows.values()),
-        complexity_positions=math.fsum(r.position_bits for r in walk.rows.values()),
+        layers={name: _freeze(name, row) for name, row in walk.leaves.totals.items()},
+        complexity=math.fsum(r.bits for r in walk.leaves.totals.values()),
+        complexity_positions=math.fsum(r.position_bits for r in walk.leaves.totals.values()),
         log2_paths=paths,
         log2_power=algebra.log2_power(paths, classes),
         classes=classes,
@@ -125,7 +126,7 @@ def structure(trace: Trace, *, pool_gain: PoolGain = "paths", gates: bool = Fals
     )
 
 
-def _freeze(name: str, row: Row) -> LayerStructure:
+def _freeze(name: str, row: Totals) -> LayerStructure:
     place = None
     if row.seen and row.seen[0][0]:
         extents, befores, afters = zip(*row.seen)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capnas.graph.structure import StructureReport, structure
-from capnas.graph.structure_walk import State, Walk
+from capnas.graph.structure_walk import Walk
+from capnas.graph.tensor_state import State
 from capnas.graph.tracing import trace
 from capnas.measures import axes
 
