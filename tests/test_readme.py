@@ -64,4 +64,4 @@ def test_the_profile_is_what_the_command_shows(tmp_path: Path) -> None:
     told = README.partition("```text\n")[2].partition("```")[0].splitlines()
     assert len(told) == 5
     assert [line.strip() for line in told if line.strip() not in rows] == []
-    assert "The last convolution uses 19 of its 80 directions" in " ".join(README.split())
+    assert "The last convolution uses 17 of its 96 directions" in " ".join(README.split())

@@ -23,7 +23,7 @@ from capnas.search.trials import read_retrained, rebuild, retrain_trial
 HERE = Path(__file__).resolve().parent
 CONFIG = {"space": "resnet", "data": "fashion-mnist-12k", "study": "demo", "trials": 30, "epochs": 3, "values": ("combined",),
           "seed": 0}  # fmt: skip
-EPOCHS, SEEDS = 10, (0, 1)
+EPOCHS, SEEDS = 10, (0, 1, 2, 3)
 
 
 def chosen(run):
