@@ -23,13 +23,15 @@ from capnas.graph.structure import structure
 from capnas.latency import latencies
 from capnas.layers import has_block
 from capnas.measures.resolution import unusable
+from capnas.objective import targets
+from capnas.objective.callbacks import EpochCallback, unwrapped
 from capnas.objective.claims import claimed
 from capnas.objective.evaluation import LOOKED, Evaluation, checked, fingerprint, recipe, timed
 from capnas.objective.gates import UNTRAINED, Bound, best_share, parse_gate
 from capnas.objective.history import VALUED, find_twin, ignores_pruned, take_over, worst_values
 from capnas.objective.pool import GATE, MEASURED, Selection, check_pool
-from capnas.objective.stopping import MedianRule, judging, released
-from capnas.objective.targets import INIT, LATENCY, TOLD, check_values, check_weights, direction_of, lacks, ranking, terms, value_of, wanted
+from capnas.objective.stopping import MedianRule, judging
+from capnas.objective.targets import INIT, LATENCY, TOLD
 from capnas.profile import enrich, profile_model
 from capnas.scoring import COSTS, PROFILED, SIZES, measures_for, score, sizes
 from capnas.size_survey import are_sizes
@@ -152,24 +154,24 @@ class Objective:
         check_type("reuse", reuse, bool)
         if trainer is not None and not callable(trainer):
             raise UsageError(f"trainer must be a function that trains a model, or None, got {trainer!r}.")
-        self.names = check_values(values)
-        self.directions = [direction_of(name) for name in self.names]
+        self.names = targets.check_values(values)
+        self.directions = [targets.direction_of(name) for name in self.names]
         share = best_share(gates := parse_gate(gate))
         check_pool(pool, share)
         self.bounds = [g for g in gates if isinstance(g, Bound)]
-        self.weights = check_weights(weights, self.names, share)
-        ranked = ranking(share, self.names, self.weights)
-        needed = wanted(self.names, self.weights)
+        self.weights = targets.check_weights(weights, self.names, share)
+        ranked = targets.ranking(share, self.names, self.weights)
+        needed = targets.wanted(self.names, self.weights)
         early = {n.removeprefix(INIT) for n in (*needed, *ranked) if n.startswith(INIT)} | {g.name for g in self.bounds}
         self._pixels = {"before": "coverage" in early, "after": "coverage" in needed}
         self.measures = {"before": measures_for(early), "after": measures_for(needed)}
         self._slack = "capacity_slack" in needed
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
-        self.times = LATENCY in {*self.limits, *ranked, *terms(self.names, self.weights)}
+        self.times = LATENCY in {*self.limits, *ranked, *targets.terms(self.names, self.weights)}
         self.resolutions = None if resolutions is None else tuple(map(int, resolutions))
         self.stopping, self.trainer = stopping, trainer
         self.probe_images, self.initializations, self.reuse = probe_images, int(initializations), reuse
-        self.on_epoch: Callable[[int, int, dict[str, Any]], None] | None = None
+        self.on_epoch: EpochCallback | None = None
         self.train = recipe(train, epochs=epochs, blocks=blocks, seed=seed, device=device)
         if unread := sorted(name for name in needed if not name.startswith(INIT) and not self.train.record):
             raise UsageError(f"{unread[0]} is measured during the training, and record=False switches that off: leave record on.")
@@ -198,7 +200,7 @@ class Objective:
         """
         self._check_directions(trial)
         found: dict[str, Any] = {"metrics": {}, "seconds": {}, "seed": self.train.seed, "settings": self.settings}
-        with claimed(trial), _TURN, released():
+        with claimed(trial), _TURN, unwrapped():
             try:
                 status, reason = self.stages(trial, found)
             except BaseException as error:
@@ -295,8 +297,8 @@ class Objective:
             metrics |= score(profile, PROFILED)
         elif not self.train.record or result.status == "complete":
             found["profile"] = None  # that of the untrained network would pass for one of a training
-        told = self.trainer is None or profile is not None  # capnas's own training gives none of a network without layers
-        if result.status == "complete" and (why := lacks(self.names, metrics, self.weights, profiled=told)):
+        profiled = self.trainer is None or profile is not None  # capnas's own training gives none of a network without layers
+        if result.status == "complete" and (why := targets.why_no_value(self.names, metrics, self.weights, profiled=profiled)):
             return "diverged", why
         return result.status, result.reason
 
@@ -329,7 +331,7 @@ class Objective:
         if self.selection is not None:
             trial.set_constraint(GATE, self.selection.violation(status, found.get("standing")))
         if valued:
-            found["values"] = {name: value_of(name, found["metrics"], self.weights) for name in self.names}
+            found["values"] = {name: targets.value_of(name, found["metrics"], self.weights) for name in self.names}
         self._store(trial, found, status, reason)
         if self.selection is not None and isinstance(trial, optuna.Trial):
             self.selection.queue_next(trial.study)

@@ -22,8 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 from capnas.candidates import build_model
 from capnas.documents import or_nan, plain
 from capnas.errors import UsageError, described
+from capnas.objective.callbacks import EpochCallback, tell, unwrapped
 from capnas.objective.evaluation import checked, fingerprint, stored_with
-from capnas.objective.stopping import released, tell
 from capnas.objective.targets import LEARNED, TOLD
 from capnas.profile import Profile
 from capnas.training import TrainConfig, train
@@ -35,7 +35,6 @@ _KEY = "capnas:final:"
 RETRIED = ("failed", "out_of_memory")  # statuses that another day may mend: these are trained again when finals are held anew
 LONGER = 4  # times as many epochs as a trial has, unless told otherwise
 
-EpochCallback = Callable[[int, int, dict[str, Any]], None]
 FinalCallback = Callable[[FrozenTrial, Mapping[str, Any], int], None]
 
 
@@ -214,7 +213,7 @@ def hold_finals(
     return winner(study, count, epochs)
 
 
-@released()
+@unwrapped()
 def _trained(trial: FrozenTrial, objective: Objective, config: TrainConfig, on_epoch: EpochCallback | None) -> dict[str, Any]:
     """What the final training of one candidate gave, in JSON types; its errors are results, so that one does not end the finals.
 

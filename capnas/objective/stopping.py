@@ -8,18 +8,17 @@ the end. Where nothing among the values is learned as the accuracy is, nobody is
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optuna import TrialPruned
 from optuna.trial import TrialState
 
 from capnas.documents import or_nan
-from capnas.errors import UsageError, described
+from capnas.errors import UsageError
+from capnas.objective.callbacks import EpochCallback, tell
 from capnas.objective.history import past
 from capnas.objective.targets import LEARNED, costs_before, is_known_before, value_of
 from capnas.profile import Profile
@@ -88,38 +87,6 @@ class MedianRule:
         )
 
 
-class CallbackError(BaseException):
-    """An error of a callback, which neither a training nor a trial may take for one of the candidate.
-
-    Attributes:
-        error: what the callback raised.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(f"on_epoch ended with {described(error)}")
-        self.error = error
-
-
-def tell(on_epoch: Callable[[int, int, dict[str, Any]], None] | None, number: int, epoch: int, row: dict[str, Any]) -> None:
-    """Call ``on_epoch``, if there is one; its errors become a `CallbackError`, but ``optuna.TrialPruned``, which is a word to the trial."""
-    try:
-        if on_epoch is not None:
-            on_epoch(number, epoch, row)
-    except TrialPruned:
-        raise
-    except Exception as error:
-        raise CallbackError(error) from error
-
-
-@contextlib.contextmanager
-def released() -> Iterator[None]:
-    """Let what a callback raised inside come out of the block as it was."""
-    try:
-        yield
-    except CallbackError as held:
-        raise held.error from held.error.__cause__
-
-
 def judging(
     trial: Any,
     found: Mapping[str, Any],
@@ -128,7 +95,7 @@ def judging(
     weights: Mapping[str, float],
     epochs: int,
     rule: MedianRule | None,
-    on_epoch: Callable[[int, int, dict[str, Any]], None] | None = None,
+    on_epoch: EpochCallback | None = None,
 ) -> Callable[[int, dict[str, Any], Profile | None], str | None]:
     """What a training asks after each epoch: a callable that gives the reason to stop it, or None.
 

@@ -194,7 +194,7 @@ def value_of(name: str, metrics: Mapping[str, float | None], weights: Mapping[st
     return or_nan(metrics.get("accuracy")) + weighted(metrics, known)
 
 
-def lacks(names: Sequence[str], metrics: Mapping[str, float | None], weights: Mapping[str, float], *, profiled: bool) -> str:
+def why_no_value(names: Sequence[str], metrics: Mapping[str, float | None], weights: Mapping[str, float], *, profiled: bool) -> str:
     """Why a training that came to its end gives no value of some of the names, in words; "" where it gives all.
 
     Args:
@@ -203,9 +203,9 @@ def lacks(names: Sequence[str], metrics: Mapping[str, float | None], weights: Ma
         weights: of a sum among the values.
         profiled: whether the training gave a profile, as far as it could.
 
-    >>> lacks(("accuracy", "rank_mean"), {"accuracy": 0.5}, {}, profiled=True)
+    >>> why_no_value(("accuracy", "rank_mean"), {"accuracy": 0.5}, {}, profiled=True)
     'rank_mean came out not finite'
-    >>> lacks(("rank_mean",), {"accuracy": 0.5}, {}, profiled=False).partition(":")[0]
+    >>> why_no_value(("rank_mean",), {"accuracy": 0.5}, {}, profiled=False).partition(":")[0]
     'the training told nothing of rank_mean'
     """
     missing = [name for name in names if not math.isfinite(value_of(name, metrics, weights))]

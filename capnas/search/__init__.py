@@ -23,8 +23,9 @@ from capnas.devices import usable_cpus
 from capnas.documents import write_whole
 from capnas.errors import CapnasError, StudyError, one_line
 from capnas.objective import Objective
+from capnas.objective.callbacks import EpochCallback
 from capnas.objective.claims import sweep
-from capnas.objective.finals import EpochCallback, FinalCallback, held, hold_finals, unsettled
+from capnas.objective.finals import FinalCallback, held, hold_finals, unsettled
 from capnas.search.config import StudyConfig
 from capnas.search.enqueuing import begun, check_parameters, enqueue_new
 from capnas.search.export import write_environment, write_trials

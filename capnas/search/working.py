@@ -139,7 +139,7 @@ def work(
         if on_trial is not None:
             on_trial(study, trial)
         if error is not None and (isinstance(error, CapnasError) or stored_with(trial).get("status") == "interrupted"):
-            raise error  # the second of a callback, as in Optuna
+            raise error  # where it was interrupted, that of a callback
         ran += 1
     return ran
 
