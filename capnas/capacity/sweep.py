@@ -19,8 +19,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Sweeper:
         self.trace, self.indices, self.capacity, self.responses = trace, indices, capacity, responses
         self.moments = dict(moments)
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self.fed = trace.fed()
+        self.fed = trace.fed() | {INPUT}
         self._rearrange()
         self.gates = self._find_gates()
         self.waiting: dict[Port, Tensor] = {}
@@ -93,21 +94,19 @@ class Sweeper:
 
     def run(self) -> Sweep:
         """Sweep (40)."""
-        calls: Counter[str] = Counter()
-        order: dict[int, int] = {}
-        for node in self.trace.nodes:
-            if node.index in self.fed and (layer := self._layer(node)) is not None:
-                order[node.index] = calls[layer[0]]
-                calls[layer[0]] += 1
-        for node in reversed(self.trace.nodes):
-            if node.index not in self.fed:
-                continue
+        nodes = [node for node in self.trace.nodes if node.index in self.fed]
+        layers = {node.index: layer for node in nodes if (layer := self._layer(node)) is not None}
+        calls = Counter(weight for weight, _ in layers.values())
+        earlier = calls.copy()
+        for node in reversed(nodes):
             given = {port: self.waiting.pop((node.index, port), None) for port in range(len(node.shapes))}
             parts = {port: k for port, k in given.items() if k is not None}
             if parts:
                 self._pass(node, parts)
-            if (layer := self._layer(node)) is not None:
-                self._inject(node, *layer, order[node.index], calls[layer[0]])
+            if node.index in layers:
+                weight, place = layers[node.index]
+                earlier[weight] -= 1
+                self._inject(node, weight, place, earlier[weight], calls[weight])
         pixels = self.waiting.get((INPUT, 0), torch.zeros(self.trace.input_shape, dtype=_FLOAT))
         return Sweep(
             pixels=pixels[0].double(),
@@ -125,7 +124,7 @@ class Sweeper:
             if name is not None and name in self.capacity and argument != "bias":
                 return name, j
         own = f"{node.module}.weight"
-        computed = [j for j, i in enumerate(node.inputs) if i is not None and i != INPUT and i not in self.fed]
+        computed = [j for j, i in enumerate(node.inputs) if i is not None and i not in self.fed]
         return (own, computed[-1]) if computed and own in self.capacity else None
 
     def _rearrange(self) -> None:
@@ -142,21 +141,25 @@ class Sweeper:
     def _find_gates(self) -> set[Port]:
         gates: set[Port] = set()
         for node in self.trace.nodes:
-            data = [(i, p) for i, p in zip(node.inputs, node.input_ports) if i is not None and (i == INPUT or i in self.fed)]
+            data = [(node.inputs[j], node.input_ports[j]) for j in self._data(node)]
             if _GATE.fullmatch(base_name(node)) or (data and all(port in gates for port in data)):
                 gates.update((node.index, port) for port in range(max(1, len(node.shapes))))
         return gates
 
     def _data(self, node: Node) -> list[int]:
-        return [j for j, i in enumerate(node.inputs) if i is not None and (i == INPUT or i in self.fed)]
+        """Which arguments depend on the input."""
+        return [j for j, i in enumerate(node.inputs) if i in self.fed]
+
+    def _values(self, node: Node, factors: list[int]) -> list[int]:
+        """Factors of a product that are no gates; all where there are only gates."""
+        return [j for j in factors if (node.inputs[j], node.input_ports[j]) not in self.gates] or factors
 
     def _moment(self, node: Node, j: int) -> Tensor:
-        """Second moment of one argument; a parameter's is its square."""
+        """Second moment of one argument, in its shape; a parameter's is its square."""
         index, name, shape = node.inputs[j], node.input_params[j], node.input_shapes[j]
         if index is None and name in self.tensors:
             return self.tensors[name].detach().cpu().to(_FLOAT).square().reshape(shape)
-        own = node.index, -1 - j
-        found = self.moments.get(own if own in self.moments or index is None else (index, node.input_ports[j]))
+        found = self.moments.get((node.index, -1 - j), None if index is None else self.moments.get((index, node.input_ports[j])))
         if found is None:
             return torch.ones(shape, dtype=_FLOAT)
         # a view that was written in place may have another shape than the node that wrote it
@@ -175,8 +178,7 @@ class Sweeper:
     def _pass(self, node: Node, parts: dict[int, Tensor]) -> None:
         """Hand the capacity on a node's outputs to its data inputs."""
         amount = sum(float(k.double().sum()) for k in parts.values())
-        if node.index in self.fed:
-            self.carried[node.module] = max(self.carried.get(node.module, 0.0), amount)
+        self.carried[node.module] = max(self.carried.get(node.module, 0.0), amount)
         data = self._data(node)
         try:
             self._rule(node, parts, data, amount)
@@ -202,67 +204,68 @@ class Sweeper:
             share = push_max_pool(k[0], self.indices[node.index].cpu(), node.input_shapes[data[0]][1:]).to(_FLOAT)
             self._give(node, data[0], share.unsqueeze(0))
         elif base in ("add", "sub", "rsub") or (base == "lerp" and "weight" in node.attrs):
-            moments = [(gain * self._moment(node, j)).expand(node.input_shapes[j]) for j, gain in enumerate(squared_gains(node))]
-            shares, left = push(k, moments, lambda *s: sum(s[1:], s[0]).expand(k.shape), squared_shift(node))
-            self.bias += left + sum(float(share.sum()) for j, share in enumerate(shares) if j not in data)
-            for j in data:
-                self._give(node, j, shares[j])
+            self._add(node, k, {j: gain * self._moment(node, j) for j, gain in enumerate(squared_gains(node))}, offset=squared_shift(node))
         elif base in ("mul", "div"):
             self._multiply(node, k, list(range(len(node.inputs))), data)
         elif base == "addcmul":
             first, *factors = (self._moment(node, j) for j in range(3))
             product = (factors[0] * factors[1] * float(node.attrs.get("value", 1)) ** 2).expand(k.shape)
-            (start, rest), left = push(k, [first.expand(k.shape), product], lambda a, b: a + b)
-            self.bias += left
-            self._multiply(node, rest, [1, 2], [j for j in data if j > 0])
-            if 0 in data:
-                self._give(node, 0, start)
-            else:
-                self.bias += float(start.sum())
+            self._multiply(node, self._add(node, k, {0: first}, product), [1, 2], [j for j in data if j > 0])
         elif _NORM.fullmatch(base) and same:
-            self._give(node, same[0], k * (1 - self._norm_leak(node)))
-            self.bias += float((k * self._norm_leak(node)).sum())
+            leak = self._norm_leak(node)
+            self._give(node, same[0], k * (1 - leak))
+            self.bias += float((k * leak).sum())
         elif (ACTIVATION.fullmatch(base) or _ELEMENTWISE.fullmatch(base) or _GATE.fullmatch(base)) and same:
             self._give(node, same[-1 if base == "where" else 0], k)
         else:
             self._fallback(node, data, amount)
 
+    def _add(self, node: Node, k: Tensor, terms: Mapping[int, Tensor], *product: Tensor, offset: float = 0.0) -> Tensor:
+        """Divide capacity among the terms of a sum by their second moments; gives the last share, for the product in it if there is one."""
+        shares, left = push(k, [*terms.values(), *product], lambda *s: sum(s[1:], s[0]).expand(k.shape), offset)
+        data = self._data(node)
+        self.bias += left + sum(float(share.sum()) for j, share in zip(terms, shares) if j not in data)
+        for j, share in zip(terms, shares):
+            if j in data:
+                self._give(node, j, share)
+        return shares[-1]
+
     def _multiply(self, node: Node, k: Tensor, factors: list[int], data: list[int]) -> None:
         """Element-wise product or quotient: all to the values, nothing to gates and to what divides them; equal factors share."""
-        signal = [j for j in data if (node.inputs[j], node.input_ports[j]) not in self.gates] or data
-        signal = signal[:1] if base_name(node) == "div" else signal
+        signal, divides = self._values(node, data), base_name(node) == "div"
+        moments = {j: self._moment(node, j) for j in factors}
+
+        def product(j: int, s: Tensor) -> Tensor:
+            return math.prod((moments[i] for i in factors if i != j and not divides), start=s).expand(k.shape)
+
+        self._divide(node, k, signal[:1] if divides else signal, product)
+
+    def _mix(self, node: Node, k: Tensor, data: list[int]) -> None:
+        """Matrix products and convolutions: by squared weights, or by the second moments of the other factor; what is added as in sums."""
+        added = next((j for j, a in enumerate(node.input_names) if a in ("bias", "self") and len(node.inputs) == 3), None)
+        moments = {j: self._moment(node, j) for j in range(len(node.inputs)) if j != added}
+        alpha, beta = (float(node.attrs.get(name, 1)) ** 2 for name in ("alpha", "beta"))
+        offset = torch.zeros(()) if added is None else beta * self._moment(node, added)
+        if added is not None and base_name(node) == "convolution":
+            offset = offset.view(-1, *[1] * (len(node.shape) - 2))
+        if added in data:
+            k, offset = self._add(node, k, {added: offset}, alpha * self._product(node, moments)), torch.zeros(())
+
+        def product(j: int, s: Tensor) -> Tensor:
+            return alpha * self._product(node, {**moments, j: s})
+
+        self._divide(node, k, self._values(node, [j for j in data if j != added]), product, offset)
+
+    def _divide(
+        self, node: Node, k: Tensor, signal: list[int], product: Callable[[int, Tensor], Tensor], offset: Tensor | float = 0.0
+    ) -> None:
+        """Divide capacity evenly among factors of a product, which ``product`` gives with one of them replaced; to the bias without any."""
         for j in signal:
-            others = [self._moment(node, i) for i in factors if i != j and base_name(node) != "div"]
-            factor = others[0] if others else torch.ones((), dtype=_FLOAT)
-            (share,), left = push(k / len(signal), [self._moment(node, j)], lambda s, factor=factor: (s * factor).expand(k.shape))
+            (share,), left = push(k / len(signal), [self._moment(node, j)], partial(product, j), offset)
             self.bias += left
             self._give(node, j, share)
         if not signal:
             self.bias += float(k.sum())
-
-    def _mix(self, node: Node, k: Tensor, data: list[int]) -> None:
-        """Matrix products and convolutions: by squared weights, or by the second moments of the other factor; what is added as in sums."""
-        bias = [j for j, a in enumerate(node.input_names) if a in ("bias", "self") and len(node.inputs) == 3]
-        factors = [j for j in range(len(node.inputs)) if j not in bias]
-        signal = [j for j in data if j in factors]
-        signal = [j for j in signal if (node.inputs[j], node.input_ports[j]) not in self.gates] or signal
-        alpha, beta = (float(node.attrs.get(name, 1)) ** 2 for name in ("alpha", "beta"))
-        offset = beta * self._moment(node, bias[0]) if bias else torch.zeros(())
-        if bias and base_name(node) == "convolution":
-            offset = offset.view(-1, *[1] * (len(node.shape) - 2))
-        if bias and bias[0] in data:
-            product = alpha * self._product(node, {j: self._moment(node, j) for j in factors})
-            (start, k), left = push(k, [offset, product], lambda a, b: a.expand(b.shape) + b)
-            self.bias += left + (0.0 if signal else float(k.sum()))
-            self._give(node, bias[0], start)
-            offset = torch.zeros(())
-        for j in signal:
-            other = {i: self._moment(node, i) for i in factors if i != j}
-            (share,), left = push(
-                k / len(signal), [self._moment(node, j)], lambda s, j=j, other=other: alpha * self._product(node, {**other, j: s}), offset
-            )
-            self.bias += left
-            self._give(node, j, share)
 
     def _inject(self, node: Node, weight: str, place: int, call: int, calls: int) -> None:
         maps = self.responses.get(weight, {})
@@ -304,26 +307,21 @@ class Sweeper:
         return torch.nn.functional.linear(first, second) if base == "linear" else torch.matmul(first, second)
 
     def _call(self, node: Node, tensors: dict[int, Tensor]) -> Any:
-        """Run a linear operation on other values of its data; constants enter as zeros."""
-        name, _, overload = node.op.removeprefix("aten.").partition(".")
-        packet = getattr(torch.ops.aten, name.rstrip("_"))
-        op = getattr(packet, overload)
-        if base_name(node) in ("clone", "contiguous", "detach", "alias", "_to_copy", "to", "lift_fresh"):
+        """Run a linear operation on other values of its data; constants enter by their second moments."""
+        base = base_name(node)
+        if base in ("clone", "contiguous", "detach", "alias", "_to_copy", "to", "lift_fresh"):
             return next(iter(tensors.values())).clone()
-        values: dict[str, Any] = {}
-        many = {a.name for a in op._schema.arguments if "Tensor[]" in str(a.type) or "List[Tensor]" in str(a.type)}
-        for j, name in enumerate(node.input_names):
-            tensor = tensors.get(j)
-            if tensor is None:
-                tensor = self._moment(node, j)
-            values.setdefault(name, []).append(tensor)
-        arguments = {name: found if name in many else found[0] for name, found in values.items()}
-        known = {a.name for a in op._schema.arguments}
-        arguments |= {key: list(v) if isinstance(v, tuple) else v for key, v in node.attrs.items() if key in known and key not in arguments}
-        arguments.pop("dtype", None)
-        if base_name(node) in ("view", "_unsafe_view", "as_strided"):
+        if base in ("view", "_unsafe_view", "as_strided"):
             return next(iter(tensors.values())).reshape(node.shape)
-        return op(**arguments)
+        name, _, overload = node.op.removeprefix("aten.").partition(".")
+        op = getattr(getattr(torch.ops.aten, name.rstrip("_")), overload)
+        takes_many = {a.name: "Tensor[]" in str(a.type) or "List[Tensor]" in str(a.type) for a in op._schema.arguments}
+        values: dict[str, list[Tensor]] = {}
+        for j, argument in enumerate(node.input_names):
+            values.setdefault(argument, []).append(tensors[j] if j in tensors else self._moment(node, j))
+        given = {argument: found if takes_many[argument] else found[0] for argument, found in values.items()}
+        others = {key: list(v) if isinstance(v, tuple) else v for key, v in node.attrs.items() if key in takes_many and key != "dtype"}
+        return op(**others | given)
 
     def _norm_leak(self, node: Node) -> Tensor:
         """Share that the bias of a normalisation keeps, broadcast to its output."""

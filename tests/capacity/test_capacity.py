@@ -365,13 +365,15 @@ OUTSIDE = torch.tensor([[3.0, 1.0], [-2.0, 5.0]])  # neither parameter nor buffe
     [(lambda x, start: x + 2, 4), (lambda x, start: torch.sub(x, 2, alpha=3), 4), (lambda x, start: 3 - x, 4),
      (lambda x, start: torch.lerp(x[:, :2], x[:, 2:], 0.25), 2),
      (lambda x, start: torch.addcmul(start, x, start.flip(0), value=2), 4),
+     (lambda x, start: torch.addcmul(x[:, :1], x, start), 4),
      (lambda x, start: torch.addmm(start[:2], x[:, 2:], start.view(2, 2), beta=2, alpha=3), 2),
      (lambda x, start: torch.addmm(x[:, :2], x[:, 2:], start.view(2, 2), beta=2, alpha=3), 2),
      (lambda x, start: torch.baddbmm(x[:, None, :2], x[:, None, 2:], start.view(1, 2, 2).expand(len(x), 2, 2), beta=0.5, alpha=2)[:, 0], 2),
      (lambda x, start: x * OUTSIDE.flatten() + OUTSIDE.view(4), 4),
      (lambda x, start: torch.addmm(torch.arange(2).to(x), x[:, 2:], OUTSIDE), 2),
      (lambda x, start: F.channel_shuffle((x * start).view(-1, 4, 1), 2).flatten(1), 4)],
-    ids=["number", "minus", "from", "lerp", "addcmul", "addmm", "addmm data", "baddbmm data", "outside", "addmm outside", "shuffle"],
+    ids=["number", "minus", "from", "lerp", "addcmul", "addcmul data", "addmm", "addmm data", "baddbmm data", "outside", "addmm outside",
+         "shuffle"],
 )  # fmt: skip
 def test_affine_maps_hand_capacity_on_by_their_squared_coefficients(apply: Callable[..., Tensor], outputs: int) -> None:
     torch.manual_seed(0)
