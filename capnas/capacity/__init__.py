@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from capnas.capacity.capture import LayerTaps, MomentReader, base_name, quiet, squared_gains
+from capnas.capacity.capture import LayerTaps, MomentReader, quiet
 from capnas.capacity.exact import affordable, exact_capacity
 from capnas.capacity.sweep import Sweeper
+from capnas.capacity.topology import activations_behind, layer_of, residual_shares
 from capnas.errors import UsageError
 from capnas.graph.tracing import Trace, trace
 from capnas.layers import MEASURED
@@ -198,7 +199,7 @@ def capacity_map(
     found = exact_capacity(model, inputs, chosen, sizes, outputs, revive=revive, seed=seed) if exact else None
     if found is not None:
         by_weight, ridge = found
-    names = {weight: _owner(weight) for weight in by_weight}
+    names = {weight: layer_of(weight) for weight in by_weight}
     capacity = {names[weight]: value for weight, value in by_weight.items()}
     counts = {names[weight]: taps[weight].n_params for weight in by_weight}
     used = utilisation(capacity, counts)
@@ -216,9 +217,9 @@ def capacity_map(
         bias=None if sweep is None else sweep.bias,
         coherent=coherent,
         coherent_error=error,
-        residual=_residual_shares(graph, sweeper.moments, set(taps)),
+        residual=residual_shares(graph, sweeper.moments, set(taps)),
         decoupling=decoupling,
-        behind=_behind(graph, {index: decoupling[name] for name, index in reader.places.items()}, set(taps)),
+        behind=activations_behind(graph, {index: decoupling[name] for name, index in reader.places.items()}, set(taps)),
         skipped=_skipped(model, set(by_weight), {tap.bias for tap in taps.values()}),
         approximated={} if sweep is None else sweep.approximated,
         revived=tuple(tapped.revived),
@@ -275,55 +276,6 @@ def _project(out: Tensor, leaf: Tensor, taps: LayerTaps, projections: int, seed:
             group = gradient[(sharer == i).to(gradient.device)]
             pairs += [gradient_pairs(group.flatten(1))] if bool(group.any()) else []
     return [torch.stack(pairs).mean(0) for pairs in found if pairs]
-
-
-def _residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor], tapped: set[str]) -> dict[str, float]:
-    """``r_l`` of every addition of two maps of one shape that come from the input (31); the branch is the side with more layers.
-
-    Sums of sides that are equally deep are parallel branches, not residual.
-    """
-    fed, depth = graph.fed(), {-1: 0}
-    found: dict[str, float] = {}
-    for node in graph.nodes:
-        data = [(i, p) for i, p in zip(node.inputs, node.input_ports) if i is not None and (i == -1 or i in fed)]
-        weighs = any(n is not None for n in node.input_params) or f"{node.module}.weight" in tapped  # the latter if it is computed
-        own = weighs and node.flops > 0
-        depth[node.index] = max((depth.get(i, 0) for i, _ in data), default=0) + own
-        if base_name(node) != "add" or len(data) != 2 or len(node.input_shapes) != 2 or node.input_shapes[0] != node.input_shapes[1]:
-            continue
-        (stream, kept), (branch, scaled) = sorted(zip(data, squared_gains(node)), key=lambda side: depth.get(side[0][0], 0))
-        if stream not in moments or branch not in moments or depth.get(stream[0], 0) == depth.get(branch[0], 0):
-            continue
-        s, b = kept * float(moments[stream].double().mean()), scaled * float(moments[branch].double().mean())
-        name = node.module or "model"
-        while name in found:
-            name += "'"
-        found[name] = b / (b + s) if b + s > 0 else 0.0
-    return found
-
-
-def _behind(graph: Trace, found: Mapping[int, Decoupling], tapped: set[str]) -> dict[str, Decoupling]:
-    """The activations at these nodes by the layer before each: of those that feed it, the deepest, so the branch and not its shortcut."""
-    nearest: dict[int, tuple[int, int, str]] = {}  # node -> depth and place of the nearest layer, its name
-    behind: dict[str, Decoupling] = {}
-    for node in graph.nodes:
-        before = max((nearest[i] for i in node.inputs if i in nearest), default=None)
-        summand = "self" if base_name(node) in ("addmm", "baddbmm") else "bias"
-        weights = [n for n, a in zip(node.input_params, node.input_names) if n is not None and a != summand]
-        if not weights and f"{node.module}.weight" in tapped:  # a computed weight
-            weights = [f"{node.module}.weight"]
-        if weights and node.flops > 0:
-            nearest[node.index] = (1 + (before[0] if before else 0), node.index, _owner(weights[-1]))
-        elif before is not None:
-            nearest[node.index] = before
-            if node.index in found:
-                behind.setdefault(before[2], found[node.index])
-    return behind
-
-
-def _owner(weight: str) -> str:
-    """Module of a weight, ``""`` for the model itself; a weight by another name keeps it."""
-    return f".{weight}".removesuffix(".weight").lstrip(".")
 
 
 def _skipped(model: nn.Module, measured: set[str], biases: set[str | None]) -> dict[str, str]:

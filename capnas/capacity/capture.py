@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten
 
 from capnas.capacity.patches import LAYERS, arguments, groups_of, input_rows, unravel
-from capnas.graph.tracing import INPUT, Node, Trace, caches_kept
+from capnas.graph.tracing import Node, Trace, caches_kept
 from capnas.layers import MEASURED
 from capnas.measures.activation_codes import all_finite
 from capnas.measures.axes import CHANNEL, Atom, Layout, rearrange, resize, unknown
@@ -110,7 +110,7 @@ class MomentReader(TorchDispatchMode):
         super().__init__()
         self.trace, self.batch, self.place = trace, batch, 0
         self.nodes = [node for node in trace.nodes if not node.shape_only]
-        self.fed = trace.fed() | {INPUT}
+        self.fed = trace.fed()
         self.moments: dict[tuple[int, int], Tensor] = {}
         self.indices: dict[int, Tensor] = {}
         self.activations: dict[str, tuple[Any, Any, Any, Tensor, Tensor]] = {}  # function, its other arguments, rows, maps

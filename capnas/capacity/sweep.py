@@ -84,7 +84,7 @@ class Sweeper:
         self.trace, self.indices, self.capacity, self.responses = trace, indices, capacity, responses
         self.moments = dict(moments)
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self.fed = trace.fed() | {INPUT}
+        self.fed = trace.fed()
         self._rearrange()
         self.gates = self._find_gates()
         self.waiting: dict[Port, Tensor] = {}

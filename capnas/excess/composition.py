@@ -84,7 +84,7 @@ def composition(trace: Trace) -> tuple[Stage, ...]:
     if len(trace.output) != 1:
         raise UsageError(f"excess capacity needs a network with one output; this one has {len(trace.output)}.")
     fed = trace.fed()
-    sources = {n.index: [i for i in n.inputs if i is not None and (i == INPUT or i in fed)] for n in trace.nodes if n.index in fed}
+    sources = {n.index: [i for i in n.inputs if i is not None and i in fed] for n in trace.nodes if n.index in fed}
     above = _dominators(sources)
     stages = tuple(s for part in _walk(trace, trace.output[0], INPUT, sources, above) if (s := _stage(part)) is not None)
     named = [step.layer for stage in stages for branch in stage.branches for step in branch if step.layer]

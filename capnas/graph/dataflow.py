@@ -146,12 +146,12 @@ class Trace:
         return frozenset(seen)
 
     def fed(self) -> frozenset[int]:
-        """Indexes of the nodes that depend on the model input; the others work on constants and parameters alone."""
+        """The model input and the nodes that depend on it, by index; the others work on constants and parameters alone."""
         seen = {INPUT}
         for node in self.nodes:
             if any(i in seen for i in node.inputs):
                 seen.add(node.index)
-        return frozenset(seen - {INPUT})
+        return frozenset(seen)
 
     def source(self, index: int | None) -> int | None:
         """Follow shape-only nodes back to the operation that computed the values (-1: the input; None: no such node)."""
@@ -165,7 +165,7 @@ class Trace:
             index, shape = node.inputs[0], node.input_shapes[0]
         return index, math.prod(shape)
 
-    def stands(self, node: Node) -> bool:
+    def writes_back(self, node: Node) -> bool:
         """Whether a node copies to a place of a memory what was computed there, as ``y[:2] += x`` does in the end."""
         views = self._views(node.inputs[0])
         source = views[-1].inputs[0] if views else node.inputs[0]

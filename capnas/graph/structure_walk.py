@@ -236,7 +236,7 @@ class Walk:
 
     def _written(self, node: Node, old: State | None, new: State) -> State:
         (source, whole), part = self.trace.memory(node.inputs[0], node.input_shapes[0]), math.prod(node.input_shapes[0])
-        if self.trace.stands(node) and source in self.filled:
+        if self.trace.writes_back(node) and source in self.filled:
             self.filled[node.index] = self.filled[source]
             return self.states[source, WHOLE]
         kept = min(self.filled.get(source, 0 if old is None else whole), whole - part)
