@@ -16,7 +16,7 @@ from capnas.data import ImageData, load_data
 from capnas.errors import StudyError
 from capnas.objective import claims
 from capnas.search import StudyConfig, run_study
-from capnas.search.opening import ATTRIBUTE, OPENER, SCORE, open_study
+from capnas.search.opening import ATTRIBUTE, OPENER, SCORE, open_study, opened_here
 from capnas.search.storages import Journal, open_storage
 
 
@@ -40,7 +40,9 @@ def test_a_study_that_another_process_begins_is_not_begun_anew_with_other_settin
         with pytest.raises(StudyError, match=text):
             run_study(config(tmp_path / "run", seed=5), space=space, data=data)
         assert (tmp_path / "run" / "journal.log").read_bytes().startswith(journal)
+        assert not opened_here(open_study(config(tmp_path / "run")))  # with its settings it is joined
         other.kill()
+    assert opened_here(open_study(config(tmp_path / "run")))
     assert run_study(config(tmp_path / "run", seed=5), space=space, data=data).n_finished == 1
 
 

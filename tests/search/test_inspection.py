@@ -146,13 +146,14 @@ def test_a_trial_is_read_as_asked_and_not_as_it_happens_to_be_stored(folder: Pat
 def test_a_trial_that_was_stopped_is_trained_again_only_as_far(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = rebuild(open_run(folder))
     row = dict(found.evaluation.curve[0])
-    longer = dataclasses.replace(found.run, config=dataclasses.replace(found.run.config, epochs=3))
+    longer = dataclasses.replace(found.run, config=dataclasses.replace(found.run.config, epochs=3, blocks="0"))
     stopped = dataclasses.replace(found, run=longer, evaluation=dataclasses.replace(found.evaluation, status="stopped", curve=(row,)))
     monkeypatch.setattr("capnas.search.inspection.rebuild", lambda *_: stopped)
     told: list[int] = []
     again = inspect_target(f"{folder}:best", measures=("norms",), device="cpu", tell=lambda epoch, _: told.append(epoch))
     assert again.state == "trained again for 1 epoch as in the search"
     assert told == [1]
+    assert [row.name for row in again.profile.blocks] == ["0"]
 
 
 def test_an_untrained_trial_is_read_in_the_blocks_of_its_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import multiprocessing.util
 import os
@@ -29,6 +30,7 @@ from torch import nn
 
 from capnas.data import ImageData, load_data
 from capnas.errors import CapnasError, SpaceError, StudyError, UsageError
+from capnas.objective.claims import CLAIM
 from capnas.objective.evaluation import ATTRIBUTE, Evaluation
 from capnas.objective.finals import finalists, key_of, standing
 from capnas.objective.stopping import MedianRule
@@ -328,6 +330,13 @@ def test_errors_in_a_row_end_the_study_and_single_ones_do_not(tmp_path: Path, da
     assert [row["status"] for row in read_csv(tmp_path / "trials.csv")] == seen  # also a session that ends in an error leaves its files
     assert "torch" in json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))["packages"]
 
+    def broken(trial: Any, **shape: Any) -> nn.Module | None:
+        return None if trial.number else space(trial, **shape)
+
+    with pytest.raises(SpaceError, match=r"must return a torch\.nn\.Module"):  # the first such error is enough
+        run_study(config(tmp_path / "broken", trials=20), space=broken, data=data)
+    assert len(read_csv(tmp_path / "broken" / "trials.csv")) == 2
+
 
 def test_a_trial_drawn_after_the_last_one_is_marked_as_such(tmp_path: Path, data: ImageData) -> None:
     settings = config(tmp_path, trials=1)
@@ -336,6 +345,7 @@ def test_a_trial_drawn_after_the_last_one_is_marked_as_such(tmp_path: Path, data
     work(study, settings, objective, parallel=True, on_trial=None, on_start=lambda: study.add_trial(first))  # as another worker would
     late = study.trials[1]
     assert (late.state, late.user_attrs["capnas:status"]) == (TrialState.FAIL, "interrupted")
+    assert CLAIM in late.system_attrs
     assert Evaluation.of(late).reason == "another worker drew this or the last trial first"  # type: ignore[union-attr]
 
 
@@ -849,27 +859,31 @@ def test_workers_end_when_their_parent_is_killed(home: Path) -> None:
 POOL = {"pool": 5, "gate": "log2_paths:best:30%", "trials": 5}
 
 
-@pytest.mark.parametrize(("sampler", "values", "stop"), [("tpe", "combined", 2), ("nsga2", "accuracy,macs", 6)])
+@pytest.mark.parametrize(("sampler", "values", "after"), [("tpe", "combined", "on_trial"), ("nsga2", "accuracy,macs", "on_epoch")])
 def test_a_pool_is_the_same_after_an_interruption_and_only_trained_trials_count(
-    tmp_path: Path, data: ImageData, sampler: str, values: str, stop: int
+    tmp_path: Path, data: ImageData, sampler: str, values: str, after: str
 ) -> None:
     asked = partial(config, sampler=sampler, values=values.split(","), **POOL)
-    whole = run_study(asked(tmp_path / "whole"), space=space, data=data)
+    states: list[TrialState] = []
+    whole = run_study(asked(tmp_path / "whole"), space=space, data=data, on_trial=lambda _, trial: states.append(trial.state))
+    assert states == [trial.state for trial in whole.study.trials]  # each had ended
     statuses = [e.status for _, e in whole.evaluations()]
     before = statuses[: statuses.index("complete")]
     assert before.count("measured") == 5
     assert set(before) == {"measured", "infeasible"}
     assert sum(s in ("complete", "duplicate") for s in statuses) == whole.n_finished == 5
 
-    def interrupt(study: optuna.Study, trial: Any) -> None:
-        if trial.number == stop:
+    told = itertools.count(1)
+
+    def interrupt(*_: Any) -> None:
+        if next(told) == 3:  # in the pool, or while the third of its best is trained, which is queued anew
             raise KeyboardInterrupt
 
     again = asked(tmp_path / "parts")
-    part = run_study(again, space=space, data=data, on_trial=interrupt)
+    part = run_study(again, space=space, data=data, **{after: interrupt})
     assert part.interrupted
     resumed = run_study(again, space=space, data=data)
-    ended = [[(t.params, t.values, e.status) for t, e in r.evaluations()] for r in (whole, resumed)]
+    ended = [[(t.params, t.values, e.status) for t, e in r.evaluations() if e.status != "interrupted"] for r in (whole, resumed)]
     assert ended[0] == ended[1]
     assert resumed.finished
 

@@ -111,6 +111,8 @@ def test_the_lock_of_a_killed_process_is_freed_in_a_folder_named_relatively(tmp_
         assert backend._backend.lock.acquire()  # and is killed here: those who wait see how old it is
         assert all(link.exists() for link in Path("run").glob("*.lock"))
         assert backend._backend.lock.grace_period == storages.GRACE
+        storages._free_dangling(backend._backend.path)
+        assert Path(f"{backend._backend.path}.lock").is_symlink()  # which leads somewhere
         backend._backend.lock.release()
 
 

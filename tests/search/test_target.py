@@ -138,6 +138,8 @@ def test_images_are_prepared_as_arrays_were_that_nobody_has_any_more(tmp_path: P
         assert not found.saw_validation
         assert (found.data.image_size, found.data.in_chans, found.data.mean, found.data.std) == (16, 1, (0.9,), (0.1,))
         assert found.data.spec.framing == data.spec.framing
+    own = load_data((x, y), image_size=16, crop_pct=0.8)
+    assert input_record(own, 16)["mean"] == list(own.mean)
 
 
 def test_a_saved_model_may_leave_classes_and_channels_to_timm(tmp_path: Path) -> None:
