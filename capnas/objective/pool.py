@@ -128,7 +128,7 @@ class Selection:
         places = [(self.gate.standing(m, (other for _, other in seen)), t) for t, m in waiting]
         inside = [(place.share, -place.rivals, t.number, t.params) for place, t in places if self.gate.passes(place)]
         if inside:
-            _, _, number, params = min(inside, key=lambda row: row[:3])
+            _, _, number, params = min(inside)
             study.enqueue_trial(params, user_attrs={QUEUED: number})
         return bool(inside)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import optuna
@@ -82,12 +83,16 @@ def test_duplicates_that_were_added_from_another_study_name_the_twin_here(data: 
     both, alone = (optuna.create_study(directions=first.directions) for _ in range(2))
     both.enqueue_trial({})  # numbers are others than there
     both.add_trials(first.trials)
+    twin = evaluations(first)[0]
+    for ended in ({"status": "stopped"}, {"status": "diverged", "duplicate_of": 9}):  # neither is whose result a duplicate shares
+        attributes = {ATTRIBUTE: dataclasses.replace(twin, **ended).to_dict()}
+        alone.add_trial(optuna.trial.create_trial(state=TrialState.PRUNED, user_attrs=attributes))
     alone.add_trials([*first.trials[1:]] * 2)
-    ended = [[(t.number, e) for t, e in evaluated(study) if e.status == "duplicate"] for study in (first, both, alone)]
-    told = [[(number, e.duplicate_of, e.reason) for number, e in found] for found in ended]
+    named = [[(t.number, e) for t, e in evaluated(study) if e.status == "duplicate"] for study in (first, both, alone)]
+    told = [[(number, e.duplicate_of, e.reason) for number, e in found] for found in named]
     same = "same architecture as"
     other = f"{same} one of another study"
-    assert told == [[(1, 0, f"{same} trial 0")], [(2, 1, f"{same} trial 1")], [(0, None, other), (1, None, other)]]
+    assert told == [[(1, 0, f"{same} trial 0")], [(2, 1, f"{same} trial 1")], [(2, None, other), (3, None, other)]]
     assert [row["duplicate_of"] for row in trial_rows(both, ["accuracy"])] == [None, 1]
 
 

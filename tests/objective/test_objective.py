@@ -512,7 +512,8 @@ def test_nothing_stops_what_was_trained_to_its_end(data: ImageData) -> None:
     rule = Mock(verdict=Mock(return_value="it is slow"))
     alone = run(objective(data, epochs=2), SMALL, pruner=hard)
     among = run(objective(data, values=("accuracy", "params"), epochs=1, stopping=rule), SMALL)
-    assert [e.status for study in (alone, among) for e in evaluations(study)] == ["complete"] * 2
+    known = run(objective(data, values="macs", epochs=2), SMALL, pruner=optuna.pruners.ThresholdPruner(upper=1.0))  # tells no epoch apart
+    assert [e.status for study in (alone, among, known) for e in evaluations(study)] == ["complete"] * 3
     assert not rule.verdict.called
 
 
@@ -527,15 +528,17 @@ def test_with_several_values_the_median_rule_stops(data: ImageData) -> None:
     stored = study.trials[0].user_attrs["capnas"]
     stored["curve"] = [row | {"accuracy": 1.1} for row in stored["curve"]]  # unbeatable rivals that cost less
     attributes = {"capnas": stored | {"hash": "?"}}
-    study.add_trials([optuna.trial.create_trial(state=TrialState.COMPLETE, values=[1.0, 1.0], user_attrs=attributes)] * 2)
+    shared = {"capnas": stored | {"hash": "?", "status": "duplicate", "duplicate_of": 1}}  # no rival of its own
+    for given in (attributes, attributes, shared):
+        study.add_trial(optuna.trial.create_trial(state=TrialState.COMPLETE, values=[1.0, 1.0], user_attrs=given))
     study.enqueue_trial(large)
     study.enqueue_trial({"width": 2, "depth": 1, "kind": "bad"})
     study.optimize(o, n_trials=2)
     found = evaluations(study)
-    assert [e.status for e in found] == ["complete", "complete", "complete", "stopped", "duplicate"]
-    assert "after epoch 1 is below 1.1000, the median of 3 earlier trials that cost no more" in found[3].reason
-    assert len(found[3].curve) == 1
-    assert study.trials[3].state == TrialState.PRUNED
+    assert [e.status for e in found] == ["complete", "complete", "complete", "duplicate", "stopped", "duplicate"]
+    assert "after epoch 1 is below 1.1000, the median of 3 earlier trials that cost no more" in found[4].reason
+    assert len(found[4].curve) == 1
+    assert study.trials[4].state == TrialState.PRUNED
 
 
 def test_where_a_stopped_training_needs_values_it_is_infeasible(data: ImageData) -> None:
