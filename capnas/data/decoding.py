@@ -96,7 +96,7 @@ def fit(image: Any, size: int, in_chans: int, *, deep: bool = True, framing: Fra
             found.draft("L" if in_chans == 1 else "RGB", (2 * size, 2 * size))
         plain = grey_or_rgb(found, in_chans)
     pixels = _middle(plain, size) if framing is None else framing.transform(size)(plain)
-    return pixels if in_chans in (1, 3) else to_channels(pixels[None], in_chans)[0]
+    return to_channels(pixels[None], in_chans)[0]
 
 
 def _middle(plain: Image.Image, size: int) -> torch.Tensor:

@@ -200,14 +200,14 @@ def test_timms_loader_crops_as_much_as_a_shift_does(augment: Augment, scale: flo
     asked: dict[str, Any] = {}
     monkeypatch.setattr(import_timm("timm.data"), "create_loader", lambda *_, **given: asked.update(given) or [])
     monkeypatch.setattr(Augment, "pixels", lambda self, size: size // 6)
-    pool = Streamed(readers=(DatasetReader(Listed(square(12))),), labels=torch.zeros(1), in_chans=3, workers=0)
+    pool = Streamed(readers=(DatasetReader(Listed(square(12))),), labels=torch.zeros(1), in_chans=3, workers=2)
     request = Request(
         positions=torch.arange(1), batch_size=1, training=True, augment=augment, seed=0, device=torch.device("cpu"), size=12,
         mean=(0.0,) * 3, std=(1.0,) * 3,
     )  # fmt: skip
     assert list(pool.batches(request)) == []
     assert asked["scale"] == (pytest.approx(scale), 1.0)
-    assert asked["hflip"] == hflip
+    assert (asked["hflip"], asked["num_workers"]) == (hflip, 2)
 
 
 def test_a_split_is_given_once() -> None:
