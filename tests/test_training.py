@@ -401,6 +401,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("mps", float64=False).type == "mps"  # where a loaded model may run
     with pytest.raises(UsageError, match="'cuda:99' is not here: torch sees"):
         resolve_device("cuda:99")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("cuda:0").index == 0
+    with pytest.raises(UsageError, match="'cuda:1' is not here: torch sees 1 CUDA devices"):
+        resolve_device("cuda:1")
 
 
 @pytest.mark.parametrize(

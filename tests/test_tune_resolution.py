@@ -329,12 +329,13 @@ def tokens(size: int) -> nn.Module:
 
 
 def test_a_network_without_border_is_told_and_so_are_pixels_that_no_patch_covers(data: ImageData) -> None:
-    found = tune_resolution(tokens, data, (8, 12, 16), epochs=6, config=CONFIG)
-    assert [s.unread for s in found.surveys] == [0, 4, 0]
+    found = tune_resolution(tokens, data, (8, 12, 16, 20), epochs=6, config=CONFIG, refused={20: "too large"})
+    assert [s.unread for s in found.surveys] == [0, 4, 0, 4]
     assert all(s.borderless for s in found.surveys)
     reasons = found.recommendation.reasons
     assert "no border: the network mixes all positions" in reasons
     assert "4 of 12 px are not read along each axis: the patches do not fill the image" in reasons
+    assert not any("4 of 20 px" in reason for reason in reasons)
     fitted = found.recommendation.fitted
     assert found.surveys[0].macs == found.surveys[1].macs
     assert fitted[8] != fitted[12] or found.last(8).loss == found.last(12).loss
