@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -50,9 +50,11 @@ def _norm_width(module: nn.Module) -> str:
 def select(model: nn.Module, modules: Mapping[str, Any], name: str, side: str, index: Tensor, often: Tensor) -> None:
     """Make the positions of one side of a module those of `index`, each of which is there so `often`."""
     if side == "param":
-        owner, _, leaf = name.rpartition(".")
-        value = model.get_parameter(name)
-        _set(model.get_submodule(owner), leaf, _take(value, wide_axis(value), index))
+        place, _, leaf = name.rpartition(".")
+        value, owner = model.get_parameter(name), cast(Any, model.get_submodule(place))
+        if getattr(owner, "normalized_shape", None) == tuple(value.shape):  # of a norm that is no layer norm, as nn.RMSNorm
+            owner.normalized_shape = (len(index),)
+        _set(owner, leaf, _take(value, wide_axis(value), index))
     elif side == "both" and not isinstance(modules[name], CONVS):
         _norm(modules[name], index)
     else:

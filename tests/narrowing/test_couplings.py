@@ -46,6 +46,14 @@ def test_norms_of_unbiased_variance_are_tried_by_another_order(kind: type[nn.Mod
     assert [g.name for g in narrowable(model, torch.randn(2, 3, 4, 4)).groups] == ["0", "2"]
 
 
+@pytest.mark.parametrize("kind", [nn.RMSNorm, timm.layers.RmsNorm, timm.layers.SimpleNorm])
+def test_norms_that_hold_their_width_beside_their_weight_change_both(kind: type[nn.Module]) -> None:
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), kind(8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(2, 3, 4, 4)
+    change_widths(model, narrowable(model, x).groups, {"1": range(5)})
+    assert model[2].normalized_shape == tuple(model[2].weight.shape) == (5,)
+    assert model(x).shape == (2, 2)
+
+
 def test_a_convnext_of_simple_norms_is_narrowed() -> None:
     args = {"num_classes": 5, "depths": [1, 1, 1, 1], "dims": [16, 24, 32, 40]}
     model = build_recipe({"timm": "convnext_zepto_rms", "args": args, "image_size": 32}).eval()
