@@ -116,7 +116,7 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
     for writer, units, whole in _dependency_groups(model, example):
         reason = _tied(units, tied) or _refusal(units, modules, heads, attentions) or (None if whole else _ENDLESS)
         if reason:
-            for name in {a[0] for u in units for a in u if a[1] == "out"} | {writer}:
+            for name in _written(units, modules) | {writer}:
                 fixed.setdefault(name, reason)
         else:
             found.append(units)
@@ -126,10 +126,10 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
         group = _group(atoms, order)
         if isinstance(group, CoupledGroup):
             groups.append(group)
-            for name in {p.module for p in group.writers()}:
+            for name in layers_of(group, modules):
                 fixed.pop(name, None)
         else:
-            for name in {name for unit in atoms for name, side, _ in unit if side != "in" and isinstance(modules.get(name), MEASURED)}:
+            for name in _written(atoms, modules):
                 fixed.setdefault(name, group)
     groups.sort(key=lambda g: order.get(g.name, len(order)))
     held = {name for g in groups for name in layers_of(g, modules)}
@@ -144,6 +144,11 @@ def find_groups(model: nn.Module, example: Tensor) -> Coupling:
 def layers_of(group: CoupledGroup, modules: Mapping[str, nn.Module]) -> list[str]:
     """The conv and linear layers whose width is the group's, depthwise ones too, without those that read it alone."""
     return [p.module for p in group.ports if p.side != "in" and isinstance(modules.get(p.module), MEASURED)]
+
+
+def _written(units: Units, modules: Mapping[str, nn.Module]) -> set[str]:
+    """The conv and linear layers, depthwise ones too, that put out channels of these units."""
+    return {name for unit in units for name, side, _ in unit if side != "in" and isinstance(modules.get(name), MEASURED)}
 
 
 def shared_parameters(model: nn.Module) -> dict[str, str]:

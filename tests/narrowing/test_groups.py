@@ -122,10 +122,23 @@ class Gained(nn.Conv2d):
         self.gain = nn.Parameter(torch.ones(8, 1, 1))
 
 
+class Added(nn.Module):
+    """A depthwise conv and one that mixes channels, added to what they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.mix = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(self.deep(x))
+
+
 def test_layers_without_a_rule_are_fixed() -> None:
     assert reasons(Gained())["1"] == "1 is a Gained, whose further parameters have no rule"
     assert reasons(nn.ConvTranspose2d(8, 8, 2, groups=2))["0"] == "1 is a grouped transposed convolution"
     assert reasons(nn.ConvTranspose2d(8, 8, 2)) == {}
+    normalized = reasons(nn.GroupNorm(2, 8), Added())
+    assert normalized == dict.fromkeys(("0", "2.deep", "2.mix"), "1 normalizes its channels in 2 groups")
 
 
 def test_depthwise_layers_are_of_the_group_and_those_that_multiply_channels_write_their_own() -> None:
