@@ -13,6 +13,7 @@ _DETOURS = 10  # times that a group may pass each dependency of the network; tho
 _FRAIL = ("update_concat_index_mapping", "update_reshape_index_mapping")
 _REPEATED = "update_expand_index_mapping"
 _SPLIT = "update_split_index_mapping"
+_NEGATIVE = 2**63  # an axis counted from the end, as autograd keeps it
 
 
 def torch_pruning() -> Any:
@@ -31,31 +32,38 @@ def forgiving() -> Iterator[None]:
     """While this lasts, Torch-Pruning passes channels as they are where it divides by or adds a width that it could not infer.
 
     So it does at a split of which it counts more parts than it knows the sizes of. What it then follows wrongly is found where each group
-    is tried. Its rule for repeated heads is left out: it forgets whose channels it maps.
+    is tried. Its rule for repeated heads is left out: it forgets whose channels it maps. So does its merging of all paths to a layer, which
+    keeps one channel of several that meet there, as the two halves that a gated linear unit multiplies: paths stay apart instead. A split
+    behind an embedding of tokens or positions, which it takes for one of tokens, is one of channels if its axis is counted from the end.
     """
     from torch_pruning.dependency import index_mapping
+    from torch_pruning.dependency.group import Group
 
     def forgive(rule: Callable[..., None]) -> Callable[..., None]:
         def apply(graph: Any, node: Any) -> None:
-            with suppress(TypeError, ZeroDivisionError):
+            with suppress(IndexError, TypeError, ZeroDivisionError):
                 rule(graph, node)
 
         return apply
 
     def split(graph: Any, node: Any) -> None:
         if len(getattr(node.module, "offsets", None) or ()) > len(node.outputs):
+            node.enable_index_mapping |= getattr(node.grad_fn, "_saved_dim", 0) > _NEGATIVE
             rules[_SPLIT](graph, node)
 
     instead = {_REPEATED: lambda graph, node: None, _SPLIT: split}
     names = (*_FRAIL, _REPEATED, _SPLIT)
     rules = {name: getattr(index_mapping, name) for name in names if hasattr(index_mapping, name)}  # not in every version
+    merge = Group.add_and_merge
     try:
         for name, rule in rules.items():
             setattr(index_mapping, name, instead.get(name) or forgive(rule))
+        Group.add_and_merge = Group.add_dep
         yield
     finally:
         for name, rule in rules.items():
             setattr(index_mapping, name, rule)
+        Group.add_and_merge = merge
 
 
 def followed(graph: Any, widest: int) -> Iterator[tuple[Any, bool]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
+from capnas._timm import timm
 from capnas.narrowing.applying import narrowable
 from capnas.narrowing.following import followed
 
@@ -57,12 +58,23 @@ def reshaped(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([y.mean(1, keepdim=True), y[:, 1:]], dim=1)
 
 
+def rotated(x: Tensor, y: Tensor) -> Tensor:
+    left, right = y.split([4, 4], dim=1)
+    return torch.cat([left.relu(), left.sigmoid() * right, right], dim=1)[:, :8]
+
+
 def repeated(x: Tensor, y: Tensor) -> Tensor:
     return y[:, :, None].expand(-1, -1, 2, -1, -1).mean(2)
 
 
 @pytest.mark.parametrize(
-    ("mix", "names"), [(joined, {"second", "third"}), (reshaped, {"second", "third"}), (repeated, {"first", "second", "third"})]
+    ("mix", "names"),
+    [
+        (joined, {"second", "third"}),
+        (reshaped, {"second", "third"}),
+        (rotated, {"second", "third"}),
+        (repeated, {"first", "second", "third"}),
+    ],
 )
 def test_widths_that_cannot_be_inferred_leave_the_rest_of_the_network(mix: Callable[[Tensor, Tensor], Tensor], names: set[str]) -> None:
     rules = dict(vars(index_mapping))
@@ -122,3 +134,23 @@ def test_parts_of_a_split_that_are_read_twice_leave_the_rest_of_the_network() ->
     found = narrowable(Gated().eval(), torch.randn(2, 3, 4, 4))
     assert [g.name for g in found.groups] == ["narrow"]
     assert "split_sizes" in found.fixed["wide"]
+
+
+class Multiplied(nn.Module):
+    """A gated linear unit on tokens, behind an embedding of their positions or without one."""
+
+    def __init__(self, embedded: bool) -> None:
+        super().__init__()
+        self.first, self.gated, self.head = nn.Linear(3, 6), timm.layers.GluMlp(6, 16), nn.Linear(6, 2)
+        self.positions = nn.Parameter(torch.randn(1, 16, 6)) if embedded else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gated(self.first(x.flatten(2).mT) + self.positions).mean(1))
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_the_halves_that_a_gated_linear_unit_multiplies_go_together(embedded: bool) -> None:
+    inner = narrowable(Multiplied(embedded).eval(), torch.randn(2, 3, 4, 4))["gated.fc1"]
+    places = {(p.module, p.side): p.positions.tolist() for p in inner.ports if p.positions.numel() > 1}
+    assert places["gated.fc1", "out"] == [[i, i + 8] for i in range(8)]
+    assert places["gated.fc2", "in"] == [[i] for i in range(8)]
