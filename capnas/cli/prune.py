@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from capnas.cli.app import WEIGHTS, Device, Json, Pretrained, app, decimal, quiet, seeding, whole
-from capnas.console import LONGER, SAW_VALIDATION, at_chance, out_json, remark, say, short, show_table
+from capnas.console import LONGER, SAW_VALIDATION, at_chance, out_json, pairs, remark, say, short, show_table
 from capnas.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def prune(
     force: Annotated[bool, typer.Option("--force", help="Overwrite a model saved there before.")] = False,
     seed: Annotated[int, seeding("Seed of weights, sampling and training.")] = 0,
     device: Device = "auto",
+    train: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Further settings of both trainings, e.g. lr=0.001; default of --train-epochs: the run's."),
+    ] = None,
+    data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further data settings, e.g. validation=0.2.")] = None,
     json: Json = False,
 ) -> None:
     """Narrow the over-wide layers of a network, correct the layers that read them, and save the narrower model.
@@ -70,6 +76,7 @@ def prune(
             images=calibration,
             finetune_epochs=finetune_epochs,
             train_epochs=train_epochs,
+            train=pairs(train or [], "--train"),
             seed=seed,
             device=device,
         )
@@ -78,7 +85,8 @@ def prune(
         place = None if out is None else out.absolute()  # a space may change the working directory
         if out is not None and not dry_run:
             check_free(out, force=force)
-        found = open_target(target, data=data, image_size=image_size, pretrained=pretrained)
+        options = pairs(data_option or [], "--data-option")
+        found = open_target(target, data=data, image_size=image_size, data_options=options, pretrained=pretrained)
         if place is not None and not dry_run:
             check_outside(place, found.data.spec.source)
         model = _network(found, config, weights, dry_run)
@@ -133,7 +141,7 @@ def _network(found: Target, config: PruneConfig, weights: Path | None, dry_run: 
             say(f"{found.name} has {has}; it is trained first, {counted(epochs, 'epoch')} on {found.data.name}")
         elif found.pretrained:
             raise UsageError(f"{found.name} has {has}: give --train-epochs N to train it first.")
-        recipe = FINETUNE if found.pretrained else FRESH
+        recipe = FINETUNE if found.pretrained else replace(FRESH, **found.train)
         return pretrain(model, found.data, config, image_size=found.image_size, recipe=recipe, say=say)
     return model
 

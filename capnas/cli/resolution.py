@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,7 @@ DOCUMENT, FIGURE = "resolution.json", "resolution.svg"
 @app.command()
 def resolution(
     target: Annotated[str, typer.Argument(help="A timm model, RUN:NUMBER or RUN:best for a trial, or the folder of a saved model.")],
-    data: Annotated[str | None, typer.Option(help="Images; default: the run's, or fashion-mnist-12k for a timm model.")] = None,
+    data: Annotated[str | None, typer.Option(help="Images; default: those of the run or the saved model, else fashion-mnist-12k.")] = None,
     candidates: Annotated[
         str | None, typer.Option(metavar="PX,PX,...", help="Image sizes to compare; default: from half to twice the data's.")
     ] = None,
@@ -38,7 +38,9 @@ def resolution(
     force: Annotated[bool, typer.Option("--force", help="Overwrite these files.")] = False,
     seed: Annotated[int, seeding("Seed of weights, shuffling and augmentation, the same for every size.")] = 0,
     device: Device = "auto",
-    train: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further training settings, e.g. batch_size=64.")] = None,
+    train: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further training settings, e.g. batch_size=64; default: the run's.")
+    ] = None,
     data_option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further data settings, e.g. validation=0.2.")] = None,
     json: Json = False,
 ) -> None:
@@ -57,7 +59,9 @@ def resolution(
         from capnas.search.target import open_largest, open_target
         from capnas.training import TrainConfig
 
-        options = pairs(data_option or [], "--data-option")
+        options, given = pairs(data_option or [], "--data-option"), pairs(train or [], "--train")
+        check_names("train", given, {f.name for f in fields(TrainConfig)} - {"epochs", "record", "seed", "device"})
+        config = TrainConfig(seed=seed, device=device, **given)
         chosen = chosen or ladder(open_target(target, data=data, data_options=options).data.image_size)
         found, refused = open_largest(target, chosen, data=data, data_options=options)
         if place is not None:
@@ -81,14 +85,10 @@ def resolution(
             }
             document: dict[str, Any] = {"name": found.name, "surveys": surveys, "advice": advice}
         else:
-            given = pairs(train or [], "--train")
-            known = {f.name for f in fields(TrainConfig)} - {"epochs", "record", "seed", "device"}
-            check_names("train", given, known)
-            config = TrainConfig(seed=seed, device=device, **given)
             start = f"tuning the resolution of {found.name} on {found.data.name}: {', '.join(map(str, chosen))} px"
             asked = None if pay is None else pay / 100
             limits = {"share": share, "budget": budget, "pay": asked, "refused": refused}
-            settings: dict[str, Any] = {"epochs": epochs, "config": config, **limits}
+            settings: dict[str, Any] = {"epochs": epochs, "config": replace(config, **{**found.train, **given}), **limits}
             tuning = tune_resolution(build, found.data, chosen, **settings, on_start=lambda: say(start), on_run=_tell, on_pass=_tell_pass)
             document = {"name": found.name, "data": found.data.name, **tuning.to_dict()}
     if out is not None and place is not None:

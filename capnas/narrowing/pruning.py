@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -52,6 +52,7 @@ class PruneConfig:
         images: for calibration, from train; fewer where they are large.
         finetune_epochs: passes over train after narrowing.
         train_epochs: passes before it, for a network without trained weights.
+        train: further fields of `capnas.training.TrainConfig`, of both trainings.
         seed: of sampling and training.
         device: "auto", "cpu", "cuda", ...
 
@@ -68,6 +69,7 @@ class PruneConfig:
     images: int = 1024
     finetune_epochs: int = 0
     train_epochs: int = 0
+    train: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     device: str = "auto"
 
@@ -97,6 +99,12 @@ class PruneConfig:
         for name in ("finetune_epochs", "train_epochs"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative, got {getattr(self, name)}.")
+        check_names("train", self.train, {f.name for f in fields(TrainConfig)} - {"epochs", "record", "seed", "device"})
+        self.training(FINETUNE, 1)
+
+    def training(self, recipe: TrainConfig, epochs: int) -> TrainConfig:
+        """A recipe with the settings that were given."""
+        return replace(recipe, **self.train, epochs=epochs, seed=self.seed, device=self.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -194,8 +202,7 @@ def pretrain(
         plain = plain_convs(model)
         groups = narrowable(plain, example).groups
         check_growth(NetworkCost.of(plain, groups, (1, *example.shape[1:])), check_widths(groups, config.widths))
-    settings = replace(recipe, epochs=config.train_epochs, seed=config.seed, device=config.device)
-    _train(model, data, settings, image_size, "training", say)
+    _train(model, data, config.training(recipe, config.train_epochs), image_size, "training", say)
     return model
 
 
@@ -261,8 +268,7 @@ def prune(
     tell(f"accuracy on validation: {accuracy['before']:.4f} before, {accuracy['pruned']:.4f} after narrowing, without training")
     curve: list[dict[str, Any]] = []
     if config.finetune_epochs:
-        recipe = replace(FINETUNE, epochs=config.finetune_epochs, seed=config.seed, device=config.device)
-        result = _train(small, data, recipe, size, "fine-tuning", say)
+        result = _train(small, data, config.training(FINETUNE, config.finetune_epochs), size, "fine-tuning", say)
         accuracy["finetuned"], curve = float(result.accuracy or 0.0), list(result.curve)
     times = {b: latencies([full, small], images[torch.arange(b) % len(images)]) for b in (1, 64)}
     report = {
@@ -327,5 +333,6 @@ def _train(
 
     result = train(model, data, settings, image_size=image_size, on_epoch=on_epoch)
     if result.status != "complete":
-        raise CapnasError(f"{what} ended as {result.status}: {result.reason}.")
+        slower = f"; give a lower learning rate than {settings.lr:g}: --train lr={settings.lr / 10:g}"
+        raise CapnasError(f"{what} ended as {result.status}: {result.reason}{slower if result.status == 'diverged' else ''}.")
     return result

@@ -8,7 +8,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -45,6 +45,7 @@ class Target:
             accuracies on them are then of images that it has seen.
         retrained: of a trial, the folder of the network that `capnas.search.trials.retrain_trial` kept of it last; None without one.
         pretrained: whether it has timm's own weights. With images of other classes than theirs its head is fresh, and `trained` False.
+        train: of a trial, the settings of `capnas.training.TrainConfig` that its search was given.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Target:
     saw_validation: bool = False
     retrained: Path | None = None
     pretrained: bool = False
+    train: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, seed: int = 0, *, image_size: int | None = None, trained: bool = True) -> nn.Module:
         """The network on the CPU: its trained weights where there are any, in eval mode; else fresh ones, in training mode.
@@ -294,7 +296,8 @@ def _trial(
     kept = [run.folder / r["model"] for r in read_retrained(run) if r.get("model") and all(r.get(k) == v for k, v in same.items())]
     retrained = next((folder for folder in reversed(kept) if (folder / MANIFEST).is_file()), None)
     name = f"trial {found.number} of {run.config.name}"
-    return Target(name=name, data=images, image_size=size, trained=False, recipe=recipe, retrained=retrained)
+    train = {name: value for name, value in run.config.train.items() if name != "record"}  # whether to measure is the command's
+    return Target(name=name, data=images, image_size=size, trained=False, recipe=recipe, retrained=retrained, train=train)
 
 
 def _saved(folder: Path, data: str | ImageData | None, image_size: int | None, options: dict[str, Any]) -> Target:

@@ -14,7 +14,7 @@ from capnas.cli.prune import show_plan
 from capnas.errors import CapnasError
 from capnas.narrowing.pruning import PruneConfig
 from capnas.saved import build_recipe, save_model
-from capnas.training import evaluate
+from capnas.training import TrainConfig, TrainingResult, evaluate, train
 
 Run = Callable[..., tuple[int, str, str]]
 RECIPE = {"space": FILE, "params": {"width": 8, "depth": 2, "kind": "plain"}, "num_classes": 3, "in_chans": 1, "image_size": 8}
@@ -173,8 +173,14 @@ def test_errors_of_use(run: Run, saved: Path) -> None:
         assert reason in err
 
 
-def test_a_trial_of_a_run_is_trained_first(run: Run, tmp_path: Path) -> None:
-    data = write_images(tmp_path / "images")
+def test_a_trial_of_a_run_is_trained_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, trained = write_images(tmp_path / "images"), []
+
+    def train_noted(model: torch.nn.Module, data: Any, config: TrainConfig, **settings: Any) -> TrainingResult:
+        trained.append((config.epochs, config.batch_size, config.lr, config.label_smoothing))
+        return train(model, data, config, **settings)
+
+    monkeypatch.setattr("capnas.narrowing.pruning.train", train_noted)
     search = ["search", FILE, "--data", data, "--trials", "2", "--epochs", "1", "--out", tmp_path / "run", "--train", "batch_size=16",
               "--pruner", "off", "--device", "cpu", "--data-option", "image_size=8", "--data-option", "in_chans=1"]  # fmt: skip
     code, _, err = run(*search)
@@ -194,3 +200,7 @@ def test_a_trial_of_a_run_is_trained_first(run: Run, tmp_path: Path) -> None:
     assert json.loads(out)["report"]["macs"]["after"] > 0
     again = capnas.load_model(tmp_path / "small")
     assert again(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
+    more = ["--finetune-epochs", "1", "--train", "batch_size=24,label_smoothing=0.1", "--data-option", "validation=0.3"]
+    code, out, err = run(*winner, "--out", tmp_path / "other", *more)
+    assert code == 0, err
+    assert trained == [(1, 16, 3e-3, 0.0), (1, 24, 3e-3, 0.1), (1, 24, 1e-3, 0.1)]  # the run's, unless others are given

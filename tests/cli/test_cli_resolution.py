@@ -16,6 +16,7 @@ from capnas.candidates import count_cost
 from capnas.data import load_data
 from capnas.errors import CapnasError
 from capnas.search import StudyConfig, run_study
+from capnas.training import TrainConfig
 
 Run = Callable[..., tuple[int, str, str]]
 MODEL = "mobilenetv3_small_050"
@@ -45,10 +46,10 @@ def test_a_dry_run_needs_no_training(run: Run, folder: Path, monkeypatch: pytest
     assert "at 12 px:\n  cut" in out
 
 
-def test_a_trial_of_a_search_is_tuned_and_written(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_trial_of_a_search_is_tuned_and_written(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = StudyConfig(
         space=FILE, data=str(folder), trials=1, epochs=1, out=str(tmp_path / "run"), study="tiny", device="cpu", sampler="random",
-        train={"batch_size": 32}, data_options={"image_size": 12, "in_chans": 1},
+        train={"batch_size": 32, "lr": 0.01}, data_options={"image_size": 12, "in_chans": 1},
     )  # fmt: skip
     run_study(study)
     out = tmp_path / "tuned"
@@ -65,6 +66,10 @@ def test_a_trial_of_a_search_is_tuned_and_written(run: Run, folder: Path, tmp_pa
     assert (out / "resolution.svg").read_text().startswith("<svg")
     code, _, err = run("resolution", f"{study.folder}:best", "--candidates", "8,12", *TINY, "--out", out)
     assert (code, "--force overwrites them" in err) == (2, True)
+    asked: list[TrainConfig] = []
+    monkeypatch.setattr("capnas.resolution.tune_resolution", lambda *given, config, **settings: asked.append(config) or 1 / 0)
+    run("resolution", f"{study.folder}:best", "--candidates", "8,12", "--train", "batch_size=24")
+    assert [(config.batch_size, config.lr) for config in asked] == [(24, 0.01)]  # the run's, unless others are given
 
 
 def test_a_dry_run_writes_what_it_says(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -169,6 +174,7 @@ def test_a_size_whose_images_do_not_fit_into_memory_is_named(run: Run, folder: P
         (("resnet18", "--candidates", "0,-4"), "such as 24,32,48, got '0,-4'"),
         (("resnet18", "--candidates", "28", "--trained"), "the trained weights of a saved model, and resnet18 has none"),
         ((MODEL, "--candidates", "28", "--pay", "nan"), "a number and not negative, got nan"),
+        ((MODEL, "--candidates", "28", "--dry-run", "--train", "batchsize=9"), "Did you mean 'batch_size'"),
     ],
 )
 def test_errors_of_use(run: Run, folder: Path, words: tuple[str, ...], message: str) -> None:

@@ -256,6 +256,8 @@ def test_large_images_are_fewer(data: ImageData, monkeypatch: pytest.MonkeyPatch
         ({"lossless": 1.5}, r"in \(0, 1\), got 1.5"),
         ({"target_macs": 0.5, "images": 2}, "at least 16 images, got 2"),
         ({"target_macs": 0.5, "finetune_epochs": -1}, "must not be negative"),
+        ({"target_macs": 0.5, "train": {"lrr": 0.1}}, "Did you mean 'lr'"),
+        ({"target_macs": 0.5, "train": {"lr": -1.0}}, "lr must be finite and not negative"),
         ({"target_macs": 0.5, "allocation": "bogus"}, "allocation must be one of loss, saturation; got 'bogus'"),
         ({"target_macs": 0.5, "round_to": 0}, "round_to must be at least 1, got 0"),
         ({"widths": {"0": 1}, "round_to": 4}, "carried out as it is: leave out --round-to"),
@@ -275,6 +277,12 @@ def test_what_cannot_be_asked_for(options: dict[str, Any], reason: str) -> None:
 def test_fresh_weights_are_trained_first(data: ImageData) -> None:
     with pytest.raises(UsageError, match=r"no trained weights.*give --train-epochs N"):
         pretrain(build_recipe(RECIPE), data, PruneConfig(target_macs=0.5), image_size=8)
+
+
+def test_a_training_that_diverges_says_how_it_may_not(data: ImageData) -> None:
+    config = PruneConfig(target_macs=0.5, train_epochs=1, train={"lr": 1e9, "warmup_epochs": 0, "clip_grad": None}, device="cpu")
+    with pytest.raises(CapnasError, match=r"training ended as diverged: .*; give a lower learning rate than 1e\+09: --train lr=1e\+08\.$"):
+        pretrain(build_recipe(RECIPE), data, config, image_size=8)
 
 
 def test_without_torch_pruning_the_extra_is_named(trained: torch.nn.Module, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
