@@ -128,9 +128,10 @@ def _trial_failure(model: nn.Module, example: Tensor, groups: Sequence[CoupledGr
 
 
 def _averaged(group: CoupledGroup, model: nn.Module) -> bool:
-    """Whether a norm or a response averages over the group's channels."""
+    """Whether a norm or a response averages over the group's units; a group norm of several groups averages within each."""
     modules = dict(model.named_modules())
-    return any(p.side == "param" or isinstance(modules[p.module], (nn.LayerNorm, nn.GroupNorm)) for p in group.ports)
+    ports = [(p.side, modules.get(p.module)) for p in group.ports]
+    return any(side == "param" or isinstance(m, nn.LayerNorm) or (isinstance(m, nn.GroupNorm) and m.num_groups == 1) for side, m in ports)
 
 
 def _unbiased(group: CoupledGroup, model: nn.Module) -> bool:

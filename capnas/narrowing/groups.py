@@ -234,8 +234,6 @@ def _refusal(units: Units, modules: Mapping[str, nn.Module], heads: set[str], at
             return f"an attention is narrowed by whole heads, and {attention} is no plain one of several heads side by side"
         if isinstance(module, MEASURED) and {n for n, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
             return f"{name} is a {type(module).__name__}, whose further parameters have no rule"
-        if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
-            return f"{name} normalizes its channels in {module.num_groups} groups"
         if isinstance(module, CONVS) and getattr(module, "transposed", False) and module.groups > 1:
             return f"{name} is a grouped transposed convolution"
         if module is not None and side == "both" and not isinstance(module, _RULES) and any(True for _ in module.parameters(recurse=False)):
@@ -244,7 +242,7 @@ def _refusal(units: Units, modules: Mapping[str, nn.Module], heads: set[str], at
 
 
 def _merged(found: Sequence[Units], modules: Mapping[str, nn.Module]) -> list[Units]:
-    """Units that share atoms, or sit in one group of a grouped conv, become one; groups that share units become one."""
+    """Units that share atoms, or sit in one group of a grouped conv or group norm, become one; groups that share units become one."""
     atoms = DisjointSet(atom for units in found for unit in units for atom in unit)
     for units in found:
         for first, *rest in units:
@@ -259,6 +257,10 @@ def _merged(found: Sequence[Units], modules: Mapping[str, nn.Module]) -> list[Un
             for other in ((name, "in", block * wide), (name, "out", block * narrow)):
                 atoms.add(other)
                 atoms.merge(atom, other)
+        elif isinstance(module, nn.GroupNorm) and module.num_groups > 1:
+            size = module.num_channels // module.num_groups
+            atoms.add((name, side, position // size * size))
+            atoms.merge(atom, (name, side, position // size * size))
     groups, place = DisjointSet(range(len(found))), dict[Atom, int]()
     for i, units in enumerate(found):
         for first, *_ in units:

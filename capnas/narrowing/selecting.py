@@ -96,4 +96,7 @@ def _norm(module: Any, index: Tensor) -> None:
     if layer_norm:
         module.normalized_shape = (*module.normalized_shape[:-1], len(index))
     else:
-        setattr(module, _norm_width(module), len(index))
+        width = _norm_width(module)
+        if isinstance(module, nn.GroupNorm) and module.num_groups > 1:  # whole groups
+            module.num_groups = len(index) * module.num_groups // module.num_channels
+        setattr(module, width, len(index))

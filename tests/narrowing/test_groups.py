@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from capnas._timm import timm
-from capnas.narrowing.applying import narrowable
+from capnas.narrowing.applying import change_widths, narrowable
 from capnas.narrowing.groups import (
     CLASSES,
     CoupledGroup,
@@ -137,8 +139,7 @@ def test_layers_without_a_rule_are_fixed() -> None:
     assert reasons(Gained())["1"] == "1 is a Gained, whose further parameters have no rule"
     assert reasons(nn.ConvTranspose2d(8, 8, 2, groups=2))["0"] == "1 is a grouped transposed convolution"
     assert reasons(nn.ConvTranspose2d(8, 8, 2)) == {}
-    normalized = reasons(nn.GroupNorm(2, 8), Added())
-    assert normalized == dict.fromkeys(("0", "2.deep", "2.mix"), "1 normalizes its channels in 2 groups")
+    assert reasons(nn.PReLU(8), Added()) == dict.fromkeys(("0", "2.deep", "2.mix"), "1 is a PReLU, which has no rule")
 
 
 def test_depthwise_layers_are_of_the_group_and_those_that_multiply_channels_write_their_own() -> None:
@@ -148,6 +149,18 @@ def test_depthwise_layers_are_of_the_group_and_those_that_multiply_channels_writ
     sides = {(p.module, p.side): p.positions.shape[1] for p in group.ports}
     assert sides == {("0", "out"): 1, ("1", "both"): 1, ("2", "in"): 1, ("2", "out"): 2, ("4", "in"): 8}
     assert layers_of(group, dict(model.named_modules())) == ["0", "1", "2"]
+
+
+def test_group_norms_lose_whole_groups_and_the_others_stay_as_they_were() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.GroupNorm(4, 12), nn.ReLU(), nn.Flatten(), nn.Linear(192, 2)).eval()
+    images = torch.randn(2, 3, 4, 4)
+    (group,) = narrowable(model, images).groups
+    assert (group.units, group.unit_channels) == (4, 3)
+    without = copy.deepcopy(model)
+    without[4].weight.data.unflatten(1, (4, 48))[:, [0, 2]] = 0
+    change_widths(model, [group], {"0": [1, 3]})
+    assert (model[1].num_groups, model[1].num_channels) == (2, 6)
+    torch.testing.assert_close(model(images), without(images))
 
 
 def test_lists_of_units_that_overlap_become_one_group() -> None:
