@@ -127,7 +127,7 @@ class Walk:
         leaf = algebra.linear_leaf(in_units, out_units, kernel=math.prod(kernel), groups=groups)
         if transposed:  # the taps are spread over stride^2 phases: the mean fan-in of an output unit
             leaf = replace(leaf, log2_fan_in=math.log2(in_units / groups * math.prod(kernel) / math.prod(stride)))
-        after = replace(x, layout=layout, fields=fields, mixing=False)
+        after = replace(x, layout=layout, fields=fields, mixing=x.mixing and math.prod(kernel) == 1)
         return self._linear("conv", node, 1, x, after, leaf, out_units, groups, extent)
 
     def _product(self, base: str, node: Node, given: list[State | None]) -> State:

@@ -208,12 +208,20 @@ def test_activations_count_by_their_half_spaces_and_dead_code_not_at_all(kind: s
     assert report.macs == 36 * 4 * 36
 
 
-def test_heads_mixed_after_the_softmax_are_still_attention() -> None:
-    report = timm_report("cait_xxs24_224", 224, depth=1, depth_token_only=1)
-    attention = report.layers["blocks.0.attn"]
-    assert attention.kind == "attention"
-    assert attention.log2_fan_in == math.log2(196)
-    assert report.layers["blocks.0.attn.proj_w"].kind == "linear"
+@pytest.mark.parametrize(
+    ("model", "settings", "attention", "mixing", "kind", "tokens"),
+    [
+        ("cait_xxs24_224", {"depth": 1, "depth_token_only": 1}, "blocks.0.attn", "proj_w", "linear", 196),
+        ("efficientformerv2_s0", {"depths": (1, 1, 1, 1)}, "stages.3.blocks.0.token_mixer", "talking_head2", "conv", 49),
+    ],
+)
+def test_heads_mixed_after_the_softmax_are_still_attention(
+    model: str, settings: dict[str, Any], attention: str, mixing: str, kind: str, tokens: int
+) -> None:
+    layers = timm_report(model, 224, **settings).layers
+    assert layers[attention].kind == "attention"
+    assert layers[attention].log2_fan_in == math.log2(tokens)
+    assert layers[f"{attention}.{mixing}"].kind == kind
 
 
 def test_gates_are_left_out_of_the_field_unless_asked_for() -> None:
