@@ -1,7 +1,8 @@
 """Narrower networks: what width each coupled group of layers needs, channels removed, the layers that read them corrected.
 
-The way: `survey` measures a trained network on calibration images, `plan_widths` chooses a width for every group, `narrowed` makes the
-network (a copy); `capnas.narrowing.pruning` does all of it for the command and reports accuracy, cost and time.
+The way: `survey` measures a trained network on calibration images and finds the streams that can be turned, `plan_widths` chooses a width
+for every group, `narrowed` makes the network (a copy); `capnas.narrowing.pruning` does all of it for the command and reports accuracy,
+cost and time.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from capnas.narrowing.planning import Plan, plan_widths, read_widths
 from capnas.narrowing.refusing import CannotNarrow
 from capnas.narrowing.standardized import plain_convs
 from capnas.narrowing.survey import Survey, survey
+from capnas.narrowing.turning import turn_streams
 
 __all__ = ["CannotNarrow", "CoupledGroup", "Plan", "Survey", "chosen_units", "narrowed", "plan_widths", "read_widths", "survey"]
 
 
 def chosen_units(found: Survey, plan: Plan) -> Keep:
     """Which units stay: the last ones on each group's removal path; where a group grows, the most needed ones twice.
+
+    Of a group whose stream is turned and narrowed, units are those of the turned stream.
 
     Raises:
         UsageError: the plan is of another network.
@@ -36,10 +40,10 @@ def chosen_units(found: Survey, plan: Plan) -> Keep:
     planned = plan.widths
     if set(planned) != {g.name for g in found.groups}:
         raise UsageError("the plan names other groups than this network has.")
-    for group, path in zip(found.groups, found.paths):
+    for group, path, removal in zip(found.groups, found.paths, found.removals):
         units = planned[group.name] // group.unit_channels
         if units <= group.units:
-            keep[group.name] = path.kept(units)
+            keep[group.name] = removal.kept(units)
         else:
             again = [path.order[-1 - i % group.units] for i in range(units - group.units)]
             keep[group.name] = sorted([*range(group.units), *again])
@@ -48,6 +52,8 @@ def chosen_units(found: Survey, plan: Plan) -> Keep:
 
 def narrowed(model: nn.Module, found: Survey, plan: Plan, *, refit: bool = True, seed: int = 0) -> nn.Module:
     """A copy of the network in the planned widths, its dense layers refitted on the survey's images.
+
+    Streams that can be turned are, if they are narrowed (`capnas.narrowing.turning`).
 
     Args:
         model: the surveyed network; not changed.
@@ -66,13 +72,16 @@ def narrowed(model: nn.Module, found: Survey, plan: Plan, *, refit: bool = True,
     if refit:
         for name in found.readings.keys() - fitted.keys():
             _mix(small, found, keep, name)
+    turning, moments = [g for g in found.groups if g.name in found.turns and len(keep[g.name]) < g.units], found.norm_inputs
+    if turning:
+        fitted, moments = turn_streams(small, turning, found.turns, found.norms, fitted, found.images)
     change_widths(small, found.groups, keep)
     if plan.grows:
         _tell_apart(small, plan, seed)
     if refit:
         outputs = {n: kept_channels(found.groups, keep, n, "out", r.outputs.shape[1]) for n, r in fitted.items()}
-        stay = {n: kept_channels(found.groups, keep, n, "both", len(m)).to(m.device) for n, (m, _) in found.norm_inputs.items()}
-        before = {n: (mean[stay[n]], variance[stay[n]]) for n, (mean, variance) in found.norm_inputs.items()}
+        stay = {n: kept_channels(found.groups, keep, n, "both", len(m)).to(m.device) for n, (m, _) in moments.items()}
+        before = {n: (mean[stay[n]], variance[stay[n]]) for n, (mean, variance) in moments.items()}
         correct(small, fitted, outputs, found.norms, found.images, before=before)
     _name_features(model, small, found.images[:1])
     return small

@@ -117,7 +117,7 @@ def plan_widths(
     check_division(allocation, round_to)
     options = [
         Widths(now=g.units, needed=n, choices=width_choices(g.units, g.unit_channels, round_to), losses=p.losses)
-        for g, n, p in zip(found.groups, found.needed, found.paths)
+        for g, n, p in zip(found.groups, found.needed, found.removals)
     ]
     full = float(found.cost.macs.sum())
     if widths is not None:
@@ -283,7 +283,7 @@ def _plan(found: Survey, units: Sequence[int], goal: str) -> Plan:
                 planned_macs=round(float((macs * shares[own]).sum())),
                 params=round(float(params.sum())),
                 planned_params=round(float(by_module[own].sum())),
-                loss=float(found.paths[i].losses[group.units - n]) if n < group.units else 0.0,
+                loss=float(found.removals[i].losses[group.units - n]) if n < group.units else 0.0,
                 grow=found.saturation[i] >= CEILING,
             )
         )

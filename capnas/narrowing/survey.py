@@ -19,6 +19,7 @@ from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, layers_of, shared_parameters
 from capnas.narrowing.refusing import check_modules
 from capnas.narrowing.standardized import plain_convs
+from capnas.narrowing.turning import Turn, find_turns
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,6 +35,7 @@ class Survey:
         needed: per group the units that hold `threshold` of the variance of each of its writers' outputs.
         saturation: per group needed / units, in [0, 1].
         paths: per group the order in which its units are best removed.
+        turns: groups whose stream can be turned first, so that directions are removed and not channels (`capnas.narrowing.turning`).
         utilisation: per group the least capacity utilisation (36) of its writers, NaN where unknown.
         over_wide: groups of which a writer is flagged by (50).
         threshold: see ``needed``.
@@ -49,6 +51,7 @@ class Survey:
     needed: tuple[float, ...]
     saturation: tuple[float, ...]
     paths: tuple[RemovalPath, ...]
+    turns: Mapping[str, Turn]
     utilisation: tuple[float, ...]
     over_wide: tuple[bool, ...]
     threshold: float
@@ -59,6 +62,11 @@ class Survey:
     def groups(self) -> tuple[CoupledGroup, ...]:
         """The groups that can be narrowed, in the order of the network."""
         return self.coupling.groups
+
+    @property
+    def removals(self) -> tuple[RemovalPath, ...]:
+        """Per group the path on which it is narrowed: that of its stream as it is turned, where it can be."""
+        return tuple(self.turns[g.name].path if g.name in self.turns else p for g, p in zip(self.groups, self.paths))
 
 
 def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, seed: int = 0) -> Survey:
@@ -82,13 +90,13 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
     modules = dict(model.named_modules())
     tied = shared_parameters(model)  # refitting one layer would change the other
     readings = read_layers(model, [n for n, m in modules.items() if readable(m) and n not in tied], images, seed=seed)
-    fixed, groups, paths = dict(coupling.fixed), [], []
+    fixed, groups, read = dict(coupling.fixed), list[CoupledGroup](), list[list[Reader]]()
     for group in coupling.groups:
         readers = _readers(group, modules, readings)
         unread = _unread(group, modules, readings)
         if readers and not unread:
             groups.append(group)
-            paths.append(removal_path(readers))
+            read.append(readers)
         else:
             reason = "no layer that reads it is a plain dense conv or linear layer that could be refitted"
             if readers:
@@ -114,7 +122,8 @@ def survey(model: nn.Module, images: Tensor, *, threshold: float = THRESHOLD, se
         norm_inputs=moments,
         needed=tuple(needed),
         saturation=tuple(n / g.units for n, g in zip(needed, groups)),
-        paths=tuple(paths),
+        paths=tuple(map(removal_path, read)),
+        turns=find_turns(model, groups, read, readings, norms, images[:2]),
         utilisation=tuple(min(values, default=float("nan")) for values in used),
         over_wide=tuple(any(w in wide for w in names) for names in writers),
         threshold=threshold,

@@ -5,7 +5,8 @@
     python results/pruning/run.py --derive-only                 # table.md from raw/
 
 Every line of raw/ is one network: model, data, seed, method, kept MACs, accuracy on the test images. What is there is not computed again,
-except capnas' networks of a former way to renew batch norms (no "norms": "moved" in the line), whose lines are replaced.
+except capnas' networks of a former way: batch norms renewed otherwise (no "norms": "moved" in the line), or MBConv narrowed by channels of
+its streams (no "streams": "turned"). Their lines are replaced.
 Rivals: each importance with the same ratio in all layers and with one global ranking (scope), the ratio found by bisection so that the MACs
 are at most the target. ``renewed``: accuracy after batch norm statistics are measured again on the calibration images that capnas uses.
 """
@@ -136,6 +137,7 @@ class Bench:
         self.shape = (1, *self.images.shape[1:])
         self.macs = count_cost(self.model, self.shape).macs
         self.rule = {"norms": "moved"} if any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules()) else {}
+        self.rule |= {"streams": "turned"} if MODELS[model_name]["space"] == "mbconv" else {}  # alone has streams of linear layers
 
     @property
     def lines(self):  # read anew, as several processes may write

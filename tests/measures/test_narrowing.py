@@ -5,7 +5,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from capnas.measures.narrowing import Reader, _Elimination, factor, gram, mixture, moved_norm, refit, removal_path, root
+from capnas.measures.narrowing import (
+    Reader,
+    _Elimination,
+    factor,
+    gram,
+    mixture,
+    moved_norm,
+    principal_axes,
+    refit,
+    removal_path,
+    root,
+    turned_reader,
+)
 
 
 def correlated(d: int, seed: int) -> Tensor:
@@ -185,3 +197,34 @@ def test_a_norm_moves_by_a_bounded_factor() -> None:
 def test_sums_of_single_precision_rows_are_in_double() -> None:
     x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) + 100
     torch.testing.assert_close(gram(x, chunk=100), x.double().T @ x.double(), rtol=1e-12, atol=0)
+
+
+def test_along_principal_axes_each_removal_costs_half_an_eigenvalue_and_no_choice_of_channels_costs_less() -> None:
+    drawn = reader(6, 1, 5, seed=3)
+    given = Reader(weight=drawn.weight, covariance=drawn.covariance, curvature=drawn.curvature, columns=torch.arange(7)[:, None])
+    assert given.curvature is not None
+    importance = given.weight.T @ given.curvature @ given.weight
+    axes, back = principal_axes(given.covariance, importance)
+    torch.testing.assert_close(axes @ back, torch.eye(7, dtype=torch.float64))
+    turned = turned_reader(given, axes, back)
+    torch.testing.assert_close(turned.covariance, torch.eye(7, dtype=torch.float64), rtol=0, atol=1e-3)  # but for what is added
+    x = torch.randn(20, 7, dtype=torch.float64)
+    torch.testing.assert_close(x @ axes.T @ turned.weight.T, x @ given.weight.double().T)
+    path, channels = (removal_path([r], ridge=1e-9) for r in (turned, given))
+    # the eigenvalues of A M, which is not symmetric, by another routine
+    eigenvalues = np.sort(np.linalg.eigvals((given.covariance.double() @ importance.double()).numpy()).real)
+    np.testing.assert_allclose(path.losses, [0, *np.cumsum(eigenvalues[:-1]) / 2], rtol=1e-3, atol=1e-6)
+    assert path.order[-1] == 0  # the first axis matters most
+    assert (path.losses[2:6] < 0.9 * channels.losses[2:6]).all()  # five outputs of seven inputs: two directions are free
+
+
+def test_a_turned_reader_of_several_kernel_positions_reads_turned_units_at_each() -> None:
+    given, axes = reader(3, 4, 2, seed=5), torch.randn(3, 3, dtype=torch.float64)
+    turned = turned_reader(given, axes, axes.inverse())
+    rows = torch.randn(50, 13, dtype=torch.float64)
+    moved = rows.clone()
+    for kernel in range(4):
+        moved[:, given.columns[:, kernel]] = rows[:, given.columns[:, kernel]] @ axes.T
+    torch.testing.assert_close(moved @ turned.weight.T, rows @ given.weight.double().T)
+    spread = turned_reader(Reader(weight=given.weight, covariance=rows.T @ rows, columns=given.columns), axes, axes.inverse()).covariance
+    torch.testing.assert_close(spread, moved.T @ moved)
