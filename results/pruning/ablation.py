@@ -4,7 +4,8 @@
     python results/pruning/ablation.py cifar --cifar cifar10.zip
     python results/pruning/ablation.py --table-only                     # ablation.md from raw_ablation/
 
-All networks are made by capnas' `narrowed`; what differs is the order in which channels leave, the plan of widths, and `refit`.
+All networks are made by capnas' `narrowed`; what differs is the order in which channels leave, the plan of widths, and `refit`. Streams are
+turned for capnas' choice alone (`capnas.narrowing.turning`); only MBConv has such, and a choice without: what holds of the others' widths.
 Networks of Torch-Pruning are rebuilt from the channels that they keep, which gives the same outputs, and then refitted like ours. A line
 is one network as in run.py, `method` the choice and `scope` the widths; `accuracy` is with the refit. What is there is not computed again.
 """
@@ -23,24 +24,26 @@ from capnas.narrowing import narrowed, plan_widths, survey
 
 ROWS, HALF, ROUND = HERE / "raw_ablation", 0.5, 4
 WIDTHS = ("loss", "uniform")
-CHOICES = ("capnas", "group magnitude", "filter magnitude", "random")
+AS_THEY_ARE = "capnas, streams as they are"  # its choice of channels, which is the default's where no stream can be turned
+CHOICES = ("capnas", AS_THEY_ARE, "group magnitude", "filter magnitude", "random")
 SCOPES = ("layer", "global")
 ERROR = 0.8  # one standard error of an accuracy, in points
-FACTORS = ("refit", "refit of the simplest", "widths", *(f"channels: {c}" for c in CHOICES[1:]), "both", "Torch-Pruning")
+FACTORS = ("refit", "refit of the simplest", "widths", "streams", *(f"channels: {c}" for c in CHOICES[2:]), "both", "Torch-Pruning")
 RIVALS = ("group magnitude", "BN scale", "Taylor", "LAMP")  # of which one is the best rival of each network in table.md, without the refit
 NOTES = """\
 Half the MACs, no fine-tuning; 2,000 test images (one standard error is about 0.8 points), means over seeds; the models are trained again
-with the recipe and seeds of `run.py`. Widths: `loss` is the default's plan, `uniform` one share of all widths, in whole channels; both keep
-{} to {} of the MACs. Channels: capnas' choice is for the refit that follows; group magnitude sums the squared weights of all layers and
-norms that write, carry or read a channel; filter magnitude the absolute weights that write it; random is one draw for each seed. The refit
-is capnas' for all: 1,024 training images without labels. The rows of Torch-Pruning are its own networks, widths and channels; they keep {}
-to {} of the MACs, and stand in the scope that is better with the refit, by the mean over seeds."""
+with the recipe and seeds of `run.py`. Widths: `loss` is a plan of least loss, the default's where capnas turns streams and one for streams
+as they are elsewhere, `uniform` one share of all widths, in whole channels; all keep {} to {} of the MACs. Channels: capnas' choice is for
+the refit that follows, with streams turned where they can be (MBConv) and as they are; group magnitude sums the squared weights of all
+layers and norms that write, carry or read a channel; filter magnitude the absolute weights that write it; random is one draw for each seed.
+The refit is capnas' for all: 1,024 training images without labels. The rows of Torch-Pruning are its own networks, widths and channels;
+they keep {} to {} of the MACs, and stand in the scope that is better with the refit, by the mean over seeds."""
 EFFECTS = """\
 Points, means over seeds of differences paired by seed, all refitted. Refit: what it adds to the default, and to the simplest, random
-channels in uniform widths. Widths: those of the loss less uniform ones, with capnas' channels. Channels: capnas' less the others, in the
-widths of the loss. Both: the default less the simplest. Torch-Pruning: the default less its network that is best by the mean over seeds of
-its test accuracy. In brackets: within the spread of the seeds or one standard error of an accuracy, 0.8 points. The last row is the mean
-over the networks and its standard error."""
+channels in uniform widths. Widths: those of the loss less uniform ones, with capnas' channels. Streams: turned less as they are. Channels:
+capnas', with streams as they are, less the others, in the widths of the loss. Both: the default less the simplest. Torch-Pruning: the
+default less its network that is best by the mean over seeds of its test accuracy. In brackets: within the spread of the seeds or one
+standard error of an accuracy, 0.8 points. The last row is the mean over the networks and its standard error."""
 
 
 def group_magnitude(group, modules):
@@ -67,12 +70,17 @@ def in_order(found, orders):
 def chosen(found, model, choice, seed):
     """The survey with the channels in the order of a choice, the first to go first."""
     modules, generator = dict(model.named_modules()), torch.Generator().manual_seed(seed)
-    if choice == "capnas":
+    if choice in CHOICES[:2]:
         return found
     if choice == "random":
         return in_order(found, [torch.randperm(g.units, generator=generator).tolist() for g in found.groups])
     score = group_magnitude if choice == "group magnitude" else filter_magnitude
     return in_order(found, [score(g, modules).argsort().tolist() for g in found.groups])
+
+
+def of_choice(here, widths, choice):
+    """The lines of one choice in some widths; the default's where no stream can be turned."""
+    return rows_of(here, scope=widths, method=choice) or (rows_of(here, scope=widths, method=CHOICES[0]) if choice == AS_THEY_ARE else [])
 
 
 def planned(found, widths):
@@ -112,7 +120,9 @@ def measure(bench, names):
     """All networks of one model that are not in its lines."""
     if not bench.known(method="unpruned"):
         bench.note(method="unpruned", scope="", ratio=1.0, epochs=0, accuracy=bench.accuracy(bench.model))
-    own = [(w, c) for w in WIDTHS for c in CHOICES if not bench.known(scope=w, method=c)]
+    rule = {CHOICES[0]: bench.rule} if "streams" in bench.rule else {}
+    choices = [c for c in CHOICES if rule or c != AS_THEY_ARE]
+    own = [(w, c) for w in WIDTHS for c in choices if not bench.known(scope=w, method=c, **rule.get(c, {}))]
     others = [(s, n) for s in SCOPES for n in names if not bench.known(scope=s, method=f"Torch-Pruning {n}")]
     if not own + others:
         return
@@ -120,11 +130,13 @@ def measure(bench, names):
     def note(method, scope, found, plan):
         small, bare = (narrowed(bench.model, found, plan, refit=refit) for refit in (True, False))
         bench.note(method=method, scope=scope, ratio=HALF, kept=bench.kept(small), epochs=0, accuracy=bench.accuracy(small),
-                   without_refit=bench.accuracy(bare))  # fmt: skip
+                   without_refit=bench.accuracy(bare), **rule.get(method, {}))  # fmt: skip
 
-    found = survey(bench.model, bench.images)
+    default = survey(bench.model, bench.images)
+    found = replace(default, turns={})
     for widths, choice in own:
-        note(choice, widths, chosen(found, bench.model, choice, bench.key["seed"]), planned(found, widths))
+        of = default if choice == CHOICES[0] else found
+        note(choice, widths, chosen(of, bench.model, choice, bench.key["seed"]), planned(of, widths))
     for scope, name in others:
         import torch_pruning as tp
 
@@ -159,9 +171,11 @@ def gains(lines):
         default, simplest = rows_of(here, scope="loss", method="capnas"), rows_of(here, scope="uniform", method="random")
         rivals = max(best_of_rivals(here).values(), key=lambda rows: (len(rows), statistics.mean(x["accuracy"] for x in rows)))
         ours, simple = by_seed(default), by_seed(simplest)
+        plain = by_seed(of_choice(here, "loss", AS_THEY_ARE))
+        others = {c: by_seed(rows_of(here, scope="loss", method=c)) for c in CHOICES[2:]}
         pairs = {"refit": (ours, by_seed(default, "without_refit")), "refit of the simplest": (simple, by_seed(simplest, "without_refit")),
                  "widths": (ours, by_seed(rows_of(here, scope="uniform", method="capnas"))),
-                 **{f"channels: {c}": (ours, by_seed(rows_of(here, scope="loss", method=c))) for c in CHOICES[1:]},
+                 "streams": (ours, plain), **{f"channels: {c}": (plain, other) for c, other in others.items()},
                  "both": (ours, simple), "Torch-Pruning": (ours, by_seed(rivals))}  # fmt: skip
         found[data, model] = {name: [one[s] - other[s] for s in one if s in other] for name, (one, other) in pairs.items()}
     return found
@@ -196,7 +210,7 @@ def derived(lines):
         text += ["| widths | channels | refit | " + " | ".join(models) + " |", "|---|---|---|" + "---|" * len(models)]
         rows = [("all", "all", rows_of(here, method="unpruned"), (("-", "accuracy"),))]
         both = ("yes", "accuracy"), ("no", "without_refit")
-        rows += [(w, c, rows_of(here, scope=w, method=c), both) for w in WIDTHS for c in CHOICES]
+        rows += [(w, c, [x for m in models for x in of_choice(rows_of(here, model=m), w, c)], both) for w in WIDTHS for c in CHOICES]
         rows += [("its own", n, rows_of(best, data=data, method=n), both) for n in sorted({x["method"] for x in best})]
         for widths, choice, of, columns in rows:
             for refit, what in columns:
