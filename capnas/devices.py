@@ -40,9 +40,18 @@ def resolve_device(device: str, *, float64: bool = True) -> torch.device:
         raise UsageError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {device!r}.') from None
     if float64 and found.type == "mps":  # sums of losses and moments are kept in float64
         raise UsageError(f'device {device!r} does not compute in float64, which capnas needs: use "cpu" or a CUDA device.')
-    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f'device {device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; use "auto" or "cpu".')
+    if found.type not in ("cpu", "mps") and (found.index or 0) >= (here := _count(found.type)):
+        raise UsageError(f'device {device!r} is not here: torch sees {here} {found.type.upper()} devices; use "auto" or "cpu".')
     return found
+
+
+def _count(kind: str) -> int:
+    """How many devices of a kind there are; of kinds that torch knows by name alone, such as "meta", none."""
+    try:
+        backend = torch.get_device_module(kind)
+    except RuntimeError:
+        return 0
+    return backend.device_count() if backend.is_available() else 0
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -399,8 +399,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="'mps' does not compute in float64"):
         resolve_device("mps")
     assert resolve_device("mps", float64=False).type == "mps"  # where a loaded model may run
-    with pytest.raises(UsageError, match="'cuda:99' is not here: torch sees"):
-        resolve_device("cuda:99")
+    for name in ("cuda:99", "xpu:99", "meta"):
+        with pytest.raises(UsageError, match=f"'{name}' is not here: torch sees \\d+ {name.partition(':')[0].upper()} devices"):
+            resolve_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert resolve_device("cuda:0").index == 0
