@@ -17,7 +17,7 @@ Identity = tuple[int, int]  # of a folder, by whichever name it is reached
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", name.lower())]
+    return [(int(t), "") if t.isdecimal() else (-1, t) for t in re.split(r"(\d+)", name.lower())]
 
 
 def _visible(folder: Path) -> tuple[list[Path], list[Path]]:

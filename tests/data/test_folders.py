@@ -32,8 +32,8 @@ def test_one_folder_of_classes(tmp_path: Path) -> None:
 
 
 def test_classes_in_natural_order(tmp_path: Path) -> None:
-    put(*(tmp_path / str(i) / "x.png" for i in (10, 9, 1)))
-    assert read_folder(tmp_path).class_names == ("1", "9", "10")
+    put(*(tmp_path / name / "x.png" for name in ("10", "9", "1", "1²")))  # a square is a digit of no number
+    assert read_folder(tmp_path).class_names == ("1", "1²", "9", "10")
 
 
 @pytest.mark.parametrize(
