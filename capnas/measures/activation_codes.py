@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class CodeOverlap(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).split(".")[1].rstrip("_") if "." in str(func) else ""
-        if _RECTIFIERS.fullmatch(name) or (_CLIPS.fullmatch(name) and _lower(name, args, kwargs or {}) == 0):
+        if _RECTIFIERS.fullmatch(name) or (_CLIPS.fullmatch(name) and _cuts_at_zero(name, args, kwargs or {})):
             self.add(args[0])
         return func(*args, **(kwargs or {}))
 
@@ -53,10 +53,10 @@ class CodeOverlap(TorchDispatchMode):
         self.units += codes.shape[1]
 
 
-def _lower(name: str, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
-    values = list(args)
-    key = "min_val" if name == "hardtanh" else "min"
-    return values[1] if len(values) > 1 else kwargs.get(key, -1.0)
+def _cuts_at_zero(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether the lower bound of a clip is zero, given as a number or as a tensor of them."""
+    low = args[1] if len(args) > 1 else kwargs.get("min_val" if name == "hardtanh" else "min", -1.0)
+    return low is not None and not torch.as_tensor(low).any()
 
 
 def all_finite(tensor: Tensor) -> bool:
