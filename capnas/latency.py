@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
+from capnas.devices import one_thread
 from capnas.measures.probing import untouched
 
 _LEAST = 3  # passes of each network, however long they take
@@ -46,7 +47,7 @@ def latencies(models: Sequence[nn.Module], x: Tensor, *, passes: int = 30, secon
     begin = time.perf_counter()
     with ExitStack() as stack, torch.no_grad():
         if on_cpu:
-            stack.enter_context(_one_thread())
+            stack.enter_context(one_thread())
         for model in models:
             stack.enter_context(untouched(model))
         for turn in range(_WARM + passes):
@@ -59,16 +60,6 @@ def latencies(models: Sequence[nn.Module], x: Tensor, *, passes: int = 30, secon
                 _wait(x)
                 times.append(1e3 * (clock() - start))
     return [statistics.median(times[_WARM:]) for times in taken]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _wait(x: Tensor) -> None:

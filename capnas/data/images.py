@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from capnas.devices import one_thread
 from capnas.errors import DataError, UsageError
 
 _CHUNK = 1024
@@ -201,8 +202,11 @@ def is_constant(x: torch.Tensor, index: torch.Tensor) -> bool:
     return all(bool((x[part] == first).all()) for part in index.split(_CHUNK))
 
 
+@one_thread()
 def mean_std(x: torch.Tensor, index: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over the images at ``index``: bytes count as 0..1, floats in their own units.
+
+    They are part of what tells whether trials compare (`capnas.objective.evaluation.fingerprint`), and so summed by one thread.
 
     Example:
         >>> mean_std(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1), torch.tensor([0, 1]))

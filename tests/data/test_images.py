@@ -116,6 +116,14 @@ def test_mean_and_std_against_numpy() -> None:
     reference = x[index].numpy() / 255
     np.testing.assert_allclose(mean, reference.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(std, reference.std((0, 2, 3)), rtol=1e-9)
+    threads = torch.get_num_threads()
+    many = 3 * torch.rand(1024, 1, 28, 28, generator=torch.Generator().manual_seed(0)) + 0.7  # floats of one channel: bytes sum exactly
+    found = set()
+    for count in (1, 2, 3, 5):  # which a session of another number of workers has
+        torch.set_num_threads(count)
+        found.add(mean_std(many, torch.arange(1024)))
+    torch.set_num_threads(threads)
+    assert len(found) == 1
     y = normalise(x[index], mean, std)
     torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(y.std((0, 2, 3), unbiased=False), torch.ones(3), atol=1e-5, rtol=0)
