@@ -239,6 +239,17 @@ def _sample(data: ImageData, image_size: int) -> Sample:
     return Sample(data_norm=math.sqrt(math.fsum(squares)), samples=data.sizes["train"])
 
 
+def _alike(one: Any, other: Any) -> bool:
+    """Whether settings are the same, up to the last digits of a number: those of a sum over images follow from threads and machine."""
+    if isinstance(one, float):
+        return isinstance(other, int | float) and math.isclose(one, other, rel_tol=1e-9)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)
+
+
 def _open(folder: Path, header: dict[str, Any]) -> list[Run]:
     """The runs that are there, after a check that they are of the same study."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -247,7 +258,7 @@ def _open(folder: Path, header: dict[str, Any]) -> list[Run]:
         return []
     found = read_study(folder)
     known = {key for key in header if key in found.header or key not in _LATER} - {"grid", "seeds"}  # a study may be widened
-    differ = [key for key in header if key in known and header[key] != found.header.get(key)]
+    differ = [key for key in header if key in known and not _alike(header[key], found.header.get(key))]
     if differ:
         raise StudyError(f"{folder} holds a study with another {', '.join(differ)}; give a new folder or the options of that study.")
     write_whole(folder / HEADER, json_text(header))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def test_a_study_is_kept_resumed_and_widened(tmp_path: Path) -> None:
     first = measure(data, out=tmp_path, on_run=trained.append, full_grid=True)
     assert [(r.lipschitz, r.distance) for r in trained] == [(None, None), (1.0, 0.3), (0.5, 1.0), (0.5, 0.3)]
     assert read_study(tmp_path) == first
+    sample = first.header["sample"]
+    header = first.header | {"sample": sample | {"data_norm": math.nextafter(sample["data_norm"], math.inf)}}
+    (tmp_path / "study.json").write_text(json.dumps(header))  # as another number of threads, or another machine, sums the images
     measure(data, out=tmp_path, on_run=trained.append, full_grid=True)
     assert len(trained) == 4, "the same call trains nothing"
 
