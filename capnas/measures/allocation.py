@@ -207,6 +207,8 @@ def _root(covariance: Tensor, inputs: int, convention: str) -> Tensor:
     matrix = covariance.detach().to("cpu", torch.float64)
     if matrix.shape != (inputs, inputs):
         raise UsageError(f"covariance must have shape ({inputs}, {inputs}) to match the jacobian, got {tuple(covariance.shape)}.")
+    if not bool(torch.isfinite(matrix).all()):
+        raise UsageError("covariance must be finite, got NaN or infinite entries; take it of finite inputs.")
     if not torch.allclose(matrix, matrix.T, rtol=1e-6, atol=1e-9 * float(matrix.abs().max())):
         raise UsageError("covariance must be symmetric; pass (C + C.T) / 2.")
     if convention == "R":

@@ -24,9 +24,8 @@ def capacity_balance(capacity: Sequence[float], n_params: Sequence[int]) -> floa
     >>> capacity_balance([1.0, 3.0], [10, 30]), capacity_balance([1.0, 0.0], [0, 10])
     (1.0, 0.0)
     """
+    _check_lengths("capacity", capacity, n_params)
     q, p = _shares(capacity, "capacity"), _shares([float(count) for count in n_params], "n_params")
-    if len(q) != len(p):
-        raise UsageError(f"capacity and n_params must have one value per layer, got {len(q)} and {len(p)}.")
     return _clip(1 - 0.5 * float((q - p).abs().sum()))
 
 
@@ -34,11 +33,12 @@ def utilisation_evenness(used: Sequence[float], n_params: Sequence[int]) -> floa
     """Our alternative balance (43): one minus the parameter-weighted Gini coefficient of the utilisations; 1 is best.
 
     Raises:
-        UsageError: for numbers of parameters that are negative or all zero.
+        UsageError: for lists of different lengths, or numbers of parameters that are negative or all zero.
 
     >>> utilisation_evenness([0.5, 0.5], [1, 9])
     1.0
     """
+    _check_lengths("used", used, n_params)
     weights = _shares([float(count) for count in n_params], "n_params")
     values = torch.tensor(list(used), dtype=torch.float64)
     mean = float(weights @ values)
@@ -137,6 +137,11 @@ def usage(capacity: Sequence[float], n_params: Sequence[int]) -> float:
     if total <= 0:
         raise UsageError(f"n_params must have a positive sum, got {total}.")
     return _clip(sum(capacity) / total)
+
+
+def _check_lengths(name: str, values: Sequence[float], n_params: Sequence[int]) -> None:
+    if len(values) != len(n_params):
+        raise UsageError(f"{name} and n_params must have one value per layer, got {len(values)} and {len(n_params)}.")
 
 
 def _shares(values: Sequence[float], name: str) -> Tensor:

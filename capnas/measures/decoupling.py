@@ -281,13 +281,15 @@ def predicted_gradient_share(gate: Sequence[float], branch_share: Sequence[float
         branch_share: (L,) r_l, see `residual_share`; ones when None.
 
     Raises:
-        ValueError: where the two lengths differ.
+        UsageError: where the two lengths differ.
 
     >>> predicted_gradient_share([0.5, 0.5]), predicted_gradient_share([0.5, 0.5], [0.5, 0.5])
     (0.25, 0.5625)
     """
     shares = [1.0] * len(gate) if branch_share is None else branch_share
-    return math.prod(1 - r * d for r, d in zip(shares, gate, strict=True))
+    if len(shares) != len(gate):
+        raise UsageError(f"gate and branch_share must have one value per layer, got {len(gate)} and {len(shares)}.")
+    return math.prod(1 - r * d for r, d in zip(shares, gate))
 
 
 def predicted_function_share(out: Sequence[float]) -> float:

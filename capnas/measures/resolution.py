@@ -315,16 +315,15 @@ def recommend(
             are not said to pay or not to pay.
 
     Raises:
-        UsageError: no size is within the budget, or ``pay`` is negative or not finite.
+        UsageError: no readings, no size within the budget, or a ``pay`` that is negative or not finite.
 
     >>> rung = [SizeReading(size=s, macs=s * s, accuracy=a, epochs=1) for s, a in ((16, 0.4), (32, 0.6), (64, 0.601))]
     >>> recommend(rung).size, recommend(rung, budget=300).size
     (32, 16)
     """
     allowed = [r for r in readings if budget is None or r.macs <= budget]
-    if not allowed:
-        least = min((r.macs for r in readings), default=None)
-        raise UsageError(f"no size is within {budget:,.0f} MACs" + (f"; the cheapest takes {least:,}." if least else "."))
+    if readings and not allowed:
+        raise UsageError(f"no size is within {budget:,.0f} MACs; the cheapest takes {min(r.macs for r in readings):,}.")
     pay = price(pay, budget)
     values, fitted = worth(allowed, pay), fitted_accuracy(allowed)
     last = max(r.epochs for r in allowed)

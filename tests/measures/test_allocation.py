@@ -154,6 +154,7 @@ def test_degenerate_inputs() -> None:
     [
         (lambda: total_capacity(torch.zeros(3)), r"shape \(D, P\) or \(D, M, P\), got \(3,\)"),
         (lambda: total_capacity(torch.full((2, 2), float("nan"))), "finite"),
+        (lambda: total_capacity(torch.eye(2), torch.full((2, 2), float("nan"))), "covariance must be finite"),
         (lambda: total_capacity(torch.eye(2), torch.eye(3)), r"covariance must have shape \(2, 2\)"),
         (lambda: total_capacity(torch.eye(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]])), "symmetric"),
         (lambda: total_capacity(torch.eye(2), 1e-4 * torch.tensor([[1.0, 0.5], [0.0, 1.0]])), "symmetric"),

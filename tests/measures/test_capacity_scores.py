@@ -75,6 +75,7 @@ def test_usage() -> None:
     ("call", "message"),
     [
         (lambda: capacity_balance([1.0], [1, 2]), "one value per layer, got 1 and 2"),
+        (lambda: utilisation_evenness([0.5, 0.5], [1]), "used and n_params must have one value per layer, got 2 and 1"),
         (lambda: capacity_balance([0.0], [1]), "capacity must be non-negative finite values with a positive sum"),
         (lambda: depth_evenness([1.0, float("nan")]), "capacity must be non-negative"),
         (lambda: depth_evenness([]), "positive sum"),

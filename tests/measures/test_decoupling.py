@@ -193,6 +193,7 @@ def test_predictions_and_residual_share() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: predicted_gradient_share([0.5, 0.5], [1.0]), "one value per layer, got 2 and 1"),
         (lambda: analytic_decoupling("rely"), "activation must be one of .* Did you mean 'relu'"),
         (lambda: analytic_decoupling(torch.zeros_like), "returned a constant"),
         (lambda: analytic_decoupling(lambda z: 0 * z), "must not be constant"),

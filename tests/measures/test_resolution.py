@@ -214,6 +214,9 @@ def test_the_choice_is_among_the_longest_trainings_within_the_budget() -> None:
     assert any("standard error of 2.3 points" in text for text in tight.reasons)
     with pytest.raises(UsageError, match="no size is within 5 MACs; the cheapest takes 256,000"):
         recommend(rows, budget=5)
+    for budget in (None, 5):
+        with pytest.raises(UsageError, match="one reading at least, got none"):
+            recommend([], budget=budget)
 
 
 def test_between_sizes_of_the_same_macs_the_accuracies_decide() -> None:
