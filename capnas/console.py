@@ -276,7 +276,8 @@ def show_run(result: Any) -> None:
         print(no_value(result))
         return
     beside = [] if "accuracy" in names else ["accuracy"]  # which everybody asks for
-    numbers = ((t, [*t.values, *(result.evaluation(t.number).metrics.get(n) for n in beside)]) for t in result.front[:_FRONT])
+    metrics = {t.number: e.metrics for t, e in result.evaluations()}
+    numbers = ((t, [*t.values, *(metrics.get(t.number, {}).get(n) for n in beside)]) for t in result.front[:_FRONT])
     rows = [[str(t.number), *map(short, values), ", ".join(f"{k}={v}" for k, v in t.params.items())] for t, values in numbers]
     several = f"Pareto set, {counted(len(result.front), 'trial')}"
     several += f", the {_FRONT} best by {with_unit(names[0])}" if len(result.front) > _FRONT else ""

@@ -6,6 +6,7 @@ Needs the extra ``report``.
 from __future__ import annotations
 
 import html
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -99,7 +100,7 @@ def _accuracy(row: Row) -> float:
 
 def _history(graph: Any, rows: Sequence[Row], done: Sequence[Row]) -> Any:
     stopped = [row for row in rows if row[1].status == "stopped" and row[1].metrics.get("accuracy") is not None]
-    best = [max(_accuracy(r) for r in done[: i + 1]) for i in range(len(done))]
+    best = list(itertools.accumulate(map(_accuracy, done), max))
     last = max(t.number for t, _ in rows)
     traces = [
         graph.Scatter(x=[*(t.number for t, _ in done), last], y=[*best, best[-1]], mode="lines", name="best so far",

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from capnas.errors import StudyError, counted
 from capnas.objective.evaluation import Evaluation, stored_with
-from capnas.objective.finals import RETRIED, best_first, held, winner
+from capnas.objective.finals import RETRIED, best_first, front, held, winner
 from capnas.objective.history import evaluated
 from capnas.objective.pool import is_untrained
 from capnas.search.config import StudyConfig
@@ -60,10 +60,7 @@ class RunResult:
     @property
     def front(self) -> list[FrozenTrial]:
         """The trials that no other is better than in every value, best first value first; with one value, the best. No duplicates."""
-        if not any(t.state == TrialState.COMPLETE for t in self.study.get_trials(deepcopy=False)):
-            return []
-        found = [(t, Evaluation.of(t)) for t in self.study.best_trials]
-        return best_first(self.study, (t for t, e in found if e is None or e.status != "duplicate"))
+        return best_first(self.study, (t for t in front(self.study) if stored_with(t).get("status") != "duplicate"))
 
     @property
     def finals(self) -> list[tuple[FrozenTrial, Mapping[str, Any]]]:

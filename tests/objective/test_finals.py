@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import optuna
@@ -50,6 +51,20 @@ def add(study: optuna.Study, values: tuple[float, ...], status: str = "complete"
     widths = {"width": optuna.distributions.IntDistribution(0, 99)}
     attributes = {ATTRIBUTE: found.to_dict()}
     study.add_trial(optuna.trial.create_trial(values=values, params={"width": width}, distributions=widths, user_attrs=attributes))
+
+
+@pytest.mark.parametrize("directions", [("maximize",), ("minimize", "maximize", "minimize")])
+def test_the_front_is_optunas_and_copies_nothing(directions: tuple[str, ...]) -> None:
+    rng, study = random.Random(3), optuna.create_study(directions=directions)
+    assert finals.front(study) == []
+    for number in range(60):  # whole numbers: many are equal
+        attributes = {"constraints:gate": rng.choice((-1.0, 0.0, 1e-6))} if number % 3 else {}
+        values = [float(rng.randrange(5)) for _ in directions]
+        study.add_trial(optuna.trial.create_trial(values=values, system_attrs=attributes))
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED))
+    found, held_by_study = finals.front(study), study.get_trials(deepcopy=False)
+    assert [t.number for t in found] == [t.number for t in study.best_trials]
+    assert all(trial is held_by_study[trial.number] for trial in found)
 
 
 def final(study: optuna.Study, number: int, accuracy: float | None, loss: float | None = 1.0, epochs: int = 4) -> None:
