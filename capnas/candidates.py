@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from capnas.devices import is_out_of_memory
 from capnas.errors import CapnasError, SpaceError, StudyError, one_line
 from capnas.graph.canonical import architecture_hash
-from capnas.graph.tracing import Trace, needs_values, trace
+from capnas.graph.dataflow import Trace
+from capnas.graph.tracing import needs_values, trace
 from capnas.measures.probing import unwrap_model
 from capnas.spaces import space_name
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from capnas.errors import CapnasError, UsageError
+from capnas.graph.dataflow import Trace
 from capnas.graph.downsampling import Step, macs_without, steps, without
 from capnas.graph.structure import structure
-from capnas.graph.tracing import Trace, trace
+from capnas.graph.tracing import trace
 from capnas.layers import find_blocks
 from capnas.measures.probing import FAILURES, cloned, unwrap_model
 from capnas.measures.receptive import border_layers

@@ -14,8 +14,9 @@ from torch import nn
 
 from capnas.devices import is_out_of_memory
 from capnas.errors import CapnasError, UsageError
+from capnas.graph.dataflow import INPUT, Trace
 from capnas.graph.structure import structure
-from capnas.graph.tracing import INPUT, Trace, trace
+from capnas.graph.tracing import trace
 from capnas.measures import receptive
 from capnas.measures import resolution as rule
 from capnas.measures.probing import FAILURES

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capnas.graph.tracing import Node, Trace
+from capnas.graph.dataflow import Node, Trace
 from capnas.layers import CONVS
 from capnas.measures.applied_weights import applied_weight, is_norm, is_plain
 from capnas.measures.excess import distance_to_init, group_norm_21, norm_layer_constant

@@ -20,7 +20,8 @@ from capnas.capacity.exact import affordable, exact_capacity
 from capnas.capacity.sweep import Sweeper
 from capnas.capacity.topology import activations_behind, layer_of, residual_shares
 from capnas.errors import UsageError
-from capnas.graph.tracing import Trace, trace
+from capnas.graph.dataflow import Trace
+from capnas.graph.tracing import trace
 from capnas.layers import MEASURED
 from capnas.measures import capacity_scores
 from capnas.measures.decoupling import Decoupling, coherent_error, gradient_pairs, pair_mean, shattering

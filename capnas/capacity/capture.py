@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten
 
 from capnas.capacity.patches import LAYERS, arguments, groups_of, input_rows, unravel
-from capnas.graph.tracing import Node, Trace, caches_kept
+from capnas.graph.dataflow import Node, Trace
+from capnas.graph.tracing import unfused
 from capnas.layers import MEASURED
 from capnas.measures.activation_codes import all_finite
 from capnas.measures.axes import CHANNEL, Atom, Layout, rearrange, resize, unknown
@@ -38,40 +39,28 @@ _CHANNEL_NORMS = ("native_batch_norm", "native_group_norm", "cudnn_batch_norm")
 _ROWS, _PLACES = 4096, 16  # rows for the output decoupling, positions for the gate decoupling
 
 
-def base_name(node: Node) -> str:
-    """``"relu"`` for both ``aten.relu.default`` and ``aten.relu_.default``."""
-    return (node.op.split(".")[1] if "." in node.op else node.op).rstrip("_")
-
-
 def squared_gains(node: Node) -> tuple[float, ...]:
     """What a sum, difference or ``lerp`` multiplies the second moment of each of its tensors by.
 
     Torch's ``alpha`` squared for the second tensor of a sum; with ``weight`` w of a ``lerp``, (1 - w)^2 and w^2.
     """
-    if base_name(node) == "lerp":
+    if node.base == "lerp":
         return (1 - node.attrs["weight"]) ** 2, node.attrs["weight"] ** 2
-    scaled = "self" if base_name(node) == "rsub" else "other"
+    scaled = "self" if node.base == "rsub" else "other"
     return tuple(float(node.attrs.get("alpha", 1)) ** 2 if name == scaled else 1.0 for name in node.input_names)
 
 
 def squared_shift(node: Node) -> float:
     """Square of the number that a sum or difference adds to its only tensor, which takes capacity as a bias does; 0 of two tensors."""
-    factor = 1 if base_name(node) == "rsub" else node.attrs.get("alpha", 1)
+    factor = 1 if node.base == "rsub" else node.attrs.get("alpha", 1)
     return float(factor * node.attrs.get("other", 0)) ** 2
 
 
 @contextlib.contextmanager
 def quiet(model: nn.Module, seed: int, *, grad: bool) -> Iterator[None]:
     """Eval mode, attention taken apart; caches, buffers, the random state and every module's mode put back."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with untouched(model, seed=seed), caches_kept(model), torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with untouched(model, seed=seed), unfused(), torch.set_grad_enabled(grad):
+        yield
 
 
 def mean_square(values: Tensor, shape: Sequence[int], batch: int) -> Tensor | None:
@@ -130,7 +119,7 @@ class MomentReader(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if node is None or _GENERAL.get(str(func), str(func)) != node.op:
             return func(*args, **kwargs)
-        if base_name(node) in ACTIVATIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        if node.base in ACTIVATIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self.keep(node, func, args, kwargs)
         self.read_outside(node, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)])
         out = func(*args, **kwargs)
@@ -140,7 +129,7 @@ class MomentReader(TorchDispatchMode):
                 moment = mean_square(tensor, shape, self.batch)
                 if moment is not None:
                     self.moments[node.index, port] = moment
-            elif "max_pool" in base_name(node):
+            elif "max_pool" in node.base:
                 self.indices[node.index] = tensor
         return out
 
@@ -192,13 +181,13 @@ class MomentReader(TorchDispatchMode):
         index: int | None = node.inputs[0]
         while index is not None and index >= 0:
             before = self.trace.nodes[index]
-            base, last = base_name(before), len(before.shape) - 1
+            base, last = before.base, len(before.shape) - 1
             over_last = base == "native_layer_norm" and len(before.attrs.get("normalized_shape", ())) == 1
             if base == "convolution" or base in _CHANNEL_NORMS or base in ("addmm", "mm", "linear") or over_last:
                 made = last if over_last or base in ("addmm", "mm", "linear") else 1
                 layout: Layout = tuple((Atom(axes=(CHANNEL if i == made else i,), size=n),) for i, n in enumerate(before.shape))
                 for step in reversed(way):
-                    layout = rearrange(base_name(step), step.attrs, layout, step.shape) or (
+                    layout = rearrange(step.base, step.attrs, layout, step.shape) or (
                         # a product with wider values, or a pooling, has other sizes along the same axes
                         tuple(map(resize, layout, step.shape)) if len(layout) == len(step.shape) else unknown([layout], step.shape)
                     )

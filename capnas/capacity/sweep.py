@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capnas.capacity.capture import base_name, squared_gains, squared_shift
+from capnas.capacity.capture import squared_gains, squared_shift
+from capnas.graph.dataflow import INPUT, Node, Trace
 from capnas.graph.operations import ACTIVATION
-from capnas.graph.tracing import INPUT, Node, Trace
 from capnas.measures.capacity_push import inject, interpolation_squared, push, push_max_pool, push_ports
 
 Port = tuple[int, int]
@@ -118,7 +118,7 @@ class Sweeper:
 
     def _layer(self, node: Node) -> tuple[str, int] | None:
         """Name of the weight of a convolution or linear layer, and which input it is; a computed weight has its module's name."""
-        if not _MIX.fullmatch(base_name(node)):
+        if not _MIX.fullmatch(node.base):
             return None
         for j, (name, argument) in enumerate(zip(node.input_params, node.input_names)):
             if name is not None and name in self.capacity and argument != "bias":
@@ -142,7 +142,7 @@ class Sweeper:
         gates: set[Port] = set()
         for node in self.trace.nodes:
             data = [(node.inputs[j], node.input_ports[j]) for j in self._data(node)]
-            if _GATE.fullmatch(base_name(node)) or (data and all(port in gates for port in data)):
+            if _GATE.fullmatch(node.base) or (data and all(port in gates for port in data)):
                 gates.update((node.index, port) for port in range(max(1, len(node.shapes))))
         return gates
 
@@ -186,7 +186,7 @@ class Sweeper:
             self._fallback(node, data, amount)
 
     def _rule(self, node: Node, parts: dict[int, Tensor], data: list[int], amount: float) -> None:
-        base = base_name(node)
+        base = node.base
         k = parts.get(0)
         same = [j for j in data if tuple(node.input_shapes[j]) == tuple(node.shape)]
         if node.shape_only or _LINEAR.fullmatch(base):
@@ -232,7 +232,7 @@ class Sweeper:
 
     def _multiply(self, node: Node, k: Tensor, factors: list[int], data: list[int]) -> None:
         """Element-wise product or quotient: all to the values, nothing to gates and to what divides them; equal factors share."""
-        signal, divides = self._values(node, data), base_name(node) == "div"
+        signal, divides = self._values(node, data), node.base == "div"
         moments = {j: self._moment(node, j) for j in factors}
 
         def product(j: int, s: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class Sweeper:
         moments = {j: self._moment(node, j) for j in range(len(node.inputs)) if j != added}
         alpha, beta = (float(node.attrs.get(name, 1)) ** 2 for name in ("alpha", "beta"))
         offset = torch.zeros(()) if added is None else beta * self._moment(node, added)
-        if added is not None and base_name(node) == "convolution":
+        if added is not None and node.base == "convolution":
             offset = offset.view(-1, *[1] * (len(node.shape) - 2))
         if added in data:
             k, offset = self._add(node, k, {added: offset}, alpha * self._product(node, moments)), torch.zeros(())
@@ -292,12 +292,12 @@ class Sweeper:
 
     def _reads_once(self, node: Node, j: int, place: int) -> bool:
         """Whether each weight meets exactly one entry of the input: a linear layer on one vector, a convolution over a whole map."""
-        weight, channels = math.prod(node.input_shapes[place]), node.shape[-1] if base_name(node) != "convolution" else node.shape[1]
+        weight, channels = math.prod(node.input_shapes[place]), node.shape[-1] if node.base != "convolution" else node.shape[1]
         return weight == math.prod(node.input_shapes[j]) * channels and math.prod(node.shape) == channels
 
     def _product(self, node: Node, tensors: dict[int, Tensor]) -> Tensor:
         """The node without its bias, at other factors."""
-        base = base_name(node)
+        base = node.base
         first, second = (tensors[j] for j in sorted(tensors))
         if base == "convolution":
             a = node.attrs
@@ -308,7 +308,7 @@ class Sweeper:
 
     def _call(self, node: Node, tensors: dict[int, Tensor]) -> Any:
         """Run a linear operation on other values of its data; constants enter by their second moments."""
-        base = base_name(node)
+        base = node.base
         if base in ("clone", "contiguous", "detach", "alias", "_to_copy", "to", "lift_fresh"):
             return next(iter(tensors.values())).clone()
         if base in ("view", "_unsafe_view", "as_strided"):
@@ -332,7 +332,7 @@ class Sweeper:
         gamma = self._moment(node, named["weight"]) if "weight" in named else torch.ones_like(beta)
         gamma = gamma if bool(gamma.any()) else torch.ones_like(gamma)  # read as one, see `LayerTaps`
         leak = beta / (beta + gamma).clamp_min(torch.finfo(_FLOAT).tiny)
-        return leak.expand(node.shape) if "layer" in base_name(node) else leak.view(1, -1, *[1] * (len(node.shape) - 2)).expand(node.shape)
+        return leak.expand(node.shape) if "layer" in node.base else leak.view(1, -1, *[1] * (len(node.shape) - 2)).expand(node.shape)
 
     def _fallback(self, node: Node, data: list[int], amount: float) -> None:
         self.approximated[node.op] += 1

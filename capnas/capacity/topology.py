@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from capnas.capacity.capture import base_name, squared_gains
+from capnas.capacity.capture import squared_gains
 from capnas.graph.dataflow import INPUT, Trace
 from capnas.measures.decoupling import Decoupling
 
@@ -23,7 +23,7 @@ def residual_shares(graph: Trace, moments: Mapping[tuple[int, int], Tensor], tap
         weighs = any(n is not None for n in node.input_params) or f"{node.module}.weight" in tapped  # the latter if it is computed
         own = weighs and node.flops > 0
         depth[node.index] = max((depth.get(i, 0) for i, _ in data), default=0) + own
-        if base_name(node) != "add" or len(data) != 2 or len(node.input_shapes) != 2 or node.input_shapes[0] != node.input_shapes[1]:
+        if node.base != "add" or len(data) != 2 or len(node.input_shapes) != 2 or node.input_shapes[0] != node.input_shapes[1]:
             continue
         (stream, kept), (branch, scaled) = sorted(zip(data, squared_gains(node)), key=lambda side: depth.get(side[0][0], 0))
         if stream not in moments or branch not in moments or depth.get(stream[0], 0) == depth.get(branch[0], 0):
@@ -42,7 +42,7 @@ def activations_behind(graph: Trace, found: Mapping[int, Decoupling], tapped: se
     behind: dict[str, Decoupling] = {}
     for node in graph.nodes:
         before = max((nearest[i] for i in node.inputs if i in nearest), default=None)
-        summand = "self" if base_name(node) in ("addmm", "baddbmm") else "bias"
+        summand = "self" if node.base in ("addmm", "baddbmm") else "bias"
         weights = [n for n, a in zip(node.input_params, node.input_names) if n is not None and a != summand]
         if not weights and f"{node.module}.weight" in tapped:  # a computed weight
             weights = [f"{node.module}.weight"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError
 from capnas.excess.composition import Stage, circular_padding, composition
-from capnas.graph.tracing import Trace, trace
+from capnas.graph.dataflow import Trace
+from capnas.graph.tracing import trace
 from capnas.measures.convolution import convolution
 from capnas.measures.excess import distance_to_init, simplex_classifier
 from capnas.measures.operator_norms import linear_norm, operator_norm, ring_bound

@@ -86,8 +86,8 @@ def _canonical_terms(trace: Trace) -> tuple[dict[int, _Term], dict[int, _Source]
 
 
 def _kind(node: Node) -> str:
-    """The operation's name without namespace, overload and the mark of an in-place variant."""
-    return "view as dtype" if node.op == "aten.view.dtype" else node.op.split(".")[1].rstrip("_")
+    """`Node.base`, but of a view that reads the bytes of one type as another, which is no rearrangement."""
+    return "view as dtype" if node.op == "aten.view.dtype" else node.base
 
 
 def _edge(node: Node, k: int, resolved: dict[int, _Source]) -> _Edge:

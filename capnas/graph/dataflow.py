@@ -80,6 +80,11 @@ class Node:
     flops: int = 0
 
     @property
+    def base(self) -> str:
+        """Name of the operation without its library, its overload and the mark of those that work in place, e.g. ``"relu"``."""
+        return self.op.split(".")[1].rstrip("_")
+
+    @property
     def shape_only(self) -> bool:
         """See `is_shape_only`."""
         return is_shape_only(self.op)
@@ -87,7 +92,9 @@ class Node:
     @property
     def writes(self) -> bool:
         """Whether the operation changes values of its first argument in place."""
-        return self.op.split(".")[1].endswith("_") and not self.shape_only
+        name = self.op.split(".")[1]
+        in_place = name.startswith("__i") if name.endswith("__") else name.endswith("_")  # __ilshift__ is x <<= n, __lshift__ x << n
+        return in_place and not self.shape_only
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ _SHAPES: dict[Any, Callable[[Tensor], Any]] = {
 _IGNORED = frozenset({"prim.device.default", "aten.sym_size.int", "aten.is_same_size.default"})
 
 
-class Recorder(TorchDispatchMode):
+class GraphRecorder(TorchDispatchMode):
     """Follows tensors by identity, and by storage where a view was written or taken outside the dispatcher."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -171,7 +171,7 @@ class Recorder(TorchDispatchMode):
 class CircularPadding(TorchFunctionMode):
     """Has circular padding recorded as the one operation that it is; torch takes it apart into writes to parts of a new tensor."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: GraphRecorder) -> None:
         super().__init__()
         self.recorder = recorder
 

@@ -1,6 +1,6 @@
 """Families of PyTorch's operations by base name, as the layer algebra and the receptive fields tell them apart.
 
-Names are those of a `capnas.graph.tracing.Trace`. What is in no family acts on each unit by itself. Ours, no paper's.
+Names are `capnas.graph.dataflow.Node.base`. What is in no family acts on each unit by itself. Ours, no paper's.
 """
 
 from __future__ import annotations
@@ -25,15 +25,6 @@ SPLIT = re.compile("(unsafe_)?split(_with_sizes)?|chunk|unbind")
 POOL = re.compile("(max|avg)_pool[123]d")  # anywhere in the name
 RESIZE = re.compile("_?upsample_.*")
 BUFFERS = ("running_mean", "running_var", "indices", "index")  # arguments that are no weights
-
-
-def base_name(op: str) -> str:
-    """Name of an operation without its library, its overload and the mark of those that work in place.
-
-    >>> base_name("aten.relu_.default"), ACTIVATION.fullmatch(base_name("aten.relu_.default")) is not None
-    ('relu', True)
-    """
-    return (op.split(".")[1] if "." in op else op).rstrip("_")
 
 
 def neighbours(base: str, factor: float) -> int:

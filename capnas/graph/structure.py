@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from capnas.graph.dataflow import Trace
 from capnas.graph.leaf_totals import Totals
 from capnas.graph.structure_walk import Walk
-from capnas.graph.tracing import Trace
 from capnas.measures import algebra, receptive
 from capnas.measures.algebra import PoolGain
 from capnas.measures.receptive import LayerField

@@ -60,7 +60,7 @@ class Walk:
         self.macs = sum(trace.nodes[i].flops for i in live) // 2 // self.batch
 
     def _visit(self, node: Node) -> None:
-        base = operations.base_name(node.op)
+        base = node.base
         for name, argument, shape in zip(node.input_params, node.input_names, node.input_shapes):
             if name is not None and argument not in operations.BUFFERS:
                 self.sizes.setdefault(name, math.prod(shape))  # as it is, before a slice or an expansion

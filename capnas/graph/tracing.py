@@ -16,33 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from capnas.graph.dataflow import INPUT, Node, Trace, is_shape_only
-from capnas.graph.dispatch import CircularPadding, Recorder, stand_in
-from capnas.measures.probing import eagerly, seeded, swapped, tensor_of, tensors_in, unwrap_model
-
-__all__ = ["INPUT", "Node", "Trace", "is_shape_only", "needs_values", "trace"]
+from capnas.graph.dataflow import Trace
+from capnas.graph.dispatch import CircularPadding, GraphRecorder, stand_in
+from capnas.measures.probing import swapped, tensor_of, tensors_in, untouched, unwrap_model
 
 
 @contextlib.contextmanager
-def caches_kept(model: nn.Module) -> Iterator[None]:
-    """Put back the plain dictionaries that modules hold: some store what they computed in eval mode there (timm's attention biases).
+def unfused() -> Iterator[None]:
+    """Attention is taken apart into its products inside, and torch's transformer layers into theirs: fused ones have no shape rule."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    What a run under fake tensors or gradients leaves behind would otherwise be read by the next one.
-
-    >>> model = nn.Identity()
-    >>> model.cache = {}
-    >>> with caches_kept(model):
-    ...     model.cache["cpu"] = torch.ones(1)
-    >>> model.cache
-    {}
-    """
-    kept = [(v, dict(v)) for m in model.modules() for k, v in vars(m).items() if type(v) is dict and not k.startswith("_")]
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        yield
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
-        for cache, content in kept:
-            cache.clear()
-            cache.update(content)
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _without_values(model: nn.Module) -> dict[int, Tensor]:
@@ -52,9 +42,8 @@ def _without_values(model: nn.Module) -> dict[int, Tensor]:
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Eval mode without calling ``model.eval`` (some override it), module stack by global hooks, everything put back."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def _watched(recorder: GraphRecorder) -> Iterator[None]:
+    """The recorder is told inside which modules run, by global hooks."""
     from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
     thread = threading.get_ident()
@@ -66,21 +55,12 @@ def _quiet(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         return recorder.leave(module, args, output) if threading.get_ident() == thread else None
 
-    modes = [(m, m.training) for m in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer has no shape rule
-        for module, _ in modes:
-            module.training = False
-        with caches_kept(model), seeded(0), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
 
 
 def needs_values(error: Exception) -> bool:
@@ -122,11 +102,11 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype 
     model = unwrap_model(model)
     dtype = dtype or next((t.dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
     with swapped(model, _without_values(model)):
-        recorder = Recorder(model)
-        with _quiet(model, recorder):
+        recorder = GraphRecorder(model)
+        with untouched(model), unfused(), torch.no_grad(), _watched(recorder):
             x = torch.empty(input_shape, dtype=dtype, device="meta")
             recorder.start(x)
-            with eagerly(model), recorder, CircularPadding(recorder):
+            with recorder, CircularPadding(recorder):
                 out = model(x)
             # beyond what torch takes apart itself: also subclasses of its containers
             outputs = [recorder.producer(t) for leaf in tree_flatten(out)[0] for t in tensors_in(leaf)]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from capnas.capacity import CapacityMap, capacity_map
 from capnas.errors import DegenerateError, UsageError
+from capnas.graph.dataflow import Trace
 from capnas.graph.structure import StructureReport, structure
-from capnas.graph.tracing import Trace, trace
+from capnas.graph.tracing import trace
 from capnas.layers import MEASURED, is_quantized, own_parameters
 from capnas.measures.probing import FAILURES, reason, untouched, unwrap_model
 from capnas.measures.proxies import PROXIES, baseline_proxies

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from capnas.errors import CapnasError, UsageError, check_names, listed
-from capnas.graph.tracing import Trace, trace
+from capnas.graph.dataflow import Trace
+from capnas.graph.tracing import trace
 from capnas.measures.probing import gradable, reason, untouched, unwrap_model
 from capnas.measures.saturation import THRESHOLD, check_threshold
 from capnas.profile.enriching import enrich, with_params

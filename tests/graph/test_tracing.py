@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from capnas._timm import timm
 from capnas.errors import UsageError
-from capnas.graph.tracing import INPUT, Node, Trace, is_shape_only, trace
+from capnas.graph.dataflow import INPUT, Node, Trace, is_shape_only
+from capnas.graph.tracing import trace
 
 FAMILIES = [
     ("resnet18", {}, 32),
@@ -124,6 +125,17 @@ def test_ports_attention_and_shape_only() -> None:
     assert is_shape_only("aten.view.default")
     assert not is_shape_only("aten.relu.default")
     assert not is_shape_only("prim.device.default")
+
+
+def test_what_writes_to_its_argument() -> None:
+    class Shifts(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            bits = x.long() << 1
+            bits <<= 1
+            return (bits + 1).relu_()
+
+    writing = {n.op.split(".")[1]: n.writes for n in trace(Shifts(), (1, 4)).nodes if not n.shape_only}
+    assert writing == {"__lshift__": False, "__ilshift__": True, "add": False, "relu_": True}
 
 
 @pytest.mark.parametrize(("name", "options", "size"), FAMILIES, ids=[f[0] for f in FAMILIES])
