@@ -22,9 +22,9 @@ from capnas.graph.downsampling import Step, macs_without, steps, without
 from capnas.graph.structure import structure
 from capnas.graph.tracing import trace
 from capnas.layers import find_blocks
+from capnas.measures.borders import looking_layers, smallest_productive
 from capnas.measures.probing import FAILURES, cloned, unwrap_model
 from capnas.measures.receptive import border_layers
-from capnas.measures.resolution import looking_layers, smallest_productive
 from capnas.recording import hooked
 
 _FAILURES = (*FAILURES, CapnasError)  # of a changed network that does not run

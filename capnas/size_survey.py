@@ -17,8 +17,7 @@ from capnas.errors import CapnasError, UsageError
 from capnas.graph.dataflow import INPUT, Trace
 from capnas.graph.structure import structure
 from capnas.graph.tracing import trace
-from capnas.measures import receptive
-from capnas.measures import resolution as rule
+from capnas.measures import borders, receptive
 from capnas.measures.probing import FAILURES
 
 Build = Callable[[int], nn.Module]
@@ -45,7 +44,7 @@ class SizeSurvey:
         macs: multiply-accumulates of one image; None where the network cannot run at this size.
         looking: layers that read neighbours, in the order of execution.
         unproductive: those past the border: they see nothing that their input has not seen (rule ``"strict"``).
-        borderless: whether the rule on borders says nothing of this network, see `capnas.measures.resolution.borderless`.
+        borderless: whether the rule on borders says nothing of this network, see `capnas.measures.borders.borderless`.
         unread: pixels of each axis that patches leave out at the far end, see `unread_pixels`.
         refusal: why the size is not trained, or "".
     """
@@ -74,7 +73,7 @@ def survey_resolutions(
     *,
     in_chans: int,
     budget: int | None = None,
-    limit: float = rule.UNUSABLE,
+    limit: float = borders.UNUSABLE,
     refused: Mapping[int, str] | None = None,
 ) -> tuple[SizeSurvey, ...]:
     """Borders and cost of each size, without training and without data.
@@ -109,14 +108,14 @@ def survey_resolutions(
             rows.append(SizeSurvey(size=size, refusal=f"it cannot run at {size} px: {why}"))
             continue
         report = structure(graph)
-        whys[size] = rule.unusable(report.fields, size, limit=limit)
+        whys[size] = borders.unusable(report.fields, size, limit=limit)
         over = budget is not None and report.macs > budget
         row = SizeSurvey(
             size=size,
             macs=report.macs,
-            looking=rule.looking_layers(report.fields),
+            looking=borders.looking_layers(report.fields),
             unproductive=receptive.border_layers(report.fields, size),
-            borderless=rule.borderless(report.fields),
+            borderless=borders.borderless(report.fields),
             unread=unread_pixels(graph),
             refusal=(refused or {}).get(size) or (f"{report.macs:,} MACs are over the budget of {budget:,.0f}" if over else ""),
         )

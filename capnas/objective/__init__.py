@@ -22,7 +22,7 @@ from capnas.errors import StudyError, UsageError, check_type, described, one_lin
 from capnas.graph.structure import structure
 from capnas.latency import latencies
 from capnas.layers import has_block
-from capnas.measures.resolution import unusable
+from capnas.measures.borders import unusable
 from capnas.objective import targets
 from capnas.objective.callbacks import EpochCallback, unwrapped
 from capnas.objective.claims import claimed

@@ -26,8 +26,8 @@ from PIL import Image
 from capnas.data import Augment, load_data
 from capnas.graph.structure import structure
 from capnas.graph.tracing import trace
+from capnas.measures.borders import looking_layers
 from capnas.measures.receptive import border_layers
-from capnas.measures.resolution import looking_layers
 from capnas.resolution import tune_resolution
 from capnas.training import TrainConfig, train
 
