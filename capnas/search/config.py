@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from capnas.data import ImageData, load_data
-from capnas.data.named import EMBEDDED, TIMM_PREFIXES
 from capnas.errors import StudyError, UsageError, check_names, check_types
 from capnas.objective.finals import LONGER, check_finals
 from capnas.objective.gates import best_share, parse_gate
 from capnas.objective.pool import check_pool
 from capnas.objective.targets import check_values, check_weights, direction_of, ranking, summed, wanted
 from capnas.scoring import Direction
+from capnas.search.places import absolute_file, absolute_images, anywhere
 from capnas.search.samplers import check_sampler
 from capnas.search.storages import absolute_storage, hide_password, in_memory
 from capnas.size_survey import are_sizes
@@ -203,7 +203,7 @@ class StudyConfig:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
         given |= {"study": self.name, "storage": hide_password(absolute_storage(self.storage))}
         given["reuse"] = None if self.reuse else False  # older studies know no such setting
-        given |= dict(zip(("data", "data_options"), absolute_images(self.data, self.data_options))) | {"space": _file(self.space)}
+        given |= dict(zip(("data", "data_options"), absolute_images(self.data, self.data_options))) | {"space": absolute_file(self.space)}
         kept = {k: _plain(v) for k, v in given.items() if v is not None and (v != {} or k == "weights")}  # none is not the default ones
         return {"version": VERSION} | kept
 
@@ -285,47 +285,8 @@ class StudyConfig:
         return {
             k: f"{k} was {stored.get(k, 'not set')!r}, now {ours.get(k, 'not set')!r}"
             for k in keys
-            if _anywhere(k, stored.get(k)) != _anywhere(k, ours.get(k))
+            if anywhere(k, stored.get(k)) != anywhere(k, ours.get(k))
         }
-
-
-def absolute_images(data: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Images and their options so that they hold in every directory: the paths of a folder that is there and of ``root`` are absolute.
-
-    >>> absolute_images("fashion-mnist-12k", {"image_size": 16})
-    ('fashion-mnist-12k', {'image_size': 16})
-    """
-    root = options.get("root")
-    there = isinstance(root, str) and os.path.exists(os.path.expanduser(root))
-    return _folder(data), dict(options) | ({"root": _absolute(str(root))} if there else {})
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def _file(space: str) -> str:
-    """A space, with the absolute path of its file where it is in one."""
-    match = re.fullmatch(r"(.+\.py)(:\w+)?", space)
-    return _absolute(match[1]) + (match[2] or "") if match and os.path.isfile(os.path.expanduser(match[1])) else space
-
-
-def _folder(data: str) -> str:
-    """The name of images, or the absolute path of their folder; a name comes first, as in `capnas.load_data`."""
-    prefix, slash, _ = data.partition("/")
-    named = data in ("", EMBEDDED, "fashion-mnist", "folder", "image_folder") or (slash and prefix.lower() in TIMM_PREFIXES)
-    return _absolute(data) if not named and os.path.isdir(os.path.expanduser(data)) else data
-
-
-def _anywhere(key: str, value: Any) -> Any:
-    """A setting to compare: older studies hold relative paths and passwords of a query, and a path that is gone is left as it was given."""
-    if key in ("space", "data") and isinstance(value, str):
-        return _absolute(value)
-    if key == "storage":
-        return hide_password(absolute_storage(value))
-    if key == "data_options" and isinstance(value, Mapping) and isinstance(value.get("root"), str):
-        return {**value, "root": _absolute(value["root"])}
-    return value
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ from capnas.data.named import EMBEDDED
 from capnas.devices import is_out_of_memory
 from capnas.errors import StudyError, UsageError, described
 from capnas.saved import MANIFEST, build_recipe, load_model, read_manifest
-from capnas.search.config import absolute_images
+from capnas.search.places import absolute_images
 from capnas.search.runs import open_run
 from capnas.search.trials import parse_trial, read_retrained, rebuild
 
