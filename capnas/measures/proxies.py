@@ -7,12 +7,10 @@ in train mode (as the published codes do), everything else in eval mode, so that
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,14 +18,10 @@ from torch import Tensor, nn
 
 from capnas.errors import UsageError, check_name, check_names
 from capnas.measures.activation_codes import CodeOverlap, all_finite
-from capnas.measures.applied_weights import WeightSwap, computing_layers, is_norm
-from capnas.measures.probing import FAILURES, Loss, gradable, linear_weights, reason, swapped, tensor_of, untouched, weight_gradients
+from capnas.measures.flows import flows
+from capnas.measures.probing import FAILURES, Loss, gradable, reason, untouched, weight_gradients
 
-_IDENTITIES = re.compile(
-    "(relu6?|leakyrelu|prelu|rrelu|c?elu|selu|(quick)?gelu(tanh)?|silu|swish|mish|hard_?(tanh|swish|mish))(me)?", re.IGNORECASE
-)
-_GATES = re.compile("(hard)?sigmoid(me)?", re.IGNORECASE)
-_ADDED = re.compile("(bias|embed\\w*|tokens?|pos\\w*)$")
+_NO_LAYER = "no convolution or dense layer in the model"
 _CANCELLED = "the model's own constants or computed weights, of both signs, cancel the flow"
 
 
@@ -72,12 +66,14 @@ def synflow(model: nn.Module, inputs: Tensor, *, variant: Literal["sum", "log"] 
     for dtype in (torch.float64, torch.float32):  # a few models fix float32 inside
         for scale in (1.0, 1e-120, 1e-290) if dtype == torch.float64 else (1.0, 1e-15):
             try:
-                flows = _flows(model, inputs, dtype, scale)
+                found = flows(model, inputs, dtype, scale)
             except FAILURES as error:
                 flag = reason(error)
                 break
-            gradients = [g / scale**2 if variant == "log" else g for _, g in flows]
-            products = (w.detach() * (g.log1p() if variant == "log" else g) for (w, _), g in zip(flows, gradients))  # all would be large
+            if not found:
+                return Proxy(value=math.nan, flag=_NO_LAYER)
+            gradients = [g / scale**2 if variant == "log" else g for _, g in found]
+            products = (w.detach() * (g.log1p() if variant == "log" else g) for (w, _), g in zip(found, gradients))  # all would be large
             total, size = map(sum, list(zip(*((float(t.sum()), float(t.abs_().sum())) for t in products))) or ((), ()))
             if math.isfinite(total) and variant == "log":
                 return Proxy(value=total)
@@ -283,7 +279,7 @@ def _of_gradients(
 
 def _sum_of(pairs: Sequence[tuple[Tensor, Tensor]], term: Callable[[Tensor, Tensor], float]) -> Proxy:
     if not pairs:
-        return Proxy(value=math.nan, flag="no convolution or dense layer in the model")
+        return Proxy(value=math.nan, flag=_NO_LAYER)
     value = math.fsum(term(w, g) for w, g in pairs) if all(all_finite(g) for _, g in pairs) else math.nan
     return Proxy(value=value, flag="" if math.isfinite(value) else "a gradient is not finite")
 
@@ -302,49 +298,3 @@ def _deviation(gradients: Sequence[Tensor]) -> Tensor:
     if len(gradients) == 2:
         return (gradients[0] - gradients[1]).abs_().div_(2)
     return torch.stack(list(gradients)).double().std(0, correction=0)
-
-
-def _flows(model: nn.Module, inputs: Tensor, dtype: torch.dtype, scale: float) -> list[tuple[Tensor, Tensor]]:
-    """Magnitudes of the weights and their gradients of ``scale R``, the input and the biases at ``scale``."""
-    computing = computing_layers(model)
-    inside = {id(x) for layer in computing for x in (*layer.modules(), *layer.parameters())}
-    weights = {id(p) for p in linear_weights(model)} - inside
-    state: dict[int, Tensor] = {}
-    flowing: list[Tensor] = []
-    computed: dict[int, Tensor] = {}
-    for name, p in model.named_parameters():
-        size = p.detach().to(dtype) if p.is_floating_point() else p.detach()
-        if size.is_floating_point() and (id(p) not in inside or _ADDED.search(name)):
-            size = size.abs()
-        state[id(p)] = size * scale if _ADDED.search(name) else size  # what is added to the signal is scaled with it
-        if id(p) in weights:
-            flowing.append(state[id(p)].requires_grad_(True))
-    state |= {id(b): b.detach().to(dtype) if b.is_floating_point() else b.detach().clone() for b in model.buffers()}
-    modules = [m for m in model.modules() if id(m) not in inside]
-    handles = [m.register_forward_hook(_pass) for m in modules if is_norm(m) or _IDENTITIES.fullmatch(type(m).__name__)]
-    handles += [m.register_forward_hook(_open) for m in modules if scale != 1 and _GATES.fullmatch(type(m).__name__)]
-
-    def magnitude(layer: nn.Module, weight: Tensor) -> Tensor:
-        if id(layer) not in computed:
-            computed[id(layer)] = weight.detach().abs().requires_grad_(True)
-            flowing.append(computed[id(layer)])
-        return computed[id(layer)]
-
-    try:
-        swap = WeightSwap(computing, magnitude) if computing else contextlib.nullcontext()
-        with untouched(model), swapped(model, state), torch.enable_grad(), swap:
-            ones = torch.full((1, *inputs.shape[1:]), scale, dtype=dtype, device=inputs.device)
-            out = tensor_of(model(ones))
-            found = torch.autograd.grad(out.sum() * scale, flowing, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [(w.detach(), torch.zeros_like(w) if g is None else g) for w, g in zip(flowing, found)]
-
-
-def _pass(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return args[0] if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and args[0].shape == output.shape else output
-
-
-def _open(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return torch.ones_like(output) if isinstance(output, Tensor) else output

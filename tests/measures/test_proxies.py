@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capnas.errors import UsageError
-from capnas.measures import proxies
+from capnas.measures.flows import flows
 from capnas.measures.proxies import PROXIES, baseline_proxies, grad_norm, macs, naswot, params, snip, synflow, zico
 
 
@@ -74,8 +74,8 @@ def test_synflow_does_not_overflow() -> None:
 
 def test_synflow_is_alike_at_every_scale(batch: tuple[Tensor, Tensor]) -> None:
     net = Small()
-    plain = sum(float((w * g).sum()) for w, g in proxies._flows(net, batch[0], torch.float64, 1.0))
-    small = sum(float((w * g).sum()) for w, g in proxies._flows(net, batch[0], torch.float64, 1e-120))
+    plain = sum(float((w * g).sum()) for w, g in flows(net, batch[0], torch.float64, 1.0))
+    small = sum(float((w * g).sum()) for w, g in flows(net, batch[0], torch.float64, 1e-120))
     assert math.log(plain) == pytest.approx(math.log(small) + 240 * math.log(10), rel=1e-9)
     assert synflow(net, batch[0]).value == pytest.approx(math.log(plain))
 
@@ -290,6 +290,7 @@ def test_what_cannot_be_had_is_flagged(batch: tuple[Tensor, Tensor]) -> None:
     dead = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
     nn.init.zeros_(dead[1].weight)
     assert synflow(dead, x).flag == "no flow reaches the output"
+    assert synflow(nn.ReLU(), x).flag == "no convolution or dense layer in the model"
 
 
 def test_without_targets_random_classes_stand_in(batch: tuple[Tensor, Tensor]) -> None:
