@@ -16,6 +16,7 @@ parser.add_argument("--epochs", type=int, default=10)
 arguments = parser.parse_args()
 
 x, y = capnas.load_data("fashion-mnist-12k").probe(arguments.images, seed=0)
+# few images, so that this is short: `probe` gives them normalized, and arrays of pixels hold bytes
 pixels = (x - x.min()) / (x.max() - x.min()) * 255
 data = capnas.load_data((pixels.squeeze(1).to(torch.uint8).numpy(), y.numpy()))
 recipe = {"timm": "resnet10t", "args": {"num_classes": 10, "in_chans": 1, "channels": (16, 32, 64, 128)}, "image_size": 28}

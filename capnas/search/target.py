@@ -188,7 +188,7 @@ def open_network(
     Raises:
         UsageError: the file is missing, fails or has no such function; else as `open_target`.
     """
-    place, _, function = text.rpartition(":")
+    place, _, function = (text, "", "") if text.endswith(".py") else text.rpartition(":")
     if not place.endswith(".py"):
         target = open_target(text, data=data, image_size=image_size, data_options=data_options)
         return target.build(trained=False), target.data, target.image_size, target.name
@@ -209,8 +209,9 @@ def open_network(
 
 
 def _function(path: Path, name: str) -> Callable[..., nn.Module]:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}; a network is given as path/to/file.py:function.")
+    if not path.is_file() or not name:
+        what = f"{path} names no function" if path.is_file() else f"there is no file {path}"
+        raise UsageError(f"{what}; a network is given as path/to/file.py:function.")
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:

@@ -121,6 +121,7 @@ def test_what_is_kept_is_counted_and_what_is_not_is_said(run: Run, words: list[o
     [
         ({1: "{folder}/nets.py:gated"}, "module 0 computes a product of two feature maps (attention or a gate)"),
         ({1: "{folder}/nets.py:broken"}, "defines no function 'broken'"),
+        ({1: "{folder}/nets.py"}, "nets.py names no function; a network is given as path/to/file.py:function"),
         ({1: "{folder}/none.py:small"}, "there is no file"),
         ({1: "no_such_model"}, "there is no timm model 'no_such_model'"),
         ({"--lipschitz": "1,x"}, "--lipschitz takes numbers in (0, 1]"),
