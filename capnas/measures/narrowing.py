@@ -122,13 +122,13 @@ class _Elimination:
             return 0.5 * self.weight[:, single].square().sum(0) / self.inverse[single, single]
         blocks = self.inverse[cols[:, :, None], cols[:, None, :]]  # (U, b, b)
         weights = self.weight[:, cols].permute(1, 2, 0)  # (U, b, O)
-        return 0.5 * (weights * _solve(blocks, weights)).sum((1, 2))
+        return 0.5 * (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
 
     def remove(self, units: Tensor) -> float:
         cols = self.columns[units].flatten()
         block = self.inverse[cols][:, cols]
         weights = self.weight[:, cols].T  # (n, O)
-        gain = _solve(block, torch.cat([weights, self.inverse[cols]], 1))
+        gain = torch.linalg.solve(block, torch.cat([weights, self.inverse[cols]], 1))
         spent = 0.5 * float((weights * gain[:, : weights.shape[1]]).sum())
         step = gain[:, weights.shape[1] :]
         self.weight = self.weight - weights.T @ step
@@ -143,10 +143,6 @@ def _damp(cov: Tensor, ridge: float) -> float:
     """A ridge relative to the mean diagonal, so that the scale of the inputs has no say; next to nothing where all inputs are dead."""
     level = float(cov.diagonal().mean())
     return ridge * level if level > 0 else _LEAST
-
-
-def _solve(blocks: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.solve(blocks, right)
 
 
 def factor(matrix: Tensor) -> Tensor:
