@@ -199,6 +199,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         document = document if theirs.get("id") in (None, document.get("id")) else theirs
     if document.get("version") != _VERSION:
         raise SavedModelError(f"{path} has version {document.get('version')}, this capnas reads version {_VERSION}.")
+    if missing := [name for name in ("recipe", "replaced", "attributes", "shapes") if not isinstance(document.get(name), dict)]:
+        raise SavedModelError(f"{path} was cut or edited, it holds no {missing[0]}: save the model again.")
     return document
 
 

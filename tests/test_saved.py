@@ -215,15 +215,17 @@ def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
         load_model(tmp_path)
     folder = save_model(build_recipe(SPACE), tmp_path / "m", SPACE)
     good = (folder / MANIFEST).read_text()
-    (folder / MANIFEST).write_text(good.replace('"version": 1', '"version": 9'))
-    with pytest.raises(SavedModelError, match="has version 9, this capnas reads version 1"):
-        load_model(folder)
-    (folder / MANIFEST).write_text("{")
-    with pytest.raises(SavedModelError, match="is not JSON"):
-        load_model(folder)
-    (folder / MANIFEST).write_text("[]")
-    with pytest.raises(SavedModelError, match="not the manifest"):
-        load_model(folder)
+    damaged = {
+        good.replace('"version": 1', '"version": 9'): "has version 9, this capnas reads version 1",
+        "{": "is not JSON",
+        "[]": "not the manifest",
+        good.replace('"recipe"', '"dish"'): "was cut or edited, it holds no recipe: save the model again",
+        good.replace('"shapes": {}', '"shapes": 3'): "holds no shapes",
+    }
+    for content, message in damaged.items():
+        (folder / MANIFEST).write_text(content)
+        with pytest.raises(SavedModelError, match=message):
+            load_model(folder)
     (folder / MANIFEST).write_text(good)
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
     with pytest.raises(SavedModelError, match="does not fit its manifest"):
