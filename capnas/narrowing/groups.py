@@ -31,7 +31,7 @@ Atom = tuple[str, Side, int]
 Units = Sequence[Sequence[Atom]]
 CLASSES = "it gives the classes"
 _ENDLESS = "its channels are sliced, joined or folded in more ways than can be followed"
-_RULES = (*CONVS, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_RULES = (*CONVS, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Port:
 
     Attributes:
         module: qualified name; of a bare parameter its own.
-        side: "out" or "in" of a conv or linear layer, "both" of a norm or depthwise conv, "param" of a bare parameter (its last wide axis).
+        side: "out" or "in" of a conv or linear layer, "both" of a norm, depthwise conv or PReLU, "param" of a bare parameter (last axis).
         positions: (U, b) channel positions of each of U units, ascending.
     """
 
@@ -186,11 +186,15 @@ def cannot_narrow(model: nn.Module, fixed: Mapping[str, str]) -> CannotNarrow:
 def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str, list[list[Atom]], bool]]:
     """Torch-Pruning's groups as units of atoms, named by their root layer, and whether each is whole."""
     tp, widest = torch_pruning(), max((max(p.shape, default=1) for p in model.parameters()), default=1)
+    one_slope = [m for m in model.modules() if isinstance(m, nn.PReLU) and m.num_parameters == 1]  # for all channels: has no width
     with warnings.catch_warnings(), untouched(model), torch.enable_grad(), forgiving():
         warnings.simplefilter("ignore")
         model.requires_grad_(True)
+        for module in one_slope:
+            module.requires_grad_(False)  # else what spreads the slope would be followed
         try:
-            groups = list(followed(tp.DependencyGraph().build_dependency(model, example, verbose=False), widest))
+            graph = tp.DependencyGraph().build_dependency(model, example, ignored_layers=one_slope, verbose=False)
+            groups = list(followed(graph, widest))
         except Exception as error:
             why = f"Torch-Pruning cannot follow its channels ({described(error)})"
             raise CannotNarrow(f"cannot narrow this {type(model).__name__}: {why}.") from error

@@ -43,8 +43,8 @@ def wide_axis(value: Tensor) -> int:
 
 
 def _norm_width(module: nn.Module) -> str:
-    """The attribute with the width of a norm; "" of an activation, which has none."""
-    return next((a for a in ("num_features", "num_channels") if isinstance(getattr(module, a, None), int)), "")
+    """The attribute with the width of a norm or a PReLU; "" of an activation, which has none."""
+    return next((a for a in ("num_features", "num_channels", "num_parameters") if isinstance(getattr(module, a, None), int)), "")
 
 
 def select(model: nn.Module, modules: Mapping[str, Any], name: str, side: str, index: Tensor, often: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -135,11 +137,25 @@ class Added(nn.Module):
         return x + self.mix(self.deep(x))
 
 
+class Attending(nn.Module):
+    """torch's attention over the places of a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return self.attn(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
+
+
 def test_layers_without_a_rule_are_fixed() -> None:
     assert reasons(Gained())["1"] == "1 is a Gained, whose further parameters have no rule"
     assert reasons(nn.ConvTranspose2d(8, 8, 2, groups=2))["0"] == "1 is a grouped transposed convolution"
     assert reasons(nn.ConvTranspose2d(8, 8, 2)) == {}
-    assert reasons(nn.PReLU(8), Added()) == dict.fromkeys(("0", "2.deep", "2.mix"), "1 is a PReLU, which has no rule")
+    without = reasons(Attending(), Added())
+    assert without.pop("1.attn.out_proj") == "the network reads its weights and does not call it"
+    assert without == dict.fromkeys(("0", "2.deep", "2.mix"), "1.attn is a MultiheadAttention, which has no rule")
 
 
 def test_depthwise_layers_are_of_the_group_and_those_that_multiply_channels_write_their_own() -> None:
@@ -161,6 +177,39 @@ def test_group_norms_lose_whole_groups_and_the_others_stay_as_they_were() -> Non
     change_widths(model, [group], {"0": [1, 3]})
     assert (model[1].num_groups, model[1].num_channels) == (2, 6)
     torch.testing.assert_close(model(images), without(images))
+
+
+@pytest.mark.parametrize("kind", [nn.PReLU, partial(nn.InstanceNorm2d, affine=True, track_running_stats=True)])
+def test_numbers_by_channel_go_with_their_channels(kind: Callable[[int], nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), kind(8), nn.Flatten(), nn.Linear(128, 2)).eval()
+    for _, numbers in (*model[1].named_parameters(), *model[1].named_buffers()):
+        numbers.data.copy_(torch.arange(1, 9) / 8 if numbers.shape else numbers)
+    images = torch.randn(2, 3, 4, 4)
+    (group,) = narrowable(model, images).groups
+    without = copy.deepcopy(model)
+    without[3].weight.data.unflatten(1, (8, 16))[:, [0, 2, 5]] = 0
+    change_widths(model, [group], {"0": [1, 3, 4, 6, 7]})
+    torch.testing.assert_close(model(images), without(images))
+    assert repr(model[1]) == repr(kind(5)), "it says its width"
+
+
+class Sloped(nn.Module):
+    """Two layers of different widths before one activation of a single slope."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head, self.act = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(96, 2), nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.second(self.act(self.first(x)))).flatten(1))
+
+
+def test_a_slope_of_all_channels_couples_nothing() -> None:
+    found = narrowable(Sloped().eval(), torch.randn(2, 3, 4, 4))
+    assert [[(p.module, p.side) for p in g.ports] for g in found.groups] == [
+        [("first", "out"), ("second", "in")],
+        [("second", "out"), ("head", "in")],
+    ]
 
 
 def test_lists_of_units_that_overlap_become_one_group() -> None:
