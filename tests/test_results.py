@@ -1052,7 +1052,7 @@ def test_the_texts_tell_what_the_refit_does(monkeypatch: pytest.MonkeyPatch) -> 
     for data, model in both:
         here = study.rows_of(lines, data=data, model=model)
         whole = statistics.mean(study.by_seed(study.rows_of(here, method="unpruned")).values())
-        kept = [statistics.mean(study.by_seed(study.rows_of(here, scope=widths, method=choice), what).values())
+        kept = [statistics.mean(study.by_seed(study.of_choice(here, widths, choice), what).values())
                 for widths, choice, what in (("loss", "capnas", "accuracy"), ("loss", "capnas", "without_refit"),
                                              ("uniform", "capnas", "accuracy"), *(("loss", c, "accuracy") for c in study.CHOICES[1:]),
                                              ("uniform", "random", "accuracy"))]  # fmt: skip
@@ -1074,22 +1074,29 @@ def test_the_texts_tell_what_the_refit_does(monkeypatch: pytest.MonkeyPatch) -> 
                statistics.mean(mean["both"].values()))  # fmt: skip
     assert clear["refit"] == clear["refit of the simplest"] == set(both)
     group, chance, wide = (mean[f] for f in ("channels: group magnitude", "channels: random", "widths"))
+    bare = [statistics.mean(study.by_seed(study.of_choice(lines_at, "loss", study.CHOICES[i]), "without_refit").values())
+            for key in hard for lines_at in [study.rows_of(lines, data=key[0], model=key[1])] for i in (0, 1)]  # fmt: skip
+    check_says(text, "with the refit {} and {} points, both within a standard error, without it {} and {}.",
+               *(mean["streams"][key] for key in hard), bare[0] - bare[1], bare[2] - bare[3])  # fmt: skip
+    assert not clear["streams"]
+    assert {key for key in both if any(gains[key]["streams"])} == set(hard)
     check_says(text, "ahead of group magnitude for MBConv alone ({} and {} points) and within {} of it elsewhere; of random channels for "
                "MBConv ({} and {}) and ResNet on CIFAR-10 ({}).", *(group[key] for key in hard),
                max(abs(group[key]) for key in both if key not in hard), *(chance[key] for key in (*hard, residual)))  # fmt: skip
-    check_says(text, "ahead of uniform ones for MBConv ({} and {}) and ResNet on CIFAR-10 ({}).", *(wide[key] for key in (*hard, residual)))
+    check_says(text, "ahead of uniform ones for MBConv and ResNet on CIFAR-10 ({} and {}).", wide[hard[1]], wide[residual])
     assert clear["channels: group magnitude"] == set(hard)
-    assert clear["channels: random"] == clear["widths"] == {*hard, residual}
-    ahead = [("cifar", "resnet18-narrow"), ("cifar", "mbconv")]
+    assert clear["channels: random"] == {*hard, residual}
+    assert clear["widths"] == {hard[1], residual}
+    ahead = [hard[0], hard[1], residual]
     assert clear["Torch-Pruning"] == set(ahead)
     behind, level = [mean["Torch-Pruning"][key] for key in ahead], len(both) - len(ahead)
     kept = [line["kept"] for rows in rivals.values() for line in rows]
-    says = "ahead for ResNet and MBConv on CIFAR-10 ({} and {} points) and within the spread in the other {} cases."
+    says = "ahead for MBConv on both sets ({} and {} points) and ResNet on CIFAR-10 ({}) and within the spread in the other {} cases."
     check_says(text, "lose {} points at most and keep {} to {} of the MACs.", max(best.values()), min(kept), max(kept))
     check_says(text, says, *behind, level)
     check_says(text, "level with capnas in {} of the {} cases (below)", level, len(both))
-    says = "the best rival is level with capnas in {} of the {} cases, and {} and {} points behind in two ([measured](pruning/"
-    check_says(section("figures"), says, level, len(both), *behind)
+    says = "the best rival is level with capnas in {} of the {} cases, and {}, {} and {} points behind in three ([measured](pruning/"
+    check_says(section("figures"), says, level, len(both), *sorted(behind))
     check_says(table_row(STUDIES, "[pruning]"), "rivals refitted alike {} at most:", max(best.values()))
     check_says(headline("points lost at half the MACs"), "; refitted as here {} at most |", max(best.values()))
 
@@ -1099,7 +1106,7 @@ def test_the_texts_tell_what_the_refit_does(monkeypatch: pytest.MonkeyPatch) -> 
     for data, model in both:  # nothing is better than the default beyond the spread
         here = study.rows_of(lines, data=data, model=model)
         default = study.by_seed(study.rows_of(here, scope="loss", method="capnas"))
-        others = [study.rows_of(here, scope=widths, method=choice) for widths, choice in itertools.product(study.WIDTHS, study.CHOICES)]
+        others = [study.of_choice(here, widths, choice) for widths, choice in itertools.product(study.WIDTHS, study.CHOICES)]
         for other in map(study.by_seed, others + [rows for key, rows in rivals.items() if key[:2] == (data, model)]):
             points = [default[seed] - other[seed] for seed in default]
             assert statistics.mean(points) > 0 or study.within(points), (data, model)
