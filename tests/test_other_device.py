@@ -157,17 +157,20 @@ def check_narrowing() -> None:
     from capnas.narrowing.planning import plan_widths
     from capnas.narrowing.survey import survey
 
-    def outputs(device: str, widest: int) -> list[Tensor]:
-        model, x = net().to(device).eval(), batch(device)[0]
+    linear = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 1)]  # a stream to turn
+
+    def outputs(device: str, widest: int, full: nn.Module) -> list[Tensor]:
+        model, x = full.to(device).eval(), batch(device)[0]
         calibration.WIDEST = calibration.REFITTED = widest
         found = survey(model, x)
+        assert bool(found.turns) is (full is turned)
         plans = [plan_widths(found, target_macs=0.6, round_to=2), plan_widths(found, widths={found.groups[0].name: 24})]
         return [narrowed(model, found, plan)(x).detach().cpu() for plan in plans]
 
-    usual = calibration.WIDEST, calibration.REFITTED
+    usual, turned = (calibration.WIDEST, calibration.REFITTED), nn.Sequential(*linear, *list(net())[5:])
     try:
-        for widest in (4608, 9):  # with the second, wide readers are mixed and not refitted
-            same(outputs(DEVICE, widest), outputs("cpu", widest), 0.02)
+        for widest, full in ((4608, net()), (9, net()), (4608, turned)):  # with the second, wide readers are mixed and not refitted
+            same(outputs(DEVICE, widest, full), outputs("cpu", widest, full), 0.02)
     finally:
         calibration.WIDEST, calibration.REFITTED = usual
 
