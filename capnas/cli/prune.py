@@ -195,6 +195,8 @@ def show_plan(plan: dict[str, Any]) -> None:
     if "least loss" in plan["goal"]:
         typer.echo("widths go by the loss and not by equal saturation, which keeps less accuracy at the same MACs in most networks "
                    "(results/pruning); --allocation saturation makes needed / planned even")  # fmt: skip
+    if turned := [g["name"] for g in plan["groups"] if g.get("turned")]:
+        typer.echo(f"cut by directions and not by channels, as linear layers alone write and read them: {', '.join(turned)}")
     if growing := [g["name"] for g in plan["groups"] if g.get("grow")]:
         typer.echo(f"candidates to grow (saturation at the ceiling): {', '.join(growing)}")
     if mixed := [g["name"] for g in plan["groups"] if g.get("grow") and g["over_wide"]]:

@@ -36,6 +36,7 @@ class GroupPlan:
         macs, planned_macs, params, planned_params: of the layers that write the group.
         loss: expected increase of the loss of one image, to second order, if this group alone is narrowed.
         grow: saturation at the ceiling: a candidate to grow.
+        turned: directions go and not channels, see `capnas.narrowing.turning`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class GroupPlan:
     planned_params: int
     loss: float
     grow: bool
+    turned: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +287,7 @@ def _plan(found: Survey, units: Sequence[int], goal: str) -> Plan:
                 planned_params=round(float(by_module[own].sum())),
                 loss=float(found.removals[i].losses[group.units - n]) if n < group.units else 0.0,
                 grow=found.saturation[i] >= CEILING,
+                turned=n < group.units and group.name in found.turns,
             )
         )
     return Plan(

@@ -94,12 +94,14 @@ def test_the_plan_is_shown_as_a_table(run: Run, saved: Path) -> None:
 def test_a_group_to_grow_that_is_over_wide_as_well_is_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     common = {"width": 8, "needed": 8, "planned": 8, "saturation": 1.0, "expected": 1.0, "utilisation": 0.2, "loss": 0.0, "grow": True}
     cost = {"macs": 9, "planned_macs": 9, "params": 9, "planned_params": 9}
-    rows = [{"name": name, "layers": [name], "over_wide": wide, **common, **cost} for name, wide in (("a", False), ("b", True))]
+    rows = [{"name": name, "layers": [name], "over_wide": wide, "turned": wide, **common, **cost}
+            for name, wide in (("a", False), ("b", True))]  # fmt: skip
     for groups, told in ((rows, True), (rows[:1], False)):
         show_plan({"goal": "any", "groups": groups, "fixed": {}, **cost})
         out = capsys.readouterr().out
         assert f"candidates to grow (saturation at the ceiling): {'a, b' if told else 'a'}\n" in out
         assert ("evidence disagrees on b: the data fills its width (saturation)" in out) == told
+        assert ("cut by directions and not by channels, as linear layers alone write and read them: b\n" in out) == told
 
 
 def test_trained_weights_of_a_timm_model(run: Run, tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def test_a_stream_in_a_plane_is_cut_to_it_without_loss_or_refit() -> None:
 def test_what_a_plan_leaves_or_widens_is_not_turned() -> None:
     net = made()
     found = survey(net, IMAGES)
+    assert [plan_widths(found, widths={"first": width, "inner": 4}).groups[0].turned for width in (5, 6, 8)] == [True, False, False]
     small = narrowed(net, found, plan_widths(found, widths={"inner": 4}), refit=False)
     assert torch.equal(small.first.weight, net.first.weight)
     wide = narrowed(net, found, plan_widths(found, widths={"first": 8}), refit=False)
