@@ -99,13 +99,12 @@ def survey_resolutions(
     rows, whys = [], {}
     for size in sorted(map(int, candidates)):
         try:
-            graph = trace_size(build(size), in_chans, size)
+            graph = trace(build(size), (1, in_chans, size, size))
         except _FAILURES as error:
             if is_out_of_memory(error):
                 rows.append(SizeSurvey(size=size, refusal=f"it does not fit into memory at {size} px"))
                 continue
-            why = textwrap.shorten(str(error).rstrip("."), _WIDE, placeholder=" ...") or type(error).__name__
-            rows.append(SizeSurvey(size=size, refusal=f"it cannot run at {size} px: {why}"))
+            rows.append(SizeSurvey(size=size, refusal=f"it {_cannot_run(size, error)}"))
             continue
         report = structure(graph)
         whys[size] = borders.unusable(report.fields, size, limit=limit)
@@ -128,8 +127,22 @@ def survey_resolutions(
 
 
 def trace_size(model: nn.Module, in_chans: int, size: int) -> Trace:
-    """The trace of a network for one image of ``size`` pixels."""
-    return trace(model, (1, in_chans, size, size))
+    """The trace of a network for one image of ``size`` pixels.
+
+    Raises:
+        UsageError: it cannot run at this size; the text says why.
+    """
+    try:
+        return trace(model, (1, in_chans, size, size))
+    except FAILURES as error:
+        if isinstance(error, CapnasError) or is_out_of_memory(error):
+            raise
+        raise UsageError(f"the network {_cannot_run(size, error)}; give another image size, or another network.") from error
+
+
+def _cannot_run(size: int, error: BaseException) -> str:
+    why = textwrap.shorten(str(error).rstrip("."), _WIDE, placeholder=" ...") or type(error).__name__
+    return f"cannot run at {size} px: {why}"
 
 
 def unread_pixels(graph: Trace) -> int:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from capnas.errors import UsageError
 from capnas.excess.composition import Stage, circular_padding, composition
 from capnas.graph.dataflow import Trace
-from capnas.graph.tracing import trace
 from capnas.measures.convolution import convolution
 from capnas.measures.excess import distance_to_init, simplex_classifier
 from capnas.measures.operator_norms import linear_norm, operator_norm, ring_bound
 from capnas.measures.probing import cloned, unwrap_model
 from capnas.measures.projections import project, project_distance, project_radially, pull_back
+from capnas.size_survey import trace_size
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # of the first are batch and instance norms
 _TINY = 4  # sides up to which a convolution is small enough for its explicit matrix
@@ -147,7 +147,8 @@ def paper_network(model: nn.Module, *, in_chans: int, image_size: int, num_class
         seed: of the weights.
 
     Raises:
-        UsageError: the theorem does not cover the network, see `capnas.excess.composition.composition`, or it has too few features.
+        UsageError: the theorem does not cover the network, see `capnas.excess.composition.composition`, it has too few features, or it
+            cannot run at this size.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     >>> paper = paper_network(net, in_chans=1, image_size=8, num_classes=3)
@@ -164,7 +165,7 @@ def paper_network(model: nn.Module, *, in_chans: int, image_size: int, num_class
             if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
                 module.bias = None
                 module.reset_parameters()
-    graph = trace(model, (1, in_chans, image_size, image_size))
+    graph = trace_size(model, in_chans, image_size)
     stages = composition(graph)
     last = next((s.branches[0][0].layer for s in reversed(stages) if len(s.branches) == 1), "")
     head = model.get_submodule(last) if last else None

@@ -129,9 +129,7 @@ def plan_widths(
         units, goal = needed_widths(options), f"every group as wide as {found.threshold:g} of its variance needs"
     else:
         assert target_macs is not None
-        check_target(target_macs)
-        if (least := _least(found, round_to)) > target_macs:
-            raise UsageError(f"{target_macs:g} of the MACs cannot be reached: {_why_not(found, target_macs, least)}.")
+        check_reach(found.cost, found.groups, target_macs, round_to)
         allocate = least_loss if allocation == "loss" else equal_saturation
         units = allocate(options, found.cost.total_macs, target_macs * full)
         way = "least loss per MAC saved" if allocation == "loss" else "equal saturation"
@@ -139,21 +137,35 @@ def plan_widths(
     return _plan(found, units, goal)
 
 
-def _least(found: Survey, round_to: int) -> float:
-    """Share of the MACs that remains with every group at its least width."""
-    least = [[float(width_choices(g.units, g.unit_channels, round_to)[0]) for g in found.groups]]
-    return float(found.cost.total_macs(torch.tensor(least, dtype=torch.float64))) / float(found.cost.macs.sum())
+def check_reach(cost: NetworkCost, groups: Sequence[CoupledGroup], target: float, round_to: int) -> None:
+    """Refuse a share of the multiply-accumulates to keep that is no share, or that narrowing every group as far as it goes does not meet.
 
+    Args:
+        cost: of the network as it is.
+        groups: that can be narrowed.
+        target: share to keep.
+        round_to: channels are a multiple of it.
 
-def _why_not(found: Survey, target: float, least: float) -> str:
+    Raises:
+        UsageError: it says how much remains, and what keeps it.
+    """
+    check_target(target)
+    if (least := _least(cost, groups, round_to)) <= target:
+        return
     words = [f"with every group at its least width {least:.2f} of them remain"]
-    fixed, helps = found.cost.fixed_macs(), _least(found, 1) <= target
-    if (share := sum(fixed.values()) / float(found.cost.macs.sum())) >= 0.005:
+    fixed, helps = cost.fixed_macs(), _least(cost, groups, 1) <= target
+    if (share := sum(fixed.values()) / float(cost.macs.sum())) >= 0.005:
         large = [n or "the network itself" for n, m in fixed.items() if m >= sum(fixed.values()) / 10][:3]
         words.append(f"layers of fixed width cost {share:.2f}" + ("" if helps or not large else f", most of it {', '.join(large)}"))
     if helps:
         words.append("a smaller --round-to allows narrower groups")
-    return "; ".join(words)
+    raise UsageError(f"{target:g} of the MACs cannot be reached: {'; '.join(words)}.")
+
+
+def _least(cost: NetworkCost, groups: Sequence[CoupledGroup], round_to: int) -> float:
+    """Share of the MACs that remains with every group at its least width."""
+    least = [[float(width_choices(g.units, g.unit_channels, round_to)[0]) for g in groups]]
+    return float(cost.total_macs(torch.tensor(least, dtype=torch.float64))) / float(cost.macs.sum())
 
 
 def check_target(share: float) -> None:

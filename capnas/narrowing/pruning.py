@@ -24,7 +24,7 @@ from capnas.narrowing import narrowed
 from capnas.narrowing.applying import narrowable
 from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.lowrank import RankPlan, factorized, plan_ranks
-from capnas.narrowing.planning import Allocation, Plan, check_division, check_growth, check_target, check_widths, plan_widths
+from capnas.narrowing.planning import Allocation, Plan, check_division, check_growth, check_reach, check_target, check_widths, plan_widths
 from capnas.narrowing.refusing import check_modules, check_network
 from capnas.narrowing.standardized import plain_convs
 from capnas.narrowing.survey import saturations, survey
@@ -188,7 +188,7 @@ def pretrain(
     """Train a network before it is narrowed, by the recipe for as long as the config says: widths are planned from what trained layers do.
 
     Raises:
-        UsageError: ``config.train_epochs`` is 0, or the plan's widths are of another network.
+        UsageError: ``config.train_epochs`` is 0, the plan's widths are of another network, or the target is out of reach of any weights.
         CannotNarrow: this network cannot be narrowed, trained or not.
         CapnasError: the training did not complete.
     """
@@ -197,11 +197,16 @@ def pretrain(
             "this network has no trained weights, and widths are planned from trained layers: "
             "give --train-epochs N, or a timm model --pretrained or --weights FILE.safetensors."
         )
-    if config.widths is not None:  # before minutes of training
-        example = data.probe(2, seed=config.seed, device=device_of(model), image_size=image_size)[0]
+    example = data.probe(2, seed=config.seed, device=device_of(model), image_size=image_size)[0]
+    check_network(model, example, classes=data.num_classes)  # before minutes of training, as all that follows
+    if config.method == "channels":
         plain = plain_convs(model)
         groups = narrowable(plain, example).groups
-        check_growth(NetworkCost.of(plain, groups, (1, *example.shape[1:])), check_widths(groups, config.widths))
+        cost = NetworkCost.of(plain, groups, (1, *example.shape[1:]))
+        if config.widths is not None:
+            check_growth(cost, check_widths(groups, config.widths))
+        if config.target_macs is not None:
+            check_reach(cost, groups, config.target_macs, config.round_to)
     _train(model, data, config.training(recipe, config.train_epochs), image_size, "training", say)
     return model
 

@@ -17,7 +17,6 @@ from capnas.candidates import cost_of
 from capnas.data import ImageData
 from capnas.devices import resolve_device
 from capnas.errors import StudyError, UsageError, check_names, counted, described, one_line
-from capnas.graph.tracing import trace
 from capnas.profile import INITIALIZATIONS, MEASURES, Profile, at_default_initialization, enrich, profile_model, with_macs
 from capnas.projection import ProjectionResult, project_model
 from capnas.recording import Reading
@@ -25,6 +24,7 @@ from capnas.scoring import score
 from capnas.search.runs import open_run
 from capnas.search.target import Target, open_target
 from capnas.search.trials import Rebuilt, parse_trial, rebuild
+from capnas.size_survey import trace_size
 from capnas.training import evaluate, train
 from capnas.weights import InitialWeights
 
@@ -179,7 +179,7 @@ def inspect_target(
         raise UsageError(f"a projection says what a trained network loses, and {found.name} is not trained: {advice}.")
     where = resolve_device(device)
     model, size = found.model.to(where), found.image_size
-    graph = trace(model, (1, found.data.in_chans, size, size))
+    graph = trace_size(model, found.data.in_chans, size)
     x, y = found.data.probe(batch, seed=seed, device=where, image_size=size)
     profile, state = found.profile, found.state
     more = "a larger --batch" if len(x) == batch else "more images"

@@ -155,6 +155,7 @@ def test_fixed_classifier_is_a_simplex_that_features_of_either_kind_reach(classe
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3, "classifier of 3 outputs"),
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 9)), 9, "at least 2 classes and 8 features"),
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(64, 3)), 3, "module 1 computes aten.sigmoid"),
+        (nn.Sequential(nn.Conv2d(1, 4, 7), nn.Flatten(), nn.Linear(4, 3)), 3, "cannot run at 6 px: .*; give another image size"),
     ],
 )
 def test_networks_outside_of_the_class_are_refused(model: nn.Module, classes: int, what: str) -> None:

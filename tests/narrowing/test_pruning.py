@@ -118,16 +118,23 @@ def test_outputs_that_explode_are_named_and_broken_ones_refused(
         prune(trained, data, PruneConfig(target_macs=0.5, **SHORT))
 
 
-def test_a_plan_of_another_network_is_refused_before_training(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("goal", "size", "reason"),
+    [
+        ({"widths": {"layer1": 4}}, 8, "a group of the plan must be one of 0, 2, 4; got 'layer1'"),
+        ({"widths": {"0": 10_000_000}}, 8, "times the MACs of now"),
+        ({"target_macs": 0.001}, 8, r"0\.001 of the MACs cannot be reached: with every group at its least width 0\.\d\d of them remain"),
+        ({"target_macs": 0.5}, 0, r"cannot narrow this Sequential: it does not run on images of shape \(2, 1, 2, 2\)"),
+        ({"target_macs": 0.5, "method": "lowrank"}, 0, "cannot narrow this Sequential: it does not run"),
+    ],
+)
+def test_what_cannot_come_true_is_refused_before_training(
+    goal: dict[str, Any], size: int, reason: str, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pruning, "train", lambda *args, **options: pytest.fail("trained"))
-    with pytest.raises(UsageError, match="a group of the plan must be one of 0, 2, 4; got 'layer1'"):
-        pretrain(build_recipe(RECIPE), data, PruneConfig(widths={"layer1": 4}, train_epochs=1), image_size=8)
-
-
-def test_widths_of_another_order_of_size_are_refused_before_training(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruning, "train", lambda *args, **options: pytest.fail("trained"))
-    with pytest.raises(UsageError, match="times the MACs of now"):
-        pretrain(build_recipe(RECIPE), data, PruneConfig(widths={"0": 10_000_000}, train_epochs=1), image_size=8)
+    model = build_recipe(RECIPE) if size else nn.Sequential(nn.MaxPool2d(4), build_recipe(RECIPE))
+    with pytest.raises(CapnasError, match=reason):
+        pretrain(model, data, PruneConfig(**goal, train_epochs=1), image_size=size or 2)
 
 
 def test_a_masked_network_is_refused_in_a_line(data: ImageData) -> None:

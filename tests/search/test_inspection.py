@@ -248,11 +248,12 @@ def test_a_checkpoint_that_would_run_code_or_holds_no_weights_is_refused(tmp_pat
         ({"batch": 1, "measures": ("capacity",)}, "batch must be at least 2 for capacity, got 1"),
         ({"project": 1.5}, r"share of the variance in \(0, 1\], got 1.5"),
         ({"measures": ("capasity",)}, "measures must be one of.*Did you mean 'capacity'"),
+        ({"target": "convnext_atto", "image_size": 3}, "the network cannot run at 3 px: .*; give another image size"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options: dict, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        inspect_target("resnet10t", **{"batch": 4} | options)
+        inspect_target(**{"target": "resnet10t", "batch": 4} | options)
 
 
 def test_a_trial_takes_neither_data_nor_weights_and_is_not_projected_untrained(folder: Path) -> None:
