@@ -238,8 +238,6 @@ def _refusal(units: Units, modules: Mapping[str, nn.Module], heads: set[str], at
             return f"an attention is narrowed by whole heads, and {attention} is no plain one of several heads side by side"
         if isinstance(module, MEASURED) and {n for n, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
             return f"{name} is a {type(module).__name__}, whose further parameters have no rule"
-        if isinstance(module, CONVS) and getattr(module, "transposed", False) and module.groups > 1:
-            return f"{name} is a grouped transposed convolution"
         if module is not None and side == "both" and not isinstance(module, _RULES) and any(True for _ in module.parameters(recurse=False)):
             return f"{name} is a {type(module).__name__}, which has no rule"
     return None

@@ -68,6 +68,8 @@ def _layer(module: Any, side: str, index: Tensor, often: Tensor) -> None:
         width = module.in_channels if conv else module.in_features
         if conv and module.groups > 1:  # whole groups: each keeps its inputs
             module.groups = len(index) * module.groups // width
+            if transposed:
+                _set(module, "weight", _take(module.weight, 0, index))
         else:
             axis = 0 if transposed else 1
             weight = _take(module.weight, axis, index)
@@ -80,7 +82,8 @@ def _layer(module: Any, side: str, index: Tensor, often: Tensor) -> None:
         _set(module, "weight", _take(module.weight, 0, index))
         module.in_channels = module.out_channels = module.groups = len(index)
     else:
-        _set(module, "weight", _take(module.weight, 1 if transposed else 0, index))
+        if not transposed or module.weight.shape[1] == module.out_channels:  # else one of several groups, all of which have its outputs
+            _set(module, "weight", _take(module.weight, 1 if transposed else 0, index))
         setattr(module, "out_channels" if conv else "out_features", len(index))
     if module.bias is not None:
         _set(module, "bias", _take(module.bias, 0, index))

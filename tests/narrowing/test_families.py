@@ -414,7 +414,6 @@ def broken() -> nn.Module:
         (nn.Sequential(nn.Conv2d(1, 4, 1)), r"it does not run on images of shape \(2, 3, 4, 4\) \(RuntimeError: "),
         (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), "this Sequential: its only layer has a fixed width, it gives the classes"),
         (Bare(), "cannot narrow this Bare: none of its modules is a conv or linear layer"),
-        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 8, 1, groups=2), nn.Flatten(), nn.Linear(128, 2)), "1 is a grouped tra"),
         (Split(), "cannot narrow this Split"),
         (Reversed(), "doubled channels change what is computed"),
         *((Mirrored(width), "doubled channels change what is computed") for width in (2, 4, 6, 7, 16)),  # the third ones of 3 n + 1 mirror

@@ -151,8 +151,6 @@ class Attending(nn.Module):
 
 def test_layers_without_a_rule_are_fixed() -> None:
     assert reasons(Gained())["1"] == "1 is a Gained, whose further parameters have no rule"
-    assert reasons(nn.ConvTranspose2d(8, 8, 2, groups=2))["0"] == "1 is a grouped transposed convolution"
-    assert reasons(nn.ConvTranspose2d(8, 8, 2)) == {}
     without = reasons(Attending(), Added())
     assert without.pop("1.attn.out_proj") == "the network reads its weights and does not call it"
     assert without == dict.fromkeys(("0", "2.deep", "2.mix"), "1.attn is a MultiheadAttention, which has no rule")
@@ -191,6 +189,24 @@ def test_numbers_by_channel_go_with_their_channels(kind: Callable[[int], nn.Modu
     change_widths(model, [group], {"0": [1, 3, 4, 6, 7]})
     torch.testing.assert_close(model(images), without(images))
     assert repr(model[1]) == repr(kind(5)), "it says its width"
+
+
+@pytest.mark.parametrize(("groups", "units"), [(1, 8), (2, 2), (8, 8)])
+def test_transposed_convolutions_lose_channels_and_whole_groups(groups: int, units: int) -> None:
+    up = nn.ConvTranspose2d(8, 8 if groups == 8 else 4, 2, stride=2, groups=groups)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), up, nn.ReLU(), nn.Flatten(), nn.Linear(up.out_channels * 64, 2)).eval()
+    images = torch.randn(2, 3, 4, 4)
+    first = narrowable(model, images)["0"]
+    assert first.units == units
+    without, kept = copy.deepcopy(model), [[0, *range(2, 8)], [1], [0, *range(2, 8)]][(1, 2, 8).index(groups)]
+    gone = sorted(set(range(units)) - set(kept))
+    change_widths(model, [first], {"0": kept})
+    if groups == 1:
+        without[1].weight.data[gone] = 0  # it reads them
+    else:
+        without[4].weight.data.unflatten(1, (units, -1))[:, gone] = 0
+    torch.testing.assert_close(model(images), without(images))
+    assert model[0].out_channels == model[1].in_channels == len(kept) * 8 // units
 
 
 class Sloped(nn.Module):
