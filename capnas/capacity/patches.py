@@ -55,13 +55,28 @@ def input_rows(func: Any, given: Mapping[str, Any], out_shape: Sequence[int], ch
 
 
 def _patches(x: Tensor, weight: Tensor, given: Mapping[str, Any], out_shape: Sequence[int], chosen: Tensor, *, transposed: bool) -> Tensor:
-    """The input patches (M, taps, C) that a convolution reads at chosen positions of its flattened output (B, positions).
+    """The input patches (M, taps, C) that a convolution reads at chosen positions of its flattened output (B, positions)."""
+    view = windows(x, weight.shape[2:], given, transposed=transposed).movedim(1, -1)  # whole runs where channels are stored last
+    return view[unravel(chosen, [out_shape[0], *out_shape[2:]])].flatten(1, -2)
 
-    A transposed convolution reads windows of its input with zeros between the cells; its taps come in reverse, which no factor sees.
+
+def windows(x: Tensor, kernel: Sequence[int], given: Mapping[str, Any], *, transposed: bool = False) -> Tensor:
+    """What a convolution reads at each position of its output, a view (B, C, *positions, *taps).
+
+    A transposed convolution reads windows of its input with zeros between the cells; its taps come in reverse.
+
+    Args:
+        x: (B, C, *size) its input.
+        kernel: sizes of its kernel.
+        given: any of ``stride``, ``padding``, ``dilation`` and ``output_padding``.
+        transposed: whether it is a transposed one.
+
+    >>> windows(torch.tensor([[[1.0, 2.0]]]), [2], {"stride": 2}, transposed=True)[0, 0].tolist()
+    [[0.0, 1.0], [1.0, 0.0], [0.0, 2.0], [2.0, 0.0]]
     """
-    axes = weight.ndim - 2
+    axes = len(kernel)
     stride, dilation = (_tuple(given.get(key, 1), axes) for key in ("stride", "dilation"))
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
     padding = given.get("padding", 0)
     if transposed:
         extra = _tuple(given.get("output_padding", 0), axes)
@@ -77,9 +92,7 @@ def _patches(x: Tensor, weight: Tensor, given: Mapping[str, Any], out_shape: Seq
     view = F.pad(x, [side for pair in reversed(sides) for side in pair])
     for axis in range(axes):
         view = view.unfold(2 + axis, reach[axis], stride[axis])  # taps go to the end, in order
-    picks: list[Any] = [slice(None)] * (2 + axes) + [slice(None, None, d) for d in dilation]
-    view = view[tuple(picks)].movedim(1, -1)  # (B, *positions, *taps, C): whole runs where channels are stored last
-    return view[unravel(chosen, [out_shape[0], *out_shape[2:]])].flatten(1, -2)
+    return view[tuple([slice(None)] * (2 + axes) + [slice(None, None, d) for d in dilation])]
 
 
 def unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ cost and time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from capnas.errors import UsageError
 from capnas.measures.narrowing import mixture
 from capnas.measures.probing import cloned, untouched, unwrap_model
 from capnas.narrowing.applying import Keep, around_classifier, change_widths, kept_channels
-from capnas.narrowing.calibration import refitted
+from capnas.narrowing.calibration import matrix, refitted, set_matrix
 from capnas.narrowing.correcting import correct
 from capnas.narrowing.groups import CoupledGroup
 from capnas.narrowing.planning import Plan, plan_widths, read_widths
@@ -89,12 +90,13 @@ def narrowed(model: nn.Module, found: Survey, plan: Plan, *, refit: bool = True,
 
 def _mix(model: nn.Module, found: Survey, keep: Keep, name: str) -> None:
     """A conv too wide to be refitted reads what is gone as a mixture of the channels that stay, the same at all kernel positions."""
-    layer = model.get_submodule(name)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    kept = kept_channels(found.groups, keep, name, "in", weight.shape[1]).unique().to(weight.device)
+    layer: Any = model.get_submodule(name)
+    weight = matrix(layer).detach().unflatten(1, (layer.in_channels, -1)).clone()
+    kept = kept_channels(found.groups, keep, name, "in", layer.in_channels).unique().to(weight.device)
     share = mixture(found.readings[name].covariance, kept)
+    weight[:, kept] = torch.einsum("oct,ck->okt", weight, share.to(weight))
     with torch.no_grad():
-        weight[:, kept] = torch.einsum("oc...,ck->ok...", weight, share.to(weight))
+        set_matrix(layer, weight)
 
 
 def _name_features(model: nn.Module, small: nn.Module, example: Tensor) -> None:

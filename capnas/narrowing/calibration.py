@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capnas._timm import import_timm
+from capnas.capacity.patches import unravel, windows
 from capnas.measures.narrowing import gram
 from capnas.measures.probing import untouched
 from capnas.norms import channel_moments, running_norms
@@ -24,7 +26,7 @@ _VALUES = 2**27  # numbers in the sampled inputs of one layer at most
 NormInputs = tuple[Tensor, Tensor]  # mean and variance of each channel, (C,) and (C,)
 _timm_layers: Any = import_timm("timm.layers")
 _LINEAR = (nn.Linear.forward, _timm_layers.Linear.forward)  # timm's casts where it is scripted; its standardized convs compute weights
-_CONV = (nn.Conv2d.forward, _timm_layers.Conv2dSame.forward)
+_CONV = (nn.Conv2d.forward, _timm_layers.Conv2dSame.forward, nn.ConvTranspose2d.forward)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +39,18 @@ class Reading:
         curvature: (O, O) second moment of the loss's gradient at its outputs, summed over positions, averaged over images.
         outputs: (S, O) at the sampled positions.
         index: (S,) which these are.
+        places: shape of all positions.
     """
 
     covariance: Tensor
     curvature: Tensor
     outputs: Tensor
     index: Tensor
+    places: tuple[int, ...]
 
 
 def readable(module: nn.Module) -> bool:
-    """Whether a layer's inputs can be laid out as rows: a plain linear layer, or a dense 2-d conv with plain zero padding.
+    """Whether a layer's inputs can be laid out as rows: a plain linear layer, or a dense 2-d conv, transposed or not, padded with zeros.
 
     >>> readable(_timm_layers.Linear(2, 2)), readable(_timm_layers.Conv2dSame(2, 2, 3)), readable(_timm_layers.StdConv2d(2, 2, 3))
     (True, True, False)
@@ -60,7 +64,7 @@ def why_unreadable(module: nn.Module) -> str | None:
     >>> print(why_unreadable(nn.Conv2d(2, 2, 3)), "|", why_unreadable(nn.Conv2d(2, 2, 3, groups=2)))
     None | it is a convolution in 2 groups
     """
-    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+    if not isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         return f"it is a {type(module).__name__}, neither a linear layer nor a 2-d convolution"
     if type(module).forward not in (_LINEAR if isinstance(module, nn.Linear) else _CONV):
         return f"it is a {type(module).__name__}, which computes its outputs in a way of its own"
@@ -78,9 +82,29 @@ def pads_by_size(module: nn.Module) -> bool:
     return isinstance(module, _timm_layers.Conv2dSame)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is a transposed conv: its weight has inputs first, and it may be told the size of its outputs."""
+    return isinstance(module, nn.ConvTranspose2d)
+
+
+def matrix(module: Any) -> Tensor:
+    """What a `readable` layer multiplies with its `input_rows`: its weights (O, D), features or channels times kernel positions."""
+    weight: Tensor = module.weight
+    return (weight.transpose(0, 1).flip(2, 3) if is_transposed(module) else weight).flatten(1)
+
+
+def set_matrix(module: Any, values: Tensor) -> None:
+    """Give a layer the weights of a `matrix`, in place."""
+    weight: Tensor = module.weight
+    if is_transposed(module):
+        weight.copy_(values.reshape(-1, weight.shape[0], *weight.shape[2:]).flip(2, 3).transpose(0, 1))
+    else:
+        weight.copy_(values.reshape(weight.shape))
+
+
 def refitted(module: nn.Module) -> bool:
     """Whether a `readable` layer is refitted in full; one that reads more columns has its weights mixed."""
-    return int(module.weight[0].numel()) <= REFITTED  # type: ignore[index]
+    return matrix(module).shape[1] <= REFITTED
 
 
 def sampled(name: str, total: int, width: int) -> Tensor:
@@ -92,11 +116,22 @@ def sampled(name: str, total: int, width: int) -> Tensor:
     return torch.randperm(total, generator=generator)[:rows].sort().values
 
 
-def input_rows(module: Any, x: Tensor, index: Tensor) -> Tensor:
+def places(module: nn.Module, y: Tensor) -> tuple[int, ...]:
+    """Shape of a layer's output without its features or channels: the positions that it has, the images first."""
+    return tuple(y.shape[:-1]) if isinstance(module, nn.Linear) else (y.shape[0], *y.shape[2:])
+
+
+def input_rows(module: Any, x: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     """Inputs of a layer at sampled output positions, (S, D): features of a linear layer, channels times kernel positions of a conv.
 
+    Args:
+        module: a `readable` layer.
+        x: its input.
+        index: (S,) which of its positions.
+        shape: of all of them, see `places`.
+
     >>> conv = nn.Conv2d(1, 1, 3, padding=1)
-    >>> input_rows(conv, torch.ones(1, 1, 2, 2), torch.tensor([0])).tolist()
+    >>> input_rows(conv, torch.ones(1, 1, 2, 2), torch.tensor([0]), (1, 2, 2)).tolist()
     [[0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]]
     """
     index = index.to(x.device)
@@ -104,11 +139,12 @@ def input_rows(module: Any, x: Tensor, index: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])[index]
     if pads_by_size(module):
         x = _timm_layers.pad_same(x, module.kernel_size, module.stride, module.dilation)
-    (ph, pw), (kh, kw), (sh, sw), (dh, dw) = module.padding, module.kernel_size, module.stride, module.dilation
-    windows = F.pad(x, (pw, pw, ph, ph)).unfold(2, (kh - 1) * dh + 1, sh).unfold(3, (kw - 1) * dw + 1, sw)[..., ::dh, ::dw]
-    _, _, height, width, _, _ = windows.shape
-    image, place = index // (height * width), index % (height * width)
-    return windows[image, :, place // width, place % width].flatten(1)
+    given = {key: getattr(module, key) for key in ("stride", "padding", "dilation")}
+    if is_transposed(module):  # as many further positions as it may be told to put out
+        given["output_padding"] = tuple(max(pair) - 1 for pair in zip(module.stride, module.dilation))
+    view = windows(x, module.kernel_size, given, transposed=is_transposed(module))
+    image, row, column = unravel(index, shape)
+    return view[image, :, row, column].flatten(1)
 
 
 def output_rows(module: nn.Module, y: Tensor, index: Tensor) -> Tensor:
@@ -118,11 +154,6 @@ def output_rows(module: nn.Module, y: Tensor, index: Tensor) -> Tensor:
         return y.reshape(-1, y.shape[-1])[index]
     per_image = y.shape[2] * y.shape[3]
     return y.flatten(2)[index // per_image, :, index % per_image]
-
-
-def positions(module: nn.Module, y: Tensor) -> int:
-    """Number of output positions of a layer in a batch."""
-    return y.numel() // y.shape[-1 if isinstance(module, nn.Linear) else 1]
 
 
 def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed: int = 0) -> dict[str, Reading]:
@@ -140,16 +171,17 @@ def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed:
     batch = max(4, min(64, 2**19 // images[0, 0].numel()))  # images per backward pass
     outputs: dict[str, Tensor] = {}
     indices: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     covariances: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, y: Tensor) -> None:
             if name in outputs:
                 return  # called again: the first call stands
-            width = module.weight[0].numel()  # type: ignore[index]
-            index = sampled(name, positions(module, y), width)
-            rows = input_rows(module, args[0], index)
-            if width > WIDEST and isinstance(module, nn.Conv2d):
+            width, shapes[name] = matrix(module).shape[1], places(module, y)
+            index = sampled(name, math.prod(shapes[name]), width)
+            rows = input_rows(module, args[0], index, shapes[name])
+            if width > WIDEST and not isinstance(module, nn.Linear):
                 rows = rows.unflatten(1, (module.in_channels, -1)).transpose(1, 2).flatten(0, 1)
             else:
                 rows = rows - rows.mean(0)
@@ -186,7 +218,9 @@ def read_layers(model: nn.Module, names: Sequence[str], images: Tensor, *, seed:
         for parameter, state in wanted:
             parameter.requires_grad_(state)
     read = (n for n in names if n in curvatures)
-    return {n: Reading(covariance=covariances[n], curvature=curvatures[n], outputs=outputs[n], index=indices[n]) for n in read}
+    return {
+        n: Reading(covariance=covariances[n], curvature=curvatures[n], outputs=outputs[n], index=indices[n], places=shapes[n]) for n in read
+    }
 
 
 def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:

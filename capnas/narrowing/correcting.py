@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from capnas.measures.narrowing import moved_norm, refit
-from capnas.narrowing.calibration import NormInputs, Reading, input_rows
+from capnas.narrowing.calibration import NormInputs, Reading, input_rows, matrix, set_matrix
 from capnas.norms import channel_moments
 from capnas.recording import hooked
 
@@ -47,10 +47,10 @@ def correct(
             if name in done:
                 return
             done.add(name)
-            rows = input_rows(module, args[0], reading.index)
+            rows = input_rows(module, args[0], reading.index, reading.places)
             targets = reading.outputs[:, kept_outputs[name].to(reading.outputs.device)]
-            weight, bias = refit(rows, targets, module.weight.flatten(1))
-            module.weight.copy_(weight.reshape(module.weight.shape))
+            weight, bias = refit(rows, targets, matrix(module))
+            set_matrix(module, weight)
             if module.bias is not None:
                 module.bias.copy_(bias)
             elif norms.get(name) not in before:  # a norm straight behind takes up the mean instead

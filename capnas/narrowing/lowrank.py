@@ -20,7 +20,7 @@ from capnas.layers import MEASURED, unfilled
 from capnas.measures.moments import Moments, covariance
 from capnas.measures.probing import FAILURES, cloned, unwrap_model
 from capnas.measures.saturation import THRESHOLD, Spectrum, intrinsic_dimension, leading_eigenvectors, spectrum
-from capnas.narrowing.calibration import output_moments, pads_by_size, why_unreadable
+from capnas.narrowing.calibration import is_transposed, output_moments, pads_by_size, why_unreadable
 from capnas.narrowing.groups import CLASSES, run_order, shared_parameters
 from capnas.narrowing.planning import check_target
 from capnas.narrowing.refusing import CannotNarrow, check_modules, check_network, differ, why_uncalled
@@ -159,7 +159,8 @@ def _unfit(model: nn.Module, heads: set[str], records: Mapping[str, LayerRecord]
             places[child].append(f"{owner}.{leaf}" if owner else leaf)
     tied = {n: f"{' and '.join(places[m])} are one layer" for n, m in layers.items() if len(places[m]) > 1} | shared_parameters(model)
     for name, layer in layers.items():
-        reason = "it pads each image by its size" if pads_by_size(layer) else why_unreadable(layer) or tied.get(name)
+        special = "pads each image by its size" if pads_by_size(layer) else "is a transposed convolution" if is_transposed(layer) else ""
+        reason = f"it {special}" if special else why_unreadable(layer) or tied.get(name)
         if name in heads or reason:
             found[name] = CLASSES if name in heads else str(reason)
     order = run_order(model, example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -14,7 +15,17 @@ from capnas.errors import UsageError
 from capnas.measures.narrowing import Reader, RemovalPath, factor, removal_path
 from capnas.measures.saturation import THRESHOLD, intrinsic_dimension, spectrum
 from capnas.narrowing.applying import narrowable
-from capnas.narrowing.calibration import NormInputs, Reading, norm_inputs, norms_behind, output_moments, read_layers, readable, refitted
+from capnas.narrowing.calibration import (
+    NormInputs,
+    Reading,
+    matrix,
+    norm_inputs,
+    norms_behind,
+    output_moments,
+    read_layers,
+    readable,
+    refitted,
+)
 from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.groups import CoupledGroup, Coupling, cannot_narrow, layers_of, shared_parameters
 from capnas.narrowing.refusing import check_modules
@@ -142,13 +153,13 @@ def _readers(group: CoupledGroup, modules: Mapping[str, nn.Module], readings: Ma
     for port in group.readers():
         if port.module not in readings:
             continue
-        reading, weight = readings[port.module], modules[port.module].weight.detach()  # type: ignore[operator]
-        taps = weight[0, 0].numel() if weight.dim() > 2 else 1
-        if len(reading.covariance) == weight.shape[1] * taps:
+        reading, weight = readings[port.module], matrix(modules[port.module]).detach()
+        taps = int(math.prod(getattr(modules[port.module], "kernel_size", ())))
+        if len(reading.covariance) == weight.shape[1]:
             columns = (port.positions[:, :, None] * taps + torch.arange(taps)).flatten(1)
-            reader = Reader(weight=weight.flatten(1), covariance=reading.covariance, columns=columns, curvature=reading.curvature)
+            reader = Reader(weight=weight, covariance=reading.covariance, columns=columns, curvature=reading.curvature)
         else:  # kernel positions taken for independent: each is an output of its own
-            products = sum(w.double().T @ reading.curvature @ w.double() for w in weight.flatten(2).unbind(2))
+            products = sum(w.double().T @ reading.curvature @ w.double() for w in weight.unflatten(1, (-1, taps)).unbind(2))
             reader = Reader(weight=factor(cast(Tensor, products)), covariance=reading.covariance, columns=port.positions)
         found.append(reader)
     return found

@@ -14,7 +14,7 @@ from capnas._timm import timm
 from capnas.errors import UsageError
 from capnas.measures.narrowing import moved_norm
 from capnas.narrowing import chosen_units, narrowed
-from capnas.narrowing.calibration import input_rows, norm_inputs, norms_behind, output_rows, read_layers, readable, sampled
+from capnas.narrowing.calibration import input_rows, matrix, norm_inputs, norms_behind, output_rows, places, read_layers, readable, sampled
 from capnas.narrowing.costs import NetworkCost
 from capnas.narrowing.planning import check_growth, plan_widths, read_widths
 from capnas.narrowing.survey import Survey, _readers, saturations, survey
@@ -22,11 +22,11 @@ from capnas.norms import measure_norms
 from capnas.saved import build_recipe
 
 
-def redundant(width: int = 6) -> nn.Sequential:
+def redundant(width: int = 6, reader: type[nn.Module] = nn.Conv2d) -> nn.Sequential:
     """A network whose hidden channels 3 to 5 are mixtures of 0 to 2 before a linear activation: half of them suffice."""
     torch.manual_seed(1)
     net = nn.Sequential(
-        nn.Conv2d(2, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.Conv2d(width, 4, 3, stride=2), nn.ReLU(),
+        nn.Conv2d(2, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), reader(width, 4, 3, stride=2), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
     )  # fmt: skip
     with torch.no_grad():
@@ -47,19 +47,26 @@ def own_channels(found: Survey) -> Survey:
 
 
 def test_a_conv_is_read_as_its_own_matrix_product() -> None:
-    for conv in (nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.Conv2d(3, 5, (1, 3), dilation=(1, 2), padding=(0, 1)), nn.Conv2d(3, 5, 1)):
+    for conv in (
+        nn.Conv2d(3, 5, 3, stride=2, padding=1),
+        nn.Conv2d(3, 5, (1, 3), dilation=(1, 2), padding=(0, 1)),
+        nn.ConvTranspose2d(3, 5, (2, 3), stride=(2, 3), dilation=(1, 2), padding=(0, 1), output_padding=(1, 2)),
+        nn.ConvTranspose2d(3, 5, 3, padding=2),
+        nn.Conv2d(3, 5, 1),
+    ):
         x = torch.randn(2, 3, 9, 8)
         y = conv(x)
         index = torch.tensor([0, 3, y[0, 0].numel() + 1, 2 * y[0, 0].numel() - 1])
-        rows = input_rows(conv, x, index) @ conv.weight.flatten(1).T + conv.bias
+        rows = input_rows(conv, x, index, places(conv, y)) @ matrix(conv).T + conv.bias
         torch.testing.assert_close(rows, output_rows(conv, y, index))
     same = timm.layers.Conv2dSame(3, 5, 3, stride=2)
     y = same(x)
     index = torch.arange(y[:, 0].numel())
-    torch.testing.assert_close(input_rows(same, x, index) @ same.weight.flatten(1).T + same.bias, output_rows(same, y, index))
+    rows = input_rows(same, x, index, places(same, y)) @ matrix(same).T + same.bias
+    torch.testing.assert_close(rows, output_rows(same, y, index))
     linear, tokens = nn.Linear(3, 2), torch.randn(2, 4, 3)
     index = torch.tensor([1, 7])
-    torch.testing.assert_close(linear(input_rows(linear, tokens, index)), output_rows(linear, linear(tokens), index))
+    torch.testing.assert_close(linear(input_rows(linear, tokens, index, (2, 4))), output_rows(linear, linear(tokens), index))
 
 
 def test_what_can_be_read() -> None:
@@ -166,8 +173,27 @@ def test_units_of_several_channels_are_not_broken() -> None:
         torch.testing.assert_close(wide(x), net(x), rtol=0, atol=0.003)  # but for the noise that tells doubled ones apart
 
 
-def test_layers_too_wide_to_be_refitted_read_mixtures(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, images = redundant(), torch.randn(48, 2, 8, 8)
+class Told(nn.Sequential):
+    """The network of `redundant` with a transposed conv that is told the size of its outputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = layer(x, output_size=(18, 17)) if isinstance(layer, nn.ConvTranspose2d) else layer(x)
+        return x
+
+
+def test_transposed_convolutions_are_refitted_at_the_size_that_they_are_told() -> None:
+    net, x = Told(*redundant(reader=nn.ConvTranspose2d)).eval(), torch.randn(40, 2, 8, 8)
+    found = survey(net, torch.randn(48, 2, 8, 8))
+    assert found.readings["2"].places == (48, 18, 17)
+    plan = plan_widths(found, widths={"0": 3}, round_to=1)
+    small, sliced = narrowed(net, found, plan), narrowed(net, found, plan, refit=False)
+    assert (small(x) - net(x)).norm() < 0.1 * (sliced(x) - net(x)).norm()
+
+
+@pytest.mark.parametrize("reader", [nn.Conv2d, nn.ConvTranspose2d])
+def test_layers_too_wide_to_be_refitted_read_mixtures(reader: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    net, images = redundant(reader=reader), torch.randn(48, 2, 8, 8)
     net[2].bias = None
     monkeypatch.setattr("capnas.narrowing.calibration.WIDEST", 20)
     monkeypatch.setattr("capnas.narrowing.calibration.REFITTED", 20)
@@ -182,9 +208,10 @@ def test_layers_too_wide_to_be_refitted_read_mixtures(monkeypatch: pytest.Monkey
     wrong = (sliced(x) - net(x)).norm()
     assert (small(x) - net(x)).norm() < 0.5 * wrong
     assert plan.planned_params == sum(p.numel() for p in small.parameters())  # what is not refitted gets no bias
-    weight, (reader,) = net[2].weight.detach().double(), _readers(found.groups[0], dict(net.named_modules()), found.readings)
+    weight, (read,) = net[2].weight.detach().double(), _readers(found.groups[0], dict(net.named_modules()), found.readings)
+    weight = weight if reader is nn.Conv2d else weight.transpose(0, 1)
     kernels = torch.einsum("ocxy,op,pdxy->cd", weight, found.readings["2"].curvature, weight)
-    torch.testing.assert_close(reader.weight.T @ reader.weight, kernels)
+    torch.testing.assert_close(read.weight.T @ read.weight, kernels)
 
 
 class Twice(nn.Module):

@@ -127,11 +127,11 @@ class Kinds(nn.Module):
         self.dense, self.grouped = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=4)
         self.same, self.named = timm.layers.Conv2dSame(8, 8, 3), nn.Conv2d(8, 8, 3, padding="same")
         self.mirrored, self.standardized = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), timm.layers.StdConv2d(8, 8, 1)
-        self.line, self.wide, self.broken = nn.Conv1d(8, 8, 1), nn.Linear(4609, 4), nn.Linear(8, 8)
+        self.up, self.line, self.wide, self.broken = nn.ConvTranspose2d(8, 8, 1), nn.Conv1d(8, 8, 1), nn.Linear(4609, 4), nn.Linear(8, 8)
         self.left, self.read, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.standardized(self.mirrored(self.named(self.same(self.grouped(self.dense(x))))))
+        x = self.up(self.standardized(self.mirrored(self.named(self.same(self.grouped(self.dense(x)))))))
         x = self.line(x.flatten(2)).mean(2) @ self.read.weight
         self.broken(x / 0)
         return self.head(x) + self.wide(x.new_ones(len(x), 4609))[:, :2]
@@ -146,6 +146,7 @@ def test_layers_that_are_left_out_have_a_reason_each() -> None:
         "named": "it pads by the rule 'same'",
         "mirrored": "it pads by the rule 'reflect'",
         "standardized": "it is a StdConv2d, which computes its outputs in a way of its own",
+        "up": "it is a transposed convolution",
         "line": "it is a Conv1d, neither a linear layer nor a 2-d convolution",
         "wide": "it reads 4609 inputs, more than 4608",
         "broken": "its outputs on the images are not finite",
