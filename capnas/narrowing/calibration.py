@@ -241,7 +241,7 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, str]:
         if y is args[0] and y._version == version:
             found[name] = names[module]
 
-    layers = {n: note for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    layers = {n: note for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))}
     norms = {n: look for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     with untouched(model), torch.no_grad(), hooked(layers, model), hooked(norms, model, before=True):
         model(example)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from capnas.measures.narrowing import Reader, RemovalPath, principal_axes, removal_path, turned_reader
 from capnas.measures.probing import cloned, untouched
 from capnas.measures.singular import EXACT_EIGENVALUES
-from capnas.narrowing.calibration import NormInputs, Reading, norm_inputs, refitted
+from capnas.narrowing.calibration import NormInputs, Reading, matrix, norm_inputs, refitted, set_matrix
 from capnas.narrowing.groups import CoupledGroup, Port
 from capnas.recording import hooked
 
@@ -119,16 +119,18 @@ def turn_stream(model: nn.Module, group: CoupledGroup, axes: Tensor, back: Tenso
             for name, values in (("weight", 1.0), ("bias", bias), ("running_mean", 0.0), ("running_var", 1.0 - norm.eps)):
                 _put(norm, name, place, values)
             bias = torch.zeros_like(bias)
-        rows = layer.weight.detach().double()[place]
-        _put(layer, "weight", place, torch.einsum("ku,u...->k...", axes * scale, rows))
+        weight = matrix(layer).detach().double().clone()
+        weight[place] = (axes * scale) @ weight[place]
+        _replace(layer, weight)
         if layer.bias is not None:
             _put(layer, "bias", place, bias)
     for port in group.readers():
         layer = model.get_submodule(port.module)
-        columns = layer.weight.detach().double().transpose(0, 1).clone()
+        features = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        weight = matrix(layer).detach().double().unflatten(1, (features, -1)).clone()
         for place in port.positions.T:
-            columns[place] = torch.einsum("ku,k...->u...", back, columns[place])
-        layer.weight = nn.Parameter(columns.transpose(0, 1).to(layer.weight).contiguous(), requires_grad=layer.weight.requires_grad)
+            weight[:, place] = torch.einsum("okt,ku->out", weight[:, place], back)
+        _replace(layer, weight.flatten(1))
 
 
 def _behind(model: nn.Module, port: Port, norms: Mapping[str, str]) -> tuple[Tensor, Tensor]:
@@ -207,6 +209,14 @@ def turn_streams(
             found[port.module] = replace(found[port.module], outputs=outputs)
         turn_stream(model, group, turn.axes, turn.back, norms)
     return found, settle_norms(model, groups, images)
+
+
+def _replace(layer: Any, weight: Tensor) -> None:
+    """Another parameter with the weights of a `matrix`."""
+    old = layer.weight
+    layer.weight = nn.Parameter(torch.empty_like(old), requires_grad=old.requires_grad)
+    with torch.no_grad():
+        set_matrix(layer, weight.to(old))
 
 
 def _put(module: Any, name: str, place: Tensor, values: Tensor | float) -> None:

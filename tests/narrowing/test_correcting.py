@@ -184,7 +184,7 @@ class Told(nn.Sequential):
 
 def test_transposed_convolutions_are_refitted_at_the_size_that_they_are_told() -> None:
     net, x = Told(*redundant(reader=nn.ConvTranspose2d)).eval(), torch.randn(40, 2, 8, 8)
-    found = survey(net, torch.randn(48, 2, 8, 8))
+    found = own_channels(survey(net, torch.randn(48, 2, 8, 8)))
     assert found.readings["2"].places == (48, 18, 17)
     plan = plan_widths(found, widths={"0": 3}, round_to=1)
     small, sliced = narrowed(net, found, plan), narrowed(net, found, plan, refit=False)

@@ -21,9 +21,11 @@ IMAGES = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 class Bottlenecks(nn.Module):
     """A stream of six channels between layers: two writers and two readers, and what `between` does to it."""
 
-    def __init__(self, between: nn.Module | None = None, *, norms: bool = True, bias: bool = False) -> None:
+    def __init__(self, between: nn.Module | None = None, *, norms: bool = True, bias: bool = False, transposed: bool = False) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 6, 3, padding=1, bias=bias), nn.Conv2d(8, 6, 1, bias=bias)
+        if transposed:  # of the same outputs' shapes
+            self.first, self.inner = nn.ConvTranspose2d(3, 6, 3, padding=1, bias=bias), nn.ConvTranspose2d(6, 8, 3, padding=1)
         self.first_norm, self.second_norm = (nn.BatchNorm2d(6) if norms else nn.Identity() for _ in range(2))
         self.inner, self.last, self.head = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(6, 5, 1), nn.Linear(5 * 36, 4)
         self.between = between or nn.Identity()
@@ -46,7 +48,7 @@ def made(between: nn.Module | None = None, **options: bool) -> Bottlenecks:
     return net.eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"norms": False, "bias": True}, {"norms": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"norms": False, "bias": True}, {"norms": False}, {"transposed": True}], ids=str)
 def test_a_turned_stream_computes_the_same_in_both_modes(options: dict[str, bool]) -> None:
     net = made(**options)
     net.first.weight.requires_grad_(False)
