@@ -265,6 +265,8 @@ class LayerTaps(TorchFunctionMode):
                 self.revived.append(self.names.get(id(weight), "a computed scale"))
                 given["weight"] = torch.ones_like(weight)
             return _batch_norm(func, given) if func is F.batch_norm and self.batch_statistics else func(**given)
+        if func is F.linear and args and _contiguous_apart(args[0], self.batch):
+            args = (args[0].contiguous(), *args[1:])
         out = func(*args, **kwargs)
         if self.watching and func in LAYERS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
@@ -327,6 +329,11 @@ def _batch_norm(func: Any, given: dict[str, Any]) -> Tensor:
     with _disable_current_modes(), torch.no_grad():
         mean, variance = (moment.to(x.dtype) for moment in torch.batch_norm_update_stats(x.detach().float(), None, None, 0.0))
     return func(x, mean, variance, given.get("weight"), given.get("bias"), False, given.get("momentum") or 0.1, given.get("eps", 1e-5))
+
+
+def _contiguous_apart(x: Tensor, batch: int) -> bool:
+    """Whether rows lie apart in the batch, as ``x[:, :1]`` does, and not in one sample: torch multiplies these by other operations."""
+    return not x.is_contiguous() and len(x) % batch == 0 and x[: len(x) // batch].is_contiguous()
 
 
 def _gram(parts: list[Tensor]) -> Tensor:

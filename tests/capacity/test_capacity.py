@@ -815,3 +815,27 @@ def test_errors_say_what_to_do(call, message: str) -> None:
 def test_capacity_of_a_compiled_model_has_the_names_from_before() -> None:
     model, x = cnn(), images()
     assert capacity_map(torch.compile(model, backend="eager"), x).capacity == capacity_map(model, x).capacity
+
+
+class FirstToken(nn.Module):
+    """A linear layer on the first of the patches, which lie apart in a batch and not in one sample."""
+
+    def __init__(self, *, copied):
+        super().__init__()
+        self.patches, self.head, self.copied = nn.Conv2d(1, 4, 3, 3), nn.Linear(4, 3), copied
+
+    def forward(self, x):
+        first = self.patches(x).relu().flatten(2).transpose(1, 2).contiguous()[:, :1]
+        return self.head(first.contiguous() if self.copied else first)[:, 0]
+
+
+def test_rows_that_lie_apart_in_a_batch_are_swept_as_their_copy_is():
+    torch.manual_seed(0)
+    apart, copied = FirstToken(copied=False), FirstToken(copied=True)
+    copied.load_state_dict(apart.state_dict())
+    x = torch.randn(6, 1, 6, 6)
+    found, expected = (capacity_map(m, x) for m in (apart, copied))
+    assert found.unswept == "" and found.approximated == {}
+    assert torch.allclose(found.pixels, expected.pixels)
+    assert found.pixels[0, :3, :3].sum() > 0 and found.pixels[0, 3:].abs().max() == found.pixels[0, :, 3:].abs().max() == 0
+    assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total)
