@@ -15,9 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from capnas.capacity.capture import LayerTaps, MomentReader, quiet
+from capnas.capacity.capture import MomentReader, quiet
 from capnas.capacity.exact import affordable, exact_capacity
 from capnas.capacity.sweep import Sweeper
+from capnas.capacity.taps import LayerTaps
 from capnas.capacity.topology import activations_behind, layer_of, residual_shares
 from capnas.errors import UsageError
 from capnas.graph.dataflow import Trace
@@ -183,7 +184,7 @@ def capacity_map(
     tapped, (coherent, error) = _backward(model, inputs, chosen, projections, rows, revive, seed, reader)
     if not reader.complete:  # with gradients on, some operations take another path than they did in the trace
         reader = MomentReader(graph, batch, seed=seed)
-        statistics = LayerTaps(model, batch, rows=0, batch_statistics=chosen == "train", revive=revive, seed=seed)
+        statistics = LayerTaps(model, batch, rows=0, batch_statistics=chosen == "train", revive=revive, seed=seed, reader=reader)
         statistics.watching = False
         with quiet(model, seed, grad=False), statistics, reader:
             model(inputs.clone())
@@ -235,7 +236,7 @@ def _backward(
 ) -> tuple[LayerTaps, tuple[float, float]]:
     """Layer factors, moments and the coherent share with its error, from one forward pass and as many backward passes as that needs."""
     batch = len(inputs)
-    taps = LayerTaps(model, batch, rows=rows, batch_statistics=mode == "train", revive=revive, seed=seed)
+    taps = LayerTaps(model, batch, rows=rows, batch_statistics=mode == "train", revive=revive, seed=seed, reader=reader)
     with quiet(model, seed, grad=True):
         leaf = inputs.detach().clone().requires_grad_()
         given = leaf.clone()

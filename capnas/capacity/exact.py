@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capnas.capacity.capture import LayerTaps, quiet
+from capnas.capacity.capture import quiet
 from capnas.capacity.patches import arguments, groups_of, input_rows
+from capnas.capacity.taps import LayerTaps
 from capnas.measures.layer_capacity import exact_shares, population_ridge, scale_free
 from capnas.measures.probing import tensor_of
 

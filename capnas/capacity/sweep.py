@@ -40,7 +40,7 @@ _GATE = re.compile("_?softmax|_safe_softmax|sigmoid|hardsigmoid|linalg_vector_no
 _NORM = re.compile("native_(batch|layer|group)_norm|cudnn_batch_norm|.*rms_norm")
 _LINEAR = re.compile(
     "mean|sum|avg_pool[123]d|_?adaptive_avg_pool[123]d|_?upsample_.*|constant_pad_nd|(reflection|replication)_pad.*|cat|stack|"
-    "pixel_(un)?shuffle|channel_shuffle|im2col|col2im|select_scatter|slice_scatter"
+    "pixel_(un)?shuffle|channel_shuffle|im2col|col2im|unfold|select_scatter|slice_scatter"
 )
 _INTERPOLATION = re.compile("_?upsample_(linear1d|bilinear2d|trilinear3d|bicubic2d|lanczos2d)(_aa)?")  # taps that weigh unalike
 _MIX = re.compile("mm|bmm|addmm|baddbmm|mv|matmul|linear|convolution|einsum")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from capnas._timm import timm
 from capnas.capacity import capacity_map
-from capnas.capacity.capture import LayerTaps, mean_square
+from capnas.capacity.capture import mean_square
 from capnas.capacity.patches import input_rows
+from capnas.capacity.taps import LayerTaps
 from capnas.errors import UsageError
 from capnas.measures.capacity_push import inject, push
 from capnas.measures.decoupling import analytic_decoupling
@@ -820,22 +821,99 @@ def test_capacity_of_a_compiled_model_has_the_names_from_before() -> None:
 class FirstToken(nn.Module):
     """A linear layer on the first of the patches, which lie apart in a batch and not in one sample."""
 
-    def __init__(self, *, copied):
+    def __init__(self) -> None:
         super().__init__()
-        self.patches, self.head, self.copied = nn.Conv2d(1, 4, 3, 3), nn.Linear(4, 3), copied
+        self.patches, self.head = nn.Conv2d(1, 4, 3, 3), nn.Linear(4, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor, *, copied: bool = False) -> Tensor:
         first = self.patches(x).relu().flatten(2).transpose(1, 2).contiguous()[:, :1]
-        return self.head(first.contiguous() if self.copied else first)[:, 0]
+        return self.head(first.contiguous() if copied else first)[:, 0]
 
 
-def test_rows_that_lie_apart_in_a_batch_are_swept_as_their_copy_is():
+class ByChannelsLast(nn.Module):
+    """A linear layer on what a convolution made of tokens: one sample's rows lie by channels, a batch's by positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.mixing, self.head = nn.Conv2d(1, 4, 3, 3), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, *, copied: bool = False) -> Tensor:
+        tokens = self.patches(x).relu().flatten(2).transpose(1, 2).contiguous()
+        mixed = self.mixing(tokens.transpose(1, 2).view(len(x), 4, 2, 2)).flatten(2).transpose(1, 2)
+        return self.head(mixed.contiguous() if copied else mixed).mean(1)
+
+
+class Copied(nn.Module):
+    """A network that copies what its linear layer reads, in one sample as in a batch."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x, copied=True)
+
+
+@pytest.mark.parametrize("build", [FirstToken, ByChannelsLast])
+def test_rows_that_lie_otherwise_in_a_batch_are_swept_as_their_copy_is(build: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    apart, copied = FirstToken(copied=False), FirstToken(copied=True)
-    copied.load_state_dict(apart.state_dict())
-    x = torch.randn(6, 1, 6, 6)
-    found, expected = (capacity_map(m, x) for m in (apart, copied))
-    assert found.unswept == "" and found.approximated == {}
+    net, x = build(), torch.randn(6, 1, 6, 6)
+    found, expected = (capacity_map(m, x) for m in (net, Copied(net)))
+    assert (found.unswept, found.approximated) == ("", {})
     assert torch.allclose(found.pixels, expected.pixels)
-    assert found.pixels[0, :3, :3].sum() > 0 and found.pixels[0, 3:].abs().max() == found.pixels[0, :, 3:].abs().max() == 0
     assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total)
+
+
+class Window(nn.Module):
+    """Overlapping windows of a map, by torch's own view or by slices."""
+
+    def __init__(self, cut: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.head, self.cut = nn.Conv2d(1, 2, 3), nn.Linear(3, 2), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cut(self.stem(x).relu())).flatten(1)
+
+
+def test_views_of_overlapping_windows_are_swept_as_slices_are() -> None:
+    torch.manual_seed(0)
+    nets = [Window(lambda z: z.unfold(3, 3, 2)), Window(lambda z: torch.stack([z[..., i : i + z.shape[3] - 2 : 2] for i in range(3)], -1))]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x = torch.randn(6, 1, 9, 9)
+    found, expected = (capacity_map(net, x) for net in nets)
+    assert found.approximated == {}
+    assert torch.allclose(found.pixels, expected.pixels)
+
+
+class PositionBias(nn.Module):
+    """Scores of tokens with a learned bias behind activations, heads first in the end, that no image has a say in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.act, self.bias = nn.Conv2d(1, 3, 3, 3), nn.ReLU(), nn.Linear(2, 3)
+        self.register_buffer("places", torch.randn(4, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.act(self.patches(x)).flatten(2)
+        return (tokens[..., None] * tokens[..., None, :] + self.bias(self.places).relu().permute(2, 0, 1).sigmoid()).flatten(1)
+
+
+def test_activations_that_no_image_reaches_have_no_decoupling() -> None:
+    torch.manual_seed(0)
+    assert list(capacity_map(PositionBias(), torch.randn(4, 1, 6, 6)).decoupling) == ["act"]
+
+
+class SamplesSecond(nn.Module):
+    """An activation on a map whose channels come before the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(1, 3, 3), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.stem(x).transpose(0, 1)).transpose(0, 1).flatten(1)
+
+
+def test_activations_on_maps_with_the_samples_second_are_left_out_of_decoupling() -> None:
+    torch.manual_seed(0)
+    assert capacity_map(SamplesSecond(), torch.randn(4, 1, 6, 6)).decoupling == {}

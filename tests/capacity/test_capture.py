@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capnas.capacity.capture import _ROWS, LayerTaps, MomentReader, _batch_norm, quiet
+from capnas.capacity.capture import _ROWS, MomentReader, quiet
+from capnas.capacity.taps import LayerTaps, _batch_norm
 from capnas.graph.tracing import trace
 
 
