@@ -325,11 +325,12 @@ class Objective:
         """Constraints first, then the attribute, then the values or the end: Optuna accepts neither after a trial ended."""
         blind, valued = ignores_pruned(trial), status in VALUED
         valid = status in _FEASIBLE and not (blind and status == "stopped")
-        for name, limit in self.limits.items():
-            trial.set_constraint(name, found["metrics"].get(name, limit) / limit - 1)
-        trial.set_constraint("valid", -1.0 if valid else 1.0)
+        constraints = {name: found["metrics"].get(name, limit) / limit - 1 for name, limit in self.limits.items()}
+        constraints |= {"valid": -1.0 if valid else 1.0}
         if self.selection is not None:
-            trial.set_constraint(GATE, self.selection.violation(status, found.get("standing")))
+            constraints |= {GATE: self.selection.violation(status, found.get("standing"))}
+        for name in (n for n in constraints if n not in trial.constraints):  # a finished trial that is evaluated again keeps its own
+            trial.set_constraint(name, constraints[name])
         if valued:
             found["values"] = {name: targets.value_of(name, found["metrics"], self.weights) for name in self.names}
         self._store(trial, found, status, reason)

@@ -56,7 +56,10 @@ def open_storage(url: str | None, folder: Path) -> Any:
             f"nothing answers at {hide_password(url)} within {PATIENCE:g} s: is the proxy of the storage running there?"
         ) from error
     except Exception as error:
-        raise StudyError(f"the storage {hide_password(url) or folder} cannot be opened: {one_line(error, 300)}") from error
+        said = one_line(error, 300)
+        if (match := re.fullmatch(_SQLITE, url or "")) and not (parent := Path(match[2]).parent).is_dir():
+            said = f"there is no folder {parent}: make it, or name a file in another one."
+        raise StudyError(f"the storage {hide_password(url) or folder} cannot be opened: {said}") from error
 
 
 def find_study(name: str, url: str | None, folder: Path) -> optuna.Study | None:

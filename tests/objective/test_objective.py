@@ -241,6 +241,15 @@ def test_within_budget_sets_negative_constraints(data: ImageData) -> None:
     assert trial.constraints["params"] < 0
 
 
+def test_a_finished_trial_is_evaluated_again_without_a_word(data: ImageData, recwarn: pytest.WarningsRecorder) -> None:
+    tried = objective(data, max_macs=10**9)
+    (trial,) = run(tried, {"width": 2}).trials
+    before = dict(trial.constraints)
+    assert tried(trial) == trial.value
+    assert trial.constraints == before
+    assert not recwarn.list
+
+
 def test_a_limit_may_be_reached(data: ImageData) -> None:
     shape = {"num_classes": data.num_classes, "in_chans": data.in_chans, "image_size": data.image_size}
     most = sum(p.numel() for p in space(optuna.trial.FixedTrial(SMALL), **shape).parameters())
