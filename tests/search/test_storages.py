@@ -169,7 +169,9 @@ def test_a_database_may_have_the_ending_of_a_journal(tmp_path: Path, monkeypatch
 
 
 def test_a_storage_that_does_not_answer() -> None:
-    with pytest.raises(StudyError, match=r"the storage sqlite:////no/such/folder/x.db cannot be opened: there is no folder /no/such/folder: make it"):
+    with pytest.raises(
+        StudyError, match=r"the storage sqlite:////no/such/folder/x.db cannot be opened: there is no folder /no/such/folder: make it"
+    ):
         open_storage("sqlite:////no/such/folder/x.db", Path("."))
     with pytest.raises(StudyError, match=r"the storage nonsense cannot be opened: "):
         open_storage("nonsense", Path("."))
