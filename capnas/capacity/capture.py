@@ -102,21 +102,32 @@ class MomentReader(TorchDispatchMode):
 
     @property
     def complete(self) -> bool:
-        """Whether the run executed what the trace recorded, in its order."""
-        return self.place == len(self.nodes)
+        """Whether the run executed what the trace recorded, in its order; constants at the end may have come from a cache."""
+        return all(node.index not in self.fed for node in self.nodes[self.place :])
 
     @property
     def expected(self) -> str:
         """Name of the operation that the trace has next, empty at its end."""
-        return "" if self.complete else self.nodes[self.place].base
+        return self.nodes[self.place].base if self.place < len(self.nodes) else ""
+
+    def reached(self, op: str) -> Node | None:
+        """The trace's next node if it is this operation; those before it may be missing that a model computes once and keeps."""
+        for place in range(self.place, len(self.nodes)):
+            node = self.nodes[place]
+            if node.op == _GENERAL.get(op, op):
+                self.place = place
+                return node
+            if node.index in self.fed:
+                return None
+        return None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        node = self.nodes[self.place] if self.place < len(self.nodes) else None
         if str(func) == "aten._fused_rms_norm.default":  # one operation on accelerators, in the trace the steps that it is made of
             with self:
                 return func.decompose(*args, **kwargs)
-        if node is None or _GENERAL.get(str(func), str(func)) != node.op:
+        node = self.reached(str(func))
+        if node is None:
             return func(*args, **kwargs)
         if node.base in ACTIVATIONS and node.index in self.fed and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self.keep(node, func, args, kwargs)

@@ -917,3 +917,28 @@ class SamplesSecond(nn.Module):
 def test_activations_on_maps_with_the_samples_second_are_left_out_of_decoupling() -> None:
     torch.manual_seed(0)
     assert capacity_map(SamplesSecond(), torch.randn(4, 1, 6, 6)).decoupling == {}
+
+
+class KeepsItsBias(nn.Module):
+    """A bias that is drawn from a table in the first pass and kept, as the attentions of LeViT do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.table, self.kept = nn.Conv2d(1, 3, 3), nn.Linear(3, 2), nn.Parameter(torch.randn(5)), {}
+        self.register_buffer("places", torch.tensor([0, 4, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device not in self.kept:
+            self.kept[x.device] = self.table[self.places] * 2
+        return self.head(self.stem(x).relu().mean((2, 3)) + self.kept[x.device])
+
+
+def test_constants_that_a_pass_before_has_kept_change_nothing() -> None:
+    torch.manual_seed(0)
+    net, x = KeepsItsBias().eval(), torch.randn(4, 1, 6, 6)
+    fresh = capacity_map(net, x)
+    net(x)
+    found = capacity_map(net, x)
+    assert found.unswept == ""
+    assert torch.equal(found.pixels, fresh.pixels)
+    assert found.bias == fresh.bias > 0
