@@ -206,7 +206,7 @@ def capacity_map(
     counts = {names[weight]: taps[weight].n_params for weight in by_weight}
     used = utilisation(capacity, counts)
     decoupling = reader.decoupling()
-    sweeper = Sweeper(model, graph, moments, reader.indices, by_weight, {weight: tap.maps for weight, tap in taps.items()})
+    sweeper = Sweeper(model, graph, moments, reader.selected, by_weight, {weight: tap.maps for weight, tap in taps.items()})
     sweep = sweeper.run() if pixels and reader.complete else None
     return CapacityMap(
         capacity=capacity,

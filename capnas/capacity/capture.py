@@ -28,6 +28,7 @@ ACTIVATIONS = frozenset((
 ))  # fmt: skip
 # names that only accelerators give to an operation: the trace, made on the meta device, has the general one
 _GENERAL = {f"aten.{library}_batch_norm.default": "aten.native_batch_norm.default" for library in ("cudnn", "miopen")}
+_EXTREMES = ("amax", "amin", "max", "min")
 _CHANNEL_NORMS = ("native_batch_norm", "native_group_norm", "cudnn_batch_norm")
 _ROWS, _PLACES = 4096, 16  # rows for the output decoupling, positions for the gate decoupling
 
@@ -95,7 +96,7 @@ class MomentReader(TorchDispatchMode):
         self.nodes = [node for node in trace.nodes if not node.shape_only]
         self.fed = trace.fed()
         self.moments: dict[tuple[int, int], Tensor] = {}
-        self.indices: dict[int, Tensor] = {}
+        self.selected: dict[int, Tensor] = {}  # what maxima select: of poolings indices, along axes each entry's share of the samples
         self.activations: dict[str, tuple[Any, Any, Any, Tensor, Tensor]] = {}  # function, its other arguments, rows, maps
         self.places: dict[str, int] = {}  # activation -> its node
         self.generator = torch.Generator().manual_seed(seed)
@@ -140,8 +141,23 @@ class MomentReader(TorchDispatchMode):
                 if moment is not None:
                     self.moments[node.index, port] = moment
             elif "max_pool" in node.base:
-                self.indices[node.index] = tensor
+                self.selected[node.index] = tensor
+        if node.base in _EXTREMES and "dim" in node.attrs:
+            self.read_extremes(node, args[0], out if isinstance(out, Tensor) else out[0])
         return out
+
+    def read_extremes(self, node: Node, x: Tensor, out: Tensor) -> None:
+        """How often each entry is what a maximum or minimum along axes selects; equal ones share."""
+        dim = node.attrs["dim"]
+        axes = sorted(axis % x.ndim for axis in ([dim] if isinstance(dim, int) else dim))
+        if not axes or axes[0] == 0:
+            return  # over the samples, too
+        for axis in axes if out.ndim < x.ndim else ():
+            out = out.unsqueeze(axis)
+        hits = (x == out).float()
+        share = mean_square((hits / hits.sum(axes, keepdim=True).clamp_min(1)).sqrt(), node.input_shapes[0], self.batch)
+        if share is not None:
+            self.selected[node.index] = share
 
     def read_outside(self, node: Node, tensors: Sequence[Tensor]) -> None:
         """Second moments of constants that are no parameters, no buffers and not read as values; of argument j of node i: (i, -1 - j)."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from capnas.capacity.capture import squared_gains, squared_shift
 from capnas.graph.dataflow import INPUT, Node, Trace
 from capnas.graph.operations import ACTIVATION
-from capnas.measures.capacity_push import inject, interpolation_squared, push, push_max_pool, push_ports
+from capnas.measures.capacity_push import inject, interpolation_squared, push, push_max_pool, push_maximum, push_ports
 
 Port = tuple[int, int]
 
@@ -67,7 +67,7 @@ class Sweeper:
         trace: of one sample.
         moments: second moment of each traced value at one sample's shape, of the input under (-1, 0), and of argument j of node i under
             (i, -1 - j) where that is a tensor from outside the model's parameters, buffers and operations.
-        indices: of max poolings, (B, ...).
+        selected: of max poolings indices (B, ...), of maxima and minima along axes the share of samples in which each entry is selected.
         capacity: c_l by weight name.
         responses: per weight name and call, the flat map ``E sum_o (d f_o / d z)^2``.
     """
@@ -77,11 +77,11 @@ class Sweeper:
         model: nn.Module,
         trace: Trace,
         moments: Mapping[Port, Tensor],
-        indices: Mapping[int, Tensor],
+        selected: Mapping[int, Tensor],
         capacity: Mapping[str, float],
         responses: Mapping[str, Mapping[int, Tensor]],
     ) -> None:
-        self.trace, self.indices, self.capacity, self.responses = trace, indices, capacity, responses
+        self.trace, self.selected, self.capacity, self.responses = trace, selected, capacity, responses
         self.moments = dict(moments)
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self.fed = trace.fed()
@@ -200,9 +200,11 @@ class Sweeper:
             self.bias += amount  # capacity on a statistic only
         elif _MIX.fullmatch(base):
             self._mix(node, k, data)
-        elif (pool := _MAX_POOL.fullmatch(base)) and node.index in self.indices and len(node.shape) == 2 + int(pool[1]):
-            share = push_max_pool(k[0], self.indices[node.index].cpu(), node.input_shapes[data[0]][1:]).to(_FLOAT)
+        elif (pool := _MAX_POOL.fullmatch(base)) and node.index in self.selected and len(node.shape) == 2 + int(pool[1]):
+            share = push_max_pool(k[0], self.selected[node.index].cpu(), node.input_shapes[data[0]][1:]).to(_FLOAT)
             self._give(node, data[0], share.unsqueeze(0))
+        elif node.index in self.selected:
+            self._give(node, data[0], push_maximum(k, self.selected[node.index].cpu(), node.attrs["dim"]))
         elif base in ("add", "sub", "rsub") or (base == "lerp" and "weight" in node.attrs):
             self._add(node, k, {j: gain * self._moment(node, j) for j, gain in enumerate(squared_gains(node))}, offset=squared_shift(node))
         elif base in ("mul", "div"):

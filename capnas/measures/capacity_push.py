@@ -240,6 +240,27 @@ def push_max_pool(capacity: Tensor, indices: Tensor, input_shape: Sequence[int])
     return torch.zeros(channels, math.prod(sides), dtype=torch.float64).scatter_add_(1, flat, share).view(channels, *sides)
 
 
+def push_maximum(capacity: Tensor, chosen: Tensor, axes: int | Sequence[int]) -> Tensor:
+    """Maximum or minimum along whole axes: each output hands its capacity to the entries it selected, by how often (38).
+
+    Our extension: the papers treat no pooling.
+
+    Args:
+        capacity: the shape of ``chosen`` without the axes, or with one entry along them.
+        chosen: share of the samples in which each entry is the one selected; sums to one over the axes.
+        axes: along which is selected.
+
+    Returns:
+        The shape of ``chosen``, with the sum of ``capacity``.
+
+    Example:
+        >>> push_maximum(torch.tensor([4.0, 8.0]), torch.tensor([[0.25, 0.75], [0.0, 1.0]]), -1).tolist()
+        [[1.0, 3.0], [0.0, 8.0]]
+    """
+    reduced = {axis % chosen.ndim for axis in ([axes] if isinstance(axes, int) else axes)}
+    return capacity.reshape([1 if axis in reduced else size for axis, size in enumerate(chosen.shape)]) * chosen
+
+
 def push_concat(capacity: Tensor, sizes: Sequence[int], axis: int = 0) -> tuple[Tensor, ...]:
     """Concatenation: each input takes its own slice back (ours, 38), of ``sizes`` along ``axis`` of a map (C, H, W) or (N, C), in float64.
 

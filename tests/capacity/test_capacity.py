@@ -453,10 +453,28 @@ def test_interpolation_hands_capacity_on_by_its_squared_coefficients(sides: tupl
     assert found.bias == pytest.approx(0, abs=1e-4 * found.total)
 
 
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(2, ceil_mode=True), nn.AdaptiveMaxPool2d(2), nn.MaxPool3d(2), nn.AdaptiveMaxPool3d(2)])
+class Reduce(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+POOLS: list[nn.Module] = [nn.MaxPool2d(2, ceil_mode=True), nn.AdaptiveMaxPool2d(2), nn.MaxPool3d(2), nn.AdaptiveMaxPool3d(2)]
+EXTREMES = [
+    Reduce(lambda x: x.amax((2, 3))), Reduce(lambda x: x.amax(-1, keepdim=True)), Reduce(lambda x: x.amin(2)),
+    Reduce(lambda x: x.max(3).values), Reduce(lambda x: x.min(2, keepdim=True).values),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pool", POOLS + EXTREMES)
 def test_maxima_hand_capacity_to_what_they_select(pool: nn.Module) -> None:
     torch.manual_seed(0)
-    x = torch.randn(12, 1, *((3,) * (int(type(pool).__name__[-2]))))
+    x = torch.randn(12, 1, *((3,) * (3 if "3d" in type(pool).__name__ else 2)))
     leaf = x.clone().requires_grad_()
     (chosen,) = torch.autograd.grad(pool(leaf).sum(), leaf)
     outputs = pool(x)[0].numel()
