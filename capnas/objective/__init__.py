@@ -325,8 +325,7 @@ class Objective:
         """Constraints first, then the attribute, then the values or the end: Optuna accepts neither after a trial ended."""
         blind, valued = ignores_pruned(trial), status in VALUED
         valid = status in _FEASIBLE and not (blind and status == "stopped")
-        constraints = {name: found["metrics"].get(name, limit) / limit - 1 for name, limit in self.limits.items()}
-        constraints |= {"valid": -1.0 if valid else 1.0}
+        constraints = {n: found["metrics"].get(n, most) / most - 1 for n, most in self.limits.items()} | {"valid": -1.0 if valid else 1.0}
         if self.selection is not None:
             constraints |= {GATE: self.selection.violation(status, found.get("standing"))}
         for name in (n for n in constraints if n not in trial.constraints):  # a finished trial that is evaluated again keeps its own
