@@ -135,7 +135,7 @@ def least_loss(groups: Sequence[Widths], cost: CostOf, target: float) -> list[in
         price = torch.where(saved > 0, lost / saved, torch.inf)
         if not len(found) or not torch.isfinite(price).any():
             break
-        best = int(price.argmin())
+        best = int(torch.where(price == price.min(), costs, -torch.inf).argmax())  # where no width matters, the widest that will do
         units[which[found[best]]], loss[which[found[best]]], spent = count[found[best]], after[found[best]], float(costs[best])
     while True:
         found, costs, lost = changed(count > units[which])

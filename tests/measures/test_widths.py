@@ -103,3 +103,8 @@ def test_choices_are_multiples_of_whole_channels() -> None:
     assert width_choices(4, 16, 8) == (1, 2, 3, 4)
     assert width_choices(5, 1, 1) == (1, 2, 3, 4, 5)
     assert needed_widths([Widths(now=7, needed=6.5, choices=(2, 4, 6, 7)), Widths(now=8, needed=0, choices=(4, 8))]) == [7, 4]
+
+
+def test_where_no_width_matters_no_more_goes_than_the_target_asks() -> None:
+    groups = [Widths(now=32, needed=32, choices=tuple(range(4, 33, 4)), losses=torch.zeros(32))]
+    assert least_loss(groups, lambda units: units.sum(1), 24.0) == [24]
