@@ -328,7 +328,7 @@ class Objective:
         constraints = {n: found["metrics"].get(n, most) / most - 1 for n, most in self.limits.items()} | {"valid": -1.0 if valid else 1.0}
         if self.selection is not None:
             constraints |= {GATE: self.selection.violation(status, found.get("standing"))}
-        for name in (n for n in constraints if n not in trial.constraints):  # a finished trial that is evaluated again keeps its own
+        for name in sorted(constraints.keys() - trial.constraints.keys()):  # a finished trial that is evaluated again keeps its own
             trial.set_constraint(name, constraints[name])
         if valued:
             found["values"] = {name: targets.value_of(name, found["metrics"], self.weights) for name in self.names}
