@@ -19,6 +19,7 @@ from capnas.graph.dataflow import Node, Trace
 from capnas.graph.tracing import unfused
 from capnas.measures.activation_codes import all_finite
 from capnas.measures.axes import CHANNEL, Atom, Layout, rearrange, resize, unknown
+from capnas.measures.capacity_push import one_along
 from capnas.measures.decoupling import Decoupling, gate_decoupling, output_decoupling
 from capnas.measures.probing import untouched
 
@@ -28,7 +29,7 @@ ACTIVATIONS = frozenset((
 ))  # fmt: skip
 # names that only accelerators give to an operation: the trace, made on the meta device, has the general one
 _GENERAL = {f"aten.{library}_batch_norm.default": "aten.native_batch_norm.default" for library in ("cudnn", "miopen")}
-_EXTREMES = ("amax", "amin", "max", "min")
+_EXTREMES = ("amax", "amin", "max", "min", "maximum", "minimum")
 _CHANNEL_NORMS = ("native_batch_norm", "native_group_norm", "cudnn_batch_norm")
 _ROWS, _PLACES = 4096, 16  # rows for the output decoupling, positions for the gate decoupling
 
@@ -96,7 +97,7 @@ class MomentReader(TorchDispatchMode):
         self.nodes = [node for node in trace.nodes if not node.shape_only]
         self.fed = trace.fed()
         self.moments: dict[tuple[int, int], Tensor] = {}
-        self.selected: dict[int, Tensor] = {}  # what maxima select: of poolings indices, along axes each entry's share of the samples
+        self.selected: dict[int, Tensor] = {}  # what maxima select: of poolings indices, else each entry's share of the samples
         self.activations: dict[str, tuple[Any, Any, Any, Tensor, Tensor]] = {}  # function, its other arguments, rows, maps
         self.places: dict[str, int] = {}  # activation -> its node
         self.generator = torch.Generator().manual_seed(seed)
@@ -142,20 +143,22 @@ class MomentReader(TorchDispatchMode):
                     self.moments[node.index, port] = moment
             elif "max_pool" in node.base:
                 self.selected[node.index] = tensor
-        if node.base in _EXTREMES and "dim" in node.attrs:
-            self.read_extremes(node, args[0], out if isinstance(out, Tensor) else out[0])
+        if node.base in _EXTREMES:
+            self.read_extremes(node, args, out if isinstance(out, Tensor) else out[0])
         return out
 
-    def read_extremes(self, node: Node, x: Tensor, out: Tensor) -> None:
-        """How often each entry is what a maximum or minimum along axes selects; equal ones share."""
-        dim = node.attrs["dim"]
-        axes = sorted(axis % x.ndim for axis in ([dim] if isinstance(dim, int) else dim))
-        if not axes or axes[0] == 0:
+    def read_extremes(self, node: Node, args: Any, out: Tensor) -> None:
+        """How often each entry is what a maximum or minimum selects, along axes or of two maps, laid out along axis 1; equals share."""
+        if "dim" in node.attrs:
+            x, dim, shape = args[0], node.attrs["dim"], node.input_shapes[0]
+        elif self.fed.issuperset(node.inputs) and node.input_shapes == (node.shape,) * 2:
+            x, dim, shape = torch.stack(args[:2], 1), 1, (node.shape[0], 2, *node.shape[1:])
+        else:
+            return
+        if dim == () or len(selected := one_along(out, x.shape, dim)) != len(x):
             return  # over the samples, too
-        for axis in axes if out.ndim < x.ndim else ():
-            out = out.unsqueeze(axis)
-        hits = (x == out).float()
-        share = mean_square((hits / hits.sum(axes, keepdim=True).clamp_min(1)).sqrt(), node.input_shapes[0], self.batch)
+        hits = (x == selected).float()
+        share = mean_square((hits / hits.sum(dim, keepdim=True).clamp_min(1)).sqrt(), shape, self.batch)
         if share is not None:
             self.selected[node.index] = share
 

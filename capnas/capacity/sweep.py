@@ -44,7 +44,9 @@ _LINEAR = re.compile(
 )
 _INTERPOLATION = re.compile("_?upsample_(linear1d|bilinear2d|trilinear3d|bicubic2d|lanczos2d)(_aa)?")  # taps that weigh unalike
 _MIX = re.compile("mm|bmm|addmm|baddbmm|mv|matmul|linear|convolution|einsum")
-_ELEMENTWISE = re.compile("pow|square|exp|log|neg|clamp.*|round|erf|where|masked_fill|(native_)?dropout")
+_UNARY = re.compile(
+    f"{ACTIVATION.pattern}|{_GATE.pattern}|pow|square|exp|log|neg|clamp.*|(max|min)imum|round|erf|where|masked_fill|(native_)?dropout"
+)
 _MAX_POOL = re.compile(".*max_pool([23])d.*")
 
 
@@ -67,7 +69,7 @@ class Sweeper:
         trace: of one sample.
         moments: second moment of each traced value at one sample's shape, of the input under (-1, 0), and of argument j of node i under
             (i, -1 - j) where that is a tensor from outside the model's parameters, buffers and operations.
-        selected: of max poolings indices (B, ...), of maxima and minima along axes the share of samples in which each entry is selected.
+        selected: of max poolings indices (B, ...), else the share of samples in which an entry is selected; of two maps along axis 1.
         capacity: c_l by weight name.
         responses: per weight name and call, the flat map ``E sum_o (d f_o / d z)^2``.
     """
@@ -108,13 +110,8 @@ class Sweeper:
                 earlier[weight] -= 1
                 self._inject(node, weight, place, earlier[weight], calls[weight])
         pixels = self.waiting.get((INPUT, 0), torch.zeros(self.trace.input_shape, dtype=_FLOAT))
-        return Sweep(
-            pixels=pixels[0].double(),
-            bias=self.bias,
-            total=self.total,
-            carried=self.carried,
-            approximated=dict(sorted(self.approximated.items())),
-        )
+        listed = dict(sorted(self.approximated.items()))
+        return Sweep(pixels=pixels[0].double(), bias=self.bias, total=self.total, carried=self.carried, approximated=listed)
 
     def _layer(self, node: Node) -> tuple[str, int] | None:
         """Name of the weight of a convolution or linear layer, and which input it is; a computed weight has its module's name."""
@@ -204,7 +201,9 @@ class Sweeper:
             share = push_max_pool(k[0], self.selected[node.index].cpu(), node.input_shapes[data[0]][1:]).to(_FLOAT)
             self._give(node, data[0], share.unsqueeze(0))
         elif node.index in self.selected:
-            self._give(node, data[0], push_maximum(k, self.selected[node.index].cpu(), node.attrs["dim"]))
+            chosen = push_maximum(k, self.selected[node.index].cpu(), node.attrs.get("dim", 1))
+            for j, share in zip(data, [chosen] if "dim" in node.attrs else chosen.unbind(1)):
+                self._give(node, j, share)
         elif base in ("add", "sub", "rsub") or (base == "lerp" and "weight" in node.attrs):
             self._add(node, k, {j: gain * self._moment(node, j) for j, gain in enumerate(squared_gains(node))}, offset=squared_shift(node))
         elif base in ("mul", "div"):
@@ -217,7 +216,7 @@ class Sweeper:
             leak = self._norm_leak(node)
             self._give(node, same[0], k * (1 - leak))
             self.bias += float((k * leak).sum())
-        elif (ACTIVATION.fullmatch(base) or _ELEMENTWISE.fullmatch(base) or _GATE.fullmatch(base)) and same:
+        elif same and _UNARY.fullmatch(base) and (len(data) == 1 or "imum" not in base):
             self._give(node, same[-1 if base == "where" else 0], k)
         else:
             self._fallback(node, data, amount)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from capnas.graph.operations import CONSTANT
+
 Place = tuple[int, ...]
 INPUT = -1  # the producer index that stands for the model input
 
@@ -153,10 +155,10 @@ class Trace:
         return frozenset(seen)
 
     def fed(self) -> frozenset[int]:
-        """The model input and the nodes that depend on it, by index; the others work on constants and parameters alone."""
+        """The model input and the nodes that depend on it, by index; the others work on constants and parameters alone, or on shapes."""
         seen = {INPUT}
         for node in self.nodes:
-            if any(i in seen for i in node.inputs):
+            if any(i in seen for i in node.inputs) and not CONSTANT.fullmatch(node.base):
                 seen.add(node.index)
         return frozenset(seen)
 

@@ -185,6 +185,18 @@ class CircularPadding(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class GatedHalves(TorchFunctionMode):
+    """Has a gated linear unit (``F.glu``, ``nn.GLU``) run as its parts: one half of an axis times the sigmoid of the other."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.glu:
+            return func(*args, **kwargs)
+        given = dict(zip(("input", "dim"), args)) | kwargs
+        value, gate = given["input"].chunk(2, given.get("dim", -1))
+        return value * gate.sigmoid()
+
+
 def stand_in(tensor: Tensor) -> Tensor:
     """A tensor without values in the place of one with them."""
     return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -85,8 +85,6 @@ class Walk:
             return self._product(base, node, given)
         if operations.ACTIVATION.fullmatch(base) or (base in ("clamp", "clamp_min") and node.attrs.get("min") == 0):
             return self._activation(node, x)
-        if base == "glu":
-            return self._gated_half(node, x)
         if operations.POOL.search(base):
             return self._pool(base, node, x)
         if operations.NORM.fullmatch(base):
@@ -182,10 +180,6 @@ class Walk:
     def _activation(self, node: Node, x: State) -> State:
         self.leaves.activation(node, x)
         return replace(x, origin=node.index, norm=INPUT)
-
-    def _gated_half(self, node: Node, x: State) -> State:
-        half = replace(x, layout=axes.cut(x.layout, node.shape))  # nn.GLU: one half of an axis times the activation of the other
-        return joined(node, half.layout, [half, self._activation(node, half)], algebra.log2_add([x.paths, x.paths]))
 
     def _pool(self, base: str, node: Node, x: State) -> State:
         lead = len(x.layout) - int(base[base.index("pool") + 4])

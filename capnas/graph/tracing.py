@@ -17,19 +17,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from capnas.graph.dataflow import Trace
-from capnas.graph.dispatch import CircularPadding, GraphRecorder, stand_in
+from capnas.graph.dispatch import CircularPadding, GatedHalves, GraphRecorder, stand_in
 from capnas.measures.probing import swapped, tensor_of, tensors_in, untouched, unwrap_model
 
 
 @contextlib.contextmanager
 def unfused() -> Iterator[None]:
-    """Attention is taken apart into its products inside, and torch's transformer layers into theirs: fused ones have no shape rule."""
+    """Inside, attention and torch's transformer layers are taken apart into their products, gated linear units into theirs.
+
+    Fused ones have no shape rule, and no operation that tells value from gate.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), GatedHalves():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

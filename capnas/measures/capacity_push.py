@@ -257,8 +257,17 @@ def push_maximum(capacity: Tensor, chosen: Tensor, axes: int | Sequence[int]) ->
         >>> push_maximum(torch.tensor([4.0, 8.0]), torch.tensor([[0.25, 0.75], [0.0, 1.0]]), -1).tolist()
         [[1.0, 3.0], [0.0, 8.0]]
     """
-    reduced = {axis % chosen.ndim for axis in ([axes] if isinstance(axes, int) else axes)}
-    return capacity.reshape([1 if axis in reduced else size for axis, size in enumerate(chosen.shape)]) * chosen
+    return one_along(capacity, chosen.shape, axes) * chosen
+
+
+def one_along(values: Tensor, shape: Sequence[int], axes: int | Sequence[int]) -> Tensor:
+    """What a reduction of a tensor of this shape along whole axes gave, with one entry along each of them. Ours (38).
+
+    >>> one_along(torch.ones(2, 4), (2, 3, 4), -2).shape
+    torch.Size([2, 1, 4])
+    """
+    reduced = {axis % len(shape) for axis in ([axes] if isinstance(axes, int) else axes)}
+    return values.reshape([1 if axis in reduced else size for axis, size in enumerate(shape)])
 
 
 def push_concat(capacity: Tensor, sizes: Sequence[int], axis: int = 0) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor, nn
 
 from capnas.errors import described
+from capnas.graph.dispatch import GatedHalves
 from capnas.layers import CONVS, MEASURED
 from capnas.measures.probing import untouched
 from capnas.narrowing.attention import has_plain_heads, head_units, is_attention
@@ -187,7 +188,7 @@ def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str,
     """Torch-Pruning's groups as units of atoms, named by their root layer, and whether each is whole."""
     tp, widest = torch_pruning(), max((max(p.shape, default=1) for p in model.parameters()), default=1)
     one_slope = [m for m in model.modules() if isinstance(m, nn.PReLU) and m.num_parameters == 1]  # for all channels: has no width
-    with warnings.catch_warnings(), untouched(model), torch.enable_grad(), forgiving():
+    with warnings.catch_warnings(), untouched(model), torch.enable_grad(), GatedHalves(), forgiving():
         warnings.simplefilter("ignore")
         model.requires_grad_(True)
         for module in one_slope:

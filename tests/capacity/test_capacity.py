@@ -483,6 +483,47 @@ def test_maxima_hand_capacity_to_what_they_select(pool: nn.Module) -> None:
     torch.testing.assert_close(found.pixels.float(), found.total / outputs * chosen.mean(0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("join", [torch.maximum, torch.minimum, lambda x, y: torch.max(x, y), lambda x, y: torch.maximum(x, x)])
+def test_the_greater_of_two_maps_hands_capacity_to_the_one_that_it_selects(join: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(12, 2, 3, 3) * torch.tensor([1.0, 2.0]).view(2, 1, 1)
+    leaf = x.clone().requires_grad_()
+    (chosen,) = torch.autograd.grad(join(leaf[:, 0], leaf[:, 1]).sum(), leaf)
+    found = capacity_map(nn.Sequential(Reduce(lambda x: join(x[:, 0], x[:, 1])), nn.Flatten(), nn.Linear(9, 1, bias=False)), x, mode="eval")
+    assert found.approximated == {}
+    torch.testing.assert_close(found.pixels.float(), found.total / 9 * chosen.mean(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("floor", [lambda x: torch.zeros_like(x), lambda x: x.new_zeros(x.shape), lambda x: torch.zeros(())])
+def test_the_greater_of_a_map_and_a_constant_is_an_activation(floor: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(30, 4) * torch.tensor([0.5, 1, 2, 3])
+    found = capacity_map(Affine(lambda x, start: torch.maximum(x * start, floor(x)), 4), x, mode="eval")
+    torch.testing.assert_close(found.pixels, torch.full((4,), found.total / 4).double(), rtol=1e-4, atol=0)
+    assert found.approximated == {}
+
+
+def test_the_greater_of_a_map_and_a_smaller_one_is_approximated() -> None:
+    torch.manual_seed(0)
+    found = capacity_map(nn.Sequential(Reduce(lambda x: torch.maximum(x, x[:, :1])), nn.Linear(4, 1)), torch.randn(30, 4), mode="eval")
+    assert found.approximated == {"aten.maximum.default": 1}
+    assert float(found.pixels.sum()) + found.bias == pytest.approx(found.total)
+
+
+@pytest.mark.parametrize("gated", [nn.GLU(1), lambda x: F.glu(x, dim=-3), lambda x: F.glu(input=x.movedim(1, -1)).movedim(-1, 1)])
+def test_a_gated_linear_unit_is_its_two_halves(gated: Callable[[Tensor], Tensor]) -> None:
+    def halves(x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, 1)
+        return value * gate.sigmoid()
+
+    torch.manual_seed(0)
+    x, head = torch.randn(12, 4, 3, 3), nn.Linear(18, 1, bias=False)
+    found, expected = (capacity_map(nn.Sequential(Reduce(f), nn.Flatten(), head), x, mode="eval") for f in (gated, halves))
+    torch.testing.assert_close(found.pixels, expected.pixels)
+    assert found.pixels[2:].abs().max() == 0
+    assert found.approximated == {}
+
+
 @pytest.mark.parametrize("act", [nn.Softsign(), nn.LogSigmoid(), nn.Softshrink(0.1), nn.Hardshrink(0.1), nn.RReLU(), torch.sin, nn.ReLU()])
 def test_activations_pass_capacity_on_to_the_unit_that_they_read(act: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)

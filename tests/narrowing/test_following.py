@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
@@ -154,3 +155,18 @@ def test_the_halves_that_a_gated_linear_unit_multiplies_go_together(embedded: bo
     places = {(p.module, p.side): p.positions.tolist() for p in inner.ports if p.positions.numel() > 1}
     assert places["gated.fc1", "out"] == [[i, i + 8] for i in range(8)]
     assert places["gated.fc2", "in"] == [[i] for i in range(8)]
+
+
+@pytest.mark.parametrize("unit", [nn.GLU(1), lambda x: F.glu(x, dim=1)])
+def test_a_gated_linear_unit_of_torch_is_followed_as_its_halves(unit: Callable[[Tensor], Tensor]) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(unit(self.first(x))).mean((2, 3)))
+
+    group = narrowable(Gated().eval(), torch.randn(2, 3, 8, 8))["first"]
+    places = {(p.module, p.side): p.positions.tolist() for p in group.ports}
+    assert places == {("first", "out"): [[i, i + 8] for i in range(8)], ("second", "in"): [[i] for i in range(8)]}
