@@ -7,6 +7,7 @@ import json
 import math
 import numbers
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a process that is killed, finds the old content or the new one and never a part.
 
     Args:
-        path: in a folder that exists; an older file is replaced, a device or pipe is written to.
+        path: in a folder that exists; an older file is replaced, also behind a link, and keeps its mode; a device or pipe is written to.
         content: text is written as UTF-8, its line ends as they are.
 
     Raises:
@@ -93,10 +94,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
     if path.exists() and not (path.is_file() or path.is_dir()):  # such as /dev/stdout, which must not become a file
         path.write_bytes(data)
         return
-    partial = path.parent / f"{path.name}.{os.getpid()}.partial"  # "." has no name
+    place = Path(os.path.realpath(path))
+    partial = place.parent / f"{place.name}.{os.getpid()}.partial"
     try:
         partial.write_bytes(data)
-        os.replace(partial, path)
+        if place.is_file():
+            shutil.copymode(place, partial)
+        os.replace(partial, place)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()

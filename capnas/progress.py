@@ -21,7 +21,6 @@ class Progress:
     Args:
         total: trials of the whole study.
         names: of the values.
-        directions: of the values.
         workers: processes whose trials are told here, some time after they end. Of several, only trials told so far count.
         epochs: of a trial.
         timeout: seconds after which no further trial begins.
@@ -32,14 +31,12 @@ class Progress:
         *,
         total: int,
         names: Sequence[str],
-        directions: Sequence[str],
         workers: int = 1,
         epochs: int = 1,
         timeout: float | None = None,
     ) -> None:
         self.total, self.names, self.workers, self.epochs = total, names, workers, epochs
         self.timeout = math.inf if timeout is None else timeout
-        self.signs = [1 if direction == "maximize" else -1 for direction in directions]
         self.start, self.began, self.ran = time.monotonic(), datetime.now(), 0
         self._told: set[int] = set()
         self._live: Any = None
@@ -82,7 +79,7 @@ class Progress:
         what = ", ".join(f"{with_unit(name)} {short(value)}" for name, value in shown.items()) or found.reason
         line = f"trial {trial.number:>3}  {found.status:<11} {what}  ({duration(sum(found.seconds.values()))})"
         left = time_left(time.monotonic() - self.start, self.ran, self.total - finished, within=self.timeout)
-        state = "  ".join(filter(None, (self._best(trials), left)))
+        state = "  ".join(filter(None, (self._best(study, trials), left)))
         if self._live is None:
             say(f"[{finished}/{max(finished, self.total)}] {line}" + (f"  {state}" if state else ""))
         else:
@@ -107,7 +104,8 @@ class Progress:
         end = trial.datetime_complete
         return self.workers == 1 or trial.number in self._told or (end is not None and end < self.began)
 
-    def _best(self, trials: Sequence[Any]) -> str:
-        usable = [t for t in trials if t.state.name == "COMPLETE" and all(v <= 0 for v in t.constraints.values())]
-        best = max(usable, key=lambda t: ([s * v for s, v in zip(self.signs, t.values)], -t.number), default=None)
+    def _best(self, study: Any, trials: Sequence[Any]) -> str:
+        from capnas.objective.finals import best_first, front
+
+        best = next(iter(best_first(study, front(study, trials))), None)
         return "" if best is None else f"best {with_unit(self.names[0])} {short(best.values[0])} (trial {best.number})"

@@ -119,7 +119,7 @@ def _study(progress: Progress, directions: list[str]) -> optuna.Study:
 
 @pytest.mark.parametrize("directions", [["maximize"], ["maximize", "minimize"]])
 def test_progress_is_a_line_per_trial_without_a_terminal(capsys: pytest.CaptureFixture[str], directions: list[str]) -> None:
-    with Progress(total=5, names=["accuracy", "macs"][: len(directions)], directions=directions) as progress:
+    with Progress(total=5, names=["accuracy", "macs"][: len(directions)]) as progress:
         study = _study(progress, directions)
     out, err = capsys.readouterr()
     lines = err.splitlines()
@@ -139,7 +139,7 @@ def test_progress_is_live_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    with Progress(total=5, names=["accuracy"], directions=["maximize"], epochs=30) as progress:
+    with Progress(total=5, names=["accuracy"], epochs=30) as progress:
         _study(progress, ["maximize"])
         progress.on_epoch(3, 7, {"accuracy": 0.25})
         progress._live.refresh()
@@ -164,7 +164,7 @@ def _ended(study: optuna.Study, status: str, accuracy: float | None = None, hash
 def test_of_several_workers_only_trials_told_so_far_are_numbered_and_best(capsys: pytest.CaptureFixture[str]) -> None:
     study = optuna.create_study(directions=["maximize"])
     _ended(study, "complete", 0.2)  # before the start
-    progress = Progress(total=5, names=["accuracy"], directions=["maximize"], workers=2)
+    progress = Progress(total=5, names=["accuracy"], workers=2)
     new = [_ended(study, "complete", accuracy) for accuracy in (0.4, 0.3, 0.6, 0.5)]
     for trial in new:
         progress.on_trial(study, trial)
@@ -185,7 +185,7 @@ def _result(statuses: list[tuple[str, float | None]], values: tuple[str, ...] = 
 
 def test_a_session_beside_one_that_asks_for_more_counts_on(capsys: pytest.CaptureFixture[str]) -> None:
     study = optuna.create_study(directions=["maximize"])
-    progress = Progress(total=1, names=["accuracy"], directions=["maximize"], workers=2)
+    progress = Progress(total=1, names=["accuracy"], workers=2)
     for _ in range(2):
         progress.on_trial(study, _ended(study, "complete", 0.4))
     assert [line.partition(" ")[0] for line in capsys.readouterr().err.splitlines()] == ["[1/1]", "[2/2]"]
@@ -195,7 +195,7 @@ def test_the_best_so_far_is_feasible_and_the_first_of_equals(capsys: pytest.Capt
     study = optuna.create_study(directions=["maximize"])
     found = Evaluation(status="complete", values={"accuracy": 0.9}).to_dict()
     study.add_trial(optuna.trial.create_trial(value=0.9, user_attrs={ATTRIBUTE: found}, constraints={"gate": 0.1}))
-    progress = Progress(total=5, names=["accuracy"], directions=["maximize"])
+    progress = Progress(total=5, names=["accuracy"])
     for _ in range(2):
         progress.on_trial(study, _ended(study, "complete", 0.4))
     assert capsys.readouterr().err.count("best accuracy 0.4000 (trial 1)") == 2
@@ -296,7 +296,7 @@ def test_accuracy_stands_beside_another_value_and_a_latency_has_its_unit(capsys:
     found = Evaluation(status="complete", values={"latency": 1.5}, metrics={"accuracy": 0.25, "latency": 1.5}, hash="a")
     study = optuna.create_study(directions=["minimize"])
     study.add_trial(optuna.trial.create_trial(value=1.5, user_attrs={ATTRIBUTE: found.to_dict()}))
-    Progress(total=1, names=["latency"], directions=["minimize"]).on_trial(study, study.trials[0])
+    Progress(total=1, names=["latency"]).on_trial(study, study.trials[0])
     assert "latency (ms) 1.5000, accuracy 0.2500  (0 s)  best latency (ms) 1.5000" in capsys.readouterr().err
     config = StudyConfig(space="tiny", data="noise", study="told", out="runs/told", values=("latency",))
     show_run(RunResult(folder=Path("runs/told"), config=config, study=study))
@@ -314,7 +314,7 @@ def test_a_column_of_texts_stands_left(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_finals_are_shown_with_who_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     result = _result([("complete", 0.5), ("complete", 0.4), ("complete", 0.3)], finalists=2, final_epochs=7)
-    progress = Progress(total=3, names=["accuracy"], directions=["maximize"])
+    progress = Progress(total=3, names=["accuracy"])
 
     def hold(number: int, accuracy: float, left: int) -> None:
         final = {"epochs": 7, "status": "complete", "accuracy": accuracy, "val_loss": 0.5, "train_loss": 0.25, "reason": "", "seconds": 3.0}
@@ -347,7 +347,7 @@ def test_a_final_that_failed_says_why(capsys: pytest.CaptureFixture[str]) -> Non
         "reason": "ValueError: no",
         "seconds": 0,
     }
-    Progress(total=1, names=["accuracy"], directions=["maximize"]).on_final(_ended(study, "complete", 0.5), final, 0)
+    Progress(total=1, names=["accuracy"]).on_final(_ended(study, "complete", 0.5), final, 0)
     assert capsys.readouterr().err == "[final] trial   0  failed      ValueError: no  (1 epoch, 0 s)  0 left\n"
 
 

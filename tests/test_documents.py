@@ -73,3 +73,13 @@ def test_the_path_of_a_folder_is_an_error_of_the_system(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match=r"'\.'"):
         write_whole(Path("."), "page")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_stays_one_and_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.py", tmp_path / "link.py"
+    target.write_text("old")
+    target.chmod(0o755)
+    link.symlink_to(target)
+    write_whole(link, "new")
+    assert link.is_symlink()
+    assert (target.read_text(), target.stat().st_mode & 0o777) == ("new", 0o755)

@@ -102,8 +102,8 @@ def best(
         if not retrain and (epochs, seed) != (None, None):
             raise UsageError("--epochs and --seed are those of --retrain: give it as well, or leave them out.")
         epochs, seed = 20 if epochs is None else epochs, seed or 0
-        place, opened = None if code is None else code.absolute(), open_run(run)
-        found = rebuild(opened, "best" if trial is None else trial)  # a space may change the working directory
+        place, opened = None if code is None else code.absolute(), open_run(run)  # a space may change the working directory
+        found = rebuild(opened, "best" if trial is None else trial)
         script, document = found.script(), found.summary()
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)

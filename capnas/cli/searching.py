@@ -107,9 +107,7 @@ def search(
         )
         start = f"searching {space} on {data}: {counted(trials, 'trial')}, {counted(epochs, 'epoch')}, optimizing "
         start += f"{', '.join(config.values)}, into {config.folder}"
-        progress = Progress(
-            total=trials, timeout=timeout, names=config.values, directions=config.directions, workers=workers, epochs=epochs
-        )
+        progress = Progress(total=trials, timeout=timeout, names=config.values, workers=workers, epochs=epochs)
         with progress:
             result = run_study(
                 config,
@@ -151,7 +149,7 @@ def worker(
         from capnas.search.storages import find_study
 
         config = stored_config(run, storage)
-        progress = Progress(total=config.trials, names=config.values, directions=config.directions, epochs=config.epochs)
+        progress = Progress(total=config.trials, names=config.values, epochs=config.epochs)
         with progress:
             ran = work(config, device=device, on_trial=progress.on_trial, on_epoch=progress.on_epoch)
         study = None if config.finalists is None else find_study(config.name, config.storage, config.folder)

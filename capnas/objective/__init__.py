@@ -182,9 +182,8 @@ class Objective:
         # a share by size alone needs no look at the network, unless bounds come first that do
         self._by_size = share is not None and not self.bounds and ranked.keys() <= {*COSTS, *(INIT + name for name in SIZES)}
         costs = tuple(n for n in self.names if n in COSTS or (n == LATENCY and not self._by_size)) if len(self.names) > 1 else ()
-        self.selection: Selection | None = None
-        if share is not None:
-            self.selection = Selection(gate=share, pool=pool or 0, costs=costs, settings=self.settings, weights=ranked)
+        chosen: dict[str, Any] = {"pool": pool or 0, "costs": costs, "settings": self.settings, "weights": ranked}
+        self.selection = None if share is None else Selection(gate=share, **chosen)
 
     def __repr__(self) -> str:
         limits = "".join(f", max_{name}={limit}" for name, limit in self.limits.items())
@@ -203,6 +202,8 @@ class Objective:
         with claimed(trial), _TURN, unwrapped():
             try:
                 status, reason = self.stages(trial, found)
+            except optuna.TrialPruned as error:  # of a trainer or a callback, as Optuna's own objectives raise it
+                status, reason = "stopped", one_line(error, 500) or "TrialPruned"
             except BaseException as error:
                 if not is_out_of_memory(error):
                     self._store(trial, found, "failed" if isinstance(error, Exception) else "interrupted", described(error, 500))
@@ -338,8 +339,7 @@ class Objective:
         if not valued and not blind:
             raise optuna.TrialPruned(f"{status}: {reason}")
         given = found["values"] if valued else worst_values(trial, found["metrics"], names=self.names, limits=self.limits)
-        values = tuple(given.values())
-        return values if len(values) > 1 else values[0]
+        return tuple(given.values()) if len(given) > 1 else next(iter(given.values()))
 
     def _store(self, trial: Any, found: Mapping[str, Any], status: str, reason: str) -> None:
         Evaluation(status=status, reason=reason, params=dict(trial.params), **found).write(trial.set_user_attr)

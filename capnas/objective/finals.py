@@ -53,19 +53,28 @@ def check_finals(count: int, epochs: int, values: Sequence[str]) -> None:
         raise UsageError(f"{text}; got {values[0]!r}.")
 
 
-def front(study: optuna.Study) -> list[FrozenTrial]:
+def feasible(trial: FrozenTrial) -> bool:
+    """Whether a trial violates no constraint, be it of capnas or one that its space sets itself."""
+    return all(violation <= 0 for violation in trial.constraints.values())
+
+
+def front(study: optuna.Study, trials: Iterable[FrozenTrial] | None = None) -> list[FrozenTrial]:
     """Optuna's ``study.best_trials`` without a copy of every trial with its profile, which takes seconds for a thousand.
+
+    Args:
+        study: of the trials.
+        trials: those of it that count; all if None.
 
     >>> study = optuna.create_study(directions=["maximize", "minimize"])
     >>> study.add_trials([optuna.trial.create_trial(values=values) for values in ((0.9, 5.0), (0.8, 6.0), (0.5, 2.0))])
     >>> [trial.number for trial in front(study)]
     [0, 2]
     """
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    trials = [t for t in complete if all(violation <= 0 for violation in t.constraints.values())]
+    known = study.get_trials(deepcopy=False) if trials is None else trials
+    able = [t for t in known if t.state == TrialState.COMPLETE and feasible(t)]
     signs = [-1 if direction == optuna.study.StudyDirection.MAXIMIZE else 1 for direction in study.directions]
-    losses = np.array([t.values for t in trials]).reshape(-1, len(signs)) * signs
-    return [t for t, own in zip(trials, losses) if not ((losses <= own).all(1) & (losses < own).any(1)).any()]
+    losses = np.array([t.values for t in able]).reshape(-1, len(signs)) * signs
+    return [t for t, own in zip(able, losses) if not ((losses <= own).all(1) & (losses < own).any(1)).any()]
 
 
 def best_first(study: optuna.Study, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
@@ -81,7 +90,7 @@ def best_first(study: optuna.Study, trials: Iterable[FrozenTrial]) -> list[Froze
 
 
 def finalists(study: optuna.Study, count: int) -> list[FrozenTrial]:
-    """The trained candidates with the best first value, best first; of a study of several values those of its front.
+    """The trained candidates with the best first value, best first; of a study of several values those of its front. All are feasible.
 
     A duplicate of a trial stands for no candidate of its own, and of trials of the same parameters and image size the best stands for all:
     their final trainings would be one. Equal hashes are no such sign: a space may draw initial weights, which they do not show.
@@ -94,7 +103,8 @@ def finalists(study: optuna.Study, count: int) -> list[FrozenTrial]:
     >>> [trial.number for trial in finalists(study, 2)]
     [1, 3]
     """
-    trials = front(study) if len(study.directions) > 1 else study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = front(study, complete) if len(study.directions) > 1 else filter(feasible, complete)
     trained = best_first(study, (t for t in trials if stored_with(t).get("status") == "complete"))
     first = {(repr(sorted(t.params.items())), stored_with(t).get("image_size")): t for t in reversed(trained)}
     return best_first(study, first.values())[:count]

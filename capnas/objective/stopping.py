@@ -80,7 +80,7 @@ class MedianRule:
             return None
         median = statistics.median(max(r.accuracy[:epochs]) for r in peers)
         best = max(accuracy)
-        if best >= median or math.isnan(median):
+        if not best < median:  # neither is, where an accuracy is NaN
             return None
         return (
             f"accuracy {best:.4f} after epoch {epochs} is below {median:.4f}, the median of {len(peers)} earlier trials that cost no more"
@@ -136,4 +136,5 @@ def judging(
 
 def _rivals(trial: Any, names: Sequence[str], settings: str) -> list[Rival]:
     done = [s for _, s in past(trial, TrialState.COMPLETE) if s["status"] == "complete" and s["settings"] == settings]
-    return [Rival(accuracy=tuple(row["accuracy"] for row in s["curve"]), costs=costs_before(names, s["metrics"])) for s in done]
+    curves = ((tuple(or_nan(row["accuracy"]) for row in s["curve"]), s["metrics"]) for s in done)
+    return [Rival(accuracy=c, costs=costs_before(names, metrics)) for c, metrics in curves if all(map(math.isfinite, c))]

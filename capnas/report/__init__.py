@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from capnas.documents import or_nan, write_whole
 from capnas.errors import MissingDependencyError, counted, one_line
 from capnas.measures.ranking import chance_level, partial_spearman, spearman
 from capnas.objective.evaluation import Evaluation
-from capnas.objective.finals import best_first
+from capnas.objective.finals import best_first, feasible
 from capnas.objective.gates import UNTRAINED
 from capnas.objective.targets import LATENCY, TOLD, direction_of, summed
 from capnas.report.figures import figures
@@ -127,7 +128,7 @@ class Report:
             notes=_NOTES,
             figures=parts,
             layers=_layers(self.run),
-            folder=self.run.folder.name,
+            folder=shlex.quote(str(self.run.folder)),
         )
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +246,7 @@ def _cards(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _front(run: RunResult) -> list[tuple[FrozenTrial, Evaluation]]:
     """With several values the Pareto set; with one the ten best trials and the one that is named. Duplicates are left out."""
-    found = {t.number: (t, e) for t, e in run.evaluations() if t.values and e.status == "complete"}
+    found = {t.number: (t, e) for t, e in run.evaluations() if t.values and e.status == "complete" and feasible(t)}
     shown = run.front if len(run.config.values) > 1 else best_first(run.study, (t for t, _ in found.values()))[:10]
     if run.best is not None and run.best.number not in {t.number for t in shown}:  # what finals name may be no. 11 or later
         shown.append(run.best)

@@ -183,9 +183,10 @@ def worker(
     Raises:
         StudyError: see `run_study`.
     """
-    config = replace(config, device=device or config.device)
     with sigterm_interrupts() as go_on:
-        study, objective = open_study(config), make_objective(config)
+        study = open_study(config)
+        config = replace(config, device=device or config.device)  # of this worker alone: not kept with the study
+        objective = make_objective(config)
         objective.on_epoch = on_epoch
         with stoppable(study, go_on) as wanted:
             return work(study, config, objective, parallel=True, on_trial=on_trial, go_on=wanted)
@@ -302,10 +303,12 @@ def _child(
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():  # killed while this one imported: by now the folder may be gone, or another's
         return
-    settings = replace(StudyConfig.from_dict(config, out=out), storage=storage, device=device)
+    settings = replace(StudyConfig.from_dict(config, out=out), storage=storage)
     try:
         with sigterm_interrupts() as go_on:
-            study, objective = open_study(settings), make_objective(settings)
+            study = open_study(settings)
+            settings = replace(settings, device=device)
+            objective = make_objective(settings)
             with stoppable(study, lambda: go_on() and not enough.is_set() and (parent is None or parent.is_alive())) as wanted:
                 work(
                     study, settings, objective, parallel=True, on_start=lambda: send("start", "", ""), on_trial=None, before=before,

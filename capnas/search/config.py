@@ -120,6 +120,7 @@ class StudyConfig:
             check_finals(self.finalists, self.finals_epochs, self.values)
         elif self.final_epochs is not None:
             raise UsageError("final_epochs needs finalists: say how many of them as well.")
+        self.to_toml()  # refuses what cannot be written
 
     def _convert(self) -> None:
         """Keep what may be given in other types in the declared ones."""
@@ -290,11 +291,13 @@ class StudyConfig:
 
 
 def _plain(value: Any) -> Any:
-    """The value with lists for tuples and Python's numbers for those of NumPy, which neither JSON nor TOML can write."""
+    """The value with lists for tuples, texts for paths and Python's numbers for those of NumPy, which neither JSON nor TOML can write."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return value.item() if isinstance(value, np.generic) else value
 
 

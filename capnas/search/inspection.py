@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,8 @@ from capnas._timm import import_timm
 from capnas.candidates import cost_of
 from capnas.data import ImageData
 from capnas.devices import resolve_device
-from capnas.errors import StudyError, UsageError, check_names, counted, described, one_line
+from capnas.errors import StudyError, UsageError, check_name, check_names, counted, described, one_line
+from capnas.measures.saturation import check_threshold
 from capnas.profile import INITIALIZATIONS, MEASURES, Profile, at_default_initialization, enrich, profile_model, with_macs
 from capnas.projection import ProjectionResult, project_model
 from capnas.recording import Reading
@@ -72,7 +72,7 @@ class Inspection:
             row["macs"] = self.macs.get(row["name"])
         scores = {name: value if value == value else None for name, value in score(self.profile).items()}
         head = {name: getattr(self, name) for name in ("name", "state", "n_params", "image_size", "in_chans", "left_out")}
-        projection = None if self.projection is None else dataclasses.asdict(self.projection) | {"lost": self.projection.lost}
+        projection = None if self.projection is None else asdict(self.projection) | {"lost": self.projection.lost}
         return head | {"macs": self.total_macs, "scores": scores, "projection": projection, "profile": profile}
 
 
@@ -103,7 +103,11 @@ class _Asked:
 
     def is_held_by(self, profile: Profile) -> bool:
         """Whether a profile that a training left behind, which reads layers and blocks, was read so."""
-        return self.mode in (None, profile.mode) and self.threshold == profile.threshold and self.reading == "both"
+        return self.mode in (None, profile.mode) and self.threshold == profile.threshold
+
+    def part_of(self, profile: Profile) -> Profile:
+        """The rows of such a profile that are asked for."""
+        return replace(profile, layers=profile.layers * (self.reading != "blocks"), blocks=profile.blocks * (self.reading != "modules"))
 
 
 def inspect_target(
@@ -127,7 +131,7 @@ def inspect_target(
 ) -> Inspection:
     """Profile a timm model, a saved model or a trial; a trial's profile after training is the stored one where that is enough.
 
-    A search keeps no weights. What needs those of a trial (norms, capacity, proxies, other blocks, another threshold, reading or mode, a
+    A search keeps no weights. What needs those of a trial (norms, capacity, proxies, other blocks, another threshold or mode, a
     projection) trains it again as the search did.
 
     Args:
@@ -156,6 +160,9 @@ def inspect_target(
     if batch < 1:
         raise UsageError(f"batch must be at least 1, got {batch}.")
     check_names("measures", measures, MEASURES)
+    check_name("reading", reading, ("modules", "blocks", "both"))
+    check_name("mode", mode or "eval", ("train", "eval"))
+    check_threshold(threshold)
     if batch < 2 and "capacity" in measures:
         raise UsageError(f"batch must be at least 2 for capacity, got {batch}.")
     if project is not None and not 0 < project <= 1:
@@ -228,15 +235,15 @@ def _trained(trial: Rebuilt, asked: _Asked, image_size: int | None, weights: boo
         raise UsageError(f"{_named(trial)} was trained at {size} px and is read so; --initial profiles its network at {image_size}.")
     weights = weights or asked.blocks is not None or bool(set(asked.measures) - set(DEFAULT))
     enough = not weights and (stored is None or asked.is_held_by(stored))
-    return _stored(trial) if enough else _train_again(trial, asked, device, tell)
+    return _stored(trial, asked) if enough else _train_again(trial, asked, device, tell)
 
 
-def _stored(trial: Rebuilt) -> _Network:
+def _stored(trial: Rebuilt, asked: _Asked) -> _Network:
     """The trial's profile as the search left it; the model has the weights that the search started from."""
-    epochs = _epochs(trial)
+    epochs, profile = _epochs(trial), trial.evaluation.profile
     return _Network(
         model=trial.model(), name=_named(trial), state=f"after {counted(epochs, 'epoch')} of the search" if epochs else "before training",
-        data=trial.data, image_size=trial.candidate.image_size, trained=epochs > 0, profile=trial.evaluation.profile,
+        data=trial.data, image_size=trial.candidate.image_size, trained=epochs > 0, profile=profile and asked.part_of(profile),
     )  # fmt: skip
 
 
@@ -254,7 +261,7 @@ def _train_again(trial: Rebuilt, asked: _Asked, device: str, tell: Tell | None) 
         return "as far as the search went" if epoch == epochs else None
 
     config = trial.run.config.training()
-    config = dataclasses.replace(config, device=device, blocks=asked.blocks or config.blocks, record=True)
+    config = replace(config, device=device, blocks=asked.blocks or config.blocks, record=True)
     result = train(model, trial.data, config, image_size=trial.candidate.image_size, on_epoch=stop)
     if result.profile is None or len(result.curve) < epochs:
         raise StudyError(f"training {name} again ended as {result.status}: {result.reason}.")

@@ -115,7 +115,8 @@ def open_study(config: StudyConfig) -> optuna.Study:
     storage = open_storage(config.storage, config.folder)
     study = _create(config, storage)
     stored, empty = study.user_attrs.get(ATTRIBUTE), not begun(study)
-    if stored is None and not empty:
+    foreign = [d.name.lower() for d in study.directions] != config.directions
+    if stored is None and (foreign or not empty):
         raise StudyError(f"the storage holds a study named {config.name} that is not of capnas; choose another name.")
     if stored is not None and (conflicts := config.conflicts(stored)):
         if not empty:

@@ -98,10 +98,14 @@ def make_sampler(
 
 
 def make_pruner(name: str, *, epochs: int) -> Any:
-    """A pruner for a study with one value; the median's stops nothing before the second epoch, nor before the sixth trial."""
+    """A pruner for a study with one value; the median's stops nothing before the second epoch, nor beside fewer than five trainings.
+
+    They are counted by what they reported at that epoch: a duplicate is complete, too, and so is a candidate over a limit for samplers
+    that ignore pruned trials, but neither was trained.
+    """
     check_name("pruner", name, PRUNERS)
     if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=first_judged(epochs))
+        return optuna.pruners.MedianPruner(n_warmup_steps=first_judged(epochs), n_min_trials=5)
     if name == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
     return optuna.pruners.NopPruner()

@@ -77,6 +77,8 @@ def standalone_script(
 ) -> str:
     """Python source of a script that defines ``build()``, which returns the model of these parameters with fresh weights.
 
+    Where the space's own file has a ``build``, it is ``build_0()``; the script's first lines name it.
+
     Args:
         space: from `capnas.load_space`, or a function whose source file can be read.
         params: the trial's parameters.
@@ -87,7 +89,7 @@ def standalone_script(
         guard: write the lines that make timm importable on CPU builds of torch; by default where this process needed them.
 
     Raises:
-        SpaceError: the source of the space cannot be found.
+        SpaceError: the source of the space cannot be found, or does not name it at its top level.
 
     >>> from capnas.spaces import load_space
     >>> params = {"stages": 2, "act": "relu", "head": 32, "depth0": 1, "width0": 8, "depth1": 1, "width1": 16}
@@ -100,6 +102,7 @@ def standalone_script(
     8
     """
     function, options = _unwrapped(space)
+    name, entry = _names(function)
     if guard is None:
         from capnas import _timm
 
@@ -110,14 +113,15 @@ def standalone_script(
     given = {"num_classes": num_classes, "in_chans": in_chans, "image_size": image_size, **options}
     arguments = ", ".join([_NAME if rewritten else f"Decisions({_NAME})", *(f"{k}={v!r}" for k, v in given.items())])
     decisions = "".join(f"    {k!r}: {v!r},\n" for k, v in params.items())
-    needed = ["torch", "timm", *_further(source)] + ["optuna (the space asks more of it than suggestions)"] * (not rewritten)
+    optuna = any(_imports_optuna(node) or _is_from(node, "optuna") for node in ast.walk(ast.parse(source)))
+    needed = ["torch", "timm", *_further(source)] + ["optuna (the space asks more of it than suggestions)"] * optuna
     needs = f"{', '.join(needed[:-1])} and {needed[-1]}"
     return (
-        f"# {title}\n# It needs {needs}. Run it to see its size, or import `build` from it.\n\n"
+        f"# {title}\n# It needs {needs}. Run it to see its size, or import `{entry}` from it.\n\n"
         f"{source.strip()}\n\n\n{_NAME} = {{\n{decisions}}}\n\n\n{'' if rewritten else _STAND_IN}"
-        f'def build():\n    """The architecture with fresh weights: images ({size}) to {num_classes} logits."""\n'
-        f"    return {getattr(function, '__name__', 'space')}({arguments})\n\n\n"
-        'if __name__ == "__main__":\n    import torch\n\n    model = build().eval()\n'
+        f'def {entry}():\n    """The architecture with fresh weights: images ({size}) to {num_classes} logits."""\n'
+        f"    return {name}({arguments})\n\n\n"
+        f'if __name__ == "__main__":\n    import torch\n\n    model = {entry}().eval()\n'
         f"    output = model(torch.zeros(1, {size}))\n"
         '    print(f"parameters: {sum(p.numel() for p in model.parameters())}, output: {tuple(output.shape)}")\n'
     )
@@ -131,9 +135,18 @@ def _unwrapped(space: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str,
     return function, options
 
 
+def _names(function: Callable[..., Any]) -> tuple[str, str]:
+    """What a space is called in its own file, and what the script may call its function there without hiding another."""
+    top = getattr(function, "__globals__", None) or vars(sys.modules[type(function).__module__])
+    name = next((n for n, value in top.items() if value is function), None)
+    if name is None:
+        raise SpaceError(f"the space {function!r} has no name at the top level of its file, by which a script can call it; give it one.")
+    return name, next(n for n in ("build", *(f"build_{i}" for i in range(len(top) + 1))) if n not in top)
+
+
 def _source_of(function: Callable[..., Any]) -> str:
     try:
-        path = inspect.getsourcefile(function)
+        path = inspect.getsourcefile(function if inspect.isfunction(function) else type(function))
         if path is None:
             raise OSError("no file")
         with tokenize.open(path) as file:  # as Python reads it: by its mark or its line of an encoding

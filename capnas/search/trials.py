@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from capnas.spaces import load_space, space_spec
 from capnas.training import retrain
 
 RETRAINED = "retrained.json"
+_BROKEN = ("failed", "interrupted")  # statuses of trials that may have ended before their network was there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +120,8 @@ def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: Imag
     if which == "best":
         best = run.best
         if best is None:
-            raise StudyError(f"the study {run.config.name} has no trial with a value yet; see why with capnas report {run.folder}.")
+            why = f"see why with capnas report {shlex.quote(str(run.folder))}"
+            raise StudyError(f"the study {run.config.name} has no trial with a value yet; {why}.")
         which = best.number
     evaluation = run.evaluation(which)
     run = dataclasses.replace(run, folder=run.folder.absolute())  # a space may change the working directory
@@ -132,8 +135,10 @@ def rebuild(run: RunResult, which: int | Literal["best"] = "best", *, data: Imag
     shape = {name: sizes[name] for name in ("num_classes", "in_chans")} | {"image_size": evaluation.image_size or sizes["image_size"]}
     try:
         candidate = build_candidate(space, optuna.trial.FixedTrial(dict(evaluation.params)), **shape)
-    except Infeasible as error:
-        raise _no_network(run, which, evaluation, error) from error
+    except Exception as error:  # a trial that never had a network tells nothing of the space
+        if isinstance(error, Infeasible) or evaluation.status in _BROKEN:
+            raise _no_network(run, which, evaluation, error) from error
+        raise
     if evaluation.hash is not None and candidate.hash != evaluation.hash:
         raise StudyError(
             f"the space {run.config.space} has changed since the search: it builds another architecture for trial {which}. "
@@ -160,9 +165,9 @@ def parse_trial(text: str) -> tuple[str, int | Literal["best"]] | None:
     return place, "best" if which == "best" else int(which)
 
 
-def _no_network(run: RunResult, number: int, evaluation: Evaluation, error: Infeasible) -> StudyError:
-    if evaluation.status == "infeasible":
-        return StudyError(f"trial {number} of {run.config.name} ended as infeasible ({evaluation.reason}): it has no network.")
+def _no_network(run: RunResult, number: int, evaluation: Evaluation, error: Exception) -> StudyError:
+    if evaluation.status in ("infeasible", *_BROKEN):
+        return StudyError(f"trial {number} of {run.config.name} ended as {evaluation.status} ({evaluation.reason}): it has no network.")
     return StudyError(f"trial {number} of {run.config.name}, {evaluation.status} in the search, gives no network now: {error}")
 
 

@@ -320,3 +320,13 @@ def test_either_loss_can_decide_among_finalists() -> None:
             found = {"epochs": 4, "status": "complete", "accuracy": 0.75, "val_loss": 0.55, "train_loss": 0.55} | {name: loss}
             study.set_user_attr(key_of(number, 4), found)
         assert getattr(winner(study, 2, 4), "number", None) == 1
+
+
+def test_candidates_that_violate_a_constraint_of_their_space_are_no_finalists() -> None:
+    study = told((0.9,), (0.5,), (0.7,))
+    violated = {"mine": 1.0}
+    study.add_trial(
+        optuna.trial.create_trial(value=1.0, constraints=violated, user_attrs={ATTRIBUTE: study.trials[0].user_attrs[ATTRIBUTE]})
+    )
+    assert numbers(finalists(study, 4)) == [0, 2, 1]
+    assert not finals.feasible(study.trials[3])

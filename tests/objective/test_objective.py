@@ -811,3 +811,16 @@ def test_no_final_is_won_by_losses_that_are_no_numbers(data: ImageData) -> None:
 def test_a_training_that_gives_something_else_is_told_what_is_expected(data: ImageData, trainer: Any, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         run(objective(data, values=("accuracy",), trainer=trainer), SMALL)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_trainer_that_prunes_as_optuna_does_stops_its_trial(data: ImageData, blind: bool) -> None:
+    def give_up(*_: Any, **__: Any) -> TrainingResult:
+        raise optuna.TrialPruned("hopeless")
+
+    sampler = optuna.samplers.NSGAIISampler() if blind else optuna.samplers.RandomSampler()
+    (trial,) = run(objective(data, trainer=give_up), SMALL, sampler=sampler).trials
+    found = Evaluation.of(trial)
+    assert (found.status, found.reason) == ("stopped", "hopeless")
+    assert trial.state == (TrialState.COMPLETE if blind else TrialState.PRUNED)
+    assert (trial.constraints["valid"] > 0) == blind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from capnas.errors import UsageError
+from capnas.objective import stopping
 from capnas.objective.stopping import MedianRule, Rival
 
 RIVALS = [Rival(accuracy=(a, a + 0.1, a + 0.2), costs=(c,)) for a, c in ((0.2, 10.0), (0.4, 20.0), (0.6, 30.0))]
@@ -50,3 +51,12 @@ def test_refuses() -> None:
         MedianRule(warmup_epochs=-1)
     with pytest.raises(UsageError, match="min_rivals must be at least 1, got 0"):
         MedianRule(min_rivals=0)
+
+
+def test_a_curve_that_holds_no_number_is_no_rival_and_stops_nobody() -> None:
+    assert verdict([float("nan"), float("nan")], 15.0) is None
+    stored = {"status": "complete", "settings": "s", "metrics": {"macs": 1.0}}
+    told = [stored | {"curve": [{"accuracy": a}]} for a in (None, 0.5)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("capnas.objective.stopping.past", lambda *_: [(None, s) for s in told])
+        assert [r.accuracy for r in stopping._rivals(None, ("val_loss", "macs"), "s")] == [(0.5,)]

@@ -275,3 +275,9 @@ def test_finals_may_be_asked_for_when_a_study_is_resumed() -> None:
     plain = StudyConfig(space="resnet")
     assert replace(plain, finalists=3).conflicts(plain.to_dict()) == []
     assert plain.conflicts(replace(plain, finalists=3, final_epochs=4).to_dict()) == []
+
+
+def test_what_study_toml_cannot_hold_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"study\.toml holds texts, numbers"):
+        StudyConfig(space="resnet", data_options={"augment": object()})
+    assert StudyConfig(space="resnet", data_options={"root": tmp_path}).to_dict()["data_options"] == {"root": str(tmp_path)}

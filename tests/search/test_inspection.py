@@ -163,7 +163,7 @@ def test_an_untrained_trial_is_read_in_the_blocks_of_its_run(folder: Path, monke
     assert [row.name for row in inspect_target(f"{folder}:best", initial=True, device="cpu").profile.blocks] == ["0"]
 
 
-@pytest.mark.parametrize("asked", [{"threshold": 0.5}, {"reading": "modules"}, {"mode": "train"}])
+@pytest.mark.parametrize("asked", [{"threshold": 0.5}, {"mode": "train"}])
 def test_one_thing_that_is_not_stored_so_is_enough_to_train_again(folder: Path, asked: dict[str, Any]) -> None:
     found = inspect_target(f"{folder}:best", device="cpu", **asked)
     assert found.state.startswith("trained again for 1 epoch as in the search")
@@ -282,3 +282,23 @@ def test_what_gives_more_samples_is_what_would(folder: Path, tmp_path: Path) -> 
     assert inspect_target("resnet10t", batch=4, image_size=32).more == "a larger --batch"
     few = write_images(tmp_path / "images")
     assert inspect_target("resnet10t", data=str(few), batch=5000, image_size=32).more == "more images"
+
+
+@pytest.mark.parametrize(("reading", "missing"), [("modules", "blocks"), ("blocks", "layers")])
+def test_rows_of_one_kind_are_those_that_the_search_stored(folder: Path, reading: Any, missing: str) -> None:
+    stored, found = (inspect_target(f"{folder}:best", reading=asked, device="cpu") for asked in ("both", reading))
+    assert found.state == stored.state
+    assert getattr(found.profile, missing) == ()
+    kept = "layers" if missing == "blocks" else "blocks"
+    assert getattr(found.profile, kept) == getattr(stored.profile, kept)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"), [({"reading": "layers"}, "reading"), ({"mode": "test"}, "mode"), ({"threshold": 2.0}, "threshold")]
+)
+def test_how_to_read_is_checked_before_a_trial_is_trained_again(folder: Path, wrong: dict[str, Any], text: str) -> None:
+    def tell(*_: Any) -> None:
+        raise AssertionError("trained")
+
+    with pytest.raises(UsageError, match=text):
+        inspect_target(f"{folder}:best", measures=("norms",), tell=tell, **wrong)

@@ -100,3 +100,14 @@ def test_tpe_draws_a_pool_at_random() -> None:
 
     assert draw(0.1, pool=13) == draw(0.8, pool=13)
     assert draw(0.1, pool=12) != draw(0.8, pool=12)
+
+
+def test_the_median_counts_only_trials_that_reported() -> None:
+    study = optuna.create_study(direction="maximize", pruner=make_pruner("median", epochs=3))
+    for number in range(12):  # the first six are duplicates: complete, and without a curve
+        trial = study.ask()
+        if number >= 6:
+            for epoch in (1, 2, 3):
+                trial.report(1 - number / 100, epoch)
+                assert trial.should_prune() == (number == 11 and epoch > 1)
+        study.tell(trial, 0.5)

@@ -38,6 +38,7 @@ from capnas.search import SCORE, RunResult, StudyConfig, open_run, run_study, wo
 from capnas.search.export import trial_rows
 from capnas.search.opening import DATA, TIMED, open_study, stored_config
 from capnas.search.runs import is_finished
+from capnas.search.trials import rebuild
 from capnas.search.working import failures_in_a_row, make_objective, work
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -991,3 +992,31 @@ def test_several_workers_leave_the_finals_to_the_one_that_started_them(home: Pat
     result = run_study(asked)
     assert len(result.finals) == 1
     assert result.best == result.finals[0][0]
+
+
+def test_a_study_without_trials_that_another_program_made_for_other_directions_is_not_touched(tmp_path: Path, data: ImageData) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = optuna.create_study(study_name="tiny", storage=url, directions=["minimize", "maximize", "minimize"])
+    with pytest.raises(StudyError, match="holds a study named tiny that is not of capnas"):
+        run_study(config(tmp_path / "run", storage=url), space=space, data=data)
+    assert study.trials == []
+    assert study.user_attrs == {}
+
+
+def test_the_device_of_a_worker_is_its_own(tmp_path: Path, home: Path) -> None:
+    named: dict[str, Any] = {"space": FILE, "data": str(home / "images"), "data_options": {"image_size": 8, "in_chans": 1}}
+    url = f"sqlite:///{tmp_path}/study.db"
+    run_study(config(tmp_path / "run", storage=url, trials=1, device="auto", **named))
+    assert worker(replace(stored_config("tiny", url), trials=2), device="cpu") == 1
+    assert stored_config("tiny", url).device == "auto"
+
+
+def test_a_trial_that_never_had_a_network_says_how_it_ended(tmp_path: Path, data: ImageData) -> None:
+    def breaks(trial: Any, **sizes: int) -> nn.Module:
+        raise KeyError(trial.suggest_int("w", 1, 2))
+
+    run_study(config(tmp_path, trials=1), space=breaks, data=data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("capnas.search.trials.load_space", lambda _: breaks)
+        with pytest.raises(StudyError, match=r"trial 0 of tiny ended as failed \(KeyError: .*\): it has no network"):
+            rebuild(open_run(tmp_path), 0)

@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from torch import nn
 
 from capnas.candidates import build_candidate
 from capnas.errors import SpaceError
@@ -193,3 +194,45 @@ def test_a_space_without_a_source_is_refused() -> None:
     exec("def space(trial, *, num_classes, in_chans, image_size): ...", names)
     with pytest.raises(SpaceError, match="put the space into a file"):
         standalone_script(names["space"], {}, num_classes=2, in_chans=1, image_size=8)
+
+
+NAMED = """
+from torch import nn
+def build(width, in_chans, num_classes):
+    return nn.Sequential(nn.Conv2d(in_chans, width, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+def make(times):
+    def space(trial, *, num_classes, in_chans, image_size):
+        return build(times * trial.suggest_int("w", 1, 9), in_chans, num_classes)
+    return space
+def without_its_name(function):
+    def wrapper(trial, **sizes):
+        return function(trial, **sizes)
+    return wrapper
+def space(trial, *, num_classes, in_chans, image_size):
+    return build(trial.suggest_int("w", 1, 9), in_chans, num_classes)
+class Space:
+    def __call__(self, trial, *, num_classes, in_chans, image_size):
+        return build(3 * trial.suggest_int("w", 1, 9), in_chans, num_classes)
+twice, wrapped, held = make(2), without_its_name(space), Space()
+short = lambda trial, *, num_classes, in_chans, image_size: build(4 * trial.suggest_int("w", 1, 9), in_chans, num_classes)
+"""
+
+
+@pytest.mark.parametrize(("name", "width"), [("space", 2), ("twice", 4), ("wrapped", 2), ("held", 6), ("short", 8)])
+def test_a_script_calls_the_space_by_its_name_in_its_file_and_hides_nothing_there(tmp_path: Path, name: str, width: int) -> None:
+    (tmp_path / "named.py").write_text(NAMED)
+    script = standalone_script(
+        load_space(f"{tmp_path / 'named.py'}:{name}"), {"w": 2}, num_classes=3, in_chans=1, image_size=8, guard=False
+    )
+    names: dict[str, Any] = {}
+    exec(script, names)
+    assert names["build_0"]()[0].out_channels == width
+    assert "optuna" not in script
+
+
+def test_a_space_without_a_name_in_its_file_is_refused() -> None:
+    def inner(trial: Any, **sizes: int) -> nn.Module:
+        return nn.Flatten()
+
+    with pytest.raises(SpaceError, match="has no name at the top level of its file"):
+        standalone_script(inner, {}, num_classes=3, in_chans=1, image_size=8)
