@@ -126,7 +126,10 @@ def use_channels_last(switch: str, device: torch.device, model: nn.Module) -> bo
 
     Never on a CPU, asked for or not, for models with a strided 1x1 convolution of few input channels: with torch 2.13 the gradient
     of its weight writes past its memory in this format (seen below 8 channels; 16 is taken as the limit for wider vector units).
+    Nor on any device for models with tensors of five axes, as of 3-d convolutions, which torch refuses to store so.
     """
+    if any(t.ndim == 5 for t in (*model.parameters(), *model.buffers())):
+        return False
     if device.type == "cpu" and any(_overruns(m) for m in _convs(model)):
         return False
     if switch != "auto":

@@ -265,7 +265,7 @@ def _compare(
         for size in running:
             if size not in models:
                 models[size] = cloned(networks[size])  # it leaves what the others share
-            settings = dataclasses.replace(base, epochs=length, seed=base.seed + rung - 1, record=True)
+            settings = dataclasses.replace(base, epochs=length, seed=(base.seed + rung - 1) % 2**32, record=True)
             result = train(models[size], data, settings, image_size=size)
             runs.append(_run(rows[size], macs[size], rung, length, done + length, result))
             left -= macs[size] * len(result.curve)

@@ -153,7 +153,7 @@ def evaluate(
     channels_last: str = "auto",
     image_size: int | None = None,
 ) -> dict[str, float]:
-    """Accuracy in [0, 1] and mean cross-entropy over a split, in eval mode, on the model's device; the model's mode is put back.
+    """Accuracy in [0, 1] and mean cross-entropy over a split, in eval mode, on the model's device; the mode of each module is put back.
 
     Raises:
         UsageError: ``split`` is "test" outside ``data.final_evaluation()``.
@@ -163,7 +163,7 @@ def evaluate(
     loss_sum = torch.zeros((), dtype=torch.float64, device=where)
     right = torch.zeros((), dtype=torch.int64, device=where)
     seen = 0
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=use_amp(amp, where, model)):
@@ -173,7 +173,8 @@ def evaluate(
                 right += (logits.argmax(1) == y).sum()
                 seen += len(y)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     return {"accuracy": int(right) / max(seen, 1), "loss": float(loss_sum) / max(seen, 1)}
 
 

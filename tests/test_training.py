@@ -428,3 +428,25 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refuses(change: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         TrainConfig(**change)
+
+
+def test_evaluation_puts_back_the_mode_of_each_module(data: ImageData) -> None:
+    model = net().train()
+    frozen = next(module for module in model if not list(module.children()))
+    frozen.eval()
+    before = [module.training for module in model.modules()]
+    evaluate(model, data, "validation")
+    assert [module.training for module in model.modules()] == before
+
+
+def test_networks_with_tensors_of_five_axes_are_trained_channels_first(data: ImageData) -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.deep, self.head = nn.Conv2d(1, 16, 3), nn.Conv3d(1, 1, 3), nn.Linear(1, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.deep(self.flat(x)[:, None]).mean((2, 3, 4)))
+
+    assert not use_channels_last("on", torch.device("cpu"), Deep())
+    assert train(Deep(), data, config(epochs=1)).status == "complete"

@@ -71,6 +71,7 @@ def as_images(array: Any, what: str = "images") -> torch.Tensor:
     if x.is_complex():
         raise DataError(f"{what}: expected real numbers, found {x.dtype}.")
     if not x.is_floating_point():
+        x = x.long()  # torch finds no least of unsigned words
         low, high = int(x.min()), int(x.max())
         if low < 0 or high > 255:
             raise DataError(f"{what}: expected integer pixels in 0..255, found {low}..{high}; scale them, or give floats.")
@@ -131,8 +132,9 @@ def as_labels(array: Any, what: str = "labels") -> torch.Tensor:
         found = f"found shape {y.shape} of {y.dtype}"
         advice = "give y.argmax(1) of one-hot rows" if y.ndim > 1 else RENUMBER
         raise DataError(f"{what}: expected one integer per image, counted from 0 (no one-hot rows, no text), {found}; {advice}.")
-    whole = y.astype(np.int64) if np.isfinite(y).all() else y
-    if not np.array_equal(whole, y) or (len(y) and whole.min() < 0):
+    finite = bool(np.isfinite(y).all())
+    whole = y.astype(np.int64) if finite else y
+    if not finite or not np.array_equal(whole, y) or (len(y) and whole.min() < 0):
         wrong = y[~np.isin(y, np.arange(2**15))][0].item()
         advice = "each must be the number of a class" if wrong != wrong or wrong % 1 else RENUMBER
         raise DataError(f"{what}: expected integers from 0, found values such as {wrong!r}; {advice}.")

@@ -125,11 +125,17 @@ def _pair(item: Any) -> tuple[Any, Any]:
     return item[0], item[1]
 
 
+def _timm_reader(dataset: Any) -> Any:
+    """What timm's data sets read files with; None of others, whose attribute of this name may be anything."""
+    reader = getattr(dataset, "reader", None)
+    return reader if callable(getattr(reader, "filename", None)) else None
+
+
 def class_names(dataset: Any) -> tuple[str, ...] | None:
     """The names that torchvision's and timm's data sets carry, in the order of the labels."""
     classes = getattr(dataset, "classes", None)
     if classes is None:
-        mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+        mapping = getattr(_timm_reader(dataset), "class_to_idx", None)
         classes = sorted(mapping, key=mapping.__getitem__) if mapping and sorted(mapping.values()) == list(range(len(mapping))) else None
     return tuple(str(c) for c in classes) if isinstance(classes, (list, tuple)) and classes else None
 
@@ -142,7 +148,7 @@ class DatasetReader:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.inner = getattr(dataset, "reader", None)
+        self.inner = _timm_reader(dataset)
         self.threadsafe = False
 
     def __len__(self) -> int:
@@ -150,8 +156,13 @@ class DatasetReader:
 
     def read(self, index: int) -> tuple[Any, Any]:
         """Image and class of one item."""
-        image, label = _pair(self.dataset[index] if self.inner is None else self.inner[index])
-        return (image if self.inner is None else Image.open(image)), label
+        if self.inner is not None:
+            file, label = _pair(self.inner[index])
+            return Image.open(file), label
+        image, label = _pair(self.dataset[index])
+        if isinstance(image, Image.Image):
+            image.load()  # whoever converts it closes its file, and the Dataset may give the same image again
+        return image, label
 
     def name(self, index: int) -> str:
         """The file name where the Dataset knows one."""

@@ -190,7 +190,8 @@ def _dependency_groups(model: nn.Module, example: Tensor) -> Iterable[tuple[str,
     one_slope = [m for m in model.modules() if isinstance(m, nn.PReLU) and m.num_parameters == 1]  # for all channels: has no width
     with warnings.catch_warnings(), untouched(model), torch.enable_grad(), GatedHalves(), forgiving():
         warnings.simplefilter("ignore")
-        model.requires_grad_(True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())  # whole numbers have no gradients
         for module in one_slope:
             module.requires_grad_(False)  # else what spreads the slope would be followed
         try:

@@ -678,3 +678,26 @@ def test_real_photographs(shared: Path, tmp_path: Path) -> None:
     assert data.sizes["validation"] > 10  # the folder's own validation/
     x, _ = data.probe(100)
     assert x.mean((0, 2, 3)).abs().max() < 0.4
+
+
+class OpenedBefore(torch.utils.data.Dataset):
+    """Images that a Dataset opened once and gives again and again; its ``reader`` is none of timm's."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        for i in range(count):
+            Image.fromarray(np.full((9, 9), 5 * i, dtype=np.uint8)).save(folder / f"{i}.png")
+        self.images = [Image.open(folder / f"{i}.png") for i in range(count)]
+        self.reader = iter("csv")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], index % 2
+
+
+def test_images_that_a_dataset_holds_open_stay_its_own(tmp_path: Path) -> None:
+    mine = OpenedBefore(tmp_path, 40)
+    data = load_data(mine)
+    assert sum(data.sizes.values()) == 40
+    assert [np.asarray(image).mean() for image in mine.images] == [5 * i for i in range(40)]

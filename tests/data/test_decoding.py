@@ -235,7 +235,7 @@ def test_items_may_hold_more_than_an_image_and_its_class() -> None:
 
 def test_names_of_classes_are_in_the_order_of_their_numbers() -> None:
     def named(mapping: dict[str, int]) -> tuple[str, ...] | None:
-        return class_names(SimpleNamespace(reader=SimpleNamespace(class_to_idx=mapping)))
+        return class_names(SimpleNamespace(reader=SimpleNamespace(class_to_idx=mapping, filename=str)))
 
     assert named({"b": 0, "a": 1}) == ("b", "a")
     assert named({"a": 0, "b": 2}) is None

@@ -165,3 +165,19 @@ def test_augmentation_can_be_switched_off_by_part() -> None:
     assert not draws.any()
     with pytest.raises(UsageError, match="shift must be at least 0 and smaller than the image"):
         Augment(shift=16).pixels(16)
+
+
+@pytest.mark.parametrize("kind", [torch.uint16, torch.uint32, torch.uint64, torch.int16])
+def test_words_of_torch_are_bytes_if_they_fit(kind: torch.dtype) -> None:
+    x = torch.tensor([[[0, 255], [1, 2]]]).to(kind)
+    assert as_images(x).flatten().tolist() == [0, 255, 1, 2]
+    with pytest.raises(DataError, match=r"integer pixels in 0\.\.255, found 3\.\.300"):
+        as_images(torch.tensor([[[3, 300]]]).to(kind))
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
+def test_labels_that_are_no_numbers_are_refused(wrong: float) -> None:
+    with pytest.raises(DataError, match="expected integers from 0"):
+        as_labels([0.0, wrong])
+    with pytest.raises(DataError, match="expected integers from 0"):
+        as_labels(torch.tensor([wrong]))

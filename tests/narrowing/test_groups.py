@@ -276,3 +276,18 @@ def test_a_parameter_of_two_names_in_one_module_is_shared() -> None:
 def test_three_reasons_are_told_at_most() -> None:
     error = cannot_narrow(nn.Identity(), {"a": "d", "b": "c", "c": "b", "d": "a", "head": CLASSES})
     assert str(error) == "cannot narrow this Identity: a; b; c."
+
+
+def test_whole_numbers_among_the_parameters_are_no_obstacle() -> None:
+    class Ordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
+            self.order = nn.Parameter(torch.arange(4), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.first(x))[:, :, self.order].mean((2, 3)))
+
+    net = Ordered().eval()
+    assert "first" in {group.name for group in narrowable(net, torch.randn(2, 3, 8, 8)).groups}
+    assert not net.order.requires_grad
