@@ -185,8 +185,8 @@ class ImageData:
         """
         train = self.index["train"]
         chosen = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n]]
-        x = self.pool.take(chosen, self._size(image_size)).to(device)
-        return normalise(x, self.mean, self.std), self.pool.labels[chosen].to(device)
+        x, y = self.pool.take(chosen, self._size(image_size))
+        return normalise(x.to(device), self.mean, self.std), y.to(device)
 
     def _positions(self, split: str) -> torch.Tensor:
         check_name("split", split, SPLITS)

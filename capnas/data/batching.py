@@ -72,9 +72,9 @@ class InMemory:
             self.resized[size] = found
         return found
 
-    def take(self, positions: torch.Tensor, size: int) -> torch.Tensor:
-        """Some images (B, C, size, size), as stored."""
-        return self.at(size)[positions]
+    def take(self, positions: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some images (B, C, size, size), as stored, and their classes."""
+        return self.at(size)[positions], self.labels[positions]
 
     def batches(self, request: Request) -> Batches:
         """See `capnas.data.ImageData.batches`."""
@@ -123,9 +123,22 @@ class Streamed:
         with opened(image):
             return grey_or_rgb(as_pil(image), self.in_chans)
 
-    def take(self, positions: torch.Tensor, size: int) -> torch.Tensor:
-        """Some images (B, C, size, size), as bytes."""
-        return torch.stack([fit(self.open(int(p)), size, self.in_chans, framing=self.framing) for p in positions])
+    def nearest(self, positions: torch.Tensor, index: int) -> tuple[Image.Image, int]:
+        """The image at one of these positions and its class; of one that is unreadable those of the next that can be read."""
+        for step in range(100):
+            position = int(positions[(index + step) % len(positions)])
+            try:
+                return self.open(position), int(self.labels[position])
+            except Exception as error:  # the check before training bounds how many there are
+                if is_out_of_memory(error):
+                    raise
+        raise DataError("100 images in a row cannot be read; check the files.")
+
+    def take(self, positions: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some images (B, C, size, size), as bytes, and their classes; unreadable ones are replaced by the next."""
+        found = (self.nearest(positions, i) for i in range(len(positions)))
+        pixels, labels = zip(*((fit(image, size, self.in_chans, framing=self.framing), label) for image, label in found))
+        return torch.stack(pixels), torch.tensor(labels)
 
     def batches(self, request: Request) -> Batches:
         """See `capnas.data.ImageData.batches`; the shifted crop becomes timm's random resized crop of the same extent."""
@@ -167,16 +180,8 @@ class Items(torch.utils.data.Dataset):
         return len(self.positions)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        for step in range(100):
-            position = int(self.positions[(index + step) % len(self)])
-            try:
-                image = self.source.open(position)
-            except Exception as error:  # the check before training bounds how many there are
-                if is_out_of_memory(error):
-                    raise
-                continue
-            return self.transform(image), int(self.source.labels[position])
-        raise DataError("100 images in a row cannot be read; check the files.")
+        image, label = self.source.nearest(self.positions, index)
+        return self.transform(image), label
 
 
 def as_pil(image: Any) -> Image.Image:

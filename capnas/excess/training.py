@@ -266,5 +266,5 @@ def _measure(model: nn.Module, data: ImageData, device: torch.device, image_size
 def every_image(data: ImageData, split: str, device: torch.device | str, image_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of a split in their order, none left out and none augmented: x (B, C, H, W) normalised, y (B,)."""
     for chosen in data.index[split].split(_CHUNK):
-        x = data.pool.take(chosen, image_size or data.image_size).to(device)
-        yield normalise(x, data.mean, data.std), data.pool.labels[chosen].to(device)
+        x, y = data.pool.take(chosen, image_size or data.image_size)
+        yield normalise(x.to(device), data.mean, data.std), y.to(device)

@@ -204,6 +204,8 @@ def _labelled(inputs: Tensor | Iterable[Tensor | Sequence[Tensor]], targets: Ten
             raise UsageError(f"every batch must hold at least one image, got one of shape {tuple(images.shape)}.")
     if targets is None:
         return batches, pairs[0][1]
+    targets = torch.as_tensor(targets)
+    targets = targets if targets.is_floating_point() else targets.long()
     first, count = len(batches[0]), sum(map(len, batches))
     if len(targets) not in (first, count):
         expected = f"{count}" if len(batches) == 1 else f"{count} for all batches or {first} for the first"

@@ -701,3 +701,23 @@ def test_images_that_a_dataset_holds_open_stay_its_own(tmp_path: Path) -> None:
     data = load_data(mine)
     assert sum(data.sizes.values()) == 40
     assert [np.asarray(image).mean() for image in mine.images] == [5 * i for i in range(40)]
+
+
+def test_a_probe_of_streamed_images_takes_the_next_where_one_cannot_be_read(tmp_path: Path) -> None:
+    for label in (0, 1):
+        (tmp_path / str(label)).mkdir()
+        for i in range(20):
+            Image.fromarray(np.full((64, 64), 100 * label + i, dtype=np.uint8)).save(tmp_path / str(label) / f"{i:02}.bmp")
+    data = load_data(tmp_path, memory_limit=0, workers=0, mean=[0.0], std=[1.0])
+    path = tmp_path / "0" / "03.bmp"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    x, y = data.probe(len(data.index["train"]))
+    assert len(x) == len(y) == len(data.index["train"])
+    torch.testing.assert_close((x.flatten(1).mean(1) * 255 >= 100).long(), y)
+    for image in (tmp_path / "1").iterdir():
+        image.write_bytes(b"BM")
+    for image in (tmp_path / "0").iterdir():
+        image.write_bytes(b"BM")
+    with pytest.raises(DataError, match="100 images in a row cannot be read"):
+        data.probe(4)

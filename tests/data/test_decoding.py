@@ -134,6 +134,8 @@ def test_images_of_their_own_size_are_not_copied() -> None:
 class Gaps:
     """Positions of which some cannot be read; an image is its position."""
 
+    nearest = Streamed.nearest
+
     def __init__(self, *broken: int, count: int) -> None:
         self.broken, self.labels = broken, torch.arange(count) * 10
 
@@ -308,7 +310,14 @@ def test_memory_that_runs_out_is_no_unreadable_image(use: Any) -> None:
         with pytest.raises(MemoryError):
             use(StreamReader(StarvedStream()))
     with pytest.raises(RuntimeError, match="allocate memory"):
-        items(SimpleNamespace(labels=[0], open=partial(Starved.__getitem__, Starved(0))))[0]  # type: ignore[arg-type]
+        items(Starving(count=1))[0]
+
+
+class Starving(Gaps):
+    """One position, at which memory runs out."""
+
+    def open(self, position: int) -> int:
+        return Starved(0)[position]
 
 
 @pytest.mark.parametrize("key", ["train", "training"])

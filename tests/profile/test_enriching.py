@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -241,3 +242,13 @@ def test_a_model_made_in_inference_mode_is_refused_where_gradients_are_needed() 
             profile_model(model, x, CLASSES, measures=("proxies",))
     with pytest.raises(UsageError, match=r"made under torch\.inference_mode"):
         profile_model(model, x)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, lambda y: torch.tensor(y, dtype=torch.int32)])
+def test_classes_may_be_any_whole_numbers(kind: Callable) -> None:
+    torch.manual_seed(0)
+    net, x, y = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.randn(6, 3, 2, 2), [0, 1, 2, 0, 1, 2]
+    expected = profile_model(net, x, torch.tensor(y), measures=("saturation", "proxies"))
+    found = profile_model(net, x, kind(y), measures=("saturation", "proxies"))
+    assert score(found) == pytest.approx(score(expected), nan_ok=True)
+    assert all(math.isfinite(v) for v in (score(found)[name] for name in ("snip", "grad_norm")))
