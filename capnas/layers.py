@@ -104,7 +104,7 @@ def find_blocks(model: nn.Module, pattern: str | None = None) -> Iterator[str]:
             raise UsageError(f"no module name full-matches the block pattern {pattern!r}; names look like {', '.join(list(modules)[1:6])}.")
     else:
         names = [u for n in _declared_units(model, modules) for u in _inside_stage(n, modules)] or _built_units(model, modules)
-        if not any(any(modules[n].children()) for n in names):
+        if not any(has_parts(modules[n]) for n in names):
             activations = [n for n in names or modules if _is_activation(modules[n])]
             names = activations or [n for n, m in modules.items() if isinstance(m, MEASURED)]
     outer: list[str] = []
@@ -231,7 +231,16 @@ def _is_stage(module: nn.Module) -> bool:
 
 
 def _composite(module: nn.Module) -> bool:
-    return any(module.children()) and any(isinstance(m, MEASURED) for m in module.modules())
+    return has_parts(module) and any(isinstance(m, MEASURED) for m in module.modules())
+
+
+def has_parts(module: nn.Module) -> bool:
+    """Whether a module is made of others; a layer whose weight is computed, as by a weight norm, holds what computes it and is none.
+
+    >>> has_parts(nn.Sequential(nn.ReLU())), has_parts(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    (True, False)
+    """
+    return any(module.children()) and not isinstance(module, MEASURED)
 
 
 def _is_activation(module: nn.Module) -> bool:

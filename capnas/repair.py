@@ -21,7 +21,7 @@ from capnas.graph.dataflow import Trace
 from capnas.graph.downsampling import Step, macs_without, steps, without
 from capnas.graph.structure import structure
 from capnas.graph.tracing import trace
-from capnas.layers import find_blocks
+from capnas.layers import find_blocks, has_parts
 from capnas.measures.borders import looking_layers, smallest_productive
 from capnas.measures.probing import FAILURES, cloned, unwrap_model
 from capnas.measures.receptive import border_layers
@@ -104,7 +104,7 @@ def _cut(model: nn.Module, graph: Trace, size: int, layers: Sequence[str], idle:
     start = min(layers.index(name) for name in idle)
     gone = set(layers[start:]) - _dense(graph)
     blocks = list(find_blocks(model))
-    if any(any(model.get_submodule(block).children()) for block in blocks):
+    if any(has_parts(model.get_submodule(block)) for block in blocks):
         inside = {b: [n for n in layers if n == b or n.startswith(b + ".")] for b in blocks[1:]}  # the first one always stays
         units = [block for block, names in inside.items() if names and gone.issuperset(names)]
     else:

@@ -309,7 +309,7 @@ def _check_alike(name: str, module: nn.Module, plain: nn.Module) -> None:
         raise UsageError(f"the recipe does not build this model again: {name or 'it'} is a {kind}, the recipe's is a {expected}.")
     for attribute, value in vars(plain).items():
         here = vars(module).get(attribute)
-        if isinstance(value, str) and here != value:
+        if (isinstance(value, str) or isinstance(here, str)) and here != value:
             raise UsageError(
                 f"the recipe does not build this model again: {name or 'its'} {attribute} is {here!r}, the recipe's is {value!r}; "
                 "a manifest holds numbers only, so change the recipe."
@@ -317,7 +317,7 @@ def _check_alike(name: str, module: nn.Module, plain: nn.Module) -> None:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """The public attributes of a module that are numbers, None or tuples of whole numbers: widths, heads, groups, sizes, a momentum."""
+    """The public attributes of a module that are numbers, None or rows of whole numbers: widths, heads, groups, sizes, a momentum."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -327,7 +327,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
             value is None
             or isinstance(value, bool | int)
             or (isinstance(value, float) and math.isfinite(value))
-            or (isinstance(value, tuple) and all(isinstance(v, int) for v in value))
+            or (isinstance(value, tuple | list) and all(isinstance(v, int) for v in value))
         )
     }
 

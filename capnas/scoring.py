@@ -111,7 +111,7 @@ _NETWORK: tuple[tuple[str, Direction, float, str], ...] = (
 
 
 def _dimension(profile: Profile) -> float:
-    k = [row.width * share for row in profile.layers if (share := _saturation90(row)) is not None]
+    k = [row.width * or_nan(_saturation90(row)) for row in profile.layers if row.saturations]  # unknown in one, unknown in all
     return math.log2(1 + sum(k)) if k else math.nan
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -140,3 +141,11 @@ def test_concatenated_outputs_are_read_along_their_channels() -> None:
     with Recorder(model, reading="blocks", blocks="0|2") as recorder:
         model(torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert [(r.width, r.positions) for r in recorder.pop("train").values()] == [(16, 64), (16, 64)]
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_layer_whose_weight_is_computed_is_no_block(norm: Callable[[nn.Module], nn.Module]) -> None:
+    def net(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        return nn.Sequential(wrap(nn.Conv2d(1, 4, 3)), nn.ReLU(), wrap(nn.Conv2d(4, 4, 3)), nn.ReLU(), nn.Flatten(), wrap(nn.Linear(16, 2)))
+
+    assert list(find_blocks(net(norm))) == list(find_blocks(net(lambda layer: layer)))

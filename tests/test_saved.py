@@ -318,3 +318,18 @@ def test_a_document_of_another_program_is_no_manifest(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text('{"version": 1}')
     with pytest.raises(SavedModelError, match="not the manifest of a model saved by capnas"):
         load_model(tmp_path)
+
+
+def test_padding_by_name_that_a_manifest_cannot_tell_is_refused_and_rows_may_be_lists(tmp_path: Path) -> None:
+    recipe = {"timm": "test_resnet.r160_in1k", "in_chans": 3, "num_classes": 2}
+    for place, (attribute, value) in enumerate((("padding", "same"), ("dilation", [2, 2]))):
+        model = build_recipe(recipe).eval()
+        conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.stride == (1, 1))
+        setattr(conv, attribute, value)
+        if attribute == "padding":
+            with pytest.raises(UsageError, match="padding is 'same', the recipe's is"):
+                save_model(model, tmp_path / str(place), recipe)
+        else:
+            save_model(model, tmp_path / str(place), recipe)
+            x = torch.randn(1, 3, 32, 32)
+            torch.testing.assert_close(load_model(tmp_path / str(place))(x), model(x))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from capnas.search_spaces import nasbench201
+from torch import nn
 
+from capnas.documents import json_text
 from capnas.errors import UsageError
 from capnas.profile import LayerProfile, Profile, profile_model
 from capnas.scoring import COSTS, SCORES, measure_of, measures_for, score
@@ -156,3 +159,14 @@ def test_the_size_of_a_network_without_weights_is_no_number() -> None:
 def test_a_model_is_no_profile() -> None:
     with pytest.raises(UsageError, match=r"score takes a profile, got Linear: capnas\.profile_model\(model, inputs\) gives one"):
         score(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_score_that_a_layer_without_numbers_spoils_is_so_after_storing_too() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    with torch.no_grad():
+        net[2].weight.fill_(math.inf)
+    profile = profile_model(net, torch.randn(8, 1, 6, 6))
+    for found in (profile, Profile.from_dict(json.loads(json_text(profile.to_dict())))):
+        assert math.isnan(score(found)["dimension"])
+        assert math.isnan(score(found)["capacity_score"])

@@ -95,12 +95,21 @@ def read_folder(path: Path) -> Found:
     extra = [f.name + "/" for f in others if _images(f, _way(path))] + [p.name for p in loose]
     if splits and extra:
         raise DataError(f"{path}: expected images only in train/, val/ and test/, found also {listed(extra)}; move them away.")
+    _check_apart(path, list(splits.values()))
     splits = splits or {"train": path}
     class_names: tuple[str, ...] = ()
     parts: dict[str, Pair | Reader] = {}
     for split in sorted(splits, key=("train", "validation", "test").index):
         parts[split], class_names = _class_folders(splits[split], class_names, path)
     return Found(name=path.resolve().name, parts=parts, class_names=class_names)
+
+
+def _check_apart(folder: Path, inside: list[Path]) -> None:
+    """Refuse splits or classes that are one folder by two names, and so would share their images."""
+    seen: dict[Identity, Path] = {}
+    for place in inside:
+        if (other := seen.setdefault(_identity(place), place)) is not place:
+            raise DataError(f"{folder}: {other.name}/ and {place.name}/ are one folder; take the link away, or give each its own images.")
 
 
 def _class_folders(folder: Path, known: tuple[str, ...], root: Path) -> tuple[FileReader, tuple[str, ...]]:
@@ -110,6 +119,7 @@ def _class_folders(folder: Path, known: tuple[str, ...], root: Path) -> tuple[Fi
         raise DataError(
             f"{folder}: expected one folder per class, found {len(loose)} image files {beside} ({listed([p.name for p in loose])})."
         )
+    _check_apart(folder, folders)
     names = tuple(f.name for f in folders)
     if len(names) < 2 and not known:
         inside = f"; is the data set inside, in {folders[0]}?" if folders and _visible(folders[0])[0] else "."

@@ -109,7 +109,7 @@ def _bytes_if_exact(x: torch.Tensor) -> torch.Tensor:
     for i in range(0, len(x), _CHUNK):
         scaled = x[i : i + _CHUNK] * 255
         rounded = scaled.round()
-        if rounded.min() < 0 or rounded.max() > 255 or (scaled - rounded).abs().max() > 1e-3:
+        if rounded.min() < 0 or rounded.max() > 255 or ((scaled - rounded).abs() > 1e-3 * rounded.clamp_max(1)).any():
             return x
         out[i : i + _CHUNK] = rounded.to(torch.uint8)
     return out

@@ -202,12 +202,13 @@ def _labelled(inputs: Tensor | Iterable[Tensor | Sequence[Tensor]], targets: Ten
             raise UsageError(f"inputs must be tensors, or pairs of images and classes as a DataLoader gives them, got {kind}. {_WRAP}")
         if images.ndim == 0 or len(images) == 0:
             raise UsageError(f"every batch must hold at least one image, got one of shape {tuple(images.shape)}.")
-    if targets is None:
-        return batches, pairs[0][1]
+    own = targets is None
+    if (targets := pairs[0][1] if own else targets) is None:
+        return batches, None
     targets = torch.as_tensor(targets)
     targets = targets if targets.is_floating_point() else targets.long()
     first, count = len(batches[0]), sum(map(len, batches))
-    if len(targets) not in (first, count):
+    if not own and len(targets) not in (first, count):
         expected = f"{count}" if len(batches) == 1 else f"{count} for all batches or {first} for the first"
         raise UsageError(f"targets must hold one class per image, {expected}; got {len(targets)}. Give each image its own.")
     return batches, targets[:first]

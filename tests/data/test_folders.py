@@ -109,3 +109,14 @@ def test_wrong_layouts(tmp_path: Path) -> None:
     told("more", r"images only in train/, val/ and test/, found also extra/, x.png; move them away")
     fill(tmp_path / "flat" / "train"), put(tmp_path / "flat" / "test" / "1.png")
     told("flat", "flat/test: expected one folder per class, found 1 image files and no folders")
+
+
+@pytest.mark.parametrize(("first", "second", "text"), [("val", "test", "val/ and test/"), ("train/0", "train/1", "0/ and 1/")])
+def test_folders_that_are_one_by_two_names_are_refused(tmp_path: Path, first: str, second: str, text: str) -> None:
+    for name in ("train/0", "train/2", "val/0", "val/2"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / name / "a.png")
+    (tmp_path / second).symlink_to(tmp_path / first)
+    with pytest.raises(DataError, match="are one folder") as refusal:
+        read_folder(tmp_path)
+    assert all(part in str(refusal.value) for part in text.split(" and "))

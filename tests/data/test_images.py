@@ -181,3 +181,9 @@ def test_labels_that_are_no_numbers_are_refused(wrong: float) -> None:
         as_labels([0.0, wrong])
     with pytest.raises(DataError, match="expected integers from 0"):
         as_labels(torch.tensor([wrong]))
+
+
+def test_floats_far_below_a_byte_stay_floats() -> None:
+    x = torch.rand(3, 4, 4) * 1e-6
+    assert torch.equal(as_images(x)[:, 0], x)
+    assert as_images(torch.tensor([[[0.0, 1.0]]])).dtype == torch.uint8
