@@ -314,7 +314,7 @@ class DirectProducts(TorchFunctionMode):
 
 @contextmanager
 def hooked(hooks: Mapping[str, Callable[..., Any]], model: nn.Module, *, before: bool = False) -> Iterator[None]:
-    """Forward hooks (or pre-hooks) by module name that come off again.
+    """Forward hooks (or pre-hooks) by module name that come off again; inputs given by name come to them as the others do.
 
     >>> net, seen = nn.Sequential(nn.ReLU()), []
     >>> with hooked({"0": lambda module, args, output: seen.append(output.item())}, net):
@@ -327,12 +327,17 @@ def hooked(hooks: Mapping[str, Callable[..., Any]], model: nn.Module, *, before:
     try:
         for name, hook in hooks.items():
             module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook))
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            handles.append(register(functools.partial(_unnamed, hook), with_kwargs=True))
         with eagerly(model):
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _unnamed(hook: Callable[..., Any], module: nn.Module, args: Any, named: Mapping[str, Any], *output: Any) -> Any:
+    return hook(module, (*args, *named.values()), *output)
 
 
 @contextmanager

@@ -67,3 +67,17 @@ def test_the_measured_images_are_no_rows_of_the_profile() -> None:
     result = train(network(), data, TrainConfig(epochs=1, batch_size=32, device="cpu"))
     assert result.profile is not None
     assert [layer.rows_seen for layer in result.profile.layers if layer.name == "5"] == [data.sizes["validation"]]
+
+
+def test_a_norm_that_is_called_by_keyword_is_measured_too() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(input=x)
+
+    net = Named()
+    measure_norms(net, [torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)])
+    assert (net.norm.running_mean.item(), net.norm.running_var.item()) == (2.0, 1.0)
